@@ -1,0 +1,106 @@
+"""Checkpoints: what a killed training run needs to go on to the same bytes.
+
+One safetensors file beside the output, replaced whole after every epoch: weights, the best weights,
+AdamW's moments, the input norms, and how far training has come. Its key is a hash of everything
+that shapes the run, so that only the same run goes on from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.errors import LorakitError
+from lorakit.files import STDIO, atomic_path
+from lorakit.model import factors
+from lorakit.tensorfile import Tensor, read_tensors, write_tensors
+from lorakit.training import Progress, Trainer
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The checkpoint of one run, at `path`; None where nothing can be kept (stdout)."""
+
+    path: Path | None
+    key: str
+
+    def save(self, trainer: Trainer) -> None:
+        """Write what `trainer` is after an epoch."""
+        if self.path is None:
+            return
+        told = {"key": self.key, "progress": json.dumps(dataclasses.asdict(trainer.progress))}
+        tensors = {name: _tensor(value) for name, value in _state(trainer)}
+        with atomic_path(self.path) as side, open(side, "wb") as stream:
+            write_tensors(tensors, told, stream)
+
+    def restore_(self, trainer: Trainer) -> bool:
+        """Bring `trainer` to where the run stopped; False where there is nothing to go on from.
+
+        Raises LorakitError when the checkpoint is of a run with other settings or other data.
+        """
+        if self.path is None or not self.path.exists():
+            return False
+        tensors, told = read_tensors(self.path, str(self.path))
+        if told.get("key") != self.key:
+            raise LorakitError(
+                f"{self.path} is of a run with other settings, data or adapters; repeat those, or "
+                "start afresh without --resume"
+            )
+        _restore(trainer, {name: torch.tensor(t.array()) for name, t in tensors.items()})
+        trainer.progress = Progress(**json.loads(told["progress"]))
+        return True
+
+    def remove(self) -> None:
+        """Delete the file: the run is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def checkpoint_of(output: str, *shaping: Any) -> Checkpoint:
+    """Return the checkpoint of a run that writes `output`, keyed by all that shapes the run."""
+    key = hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
+    path = None if output == STDIO else Path(f"{output.rstrip('/')}.resume")
+    return Checkpoint(path, key)
+
+
+def _tensor(value: torch.Tensor) -> Tensor:
+    return Tensor.from_array(value.detach().float().cpu().numpy())
+
+
+def _state(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
+    norms = trainer.norms.state()
+    for name, layer in trainer.layers.items():
+        for place, factor in enumerate("AB"):
+            parameter = factors(layer)[place]
+            yield f"weight.{name}.{factor}", parameter
+            yield f"best.{name}.{factor}", trainer.best[name][place]
+            for moment in _MOMENTS:
+                yield f"{moment}.{name}.{factor}", trainer.optimizer.state[parameter][moment]
+            if name in norms:
+                yield f"squares.{name}.{factor}", norms[name][place]
+
+
+def _restore(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
+    device = trainer.base.device
+    squares = {}
+    for name, layer in trainer.layers.items():
+        for place, factor in enumerate("AB"):
+            parameter = factors(layer)[place]
+            with torch.no_grad():
+                parameter.copy_(saved[f"weight.{name}.{factor}"])
+            moments = {m: saved[f"{m}.{name}.{factor}"] for m in _MOMENTS}
+            trainer.optimizer.state[parameter] = {
+                m: value if m == "step" else value.to(device) for m, value in moments.items()
+            }
+        trainer.best[name] = (saved[f"best.{name}.A"], saved[f"best.{name}.B"])
+        if f"squares.{name}.A" in saved:
+            squares[name] = tuple(saved[f"squares.{name}.{f}"].to(device) for f in "AB")
+    trainer.norms.restore_(squares)  # type: ignore[arg-type]

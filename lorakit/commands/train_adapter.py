@@ -1,0 +1,43 @@
+"""`lorakit train-adapter`: records to a new adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lorakit import options
+from lorakit.settings import LoraSettings, TrainingSettings
+
+
+@click.command("train-adapter")
+@options.data
+@options.val
+@options.model
+@options.lora
+@options.training
+@options.output("adapter.safetensors", "the adapter")
+@options.run
+def train_adapter(data: str, val: str | None, output: str, **given: Any) -> None:
+    """Train a LoRA adapter on records; the epoch with the lowest validation loss is kept.
+
+    \b
+    lorakit train-adapter --data train.jsonl --val val.jsonl -o xs.safetensors
+    """
+    from lorakit import fitting
+    from lorakit.commands.opening import open_base, watching
+
+    settings = options.settings_of(TrainingSettings, given)
+    lora = options.settings_of(LoraSettings, given)
+    with watching(given, output) as watcher:
+        base = open_base(given, (), settings.device, settings.dtype, watcher.note, training=True)
+        fitting.train_adapter(
+            base,
+            data,
+            val,
+            settings=settings,
+            lora=lora,
+            output=output,
+            watcher=watcher,
+            resume=given["resume"],
+        )

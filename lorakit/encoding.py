@@ -1,0 +1,172 @@
+"""From records to tokens: the prompt and the completion as one string, and what of it is learnt.
+
+It works on whatever fast tokenizer it is given and does not load one; model.py does.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lorakit.errors import LorakitError
+from lorakit.records import Record
+
+CHAT_DATE = "2025-01-01"  # what chat templates that ask for today's date are told, always
+
+
+@dataclass(frozen=True)
+class Example:
+    """A record in tokens: `ids`, of which those from `start` on are learnt.
+
+    `cut` is the number of tokens that the prompt lost to fit the context.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    where: str
+    cut: int = 0
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learnt: the completion's and the end token."""
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How records become tokens for one model.
+
+    `end` is the end token's id, `limit` the longest sequence in tokens, `chat` whether the
+    tokenizer's chat template is applied.
+    """
+
+    tokenizer: Any
+    end: int
+    limit: int
+    chat: bool = False
+    truncate: bool = False
+
+    def example(self, record: Record) -> Example:
+        """Encode prompt, completion and end token, together at most `limit` tokens.
+
+        The completion's tokens are those that end inside the completion. Raises LorakitError naming
+        the record when it is too long and may not be, or cannot be, cut.
+        """
+        return self._fit(record, self._joined, 0)
+
+    def prompt(self, record: Record, room: int) -> Example:
+        """Encode the prompt alone, so that `room` more tokens fit after it; likewise."""
+        return self._fit(record, self._prompt, room)
+
+    def _fit(self, record: Record, encode: Callable[[Record], Example], room: int) -> Example:
+        whole = encode(record)
+        found, text, over = whole, record.prompt, len(whole.ids) + room - self.limit
+        while over > 0:
+            if not self.truncate or not text:
+                raise self._too_long(record, len(whole.ids), room)
+            text = self._without_last(text, over)
+            found = encode(record.with_field("prompt", text))
+            over = len(found.ids) + room - self.limit
+        return replace(found, cut=len(whole.ids) - len(found.ids))
+
+    def _without_last(self, text: str, count: int) -> str:
+        """Return the text without its last `count` tokens."""
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [start for start, _ in offsets["offset_mapping"]]
+        return text[: starts[-count]] if count < len(starts) else ""
+
+    def _too_long(self, record: Record, length: int, room: int) -> LorakitError:
+        what = f"the prompt's {length} tokens and {room} new ones" if room else f"{length} tokens"
+        remedy = "give --truncate to cut the prompt's end, or shorten the record"
+        if self.truncate:
+            remedy = "there is no prompt left to cut; allow more tokens or shorten the record"
+        return LorakitError(
+            f"{record.where}: {what} exceed the {self.limit} of the context or --max-length; "
+            f"{remedy}"
+        )
+
+    def _prompt(self, record: Record) -> Example:
+        text = self._render(record.prompt, None, record.where) if self.chat else record.prompt
+        ids = self._tokens(text)[0]
+        return Example(ids, len(ids), record.where)
+
+    def _joined(self, record: Record) -> Example:
+        if self.chat:
+            prompt = self._render(record.prompt, None, record.where)
+            text = self._render(record.prompt, record.completion, record.where)
+            if not text.startswith(prompt):
+                raise LorakitError(
+                    f"{record.where}: the chat template writes the prompt otherwise when an answer "
+                    "follows; train with --chat off"
+                )
+        else:
+            prompt, text = record.prompt, record.prompt + record.completion
+        ids, ends = self._tokens(text)
+        start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
+        start = max(start, 1)  # with nothing before it, the first token cannot be predicted
+        return Example((*ids[:start], *self._ended(ids[start:])), start, record.where)
+
+    def _ended(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the completion's tokens up to and with one end token."""
+        return (*(ids[: ids.index(self.end)] if self.end in ids else ids), self.end)
+
+    def _tokens(self, text: str) -> tuple[tuple[int, ...], list[int]]:
+        """Return the ids of a text and, for each, where in the text it ends (special: 0)."""
+        found = self.tokenizer(
+            text, add_special_tokens=not self.chat, return_offsets_mapping=True, truncation=False
+        )
+        ids, ends = tuple(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+        while ids and ids[-1] == self.end and ends[-1] == 0:  # put there by the tokenizer itself
+            ids, ends = ids[:-1], ends[:-1]
+        return ids, ends
+
+    def _render(self, prompt: str, answer: str | None, where: str) -> str:
+        date = datetime.date.fromisoformat(CHAT_DATE)
+        turns = [{"role": "user", "content": prompt}]
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns,
+                    tokenize=False,
+                    add_generation_prompt=answer is None,
+                    strftime_now=date.strftime,
+                    date_string=date.strftime("%d %b %Y"),
+                )
+            )
+        except (ValueError, TypeError, ImportError) as error:
+            raise LorakitError(
+                f"{where}: the model's chat template cannot be applied ({error}); use --chat off"
+            ) from error
+
+
+@dataclass
+class CutTally:
+    """Counts what `--truncate` cut, so that it can be reported."""
+
+    records: int = 0
+    cut: int = 0
+    lost: int = 0
+    tokens: int = 0
+
+    def add(self, example: Example) -> Example:
+        """Count an example and return it."""
+        self.records += 1
+        if example.cut:
+            self.cut += 1
+            self.lost += example.cut
+            self.tokens += len(example.ids) + example.cut
+        return example
+
+    @property
+    def note(self) -> str | None:
+        """A sentence on how many records were cut and by how much; None where none was."""
+        if not self.cut:
+            return None
+        return (
+            f"{self.cut} of {self.records} records were too long: --truncate cut "
+            f"{100 * self.lost / self.tokens:.1f} % of their tokens"
+        )

@@ -1,0 +1,132 @@
+"""Opening what a command reads and writes: `-` for the pipes, whole files replaced at once.
+
+It knows nothing of what is in the files; records.py and adapter.py do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from lorakit.errors import LorakitError
+
+STDIO = "-"
+
+
+def explain(error: OSError) -> str:
+    """Return the reason of an operating-system error in lower case, without its number."""
+    return (error.strerror or str(error)).lower()
+
+
+def open_input(path: str) -> BinaryIO:
+    """Open `path` for reading bytes; `-` is stdin. Raises LorakitError where it cannot be read."""
+    if path == STDIO:
+        return sys.stdin.buffer
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise LorakitError(f"cannot read {path}: {explain(error)}; check the path") from error
+
+
+def refuse_terminal(what: str) -> None:
+    """Raise LorakitError when stdout is a terminal, which binary data would garble."""
+    if sys.stdout.isatty():
+        raise LorakitError(f"{what} would go to the terminal; give -o FILE or pipe it on")
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a side file that takes the name `path`, synced, once the block ends without an error.
+
+    The old file stays as it was until then and no half file ever bears the final name. A link is
+    followed, so that what it points to is replaced; an existing file keeps its permissions.
+    """
+    final = Path(os.path.realpath(path))
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
+    except OSError as error:
+        raise LorakitError(f"cannot write {path}: {explain(error)}; choose another -o") from error
+    os.close(handle)
+    side = Path(name)
+    try:
+        os.chmod(side, _mode_of(final))
+        yield side
+        _sync(side)
+        os.replace(side, final)
+        _sync(final.parent)
+    except OSError as error:
+        raise LorakitError(f"cannot write {path}: {explain(error)}; choose another -o") from error
+    finally:
+        side.unlink(missing_ok=True)
+
+
+def _mode_of(path: Path) -> int:
+    if path.exists():
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def open_text_output(path: str) -> Iterator[IO[str]]:
+    """Yield a UTF-8 text stream to `path`, put in place when the block ends; `-` is stdout."""
+    if path == STDIO:
+        stream = io.TextIOWrapper(
+            sys.stdout.buffer, encoding="utf-8", newline="\n", write_through=False
+        )
+        try:
+            yield stream
+            stream.flush()
+        finally:
+            stream.detach()
+        return
+    with atomic_path(path) as side, open(side, "w", encoding="utf-8", newline="\n") as stream:
+        yield stream
+
+
+class Resumable:
+    """A text output that is written beside its final name and can be gone on with after a kill.
+
+    The side file bears `key`, so that only a run of the same kind goes on from it. `lines` are the
+    whole lines an earlier run left; a line cut short is dropped.
+    """
+
+    def __init__(self, path: str, key: str, *, resume: bool) -> None:
+        self.final = Path(os.path.realpath(path))
+        self._side = self.final.with_name(f".{self.final.name}.{key[:12]}.part")
+        self.lines: list[str] = []
+        if resume and self._side.exists():
+            text = self._side.read_bytes()
+            whole = text[: text.rfind(b"\n") + 1].decode()
+            self.lines = whole.splitlines(keepends=True)
+
+    @contextlib.contextmanager
+    def writing(self, keep: int) -> Iterator[IO[str]]:
+        """Yield a stream that goes on after the first `keep` lines; a finished block renames it."""
+        try:
+            with open(self._side, "w", encoding="utf-8", newline="\n") as stream:
+                stream.writelines(self.lines[:keep])
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(self._side, self.final)
+            _sync(self.final.parent)
+        except OSError as error:
+            raise LorakitError(
+                f"cannot write {self.final}: {explain(error)}; choose another -o"
+            ) from error

@@ -1,0 +1,212 @@
+"""From records to a trained adapter: `train-adapter`, and what `merge` has in common with it.
+
+Reading and encoding the data, holding out a part of it, running the trainer with a checkpoint, and
+what the header tells of it. It knows nothing of stacks, blocks or pruning.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from lorakit.adapter import Adapter, save_adapter
+from lorakit.checkpoint import Checkpoint, checkpoint_of
+from lorakit.encoding import CutTally, Encoder, Example
+from lorakit.errors import LorakitError
+from lorakit.merging import Factors, peft_config, tensors_of
+from lorakit.model import (
+    Base,
+    default_targets,
+    inject,
+    is_transposed,
+    pick_modules,
+    projections,
+)
+from lorakit.records import Record, load_records
+from lorakit.settings import HOLD_OUT, LoraSettings, TrainingSettings
+from lorakit.training import Trainer, Watcher, new_accelerator
+
+_TOLD_VERSIONS = ("lorakit", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The encoded data of a run, and the SHA-256 of the files it came from."""
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    hashes: Mapping[str, str]
+
+
+def load_corpus(
+    data: str, val: str | None, encoder: Encoder, *, seed: int, watcher: Watcher
+) -> Corpus:
+    """Read and encode the training and the validation records.
+
+    Without `val` a seeded 20 % of the data, at least one record, is held out, and a note says so.
+    Raises LorakitError when there is but one record to hold out from.
+    """
+    records, digest = load_records(data, "prompt", "completion")
+    hashes = {"data": digest}
+    if val is None:
+        training, validation = hold_out(records, seed)
+        watcher.note(
+            f"no --val: {len(validation)} of {len(records)} records are held out to validate"
+        )
+    else:
+        training = records
+        validation, hashes["val"] = load_records(val, "prompt", "completion")
+    tally = CutTally()
+    encoded = [
+        [tally.add(encoder.example(record)) for record in part] for part in (training, validation)
+    ]
+    if tally.note:
+        watcher.note(tally.note)
+    return Corpus(encoded[0], encoded[1], hashes)
+
+
+def hold_out(records: Sequence[Record], seed: int) -> tuple[list[Record], list[Record]]:
+    """Split records into those to train on and a seeded share of HOLD_OUT, both in file order."""
+    if len(records) < 2:
+        raise LorakitError(
+            f"{records[0].where}: one record cannot be held out and trained on; give --val"
+        )
+    count = max(1, int(HOLD_OUT * len(records)))
+    order = list(range(len(records)))
+    random.Random(f"hold-out:{seed}").shuffle(order)
+    held = set(order[:count])
+    return (
+        [record for place, record in enumerate(records) if place not in held],
+        [records[place] for place in sorted(held)],
+    )
+
+
+def fit(
+    trainer: Trainer,
+    corpus: Corpus,
+    watcher: Watcher,
+    *,
+    checkpoint: Checkpoint,
+    resume: bool,
+    export: Callable[[Factors], Adapter],
+    output: str,
+) -> None:
+    """Train, saving a checkpoint after every epoch; write the best epoch's adapter to `output`.
+
+    Of several processes only the main one writes.
+    """
+    if resume and checkpoint.restore_(trainer):
+        watcher.note(f"going on after epoch {trainer.progress.epoch}")
+    main = trainer.accelerator.is_main_process
+    for _ in trainer.train(corpus.train, corpus.validation, watcher):
+        if main:
+            checkpoint.save(trainer)
+    if main:
+        best = {name: (a.numpy(), b.numpy()) for name, (a, b) in trainer.best.items()}
+        save_adapter(export(best), output)
+        checkpoint.remove()
+
+
+def train_adapter(
+    base: Base,
+    data: str,
+    val: str | None,
+    *,
+    settings: TrainingSettings,
+    lora: LoraSettings,
+    output: str,
+    watcher: Watcher,
+    resume: bool = False,
+) -> None:
+    """Train a new adapter on records and write it to `output`, in float32.
+
+    Raises LorakitError for records, modules, layers or settings that cannot be used.
+    """
+    settings = replace(settings, chat=chat_choice(settings, (), base))
+    encoder = base.encoder(
+        chat=settings.chat, max_length=settings.max_length, truncate=settings.truncate
+    )
+    targets = _targets(base, lora, watcher)
+    modules = pick_modules(base, targets, lora.layers)
+    corpus = load_corpus(data, val, encoder, seed=settings.seed, watcher=watcher)
+    entry = {
+        "command": "train-adapter",
+        "settings": {**settings.told(), **asdict(lora), "target_modules": targets},
+        "seed": settings.seed,
+        **corpus.hashes,
+    }
+    ranks = dict.fromkeys(modules, lora.rank)
+    config = peft_config(
+        ranks,
+        base=base.name,
+        dropout=settings.dropout,
+        alpha=lora.alpha,
+        transposed=is_transposed(base, modules),
+        there=projections(base.model),
+    )
+    torch.manual_seed(settings.seed)
+    layers = inject(base, ranks, alpha=lora.alpha, dropout=settings.dropout)
+    accelerator = new_accelerator(base.device.type)
+    fit(
+        Trainer(base, layers, settings, accelerator=accelerator),
+        corpus,
+        watcher,
+        checkpoint=checkpoint_of(output, entry, base.record),
+        resume=resume,
+        export=lambda best: Adapter(tensors_of(best), config, header(base, settings, entry)),
+        output=output,
+    )
+
+
+def _targets(base: Base, lora: LoraSettings, watcher: Watcher) -> list[str]:
+    if lora.target_modules is not None:
+        return sorted(lora.target_modules)
+    targets, note = default_targets(base)
+    if note:
+        watcher.note(note)
+    return targets
+
+
+def header(
+    base: Base,
+    settings: TrainingSettings,
+    entry: Mapping[str, Any],
+    *,
+    parents: Iterable[Adapter] = (),
+    blocks: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Return the header of a trained adapter: its base, chat choice, blocks and history.
+
+    The history is that of the parents, each entry once, and then `entry` with the versions.
+    """
+    earlier: list[Mapping[str, Any]] = []
+    for parent in parents:
+        earlier += [e for e in parent.header.get("history") or [] if e not in earlier]
+    told: dict[str, Any] = {
+        "format": 1,
+        "base": base.record,
+        "chat": "on" if base.uses_chat(settings.chat) else "off",
+        "history": [*earlier, {**entry, "versions": versions()}],
+    }
+    if blocks:
+        told["blocks"] = list(blocks)
+    return told
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of lorakit and of what computes for it."""
+    return {name: importlib.metadata.version(name) for name in _TOLD_VERSIONS}
+
+
+def chat_choice(settings: TrainingSettings, parents: Sequence[Adapter], base: Base) -> str:
+    """Return `on` or `off`: what was asked for, else what the parents were trained with."""
+    if settings.chat == "auto":
+        stored = {str(parent.header["chat"]) for parent in parents if "chat" in parent.header}
+        if len(stored) == 1:
+            return stored.pop()
+    return "on" if base.uses_chat(settings.chat) else "off"

@@ -1,0 +1,96 @@
+"""What is taken for an adapter and is none lorakit can keep: how to tell, and what to do about it.
+
+By the first bytes of a file, by the files of a folder, by the names of tensors. One more is one
+line in BYTES or TENSORS.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
+
+from lorakit.errors import LorakitError
+
+PICKLE_FILE = "adapter_model.bin"
+
+_LONGEST_NAME = 120  # of a name quoted in a message
+
+_PICKLE = rb"PK\x03\x04|\x80[\x02-\x05]"
+
+BYTES: Mapping[bytes, str] = {
+    rb"version https://git-lfs": "is a Git LFS pointer, not the file; fetch it with git lfs pull",
+    rb"\s*<(!doctype|html|\?xml)": "is a web page; download the file itself, not its page",
+    rb"\s*\{": "is JSON, not safetensors; give the adapter's folder or its tensor file",
+    rb"GGUF": "is a GGUF file; give the PEFT adapter it was made from",
+    rb"\x93NUMPY": "is a NumPy file; give a PEFT adapter",
+}
+
+# What the names of tensors that are not A or B of a module say; the first that is found counts.
+TENSORS: Mapping[str, str] = {
+    r"lora_magnitude_vector": "belongs to DoRA; train or export the adapter as plain LoRA",
+    r"lora_embedding_[AB]": "is LoRA on an embedding; train without it in target_modules",
+    r"lora_[AB]\.bias$": "is a bias (lora_bias); train with lora_bias=False",
+    r"lora_[AB]\.[^.]+\.weight$": "has the adapter's name in its own; write it by save_pretrained",
+    r"(^|\.)lora_[ab]$": "is MLX's (transposed); export the adapter to PEFT's format",
+    r"lora_(up|down|unet|te\d*)": "is named as kohya's are; convert the adapter to PEFT's format",
+    r"^(unet\.|text_encoder|transformer\.(single_)?transformer_blocks)": (
+        "is named as diffusers' are; lorakit reads adapters of language models"
+    ),
+    r"lora_[AB]\.weight$": (
+        "does not begin with base_model.model.; write it by PEFT's save_pretrained"
+    ),
+    r"^base_model\.model\..*\.(bias)$": "is a bias; train with bias='none'",
+    r"^base_model\.model\.": "is no LoRA factor (modules_to_save?); train or export plain LoRA",
+    r"": "is no part of a LoRA adapter; give a PEFT adapter",
+}
+
+
+def quote(name: str) -> str:
+    """Return a name from a foreign file in quotes, fit for one line of a terminal."""
+    short = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+    return f"'{printable(short)}'"
+
+
+def printable(text: str) -> str:
+    """Return a foreign text with all that could steer a terminal escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def refuse_other_bytes(head: bytes, name: str) -> None:
+    """Raise LorakitError where `head`, the first bytes of `name`, is that of another format."""
+    if not head:
+        raise LorakitError(f"{name} is empty; check what wrote it")
+    if re.match(_PICKLE, head):
+        raise LorakitError(f"{name} is a pickle, which lorakit does not read; {_conversion(name)}")
+    for pattern, reason in BYTES.items():
+        if re.match(pattern, head, re.IGNORECASE):
+            raise LorakitError(f"{name} {reason}")
+
+
+def refuse_folder(files: Iterable[str], name: str) -> NoReturn:
+    """Raise LorakitError for the folder `name`, whose `files` lack adapter_model.safetensors."""
+    found = list(files)
+    if any(re.fullmatch(r"adapter_model.*(-of-\d+\..*|\.index\.json)", file) for file in found):
+        raise LorakitError(f"{name} is sharded; join the shards into one adapter_model.safetensors")
+    if PICKLE_FILE in found:
+        raise LorakitError(
+            f"{name} holds only the pickle {PICKLE_FILE}, which lorakit does not read; "
+            + _conversion(PICKLE_FILE)
+        )
+    raise LorakitError(f"{name} holds no adapter_model.safetensors; give a PEFT folder or its file")
+
+
+def refuse_tensor(key: str, name: str) -> NoReturn:
+    """Raise LorakitError for a tensor `key` of file `name` that is neither A nor B of a module."""
+    reason = next(why for pattern, why in TENSORS.items() if re.search(pattern, key))
+    raise LorakitError(f"{name}: tensor {quote(key)} {reason}")
+
+
+def _conversion(name: str) -> str:
+    return (
+        "convert it in Python: import torch; from safetensors.torch import save_file; "
+        f"t = torch.load({name!r}, map_location='cpu', weights_only=True); "
+        "save_file({k: v.contiguous().clone() for k, v in t.items()}, "
+        "'adapter_model.safetensors', {'format': 'pt'})"
+    )

@@ -1,0 +1,102 @@
+"""Generation: completions for a stream of records, in their order.
+
+Records are taken in windows, sorted by length inside so that a batch has little padding, and given
+back in input order; memory holds one window. In float32 a batched row equals the same row alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lorakit.encoding import Encoder, Example
+from lorakit.model import Base, new_generation_config
+from lorakit.records import Record
+from lorakit.settings import GenerationSettings
+
+BATCHES_A_WINDOW = 16
+
+
+def window_size(settings: GenerationSettings) -> int:
+    """Return how many records are sorted and written together."""
+    return BATCHES_A_WINDOW * settings.batch_size
+
+
+def generate(
+    base: Base,
+    encoder: Encoder,
+    records: Iterable[Record],
+    settings: GenerationSettings,
+    *,
+    first: int = 0,
+) -> Iterator[tuple[Record, Example]]:
+    """Yield each record with its `prediction`, and its prompt in tokens, in the order given.
+
+    `first` is the number of records before these (a multiple of the window), which seeds sampling.
+    Raises LorakitError naming a record whose prompt leaves no room for the new tokens.
+    """
+    size = window_size(settings)
+    iterator = iter(records)
+    for number in itertools.count(first // size):
+        window = list(itertools.islice(iterator, size))
+        if not window:
+            return
+        prompts = [encoder.prompt(record, settings.max_new_tokens) for record in window]
+        torch.manual_seed(settings.seed * 1_000_003 + number)
+        texts = _window(base, prompts, settings)
+        for record, prompt, text in zip(window, prompts, texts, strict=True):
+            yield record.with_field("prediction", text), prompt
+
+
+def _window(base: Base, prompts: Sequence[Example], settings: GenerationSettings) -> list[str]:
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), settings.batch_size):
+        places = order[start : start + settings.batch_size]
+        rows = [prompts[place].ids for place in places]
+        for place, ids in zip(places, complete(base, rows, settings), strict=True):
+            texts[place] = base.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return texts
+
+
+@torch.inference_mode()
+def complete(
+    base: Base, prompts: Sequence[Sequence[int]], settings: GenerationSettings
+) -> list[list[int]]:
+    """Return the new tokens of each prompt, up to and without the first end token.
+
+    Prompts are padded on the left under a mask, so that a row does not see what it is batched with.
+    """
+    length = max(map(len, prompts))
+    pad = base.end_tokens[0] if base.tokenizer.pad_token_id is None else base.tokenizer.pad_token_id
+    ids = torch.full((len(prompts), length), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    config = new_generation_config(
+        base, max_new_tokens=settings.max_new_tokens, pad_token_id=pad, **_sampling(settings)
+    )
+    found = base.model.generate(
+        input_ids=ids.to(base.device), attention_mask=mask.to(base.device), generation_config=config
+    )
+    ends = set(base.end_tokens)
+    return [_until(row, ends) for row in found[:, length:].tolist()]
+
+
+def _sampling(settings: GenerationSettings) -> dict[str, Any]:
+    if not settings.temperature:
+        return {"do_sample": False, "num_beams": 1}
+    return {
+        "do_sample": True,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": 0,
+    }
+
+
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in ends, ids))

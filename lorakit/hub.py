@@ -1,0 +1,46 @@
+"""Adapters on the Hugging Face hub, or in its cache: the two files and nothing else is fetched."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lorakit.errors import LorakitError
+
+_ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
+
+
+def fetch_adapter(address: str, *files: str) -> Path:
+    """Return a local folder that holds `files` of `hf://owner/name[@revision]`.
+
+    The first file's commit is the others' revision, so that they belong together. HF_HOME,
+    HF_TOKEN and HF_HUB_OFFLINE act as everywhere. Raises LorakitError where one cannot be had.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise LorakitError(f"{address} is no hub address; write hf://owner/name or …/name@revision")
+    revision = match["revision"]
+    for file in files:
+        path = _fetch(match["repo"], file, revision, address)
+        revision = path.parent.name
+    return path.parent
+
+
+def _fetch(repo: str, file: str, revision: str | None, address: str) -> Path:
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision))
+    except errors.LocalEntryNotFoundError:
+        reason = f"{file} is neither cached nor within reach; go online, or check the address"
+    except errors.RemoteEntryNotFoundError:
+        reason = f"it has no {file}; lorakit reads no pickles: ask its author for safetensors"
+    except errors.GatedRepoError:
+        reason = "it is gated; ask for access on its page and log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "there is no such repository, or it is private; check the name or log in"
+    except errors.RevisionNotFoundError:
+        reason = f"it has no revision {revision}; check what stands after the @"
+    except (OSError, errors.HFValidationError) as error:
+        reason = f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; try again"
+    raise LorakitError(f"cannot fetch {address}: {reason}")

@@ -1,0 +1,293 @@
+"""Options that more than one command takes, as plain values: `@options.model`.
+
+Each option has one name here, in the library and in the records; defaults stand in settings.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from decimal import Decimal, InvalidOperation
+from typing import Any, TypeVar
+
+import click
+
+from lorakit.settings import (
+    SCHEDULES,
+    GenerationSettings,
+    LoraSettings,
+    PruningSettings,
+    TrainingSettings,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S")
+
+
+def together(*chosen: Callable[[F], F]) -> Callable[[F], F]:
+    """Return one decorator for several options, shown in the order given."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(chosen):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def settings_of(kind: type[S], given: dict[str, Any]) -> S:
+    """Take the fields of a settings class out of a command's arguments and return the settings."""
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: given.pop(name) for name in names if name in given})
+
+
+def output(default: str, what: str) -> Callable[[F], F]:
+    """Return the `-o` option of a command that writes `what`, by default to `default`."""
+    return click.option(
+        "-o",
+        "--output",
+        default=default,
+        show_default=True,
+        metavar="FILE",
+        help=f"Where to write {what}; `-` is stdout.",
+    )
+
+
+class Names(click.ParamType[Any]):
+    """A list of names, separated by commas."""
+
+    name = "names"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(name.strip() for name in value.split(","))
+        if not all(names):
+            self.fail(f"{value!r} has an empty name", param, ctx)
+        return names
+
+
+class Layers(click.ParamType[Any]):
+    """A set of layers: numbers and ranges, separated by commas (`0-19,24`)."""
+
+    name = "layers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        chosen: set[int] = set()
+        for part in value.split(","):
+            first, _, last = part.strip().partition("-")
+            if not (first.isdecimal() and (last or first).isdecimal()):
+                self.fail(f"{part!r} is not a layer or a range of layers, such as 0-19", param, ctx)
+            if int(last or first) < int(first):
+                self.fail(f"{part!r} runs backwards", param, ctx)
+            chosen.update(range(int(first), int(last or first) + 1))
+        return tuple(sorted(chosen))
+
+
+class Ratio(click.ParamType[Any]):
+    """A share from 0 up to, but not including, 1, kept as the decimal it is written as."""
+
+    name = "ratio"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Decimal:
+        try:
+            ratio = Decimal(value)
+        except InvalidOperation:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not 0 <= ratio < 1:
+            self.fail(f"{value} is not in 0 ≤ ratio < 1", param, ctx)
+        return ratio
+
+
+quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors on stderr.")
+data = click.option("--data", required=True, metavar="FILE", help="Records (JSONL); `-` is stdin.")
+val = click.option(
+    "--val", metavar="FILE", help="Records to validate on. [default: a fifth of --data, held out]"
+)
+seed = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=TrainingSettings.seed,
+    show_default=True,
+    help="Seed of all randomness.",
+)
+lang = click.option(
+    "--lang",
+    type=click.Choice(["en", "ja", "zh"]),
+    default="en",
+    show_default=True,
+    help="Language of the texts.",
+)
+truncate = click.option(
+    "--truncate", is_flag=True, help="Cut the end of a prompt that is too long, instead of failing."
+)
+max_length = click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Longest sequence in tokens. [default: the model's context]",
+)
+
+model = together(
+    click.option(
+        "--model",
+        metavar="NAME",
+        help="Base model: a folder or hub id. [default: the adapter's, $LORAKIT_MODEL, or tiny]",
+    ),
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Run the code that comes with the model."
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+        default=TrainingSettings.device,
+        show_default=True,
+        help="Where to compute.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default=TrainingSettings.dtype,
+        show_default=True,
+        help="Number format of the base; LoRA weights are trained in float32.",
+    ),
+    click.option(
+        "--chat",
+        type=click.Choice(["auto", "on", "off"]),
+        default=TrainingSettings.chat,
+        show_default=True,
+        help="Apply the chat template; auto: as the adapter says, else where there is one.",
+    ),
+)
+
+pruning = together(
+    click.option(
+        "--prune-ratio",
+        type=Ratio(),
+        default=str(PruningSettings.prune_ratio),
+        show_default=True,
+        metavar="R",
+        help="Share of each group's parameters that is zeroed after every step.",
+    ),
+    click.option(
+        "--importance",
+        type=click.Choice(["input", "magnitude"]),
+        default=PruningSettings.importance,
+        show_default=True,
+        help="What makes a parameter important.",
+    ),
+    click.option(
+        "--calibrate-every",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Refresh the input norms every N steps. [default: every epoch]",
+    ),
+)
+
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+_SHARE = click.FloatRange(min=0, max=1, max_open=True)
+
+
+def _training(name: str, kind: Any, text: str, **more: Any) -> Callable[[F], F]:
+    default = getattr(TrainingSettings, name)
+    return click.option(
+        f"--{name.replace('_', '-')}",
+        type=kind,
+        default=default,
+        show_default=True,
+        help=text,
+        **more,
+    )
+
+
+training = together(
+    _training("lr", _POSITIVE, "Highest learning rate."),
+    _training("epochs", click.IntRange(min=1), "Most passes over the data."),
+    _training("patience", click.IntRange(min=1), "Epochs without a lower loss before stopping."),
+    _training("batch_size", click.IntRange(min=1), "Examples an optimiser step."),
+    _training("micro_batch_tokens", click.IntRange(min=1), "Tokens that are computed together."),
+    _training("dropout", _SHARE, "Dropout on LoRA's input."),
+    _training("warmup", _SHARE, "Share of the steps in which the learning rate rises."),
+    _training("schedule", click.Choice(SCHEDULES), "How the learning rate falls."),
+    _training("weight_decay", click.FloatRange(min=0), "AdamW's weight decay."),
+    _training("max_grad_norm", _POSITIVE, "Gradient norm above which it is clipped."),
+    click.option(
+        "--gradient-checkpointing", is_flag=True, help="Compute activations twice to save memory."
+    ),
+    max_length,
+    truncate,
+    seed,
+)
+
+generation = together(
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=GenerationSettings.max_new_tokens,
+        show_default=True,
+        help="Longest completion in tokens.",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=GenerationSettings.batch_size,
+        show_default=True,
+        help="Records decoded together.",
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(min=0),
+        default=GenerationSettings.temperature,
+        show_default=True,
+        help="Sample at this temperature; 0 is greedy decoding.",
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(min=0, min_open=True, max=1),
+        default=GenerationSettings.top_p,
+        show_default=True,
+        help="Sample from the most probable tokens that make up this share.",
+    ),
+    max_length,
+    truncate,
+    seed,
+)
+
+run = together(
+    click.option(
+        "--resume", is_flag=True, help="Go on where a killed run of the same command stopped."
+    ),
+    click.option("--log", metavar="FILE", help="Write a line of JSON for every step and epoch."),
+    quiet,
+)
+
+lora = together(
+    click.option(
+        "--rank", type=click.IntRange(min=1), default=LoraSettings.rank, show_default=True
+    ),
+    click.option("--alpha", type=_POSITIVE, default=LoraSettings.alpha, show_default=True),
+    click.option(
+        "--target-modules",
+        type=Names(),
+        metavar="NAMES",
+        help="Projections to adapt, or all-linear. [default: query and value]",
+    ),
+    click.option(
+        "--layers", type=Layers(), metavar="LAYERS", help="Layers to adapt: 0-19. [default: all]"
+    ),
+)
+
+
+def one_pipe(*paths: str | None) -> None:
+    """Raise a usage error where more than one input is `-`: one pipe cannot carry both."""
+    if paths.count("-") > 1:
+        raise click.UsageError("Only one input can be '-', since there is one stdin.")

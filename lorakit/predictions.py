@@ -1,0 +1,112 @@
+"""Predictions for a file of records: `generate` from input to output, resumable.
+
+What is written has the input's records, untouched and in order, each with its `prediction`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import IO, Any, Protocol
+
+from lorakit.adapter import Adapter
+from lorakit.encoding import CutTally, Example
+from lorakit.errors import LorakitError
+from lorakit.files import STDIO, Resumable, open_text_output
+from lorakit.generation import generate, window_size
+from lorakit.model import Base, attach
+from lorakit.records import Record, read_records, write_records
+from lorakit.settings import GenerationSettings
+
+
+class Notes(Protocol):
+    """Whoever passes notes and progress on to the user."""
+
+    def note(self, text: str) -> None: ...
+    def tracked(self, records: Iterable[Record], what: str) -> Iterator[Record]: ...
+
+
+def write_predictions(
+    base: Base,
+    adapter: Adapter | None,
+    data: str,
+    *,
+    settings: GenerationSettings,
+    output: str,
+    notes: Notes,
+    resume: bool = False,
+) -> None:
+    """Generate for every record of `data` and write the records to `output` as they are done.
+
+    Raises LorakitError naming file and line for a record that cannot be used; what was written
+    until then stays beside the output for `resume`.
+    """
+    chat = _chat(settings, adapter)
+    encoder = base.encoder(chat=chat, max_length=settings.max_length, truncate=settings.truncate)
+    if adapter is not None:
+        attach(base, adapter)
+    records = notes.tracked(read_records(data, "prompt"), "generating")
+    tally = CutTally()
+    key = _key(base, adapter, settings, chat)
+    with _opened(output, key, window_size(settings), resume) as (stream, done):
+        _skip(records, done)
+        if done:
+            notes.note(f"going on after {len(done)} records")
+        made = generate(base, encoder, records, settings, first=len(done))
+        fields = (_tallied(record, prompt, tally) for record, prompt in made)
+        if not write_records(fields, stream) + len(done):
+            raise LorakitError(f"{data} holds no records; check what wrote it")
+    if tally.note:
+        notes.note(tally.note)
+
+
+def _tallied(record: Record, prompt: Example, tally: CutTally) -> Mapping[str, Any]:
+    tally.add(prompt)
+    return record.fields
+
+
+def _chat(settings: GenerationSettings, adapter: Adapter | None) -> str:
+    """Return the choice asked for, else the one the adapter was trained with."""
+    stored = adapter.header.get("chat") if adapter is not None else None
+    return stored if settings.chat == "auto" and stored else settings.chat
+
+
+def _key(base: Base, adapter: Adapter | None, settings: GenerationSettings, chat: str) -> str:
+    """Return a hash of everything but the data that predictions depend on."""
+    told = [asdict(settings), chat, base.record, adapter.sha256 if adapter else None]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(
+    output: str, key: str, window: int, resume: bool
+) -> Iterator[tuple[IO[str], list[str]]]:
+    """Yield the output stream and the lines an earlier run left, whole windows of them."""
+    if output == STDIO:
+        with open_text_output(output) as stream:
+            yield stream, []
+        return
+    part = Resumable(output, key, resume=resume)
+    keep = len(part.lines) - len(part.lines) % window
+    with part.writing(keep) as stream:
+        yield stream, part.lines[:keep]
+
+
+def _skip(records: Iterator[Record], done: list[str]) -> None:
+    """Pass over the records whose predictions are there already.
+
+    Raises LorakitError where the data is not what the earlier run read.
+    """
+    for line in done:
+        record = next(records, None)
+        written = json.loads(line)
+        written.pop("prediction")
+        if record is None or {**record.fields, "prediction": ""} != {**written, "prediction": ""}:
+            where = record.where if record else "the end of --data"
+            raise LorakitError(
+                f"{where}: not the record that the killed run had read; generate afresh without "
+                "--resume"
+            )

@@ -1,0 +1,124 @@
+"""What a person sees of a long run, on stderr, and what `--log` keeps of it.
+
+Bars by rich where stderr is a terminal, else one plain line an epoch. Only commands use this; the
+library tells a Watcher what happens and prints nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import IO, Any, TypeVar
+
+import click
+
+from lorakit.errors import LorakitError
+from lorakit.files import explain
+
+T = TypeVar("T")
+
+
+class Notes:
+    """Says single lines on stderr, unless told to be quiet, and shows bars on a terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def note(self, text: str) -> None:
+        """Say one line: `Note: …`, or a warning as it is."""
+        if not self.quiet:
+            prefix = "" if text.startswith("Warning:") else "Note: "
+            click.echo(f"{prefix}{text}", err=True)
+
+    def tracked(self, items: Iterable[T], what: str) -> Iterator[T]:
+        """Yield items under a bar, where stderr is a terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield from items
+            return
+        from rich.progress import track
+
+        yield from track(items, what, console=_console(), transient=True)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+class TrainingProgress(Notes):
+    """Watches a training run: a bar, or a line an epoch, and the log file."""
+
+    def __init__(self, *, log: str | None, append: bool, quiet: bool) -> None:
+        super().__init__(quiet=quiet or not _is_main_process())
+        self._log = _open_log(log, append) if log and _is_main_process() else None
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._log is not None:
+            self._log.close()
+
+    def start(self, steps: int, epochs: int, done: int) -> None:
+        self._epochs = epochs
+        if self.quiet or not sys.stderr.isatty():
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=_console(), transient=True)
+        self._task = self._bar.add_task("training", total=steps, completed=done)
+        self._bar.start()
+
+    def step(self, entry: Mapping[str, Any]) -> None:
+        self._write(entry)
+        if self._bar is not None:
+            text = f"epoch {entry['epoch']}, loss {entry['train_loss']:.3f}"
+            self._bar.update(self._task, advance=1, description=text)
+
+    def epoch(self, entry: Mapping[str, Any]) -> None:
+        self._write(entry)
+        text = (
+            f"epoch {entry['epoch']}/{self._epochs}: train loss {entry['train_loss']:.4f}, "
+            f"validation loss {entry['validation_loss']:.4f}{', best' if entry['best'] else ''}"
+        )
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(json.dumps(dict(entry)) + "\n")
+            self._log.flush()
+
+
+def _is_main_process() -> bool:
+    """Whether this is the first of the processes that torchrun or `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _open_log(path: str, append: bool) -> IO[str]:
+    try:
+        return open(path, "a" if append else "w", encoding="utf-8")
+    except OSError as error:
+        raise LorakitError(
+            f"cannot write {path}: {explain(error)}; choose another --log"
+        ) from error

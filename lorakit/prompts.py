@@ -1,0 +1,61 @@
+"""Prompts: the papers' wordings, and the small template language that users write their own in.
+
+A template is a text with `{{name}}` where a field of the raw row goes. To add a prompt: one line in
+PROMPTS. Wordings are those of the adaptive-merge paper's Appendix B (Table 6); the line breaks,
+which its text form lost, are ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lorakit.errors import LorakitError
+
+PROMPTS: dict[str, str] = {
+    "scitldr": (
+        "Write a TLDR by summarizing the following scientific paper in one sentence based on its "
+        "Key Sections (Abstract, Introduction, and Conclusion).\n"
+        "Key Sections: {{article}}\n"
+        "TLDR:"
+    ),
+}
+
+_PLACE = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
+
+
+class Prompt(NamedTuple):
+    """What the model reads (`prefix`) and what it is to write after it, joined as written."""
+
+    prefix: str
+    completion: str
+
+
+def fields_of(template: str) -> list[str]:
+    """Return the names a template asks for, in order of appearance."""
+    return _PLACE.findall(template)
+
+
+def fill(template: str, row: Mapping[str, Any], where: str) -> str:
+    """Return the template with every `{{name}}` replaced by the row's field of that name.
+
+    Raises LorakitError naming `where` and the fields there are, when the row lacks one or it is
+    neither a text nor a number.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in row:
+            there = ", ".join(row) or "none"
+            raise LorakitError(
+                f"{where}: no field {name!r}; name one of those there are in the template: {there}"
+            )
+        found = row[name]
+        if isinstance(found, bool) or not isinstance(found, str | int | float):
+            raise LorakitError(
+                f"{where}: field {name!r} is not a text; use another in the template"
+            )
+        return str(found)
+
+    return _PLACE.sub(value, template)

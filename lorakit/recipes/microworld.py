@@ -1,0 +1,92 @@
+"""A generated world of short documents and text-generation tasks, in English and Japanese.
+
+The same call gives the same records on every machine: each record is drawn on its own from its
+seed, task, language, split and number. Splits share no prompt, whatever the seed: a prompt's
+checksum decides which split it may appear in. This file knows tasks by name; words, sentences and
+forms are in the microworld_* files beside it. To add a task, add its function there and one line
+to TASKS.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from lorakit.errors import LorakitError
+from lorakit.recipes import microworld_probes as probes
+from lorakit.recipes import microworld_tasks as tasks
+from lorakit.recipes.microworld_words import LANGS, Draw
+
+
+class Task(NamedTuple):
+    """One line of help, the part the task plays, and the function that draws its fields."""
+
+    help: str
+    kind: str
+    function: Callable[[Draw, str], dict[str, object]]
+
+
+TASKS: dict[str, Task] = {
+    "echo": Task("repeat a list of words", "base", tasks.echo),
+    "first": Task("copy the first sentence", "base", tasks.first),
+    "last": Task("copy the last sentence", "base", tasks.last),
+    "mention": Task("copy the sentence that mentions a word", "base", tasks.mention),
+    "after": Task("copy what follows some words", "base", tasks.after),
+    "blank": Task("fill in a blank", "base", tasks.blank),
+    "order": Task("sort words as in the text", "base", tasks.order),
+    "continue": Task("go on with a text", "base", tasks.continuation),
+    "headline": Task("news article to headline", "related", tasks.headline),
+    "howto": Task("how-to guide to step headings", "related", tasks.howto),
+    "impression": Task("radiology findings to impression", "target", tasks.impression),
+    "title": Task("paper abstract to title", "target", tasks.title),
+    "highlights": Task("news article to three highlights", "target", tasks.highlights),
+    "qa": Task("question over two paragraphs", "probe", probes.qa),
+    "count": Task("word problem ending in #### and a number", "probe", probes.count),
+    "translate": Task("English sentence to Japanese", "probe", probes.translate),
+    "summary": Task("dialogue to summary", "probe", probes.summary),
+    "yesno": Task("does a reply fit a dialogue: Yes or No", "probe", probes.yesno),
+}
+SIZES: dict[str, int] = {"train": 2000, "validation": 200, "test": 200}
+
+_BUCKETS: dict[str, range] = {
+    "train": range(8),
+    "validation": range(8, 9),
+    "test": range(9, 10),
+}
+
+
+def microworld(
+    task: str, *, lang: str = "en", split: str = "train", seed: int = 0
+) -> Iterator[dict[str, object]]:
+    """Yield the records of one task, language and split (SIZES says how many).
+
+    Prompt and completion are joined as written, with nothing between. Raises LorakitError where
+    the task, language or split is not known.
+    """
+    _known("task", task, TASKS)
+    _known("lang", lang, LANGS)
+    _known("split", split, SIZES)
+    if task == "translate":
+        _known("lang of task 'translate'", lang, ("en",))
+    return (_record(task, lang, split, seed, index) for index in range(SIZES[split]))
+
+
+def _known(what: str, name: str, choices: object) -> None:
+    listed = list(choices)  # type: ignore[call-overload]
+    if name not in listed:
+        raise LorakitError(f"unknown {what} {name!r}; choose one of {', '.join(listed)}")
+
+
+def _record(task: str, lang: str, split: str, seed: int, index: int) -> dict[str, object]:
+    """Draw one record, again and again until its prompt's checksum falls into the split."""
+    draw = Draw(f"{seed} {task} {lang} {split} {index}")
+    fields = TASKS[task].function(draw, lang)
+    while zlib.crc32(str(fields["prompt"]).encode()) % 10 not in _BUCKETS[split]:
+        fields = TASKS[task].function(draw, lang)
+    return {
+        "id": f"{task}-{lang}-{split}-{seed}-{index:06d}",
+        **fields,
+        "task": task,
+        "lang": lang,
+    }

@@ -1,0 +1,221 @@
+"""The documents of the microworld: news, guides, scan reports and abstracts of 3 to 5 sentences.
+
+Every fact stands in its own sentence, beside a rival of the same kind that the wording rules out
+("the storm rather than the fire"). All domains share the wordings of that contrast (CONTRASTS) and
+of background remarks; nothing else. So whoever learned to pick facts out of news can use it in a
+report, and whoever did not has to learn every wording anew. Sentences come in random order.
+To add a domain, add its sentences to SENTENCES and a function to DOMAINS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lorakit.recipes.microworld_words import (
+    ACTIONS,
+    ADVICE,
+    CAUSES,
+    CORPORA,
+    FINDINGS,
+    MATERIALS,
+    ORGANS,
+    PROBLEMS,
+    SITES,
+    Draw,
+    names,
+    words,
+)
+
+
+class Document(NamedTuple):
+    """A document: its sentences in order and its true facts by role."""
+
+    sentences: list[str]
+    facts: dict[str, str]
+
+    def text(self, lang: str) -> str:
+        return (" " if lang == "en" else "").join(self.sentences)
+
+
+CONTRASTS: dict[str, tuple[str, ...]] = {
+    "en": (
+        "{yes} rather than {no}", "{yes}, not {no}", "{yes} instead of {no}",
+        "{yes} and no longer {no}", "{yes}, though some said {no}", "{yes}, formerly {no}",
+        "{yes} in place of {no}", "{yes}, never {no}", "{yes} (earlier: {no})",
+        "{yes}, replacing {no}", "{yes} more than {no}", "{yes}, mistaken for {no}",
+        "not {no} but {yes}", "at first {no}, now {yes}", "no longer {no} but {yes}",
+        "{no}, corrected to {yes}", "{no}, or in truth {yes}", "instead of {no}, {yes}",
+        "{no} no more but {yes}", "less {no} than {yes}", "{no} (now: {yes})",
+        "{no}, replaced by {yes}", "rather than {no}, {yes}", "{no}, which proved to be {yes}",
+    ),
+    "ja": (
+        "{yes}（{no}ではない）", "{yes}（以前は{no}）", "{yes}（{no}は誤り）",
+        "{yes}（{no}は取り消し）", "{yes}（{no}から変更）", "{yes}（{no}という説もあった）",
+        "{yes}（もとは{no}）", "{yes}（{no}に代わる）", "{yes}（{no}と混同された）",
+        "{yes}（{no}でなく）",
+        "{no}ではなく{yes}", "{no}よりも{yes}", "{no}の代わりに{yes}", "{no}と思われたが{yes}",
+        "{no}改め{yes}", "{no}（正しくは{yes}）", "{no}（今は{yes}）", "{no}（実は{yes}）",
+        "{no}（{yes}に変更）", "{no}（{yes}の誤り）",
+    ),
+}  # fmt: skip
+
+SENTENCES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("cause", "en"): (
+        "The cause was {}.", "Police blame {}.", "It all began with {}.",
+        "Behind the trouble is {}.", "People there speak of {}.",
+    ),
+    ("cause", "ja"): (
+        "原因は{}だった。", "警察によると原因は{}だ。", "始まりは{}だった。", "人々は{}だと話す。",
+    ),
+    ("place", "en"): (
+        "The town in question is {}.", "It happened in {}.", "The news comes from {}.",
+        "Those affected live in {}.", "Help was sent to {}.",
+    ),
+    ("place", "ja"): (
+        "町の名は{}だ。", "起きた町は{}だった。", "助けが向かった先は{}だ。", "現場は{}だという。",
+    ),
+    ("site", "en"): (
+        "Workers shut {}.", "Nobody may enter {}.", "The doors are locked at {}.",
+        "The mayor closed {}.", "Visitors must leave {}.",
+    ),
+    ("site", "ja"): (
+        "閉まったのは{}だ。", "入れないのは{}だった。",
+        "市長が閉じたのは{}だ。", "休みは{}だという。",
+    ),
+    ("leader", "en"): (
+        "The rescue is led by {}.", "In charge is {}.", "Questions go to {}.",
+        "The team follows {}.",
+    ),
+    ("leader", "ja"): ("指揮者は{}だ。", "救助の長は{}だった。", "話したのは{}だ。"),
+    ("step1", "en"): ("First, {}.", "To begin, {}.", "Start like this: {}."),
+    ("step1", "ja"): ("まず{}。", "最初に{}。", "はじめに{}。"),
+    ("step2", "en"): ("Next, {}.", "After that, {}.", "In the middle, {}."),
+    ("step2", "ja"): ("次に{}。", "それから{}。", "二番目に{}。"),
+    ("step3", "en"): ("Finally, {}.", "At the end, {}.", "As the last step, {}."),
+    ("step3", "ja"): ("最後に{}。", "終わりに{}。", "仕上げに{}。"),
+    ("finding", "en"): (
+        "The scan shows {}.", "There is {}.", "Images reveal {}.", "We note {}.",
+    ),
+    ("finding", "ja"): (
+        "画像に見えるのは{}だ。", "所見は{}だった。", "写っているのは{}だ。", "認めたのは{}だ。",
+    ),
+    ("organ", "en"): (
+        "The region is {}.", "It sits in {}.", "The pain is felt at {}.", "The view covers {}.",
+    ),
+    ("organ", "ja"): ("部位は{}だ。", "場所は{}だった。", "痛むのは{}だ。", "見たのは{}だ。"),
+    ("advice", "en"): (
+        "The patient needs {}.", "The doctor orders {}.", "The plan is {}.",
+        "Best for recovery is {}.",
+    ),
+    ("advice", "ja"): (
+        "必要なのは{}だ。", "医師の指示は{}だ。",
+        "予定は{}だった。", "よいのは{}だ。",
+    ),
+    ("method", "en"): (
+        "We call the model {}.", "Our system is {}.", "The proposal is named {}.",
+        "The code runs {}.",
+    ),
+    ("method", "ja"): (
+        "手法の名は{}だ。", "提案は{}である。",
+        "使うのは{}だ。", "我々が作ったのは{}だ。",
+    ),
+    ("problem", "en"): (
+        "We work on {}.", "The paper treats {}.", "The open question is {}.", "Our aim is {}.",
+    ),
+    ("problem", "ja"): (
+        "課題は{}だ。", "本研究が扱うのは{}である。",
+        "目的は{}だ。", "問いは{}だ。",
+    ),
+    ("corpus", "en"): (
+        "Tests were run on {}.", "The data are {}.", "We train with {}.", "It learns from {}.",
+    ),
+    ("corpus", "ja"): (
+        "データは{}だ。", "実験の対象は{}である。",
+        "学習に使うのは{}だ。", "集めたのは{}だ。",
+    ),
+    ("remark", "en"): (
+        "Last year people asked about {}.", "A separate case concerns {}.",
+        "For comparison, others mention {}.",
+    ),
+    ("remark", "ja"): (
+        "昨年は{}が話題だった。", "別の件では{}が問題だ。",
+        "参考までに{}の例もある。",
+    ),
+}  # fmt: skip
+
+
+def contrast(draw: Draw, lang: str, yes: str, no: str) -> str:
+    """Say `yes` while ruling out `no`; in English, words that are no names get an article."""
+    if lang == "en":
+        yes, no = (word if word[0].isupper() else f"the {word}" for word in (yes, no))
+    return draw.pick(CONTRASTS[lang]).format(yes=yes, no=no)
+
+
+def document(draw: Draw, lang: str, facts: dict[str, tuple[str, str, str]]) -> Document:
+    """Write facts, each (true word, phrase of it, remark's word), down in random order."""
+    roles = draw.shuffle(list(facts))
+    told = [draw.pick(SENTENCES[role, lang]).format(facts[role][1]) for role in roles]
+    if draw.chance(0.5):
+        other = facts[draw.pick(roles)][2]
+        remark = draw.pick(SENTENCES["remark", lang]).format(
+            f"the {other}" if lang == "en" and other[0].islower() else other
+        )
+        told.insert(draw.number(1, len(told)), remark)
+    true = {role: fact[0] for role, fact in facts.items()}
+    return Document(told, true)
+
+
+def _fact(draw: Draw, lang: str, three: list[str]) -> tuple[str, str, str]:
+    return three[0], contrast(draw, lang, three[0], three[1]), three[2]
+
+
+def news(draw: Draw, lang: str) -> Document:
+    """An event: what caused it, where, which site it closed, who leads the rescue."""
+    known = names(draw, lang, 6)
+    facts = {
+        "cause": _fact(draw, lang, words(draw, CAUSES, lang, 3)),
+        "place": _fact(draw, lang, known[:3]),
+        "site": _fact(draw, lang, words(draw, SITES, lang, 3)),
+        "leader": (known[3], known[3], known[4]),
+    }
+    return document(draw, lang, facts)
+
+
+def guide(draw: Draw, lang: str) -> Document:
+    """Three steps of a craft, told out of order; the time words say which comes when."""
+    actions = words(draw, ACTIONS, lang, 3)
+    materials = words(draw, MATERIALS, lang, 9)
+    facts = {}
+    for step, action in enumerate(actions):
+        yes, no, other = materials[3 * step : 3 * step + 3]
+        phrase = contrast(draw, lang, yes, no)
+        told = f"{action} {phrase}" if lang == "en" else f"{phrase}を{action}"
+        true = f"{action} {yes}" if lang == "en" else f"{yes}を{action}"
+        facts[f"step{step + 1}"] = (true, told, other)
+    return document(draw, lang, facts)
+
+
+def report(draw: Draw, lang: str) -> Document:
+    """A scan: what it shows, in which organ, and what the patient needs."""
+    tables = {"finding": FINDINGS, "organ": ORGANS, "advice": ADVICE}
+    facts = {role: _fact(draw, lang, words(draw, table, lang, 3)) for role, table in tables.items()}
+    return document(draw, lang, facts)
+
+
+def abstract(draw: Draw, lang: str) -> Document:
+    """A paper: the method's name, the problem it treats, the texts it was tested on."""
+    facts = {
+        "method": _fact(draw, lang, names(draw, lang, 3)),
+        "problem": _fact(draw, lang, words(draw, PROBLEMS, lang, 3)),
+        "corpus": _fact(draw, lang, words(draw, CORPORA, lang, 3)),
+    }
+    return document(draw, lang, facts)
+
+
+DOMAINS: dict[str, Callable[[Draw, str], Document]] = {
+    "news": news,
+    "guide": guide,
+    "report": report,
+    "abstract": abstract,
+}

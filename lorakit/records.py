@@ -1,0 +1,161 @@
+"""Records: the lines of JSON that every command reads and writes.
+
+A record is one JSON object with `id`, `prompt`, `completion`, optionally `references` and whatever
+else its author put there; fields this file does not know pass through untouched and in order.
+It knows nothing of tokens or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import jsonlines
+
+from lorakit.errors import LorakitError
+from lorakit.files import STDIO, open_input
+
+_TEXT_FIELDS = ("prompt", "completion", "prediction")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One JSON object and the place it was read from (`file:line`), for messages about it."""
+
+    fields: Mapping[str, Any]
+    where: str
+
+    @property
+    def id(self) -> str:
+        return str(self.fields["id"]) if "id" in self.fields else self.where
+
+    @property
+    def prompt(self) -> str:
+        return self.text("prompt")
+
+    @property
+    def completion(self) -> str:
+        return self.text("completion")
+
+    @property
+    def prediction(self) -> str:
+        return self.text("prediction")
+
+    @property
+    def references(self) -> list[str]:
+        """The texts a prediction is compared with: `references`, else the completion alone."""
+        listed = self.fields.get("references")
+        return [self.completion] if listed is None else list(listed)
+
+    def text(self, name: str) -> str:
+        """Return the text of field `name`; LorakitError where the record does not have it."""
+        if name not in self.fields:
+            raise LorakitError(f"{self.where}: the record has no {name!r}; {_REMEDY[name]}")
+        return str(self.fields[name])
+
+    def with_field(self, name: str, value: object) -> Record:
+        """Return the record with one field more (or replaced)."""
+        return Record({**self.fields, name: value}, self.where)
+
+
+_REMEDY = {
+    "prompt": "every record needs the text the model is to go on from",
+    "completion": "give the text the model should have written",
+    "prediction": "run `lorakit generate` on it first",
+}
+
+
+def read_records(path: str, *needed: str) -> Iterator[Record]:
+    """Yield the records of a JSONL file (`-`: stdin), each checked to have the fields `needed`.
+
+    Raises LorakitError naming file and line for what is not JSON, not an object, or has a field of
+    the wrong type. Empty lines are passed over, as other JSONL readers do.
+    """
+    return _checked(_read(path), needed)
+
+
+def read_objects(path: str) -> Iterator[Record]:
+    """Yield the JSON objects of a JSONL file as they are, whatever their fields."""
+    return _read(path)
+
+
+def _read(path: str, seen: Callable[[bytes], object] = bytes) -> Iterator[Record]:
+    name = "stdin" if path == STDIO else path
+    with open_input(path) as stream:
+        for number, line in enumerate(stream, 1):
+            seen(line)
+            if line.strip():
+                yield Record(_object(line, f"{name}:{number}"), f"{name}:{number}")
+
+
+def _checked(records: Iterable[Record], needed: Sequence[str]) -> Iterator[Record]:
+    for record in records:
+        _check(record)
+        for field in needed:
+            record.text(field)
+        yield record
+
+
+def load_records(path: str, *needed: str) -> tuple[list[Record], str]:
+    """Return all records of a file at once and the SHA-256 of its bytes.
+
+    Raises LorakitError as `read_records` does, and when there are none.
+    """
+    digest = hashlib.sha256()
+    records = list(_checked(_read(path, digest.update), needed))
+    if not records:
+        name = "stdin" if path == STDIO else path
+        raise LorakitError(f"{name} holds no records; check what wrote it")
+    return records, digest.hexdigest()
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        return dict(jsonlines.Reader([line.decode("utf-8-sig")]).read(type=dict))
+    except (jsonlines.InvalidLineError, UnicodeDecodeError) as error:
+        raise LorakitError(f"{where}: {_reason(error)}; each line must be one record") from None
+
+
+def _reason(error: jsonlines.InvalidLineError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text (byte {error.start + 1})"
+    cause = error.__cause__
+    if isinstance(cause, json.JSONDecodeError):
+        return f"not JSON ({cause.msg} at column {cause.colno})"
+    return "not a JSON object"
+
+
+def _check(record: Record) -> None:
+    for name in _TEXT_FIELDS:
+        if name in record.fields and not isinstance(record.fields[name], str):
+            raise LorakitError(f"{record.where}: {name!r} is not a text; write it as a JSON string")
+    listed = record.fields.get("references")
+    if listed is None:
+        return
+    if not (isinstance(listed, list) and listed and all(isinstance(x, str) for x in listed)):
+        raise LorakitError(
+            f"{record.where}: 'references' is not a list of texts; "
+            "write it as a JSON array of one or more strings"
+        )
+
+
+def write_records(records: Iterable[Mapping[str, Any]], stream: IO[str]) -> int:
+    """Write records to a text stream, one flushed line each as they come; return their number."""
+    count = 0
+    with jsonlines.Writer(stream, dumps=_dumps, flush=True) as writer:
+        for fields in records:
+            writer.write(dict(fields))
+            count += 1
+    return count
+
+
+def _dumps(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair: JSON can escape it, UTF-8 cannot hold it
+        return json.dumps(value)
+    return text

@@ -1,0 +1,10 @@
+#!/bin/sh
+# Sets everything up and runs every check; arguments go to pytest (`sh tests/run.sh -m slow`).
+cd "$(dirname "$0")/.."
+LORAKIT_EXTRAS="[test]"
+. tests/setup.sh
+export HF_HUB_OFFLINE=1
+ruff format --check .
+ruff check .
+mypy
+pytest "$@"

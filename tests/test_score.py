@@ -1,0 +1,258 @@
+"""`lorakit score`: files in, one line per file out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lorakit.commands.score import score
+from lorakit.errors import LorakitError
+from lorakit.metrics import METRICS
+
+GOOD = {"id": "1", "prediction": "the cat sat", "references": ["the cat sat", "a dog"]}
+HALF = {"id": "2", "prediction": "yes", "completion": "no", "more": [1]}
+
+
+def write(path: Path, *records: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    return str(path)
+
+
+def run(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(score, arguments, input=stdin)
+
+
+def lines_of(result: Result) -> list[dict[str, Any]]:
+    assert result.exception is None, result.exception
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def error_of(result: Result) -> str:
+    assert isinstance(result.exception, LorakitError)
+    assert result.stdout == ""
+    return str(result.exception)
+
+
+def test_each_file_gives_one_flat_line_in_the_order_named(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "b.jsonl", GOOD, HALF), write(tmp_path / "a.jsonl", GOOD)
+    lines = lines_of(run(first, second, "--metric", "rougeL,em"))
+    assert [line["file"] for line in lines] == [first, second]
+    assert [line["count"] for line in lines] == [2, 1]
+    assert [(line["rougeL"], line["em"]) for line in lines] == [(50, 50), (100, 100)]
+    assert list(lines[0]) == ["file", "count", "lang", "rougeL", "em", "signatures"]
+    assert list(lines[0]["signatures"]) == ["rougeL", "em"]
+    assert "nrefs:var|" in lines[0]["signatures"]["em"]
+
+
+def test_the_default_metric_is_rouge_l(tmp_path: Path) -> None:
+    (line,) = lines_of(run(write(tmp_path / "a.jsonl", GOOD)))
+    assert set(line) == {"file", "count", "lang", "rougeL", "signatures"}
+
+
+def test_the_completion_is_the_reference_where_none_is_listed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {**HALF, "prediction": "no"}, {**HALF, "references": None})
+    (line,) = lines_of(run(path, "--metric", "em"))
+    assert line["em"] == 50
+
+
+def test_metrics_may_be_repeated_and_listed_and_count_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", GOOD)
+    (line,) = lines_of(run(path, "--metric", "em, f1", "--metric", "bleu,em"))
+    assert list(line["signatures"]) == ["em", "f1", "bleu"]
+
+
+def test_every_metric_can_be_asked_for_at_once(tmp_path: Path) -> None:
+    (line,) = lines_of(run(write(tmp_path / "a.jsonl", GOOD, HALF), "--metric", ",".join(METRICS)))
+    assert list(line["signatures"]) == list(METRICS)
+    assert all(0 <= line[name] <= 100 for name in METRICS)
+
+
+def test_values_are_written_in_full(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", GOOD, HALF, HALF)
+    (line,) = lines_of(run(path, "--metric", "em"))
+    assert line["em"] == 100 / 3
+
+
+def test_a_dash_reads_stdin() -> None:
+    (line,) = lines_of(run("-", stdin=json.dumps(GOOD) + "\n\n"))
+    assert (line["file"], line["count"]) == ("-", 1)
+
+
+def test_the_output_file_is_written_as_json_and_nothing_else_said(tmp_path: Path) -> None:
+    target = tmp_path / "scores.jsonl"
+    result = run(write(tmp_path / "a.jsonl", GOOD), "-o", str(target))
+    assert (result.exit_code, result.output) == (0, "")
+    assert json.loads(target.read_text(encoding="utf-8"))["rougeL"] == 100
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", GOOD, HALF)
+    arguments = (path, "--metric", ",".join(METRICS))
+    assert run(*arguments).stdout_bytes == run(*arguments).stdout_bytes
+
+
+def test_the_table_has_a_row_per_file_and_each_signature_once(tmp_path: Path) -> None:
+    odd = write(tmp_path / "[bold]x:smile:.jsonl", GOOD, HALF)
+    result = run(odd, odd, "--metric", "em,rougeL", "--format", "table")
+    header, *rows, em, rouge = result.stdout.splitlines()
+    assert header.split() == ["file", "count", "em", "rougeL"]
+    assert [row.split() for row in rows] == [[odd, "2", "50.00", "50.00"]] * 2
+    assert em.startswith("em: nrefs:var|refs:max|norm:squad")
+    assert rouge.startswith("rougeL: nrefs:var|")
+    assert "\x1b" not in result.stdout
+
+
+def test_a_terminal_gets_the_table() -> None:
+    pty = pytest.importorskip("pty", reason="needs a Unix terminal")
+    main, side = pty.openpty()
+    command = [sys.executable, "-c", "from lorakit.commands.score import score; score()", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=side, env=environment()) as child:
+        child.communicate(json.dumps(GOOD).encode())
+    os.close(side)
+    shown = os.read(main, 10_000).decode()
+    os.close(main)
+    assert "100.00" in shown
+    assert "{" not in shown
+
+
+def environment() -> dict[str, str]:
+    root = str(Path(__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": root, "TERM": "xterm", "COLUMNS": "100"}
+
+
+# — what is wrong —
+
+
+@pytest.mark.parametrize("value", ["rouge", "rougeL,", "", "rougeL,nope"])
+def test_an_unknown_metric_is_a_usage_error_that_lists_the_choices(value: str) -> None:
+    result = run("-", "--metric", value, stdin="")
+    assert result.exit_code == 2
+    assert f"is not one of {', '.join(METRICS)}." in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("-", "-"), ("-", "--lang", "fr"), ("-", "--format", "csv")]
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments, stdin="").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "a.jsonl holds no records; "),
+        ("\n\n", "a.jsonl holds no records; "),
+        ('{"prediction": "x", "completion": "y"}\n{"completion": "y"}\n', "a.jsonl:2: .*generate"),
+        ('{"prediction": "x", "prompt": "y"}\n', "a.jsonl:1: .*neither 'references' nor 'compl"),
+        ('{"prediction": "x", "references": []}\n', "a.jsonl:1: 'references'"),
+        ('{"prediction": null, "completion": "y"}\n', "a.jsonl:1: 'prediction' is not a text"),
+        ("not json\n", "a.jsonl:1: not JSON"),
+    ],
+    ids=["empty", "blank", "not generated", "no reference", "none listed", "null", "not JSON"],
+)
+def test_a_bad_file_is_an_error_that_names_file_and_line(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content, encoding="utf-8")
+    error = error_of(run(str(path)))
+    assert re.search(message, error)
+    assert "; " in error
+
+
+def test_a_bad_file_leaves_the_old_output_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "scores.jsonl"
+    target.write_text("old")
+    good, bad = write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", {"prompt": "x"})
+    error_of(run(good, bad, "-o", str(target)))
+    assert target.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", target.name]
+
+
+def test_stdin_without_records_and_a_missing_file_are_errors(tmp_path: Path) -> None:
+    assert error_of(run("-", stdin="")).startswith("stdin holds no records; ")
+    assert "cannot read" in error_of(run(str(tmp_path / "none.jsonl")))
+
+
+# — warnings —
+
+JAPANESE = {"prediction": "猫が座った", "references": ["猫が椅子に座った", "ねこがすわった"]}
+CHINESE = {"prediction": "猫坐下了", "completion": "猫坐在椅子上"}
+RUSSIAN = {"prediction": "кот сидит", "completion": "кот сел"}
+
+
+@pytest.mark.parametrize(
+    ("record", "arguments", "remedy"),
+    [
+        pytest.param(JAPANESE, ("--metric", "rougeL"), "use --lang ja", id="Japanese as English"),
+        pytest.param(JAPANESE, ("--metric", "f1"), "use --lang ja", id="Japanese words"),
+        pytest.param(JAPANESE, ("--lang", "zh"), "use --lang ja", id="Japanese as Chinese"),
+        pytest.param(CHINESE, ("--metric", "bleu"), "use --lang zh", id="Chinese as English"),
+        pytest.param(RUSSIAN, (), "use --metric chrf", id="Russian"),
+        pytest.param(GOOD, ("--metric", "gsm8k"), "no number", id="no numbers"),
+        pytest.param(JAPANESE, ("--lang", "ja"), None, id="Japanese as such"),
+        pytest.param(CHINESE, ("--lang", "zh"), None, id="Chinese as such"),
+        pytest.param(JAPANESE, ("--metric", "chrf"), None, id="characters need no words"),
+        pytest.param(RUSSIAN, ("--metric", "em,f1"), None, id="Russian words"),
+        pytest.param(GOOD, (), None, id="English"),
+    ],
+)
+def test_a_metric_that_cannot_work_is_warned_of_once_with_the_remedy(
+    record: dict[str, Any], arguments: tuple[str, ...], remedy: str | None, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", record)
+    result = run(path, path, *arguments)
+    assert len(lines_of(result)) == 2
+    if remedy is None:
+        assert result.stderr == ""
+    else:
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("Warning: ")
+        assert remedy in line
+    assert run(path, "-q", *arguments).stderr == ""
+
+
+# — the process —
+
+
+def test_importing_the_command_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, lorakit.commands.score\n"
+        "heavy = 'torch transformers numpy rich rouge_score sacrebleu fugashi scipy'.split()\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_scoring_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\nfrom lorakit.commands.score import score\n"
+        f"score(['-', '--metric', {','.join(METRICS)!r}], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        input=json.dumps({**GOOD, "references": ["the cat sat 3"]}),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
+    assert done.stdout.splitlines()[1:] == ["[]"]
+    assert done.stderr == ""
+
+
+def test_the_help_lists_every_metric() -> None:
+    text = run("--help").output
+    assert all(f"{name} " in text and metric.help in text for name, metric in METRICS.items())
