@@ -159,7 +159,7 @@ def load_adapter(source: str) -> Adapter:
         return _load_folder(fetch_adapter(source, CONFIG_FILE, TENSOR_FILE), source)
     path = Path(source)
     if path.is_dir():
-        return _load_folder(path, source)
+        return _load_folder(path, source or ".")
     sibling = path.parent / CONFIG_FILE
     return _load(path, source, sibling if sibling.is_file() else None)
 

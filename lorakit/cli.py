@@ -15,6 +15,7 @@ from lorakit.commands.merge import merge
 from lorakit.commands.score import score
 from lorakit.commands.train_adapter import train_adapter
 from lorakit.errors import LorakitError
+from lorakit.files import explain
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
@@ -35,6 +36,7 @@ for _command in (build_dataset, train_adapter, merge, generate, score, inspect):
 
 def main() -> None:
     """Run the program and leave with its exit code; a LorakitError becomes one line on stderr."""
+    _open_closed_streams()
     try:
         code = lorakit.main(standalone_mode=False)
         sys.stdout.flush()
@@ -48,9 +50,35 @@ def main() -> None:
         _say("Aborted!")
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_PIPE_CLOSED
+    except OSError as error:  # of what names no file: stdout on a full disk, most likely
+        _say(f"Error: {error.filename or 'stdin or stdout'}: {explain(error)}; check where it goes")
+        code = 1
+    _flush_stdout()
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Put a file in place of each stream that was closed (`>&-`): stdout's refuses all data."""
+    for number, (name, mode, flags) in enumerate(_STREAMS):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, flags), number)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+
+
+_STREAMS = (
+    ("stdin", "r", os.O_RDONLY),
+    ("stdout", "w", os.O_RDONLY),
+    ("stderr", "w", os.O_WRONLY),
+)
+
+
+def _flush_stdout() -> None:
+    """Write out what is left; where that fails, drop it, so that Python exits quietly."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(line: str) -> None:

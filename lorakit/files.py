@@ -6,10 +6,10 @@ It knows nothing of what is in the files; records.py and adapter.py do.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -34,6 +34,29 @@ def open_input(path: str) -> BinaryIO:
         raise LorakitError(f"cannot read {path}: {explain(error)}; check the path") from error
 
 
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[BinaryIO]:
+    """Yield `path` opened as by open_input; an error while it is read is a LorakitError, too."""
+    try:
+        with open_input(path) as stream:
+            yield stream
+    except OSError as error:
+        name = "stdin" if path == STDIO else path
+        raise LorakitError(f"cannot read {name}: {explain(error)}; check the path") from error
+
+
+def is_stream(path: str) -> bool:
+    """Return whether `path` is `-`, a device or a named pipe: written as it is, never replaced."""
+    there = Path(path)
+    return path == STDIO or (there.exists() and not there.is_file() and not there.is_dir())
+
+
+def check_output(path: str) -> None:
+    """Raise LorakitError where no file could be written at `path`, before the work is done."""
+    if not is_stream(path):
+        _new_side_file(path).unlink()
+
+
 def refuse_terminal(what: str) -> None:
     """Raise LorakitError when stdout is a terminal, which binary data would garble."""
     if sys.stdout.isatty():
@@ -47,13 +70,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     The old file stays as it was until then and no half file ever bears the final name. A link is
     followed, so that what it points to is replaced; an existing file keeps its permissions.
     """
-    final = Path(os.path.realpath(path))
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
-    except OSError as error:
-        raise LorakitError(f"cannot write {path}: {explain(error)}; choose another -o") from error
-    os.close(handle)
-    side = Path(name)
+    side, final = _new_side_file(path), Path(os.path.realpath(path))
     try:
         os.chmod(side, _mode_of(final))
         yield side
@@ -61,9 +78,32 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(side, final)
         _sync(final.parent)
     except OSError as error:
-        raise LorakitError(f"cannot write {path}: {explain(error)}; choose another -o") from error
+        raise _cannot_write(path, error) from error
     finally:
         side.unlink(missing_ok=True)
+
+
+def _new_side_file(path: str | Path) -> Path:
+    import tempfile
+
+    final = Path(os.path.realpath(path))
+    try:
+        _refuse_directory(final)
+        handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    os.close(handle)
+    return Path(name)
+
+
+def _refuse_directory(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+
+def _cannot_write(path: str | Path, error: OSError) -> LorakitError:
+    name = "stdout" if path == STDIO else path
+    return LorakitError(f"cannot write {name}: {explain(error)}; choose another -o")
 
 
 def _mode_of(path: Path) -> int:
@@ -84,19 +124,27 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_text_output(path: str) -> Iterator[IO[str]]:
-    """Yield a UTF-8 text stream to `path`, put in place when the block ends; `-` is stdout."""
-    if path == STDIO:
-        stream = io.TextIOWrapper(
-            sys.stdout.buffer, encoding="utf-8", newline="\n", write_through=False
-        )
-        try:
+    """Yield a UTF-8 text stream to `path`, put in place when the block ends; `-` is stdout.
+
+    Devices and named pipes are written as they are. A closed pipe stays a BrokenPipeError.
+    """
+    if not is_stream(path):
+        with atomic_path(path) as side, open(side, "w", encoding="utf-8", newline="\n") as stream:
             yield stream
-            stream.flush()
-        finally:
-            stream.detach()
         return
-    with atomic_path(path) as side, open(side, "w", encoding="utf-8", newline="\n") as stream:
-        yield stream
+    try:
+        if path != STDIO:
+            with open(path, "w", encoding="utf-8", newline="\n") as stream:
+                yield stream
+            return
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors="strict", newline="\n")
+        yield sys.stdout
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 class Resumable:
@@ -113,12 +161,13 @@ class Resumable:
         if resume and self._side.exists():
             text = self._side.read_bytes()
             whole = text[: text.rfind(b"\n") + 1].decode()
-            self.lines = whole.splitlines(keepends=True)
+            self.lines = [f"{line}\n" for line in whole.split("\n")[:-1]]
 
     @contextlib.contextmanager
     def writing(self, keep: int) -> Iterator[IO[str]]:
         """Yield a stream that goes on after the first `keep` lines; a finished block renames it."""
         try:
+            _refuse_directory(self.final)
             with open(self._side, "w", encoding="utf-8", newline="\n") as stream:
                 stream.writelines(self.lines[:keep])
                 yield stream
@@ -127,6 +176,4 @@ class Resumable:
             os.replace(self._side, self.final)
             _sync(self.final.parent)
         except OSError as error:
-            raise LorakitError(
-                f"cannot write {self.final}: {explain(error)}; choose another -o"
-            ) from error
+            raise _cannot_write(self.final, error) from error

@@ -28,6 +28,7 @@ BYTES: Mapping[bytes, str] = {
 
 # What the names of tensors that are not A or B of a module say; the first that is found counts.
 TENSORS: Mapping[str, str] = {
+    r"\n": "holds a line break; rename it",
     r"lora_magnitude_vector": "belongs to DoRA; train or export the adapter as plain LoRA",
     r"lora_embedding_[AB]": "is LoRA on an embedding; train without it in target_modules",
     r"lora_[AB]\.bias$": "is a bias (lora_bias); train with lora_bias=False",
@@ -40,7 +41,10 @@ TENSORS: Mapping[str, str] = {
     r"lora_[AB]\.weight$": (
         "does not begin with base_model.model.; write it by PEFT's save_pretrained"
     ),
-    r"^base_model\.model\..*\.(bias)$": "is a bias; train with bias='none'",
+    r"^base_model\.model\..*\.bias$": "is a bias; train with bias='none'",
+    r"^base_model\.model\.(.*\.)?(base_layer|embed\w*|wte|wpe|lm_head)\.weight$": (
+        "is a copy of the base's own; save with save_embedding_layers=False"
+    ),
     r"^base_model\.model\.": "is no LoRA factor (modules_to_save?); train or export plain LoRA",
     r"": "is no part of a LoRA adapter; give a PEFT adapter",
 }

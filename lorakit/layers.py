@@ -26,5 +26,5 @@ def natural_key(module: str) -> tuple[int, int, list[tuple[int, str]]]:
     """Return a key that sorts modules by layer, then by name with its numbers in number order."""
     layer = layer_of(module)
     parts = _DIGITS.split(module)
-    words = [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+    words = [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
     return (layer is None, layer or 0, words)

@@ -7,6 +7,7 @@ computes is what PEFT computes from the adapter's folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -14,7 +15,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from lorakit.model_choice import TINY
 
 ADAPTER = "default"
 PeftLayer = Any  # peft.tuners.lora.LoraLayer, whose attributes torch types too widely
+_FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 _SHAPE_FIELDS = (
     "model_type",
     "vocab_size",
@@ -171,9 +173,8 @@ def default_targets(base: Base) -> tuple[list[str], str | None]:
     if {"q_proj", "v_proj"} <= there:
         return ["q_proj", "v_proj"], None
     kind = base.model.config.model_type
-    fused = [
-        n for n in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ()) if n in there
-    ]
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, _FUSED)
+    fused = [name for name in known if name in there]
     if not fused:
         raise LorakitError(
             f"no default target modules are known for {kind}; give --target-modules, "
@@ -320,3 +321,23 @@ def completion_logits(model: Any, batch: MicroBatch) -> torch.Tensor:
 def new_generation_config(base: Base, **settings: Any) -> Any:
     """Return a generation config of these settings alone, none of those the model came with."""
     return transformers.GenerationConfig(eos_token_id=list(base.end_tokens), **settings)
+
+
+@contextlib.contextmanager
+def activation_checkpointing(model: Any) -> Iterator[None]:
+    """Compute activations twice inside the block to hold fewer; no layer's dropout is switched on.
+
+    A layer checkpoints only while its own `training` flag is set; its parts keep theirs.
+    """
+    since_5_23 = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if since_5_23 else "gradient_checkpointing"
+    getattr(model, f"{name}_enable")({"use_reentrant": False})
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        getattr(model, f"{name}_disable")()

@@ -5,6 +5,7 @@ Each option has one name here, in the library and in the records; defaults stand
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from decimal import Decimal, InvalidOperation
@@ -22,6 +23,9 @@ from lorakit.settings import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S")
+
+
+_LAYER_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
 def together(*chosen: Callable[[F], F]) -> Callable[[F], F]:
@@ -81,12 +85,13 @@ class Layers(click.ParamType[Any]):
             return value
         chosen: set[int] = set()
         for part in value.split(","):
-            first, _, last = part.strip().partition("-")
-            if not (first.isdecimal() and (last or first).isdecimal()):
+            match = _LAYER_RANGE.fullmatch(part.strip())
+            if match is None:
                 self.fail(f"{part!r} is not a layer or a range of layers, such as 0-19", param, ctx)
-            if int(last or first) < int(first):
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
                 self.fail(f"{part!r} runs backwards", param, ctx)
-            chosen.update(range(int(first), int(last or first) + 1))
+            chosen.update(range(first, last + 1))
         return tuple(sorted(chosen))
 
 
@@ -101,6 +106,8 @@ class Ratio(click.ParamType[Any]):
         try:
             ratio = Decimal(value)
         except InvalidOperation:
+            ratio = Decimal("NaN")
+        if ratio.is_nan():
             self.fail(f"{value!r} is not a number", param, ctx)
         if not 0 <= ratio < 1:
             self.fail(f"{value} is not in 0 ≤ ratio < 1", param, ctx)

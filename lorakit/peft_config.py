@@ -204,7 +204,7 @@ def _peft_layer(config: Config, module: str) -> int | None:
     regexes = [f"(?:^|.*?\\.){part}\\.(?P<idx>\\d+)\\." for part in parts]
     for regex in regexes or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
         if match := _compile(regex).match(module):
-            return int(match["idx"])
+            return int(match["idx"]) if match["idx"] else None
     return None
 
 

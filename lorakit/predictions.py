@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol
 from lorakit.adapter import Adapter
 from lorakit.encoding import CutTally, Example
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO, Resumable, open_text_output
+from lorakit.files import Resumable, is_stream, open_text_output
 from lorakit.generation import generate, window_size
 from lorakit.model import Base, attach
 from lorakit.records import Record, read_records, write_records
@@ -85,7 +85,7 @@ def _opened(
     output: str, key: str, window: int, resume: bool
 ) -> Iterator[tuple[IO[str], list[str]]]:
     """Yield the output stream and the lines an earlier run left, whole windows of them."""
-    if output == STDIO:
+    if is_stream(output):
         with open_text_output(output) as stream:
             yield stream, []
         return

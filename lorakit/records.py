@@ -7,16 +7,17 @@ It knows nothing of tokens or models.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
-
-import jsonlines
+from typing import IO, TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO, open_input
+from lorakit.files import STDIO, reading
+
+if TYPE_CHECKING:  # importing it takes a third of the time that --help may take
+    import jsonlines
 
 _TEXT_FIELDS = ("prompt", "completion", "prediction")
 
@@ -84,7 +85,7 @@ def read_objects(path: str) -> Iterator[Record]:
 
 def _read(path: str, seen: Callable[[bytes], object] = bytes) -> Iterator[Record]:
     name = "stdin" if path == STDIO else path
-    with open_input(path) as stream:
+    with reading(path) as stream:
         for number, line in enumerate(stream, 1):
             seen(line)
             if line.strip():
@@ -104,6 +105,8 @@ def load_records(path: str, *needed: str) -> tuple[list[Record], str]:
 
     Raises LorakitError as `read_records` does, and when there are none.
     """
+    import hashlib
+
     digest = hashlib.sha256()
     records = list(_checked(_read(path, digest.update), needed))
     if not records:
@@ -113,8 +116,11 @@ def load_records(path: str, *needed: str) -> tuple[list[Record], str]:
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
+    import jsonlines
+
     try:
-        return dict(jsonlines.Reader([line.decode("utf-8-sig")]).read(type=dict))
+        reader = jsonlines.Reader([line.decode("utf-8-sig")], loads=_loads)
+        return dict(reader.read(type=dict))
     except (jsonlines.InvalidLineError, UnicodeDecodeError) as error:
         raise LorakitError(f"{where}: {_reason(error)}; each line must be one record") from None
 
@@ -125,7 +131,31 @@ def _reason(error: jsonlines.InvalidLineError | UnicodeDecodeError) -> str:
     cause = error.__cause__
     if isinstance(cause, json.JSONDecodeError):
         return f"not JSON ({cause.msg} at column {cause.colno})"
-    return "not a JSON object"
+    return f"not JSON ({cause})" if isinstance(cause, ValueError) else "not a JSON object"
+
+
+def _loads(text: str | bytes) -> Any:
+    """Parse JSON as its standard has it; ValueError also for what Python lets pass, or trips on."""
+    try:
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:  # Python refuses to convert whole numbers of thousands of digits
+        long = "digits" in str(error)
+        raise ValueError("a number with too many digits" if long else str(error)) from None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (math.inf, -math.inf):
+        raise ValueError(f"{text} is too large a number")
+    return number
 
 
 def _check(record: Record) -> None:
@@ -144,6 +174,8 @@ def _check(record: Record) -> None:
 
 def write_records(records: Iterable[Mapping[str, Any]], stream: IO[str]) -> int:
     """Write records to a text stream, one flushed line each as they come; return their number."""
+    import jsonlines
+
     count = 0
     with jsonlines.Writer(stream, dumps=_dumps, flush=True) as writer:
         for fields in records:

@@ -21,7 +21,7 @@ from lorakit.batching import IGNORED, epoch_batches, lay_out, micro_batches
 from lorakit.calibration import InputNorms
 from lorakit.encoding import Example
 from lorakit.errors import LorakitError
-from lorakit.model import Base, completion_logits, factors
+from lorakit.model import Base, activation_checkpointing, completion_logits, factors
 from lorakit.settings import TrainingSettings
 
 Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -267,19 +267,11 @@ class Trainer:
     @contextlib.contextmanager
     def _training_mode(self) -> Iterator[None]:
         """Switch LoRA's dropout on (the frozen base keeps none), and checkpointing if wanted."""
-        model = self.base.model
-        if self.settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in model.modules():
-                if hasattr(module, "gradient_checkpointing"):
-                    module.training = True  # the layer's own flag: its dropout stays off
-        try:
-            with self._dropout(True):
-                yield
-        finally:
+        with contextlib.ExitStack() as stack:
             if self.settings.gradient_checkpointing:
-                model.gradient_checkpointing_disable()
-            model.eval()
+                stack.enter_context(activation_checkpointing(self.base.model))
+            stack.enter_context(self._dropout(True))
+            yield
 
     @contextlib.contextmanager
     def _dropout(self, on: bool) -> Iterator[None]:

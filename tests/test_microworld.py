@@ -62,7 +62,9 @@ def test_splits_share_no_prompt_whatever_the_seed(task: str, lang: str) -> None:
     }
     held = {r["prompt"] for r in microworld(task, lang=lang, split="validation")}
     test = {r["prompt"] for r in microworld(task, lang=lang, split="test")}
-    assert not train & held and not train & test and not held & test
+    assert not train & held
+    assert not train & test
+    assert not held & test
 
 
 def test_an_id_names_its_draw() -> None:
@@ -83,7 +85,8 @@ def test_prompt_and_completion_join_as_written(task: str, lang: str) -> None:
         assert not record["prompt"].endswith(" ")
         if lang == "en":
             assert record["completion"].startswith(" ")
-        assert record["completion"].strip() and "\n" not in record["completion"]
+        assert record["completion"].strip()
+        assert "\n" not in record["completion"]
 
 
 @pytest.mark.parametrize(("task", "lang"), SUMMARIES)
@@ -93,7 +96,8 @@ def test_the_facts_of_a_summary_stand_in_its_prompt(task: str, lang: str) -> Non
             names = re.findall(r"\b[A-Z][a-z]+", record["completion"].replace("On ", ""))
             assert all(name in record["prompt"] for name in names if name != "Likely")
         else:
-            assert all(name in record["prompt"] for name in re.findall("[ァ-ヶー]+", record["completion"]))
+            names = re.findall("[ァ-ヶー]+", record["completion"])
+            assert all(name in record["prompt"] for name in names)
 
 
 @pytest.mark.parametrize(("domain", "lang"), itertools.product(DOMAINS, LANGS))
@@ -147,7 +151,7 @@ def test_response_selection_has_two_labels_about_as_often(lang: str, labels: set
     ids=["task", "lang", "split", "translate"],
 )
 def test_unknown_choices_are_one_line_that_lists_what_there_is(
-    asked: dict[str, str], listed: str
+    asked: dict[str, Any], listed: str
 ) -> None:
     with pytest.raises(LorakitError) as error:
         microworld(**asked)
@@ -166,7 +170,8 @@ def tokenizer() -> Any:
 def test_any_text_is_decoded_back_unchanged(tokenizer: Any, text: str) -> None:
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert ids[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.unk_token_id not in ids
 
 
 @pytest.mark.parametrize(("task", "lang"), CASES)
@@ -179,13 +184,15 @@ def test_no_token_reaches_over_the_border_of_prompt_and_completion(
         count = len(alone["input_ids"])
         assert joined["input_ids"][:count] == alone["input_ids"]
         starts = [start for start, _ in joined["offset_mapping"][count:]]
-        assert starts[0] == len(prompt) and min(starts) >= len(prompt)
+        assert starts[0] == len(prompt)
+        assert min(starts) >= len(prompt)
 
 
 def test_tiny_is_small_and_says_what_it_is() -> None:
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 8_000_000
     card = (TINY / "README.md").read_text(encoding="utf-8")
-    assert "license: apache-2.0" in card and "examples/make_tiny.py" in card
+    assert "license: apache-2.0" in card
+    assert "examples/make_tiny.py" in card
 
 
 @pytest.mark.parametrize("lang", LANGS)
@@ -193,7 +200,7 @@ def test_tiny_copies_the_sentence_that_is_asked_for(tokenizer: Any, lang: str) -
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(TINY).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(TINY)
     drawn = some("first", lang, "test", 20) + some("mention", lang, "test", 20)
     inputs = tokenizer([r["prompt"] for r in drawn], padding=True, return_tensors="pt")
     ids = inputs["input_ids"]

@@ -107,6 +107,11 @@ TARGETS: dict[str, dict[str, Any]] = {
         "layers_to_transform": [1],
         "layers_pattern": ["h", "blocks"],
     },
+    "layers pattern with a choice": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "model|layers",
+    },
     "no layers pattern": {
         "target_modules": ["q_proj"],
         "layers_to_transform": [1],

@@ -5,10 +5,9 @@ from __future__ import annotations
 import click
 
 from lorakit import options
-from lorakit.files import STDIO, open_text_output
+from lorakit.files import STDIO
 from lorakit.recipes import RECIPES, Request
 from lorakit.recipes.rows import SPLITS
-from lorakit.records import write_records
 
 _LIST = "\n".join(f"  {name:<12}{recipe.help}" for name, recipe in RECIPES.items())
 
@@ -47,7 +46,10 @@ def build_dataset(
     lorakit build-dataset scitldr SciTLDR-A --split train --sample 50 -o train.jsonl
     lorakit build-dataset csv a.csv --template 'Summarize: {{text}}' --completion ' {{summary}}'
     """
+    options.one_pipe(*sources)
     from lorakit import recipes
+    from lorakit.files import open_text_output
+    from lorakit.records import write_records
 
     request = Request(split, lang, seed, sample, template, completion)
     with open_text_output(output) as stream:

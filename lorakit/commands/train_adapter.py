@@ -24,6 +24,7 @@ def train_adapter(data: str, val: str | None, output: str, **given: Any) -> None
     \b
     lorakit train-adapter --data train.jsonl --val val.jsonl -o xs.safetensors
     """
+    options.one_pipe(data, val)
     from lorakit import fitting
     from lorakit.commands.opening import open_base, watching
 

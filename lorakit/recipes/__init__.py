@@ -7,15 +7,12 @@ is imported here; a recipe that needs a parser imports it inside its function.
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from lorakit.errors import LorakitError
 from lorakit.prompts import PROMPTS, Prompt, fields_of, fill
-from lorakit.recipes.microworld import TASKS, microworld
 from lorakit.recipes.rows import csv_rows, json_rows
 from lorakit.recipes.scitldr import scitldr_rows
 from lorakit.records import Record
@@ -45,6 +42,8 @@ class Recipe(NamedTuple):
 
 
 def _microworld(sources: Sequence[str], request: Request) -> Iterator[Record]:
+    from lorakit.recipes.microworld import TASKS, microworld
+
     if len(sources) != 1:
         raise LorakitError(f"microworld takes one task as SOURCE; choose from {', '.join(TASKS)}")
     made = microworld(sources[0], lang=request.lang, split=request.split, seed=request.seed)
@@ -98,10 +97,14 @@ def draw(rows: Iterable[Record], count: int, seed: int) -> list[Record]:
     The same draw on every machine, whatever else is installed, in memory of `count` rows; a larger
     draw under the same seed holds the smaller one.
     """
+    import heapq
+
     numbered = enumerate(rows)
     least = heapq.nsmallest(count, numbered, key=lambda item: _lot(item[0], seed))
     return [row for _, row in sorted(least, key=lambda item: item[0])]
 
 
 def _lot(place: int, seed: int) -> bytes:
+    import hashlib
+
     return hashlib.sha256(f"{seed}:{place}".encode()).digest()

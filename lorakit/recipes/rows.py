@@ -5,13 +5,12 @@ A row is a Record whose fields are the source's own; the recipes name them, the 
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO, open_input
+from lorakit.files import STDIO, reading
 from lorakit.records import Record, read_objects
 
 SPLITS = ("train", "validation", "test")
@@ -33,8 +32,10 @@ def csv_rows(sources: Sequence[str]) -> Iterator[Record]:
     for source in sources or (STDIO,):
         name = "stdin" if source == STDIO else source
         delimiter = "\t" if source.lower().endswith(".tsv") else ","
-        with open_input(source) as stream:
-            text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        with reading(source) as stream:
+            text = io.TextIOWrapper(
+                stream, encoding="utf-8-sig", errors="surrogateescape", newline=""
+            )
             try:
                 yield from _table(text, name, delimiter)
             finally:
@@ -42,19 +43,31 @@ def csv_rows(sources: Sequence[str]) -> Iterator[Record]:
 
 
 def _table(text: io.TextIOWrapper, name: str, delimiter: str) -> Iterator[Record]:
+    import csv
+
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        header = next(reader, None)
-        if header is None:
+        header = next((_decoded(cells, f"{name}:1") for cells in reader), None)
+        if not header:
             raise LorakitError(f"{name} is empty; give a CSV file with a header line")
         _check_header(header, name)
         for cells in reader:
             if cells:
-                yield _row(header, cells, f"{name}:{reader.line_num}")
-    except (csv.Error, UnicodeDecodeError) as error:
-        place = f"{name}:{reader.line_num + 1}"
+                where = f"{name}:{reader.line_num}"
+                yield _row(header, _decoded(cells, where), where)
+    except csv.Error as error:
+        place = f"{name}:{reader.line_num}"
         raise LorakitError(f"{place}: {error}; mend the row or its quotes") from error
+
+
+def _decoded(cells: list[str], where: str) -> list[str]:
+    """Return the cells, all of them UTF-8; the line of one that is not is known only here."""
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        raise LorakitError(f"{where}: not UTF-8 text; save the file as UTF-8") from None
+    return cells
 
 
 def _check_header(header: list[str], name: str) -> None:

@@ -1,0 +1,46 @@
+"""Small adapters to test with, and Python in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorakit.adapter import Adapter, lora_name
+from lorakit.tensorfile import Tensor, write_tensors
+
+ROOT = Path(__file__).parent.parent
+
+
+def tiny(rank: int = 2, layers: int = 2, dtype: str = "F32", **config: Any) -> Adapter:
+    """Return an adapter of two projections a layer, 4 wide, with a lorakit header."""
+    random = np.random.default_rng(0)
+    tensors = {}
+    for layer in range(layers):
+        for last in ("q_proj", "v_proj"):
+            name = f"model.layers.{layer}.self_attn.{last}"
+            tensors[lora_name(name, "A")] = Tensor.from_array(random.normal(size=(rank, 4)), dtype)
+            tensors[lora_name(name, "B")] = Tensor.from_array(random.normal(size=(4, rank)), dtype)
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    fields |= {"target_modules": ["v_proj", "q_proj"], **config}
+    return Adapter(tensors, fields, {"format": 1, "chat": "off"}, "tiny")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
+    with open(path, "wb") as stream:
+        write_tensors(tensors, metadata, stream)
+
+
+def run_python(script: str, *arguments: str, **environment: str) -> Any:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        check=False,
+    )

@@ -1,0 +1,135 @@
+"""Imports run one way: errors, files ← text; ← tensors; both ← models; all ← commands ← program."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lorakit
+
+FOLDER = Path(lorakit.__file__).parent
+FILES = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(FOLDER.rglob("*.py"))
+    if path.name != "__init__.py" or path.parent != FOLDER
+}
+
+# Every module stands here once: a new file is given its layer by adding it.
+LAYERS: dict[str, tuple[str, ...]] = {
+    "ground": ("errors", "files", "settings"),
+    "text": (
+        *("answers", "metrics", "prompts", "records", "scoring", "segmentation"),
+        *("recipes", "recipes.rows", "recipes.scitldr", "recipes.microworld"),
+        *("recipes.microworld_documents", "recipes.microworld_probes"),
+        *("recipes.microworld_tasks", "recipes.microworld_words"),
+    ),
+    "tensors": (
+        *("adapter", "foreign", "header", "hub", "inspection", "layers", "merging"),
+        *("model_choice", "peft_config", "peft_keys", "pruning", "tensorfile"),
+    ),
+    "models": (
+        *("adaptive", "batching", "calibration", "checkpoint", "devices", "encoding", "fitting"),
+        *("generation", "model", "predictions", "training"),
+    ),
+    "commands": (
+        *("options", "progress", "commands", "commands.build_dataset", "commands.generate"),
+        *("commands.inspect", "commands.merge", "commands.opening", "commands.score"),
+        "commands.train_adapter",
+    ),
+    "program": ("cli", "__main__"),
+}
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "ground": ("ground",),
+    "text": ("ground", "text"),
+    "tensors": ("ground", "tensors"),
+    "models": ("ground", "text", "tensors", "models"),
+    "commands": ("ground", "text", "tensors", "models", "commands"),
+    "program": ("ground", "commands", "program"),
+}
+LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
+
+# Packages that only some modules may import, wherever in the file.
+ONLY: dict[str, tuple[str, ...]] = {
+    "transformers": ("model",),
+    "peft": ("model",),
+    "accelerate": ("training",),
+    "huggingface_hub": ("hub",),
+    "torch": (*LAYERS["models"], "pruning"),
+    "numpy": (*LAYERS["tensors"], *LAYERS["models"]),
+    "click": (*LAYERS["commands"], "cli"),
+    "rich": ("progress", "scoring", "inspection"),
+    "jsonlines": ("records",),
+}
+
+
+def imports_of(module: str) -> Iterator[tuple[str, bool]]:
+    """Yield the full name of every import in a file, and whether only type checkers see it."""
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    unseen = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from ((name, id(node) in unseen) for name in names)
+
+
+def own_imports(module: str) -> set[str]:
+    """Return the modules of lorakit that a file imports, the deepest that a name can mean."""
+    found = set()
+    for name, _ in imports_of(module):
+        if name == "lorakit" or not name.startswith("lorakit."):
+            continue
+        inner = name.removeprefix("lorakit.")
+        found.add(inner if inner in FILES else inner.rpartition(".")[0] or inner)
+    return found
+
+
+def test_every_module_has_its_layer_and_every_entry_its_module() -> None:
+    assert sorted(LAYER_OF) == sorted(FILES)
+    assert sum(map(len, LAYERS.values())) == len(LAYER_OF), "a module stands in two layers"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_imports_only_from_the_layers_below_it(module: str) -> None:
+    allowed = MAY_IMPORT[LAYER_OF[module]]
+    above = {name for name in own_imports(module) if LAYER_OF.get(name) not in allowed}
+    assert not above
+
+
+def test_no_two_modules_import_each_other_even_round_about() -> None:
+    graph = {module: own_imports(module) for module in FILES}
+    assert sorted(graphlib.TopologicalSorter(graph).static_order()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("package", ONLY)
+def test_a_package_is_imported_only_where_it_belongs(package: str) -> None:
+    importers = {
+        module
+        for module in FILES
+        if any(name.split(".")[0] == package for name, _ in imports_of(module))
+    }
+    assert importers, f"nothing imports {package}: take it from the table"
+    assert importers <= set(ONLY[package])
+
+
+def test_pruning_and_records_name_heavy_packages_for_type_checkers_or_in_functions() -> None:
+    top = {
+        (module, name.split(".")[0])
+        for module in ("pruning", "records", *LAYERS["ground"])
+        for name, for_types in imports_of(module)
+        if not for_types and name.split(".")[0] == "torch"
+    }
+    assert not top

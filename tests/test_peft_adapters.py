@@ -1,0 +1,294 @@
+"""Adapters of PEFT's: its own loading, logits and get_delta_weight are the oracles."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from adapters import save_tensors, tiny
+
+from lorakit.adapter import Adapter, load_adapter, lora_name, save_adapter
+from lorakit.errors import LorakitError
+from lorakit.tensorfile import Tensor, read_tensors
+
+FOUND = Path(__file__).parents[2] / "shared" / "adapters"
+CONFIGS = sorted((FOUND / "configs").glob("*.json"))
+needs_found = pytest.mark.skipif(not FOUND.is_dir(), reason="the adapters found are not here")
+
+torch.set_num_threads(1)
+
+# PEFT's own use of a name transformers renamed. Any other warning, such as PEFT's of a key or a
+# tensor it does not know, is an error here: what lorakit writes loads without one.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+}
+MODELS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, intermediate_size=48),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50),
+    "opt": lambda: transformers.OPTConfig(
+        **SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64
+    ),
+    "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_layer=3, n_head=4, vocab_size=50),
+}
+TOKENS = torch.tensor([[1, 5, 7, 9, 11, 3, 2, 4]])
+
+
+def random_model(family: str) -> Any:
+    torch.manual_seed(0)
+    config = MODELS[family]()
+    config.eos_token_id = config.bos_token_id = config.pad_token_id = None
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def with_lora(base: Any, config: peft.LoraConfig | Mapping[str, Any]) -> Any:
+    """Return PEFT's own adapter on `base`, its B random."""
+    given = config if isinstance(config, peft.LoraConfig) else peft.LoraConfig(**config)
+    model = peft.get_peft_model(base, given).eval()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter)
+    return model
+
+
+def deltas(model: Any) -> dict[str, torch.Tensor]:
+    """Return PEFT's ΔW (d_out, d_in) by module."""
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    return {
+        name: layer.get_delta_weight("default").T
+        if layer.fan_in_fan_out
+        else layer.get_delta_weight("default")
+        for name, layer in layers.items()
+    }
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(model(TOKENS).logits)
+
+
+def check_same_deltas(adapter: Adapter, model: Any) -> None:
+    theirs = deltas(model)
+    ours = {module.name: module for module in adapter.modules()}
+    assert set(ours) == set(theirs)
+    for name, module in ours.items():
+        expected = theirs[name].detach().double().numpy()
+        assert module.shape == expected.shape
+        error = np.linalg.norm(module.delta() - expected) / np.linalg.norm(expected)
+        assert error < 1e-6
+        assert module.norm() == pytest.approx(float(np.linalg.norm(module.delta())), rel=1e-9)
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "rslora": ("llama", {"target_modules": ["q_proj"], "use_rslora": True, "r": 3}),
+    "rank pattern": (
+        "llama",
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2, "1.*q_proj": 5}},
+    ),
+    "alpha pattern": (
+        "llama",
+        {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"layers.1.*": 3}},
+    ),
+    "patterns under rslora": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {"v_proj": 2},
+            "alpha_pattern": {"q_proj": 5},
+            "use_rslora": True,
+        },
+    ),
+    "layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}),
+    "one layer": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1}),
+    "layers of a family": (
+        "gpt2",
+        {
+            "target_modules": ["c_attn"],
+            "layers_to_transform": [1],
+            "layers_pattern": "h",
+            "fan_in_fan_out": True,
+        },
+    ),
+    "all-linear": ("llama", {"target_modules": "all-linear"}),
+    "the family's own": ("llama", {}),
+    "regular expression": ("llama", {"target_modules": r".*\.[02]\..*(q|v)_proj"}),
+    "excluded": (
+        "llama",
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*v_proj"},
+    ),
+    "gaussian": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
+    "orthogonal": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
+    "mica": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
+    "output head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+}
+
+
+@pytest.mark.parametrize(("family", "fields"), KINDS.values(), ids=KINDS.keys())
+def test_an_adapter_of_peft_keeps_its_deltas_and_its_logits(
+    family: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    config = {"r": 4, "lora_alpha": 7, "task_type": "CAUSAL_LM", **fields}
+    base = random_model(family)
+    model = with_lora(copy.deepcopy(base), config)
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    adapter = load_adapter(str(tmp_path / "theirs"))
+    check_same_deltas(adapter, model)
+    save_adapter(adapter, str(tmp_path / "ours") + "/")
+    again = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_half_precision_is_widened_exactly_and_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = with_lora(random_model("llama"), {"r": 4, "target_modules": ["q_proj"]})
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(tmp_path / "theirs")
+    adapter = load_adapter(str(tmp_path / "theirs"))
+    saved = safetensors.torch.load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    for name, tensor in saved.items():
+        assert np.array_equal(adapter.tensors[name].array(), tensor.float().numpy())
+    save_adapter(adapter, str(tmp_path / "ours.safetensors"))
+    again = safetensors.torch.load_file(tmp_path / "ours.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
+    assert {tensor.dtype for tensor in again.values()} == {dtype}
+
+
+def test_the_single_file_put_in_a_folder_loads_in_peft(tmp_path: Path) -> None:
+    base = random_model("llama")
+    model = with_lora(copy.deepcopy(base), {"r": 4, "target_modules": ["q_proj"]})
+    model.save_pretrained(tmp_path / "theirs")
+    single = tmp_path / "x.safetensors"
+    save_adapter(load_adapter(str(tmp_path / "theirs")), str(single))
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    config = read_tensors(single, "x")[1]["adapter_config"]
+    (folder / "adapter_config.json").write_text(config)
+    single.rename(folder / "adapter_model.safetensors")
+    again = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+@needs_found
+def test_the_gpt2_adapter_found_gives_the_logits_it_gives_through_peft(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16)
+    base = transformers.GPT2LMHeadModel(config).eval()
+    model: Any = peft.PeftModel.from_pretrained(base, str(FOUND / "huggingface__trl")).eval()
+    expected = logits(model)
+    adapter = load_adapter(str(FOUND / "huggingface__trl"))
+    check_same_deltas(adapter, model)
+    save_adapter(adapter, str(tmp_path / "ours") + "/")
+    again: Any = peft.PeftModel.from_pretrained(model.unload(), str(tmp_path / "ours")).eval()
+    assert torch.equal(logits(again), expected)
+
+
+FOUND_REFUSED = {
+    "huggingface__trl/nothing": "cannot read",
+    "ml-explore__mlx-lm": "MLX",
+    "ml-explore__mlx-lm/adapters.safetensors": "lora_a' is MLX's",
+    "wyek1n__MLX-CLI": "MLX",
+    "wyek1n__MLX-CLI/adapters.safetensors": "lora_a' is MLX's",
+    "wyek1n__MLX-CLI/0000100_adapters.safetensors": "lora_a' is MLX's",
+    "wujindou__BLOOM-LORA": "enable_lora is set",
+    "wujindou__BLOOM-LORA/adapter_model.bin": "pickle.*torch.load",
+    "peft-regression/ia3_mlp-0.6.1": "peft_type is 'IA3'",
+    "peft-regression/lora_mlp-0.6.1": "pickle.*torch.load",
+    "peft-regression/lora_mlp_modules_to_save-0.6.1": "modules_to_save is set",
+    "peft-regression/lora_mlp-0.6.1/output.pt": "pickle",
+}
+
+
+@needs_found
+@pytest.mark.parametrize(("path", "message"), FOUND_REFUSED.items())
+def test_the_other_adapters_found_are_refused_in_one_line(path: str, message: str) -> None:
+    with pytest.raises(LorakitError, match=message) as caught:
+        load_adapter(str(FOUND / path))
+    assert str(caught.value).isprintable()
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    base = str(config["base_model_name_or_path"]).lower()
+    return next((name for name in ("gpt2", "opt", "bloom") if name in base), "llama")
+
+
+CONFIG_REFUSED = {"use_dora", "use_bdlora", "modules_to_save"}
+
+
+@needs_found
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem[-60:])
+def test_the_configs_found_are_exact_or_refused(path: Path, tmp_path: Path) -> None:
+    config = json.loads(path.read_text())
+    refused = {key for key in CONFIG_REFUSED if config.get(key)}
+    if str(config.get("init_lora_weights")).startswith("pissa"):
+        refused.add("init_lora_weights")
+    (tmp_path / "adapter_config.json").write_text(path.read_text())
+    if refused:
+        save_tensors(tiny().tensors, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(LorakitError, match=f"adapter_config.json: ({'|'.join(refused)}) "):
+            load_adapter(str(tmp_path))
+        return
+    modules = config["target_modules"] or []
+    if not {"lin0", "conv2d", "to_q"} & set(modules):
+        check_config_is_exact(config, tmp_path)
+        return
+    save_tensors(tiny().tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(LorakitError, match=r"rank|not targeted by the config"):
+        load_adapter(str(tmp_path))
+
+
+def check_config_is_exact(config: dict[str, Any], folder: Path) -> None:
+    """Let PEFT build the adapter from the config; then only the tensors come from PEFT."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys this PEFT does not know, of fan_in_fan_out
+        made = peft.LoraConfig.from_pretrained(str(folder))
+    made.inference_mode, made.base_model_name_or_path = False, None
+    model = with_lora(random_model(_family(config)), made)
+    save_tensors(
+        {
+            name: Tensor.from_array(tensor.detach().numpy())
+            for name, tensor in peft.get_peft_model_state_dict(model).items()
+        },
+        folder / "adapter_model.safetensors",
+    )
+    check_same_deltas(load_adapter(str(folder)), model)
+
+
+@needs_found
+def test_the_line_that_converts_a_pickle_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FOUND / "peft-regression" / "lora_mlp-0.6.1"
+    for name in ("adapter_config.json", "adapter_model.bin"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    with pytest.raises(LorakitError) as caught:
+        load_adapter(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    exec(str(caught.value).split("convert it in Python: ")[1], {})
+    adapter = load_adapter(str(tmp_path))
+    saved = torch.load("adapter_model.bin", map_location="cpu", weights_only=True)
+    assert [module.name for module in adapter.modules()] == ["lin0"]
+    a, b = (saved[lora_name("lin0", factor)] for factor in ("A", "B"))
+    assert np.allclose(adapter.modules()[0].delta(), (b @ a).numpy(), atol=1e-6)

@@ -1,0 +1,346 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_data import Silent, rows, save_rows
+
+from lorakit.adapter import load_adapter
+from lorakit.batching import lay_out, micro_batches
+from lorakit.errors import LorakitError
+from lorakit.fitting import hold_out, train_adapter
+from lorakit.model import Base, completion_logits, factors, inject, load_base, pick_modules
+from lorakit.records import Record
+from lorakit.settings import LoraSettings, TrainingSettings
+from lorakit.training import Trainer, learning_rate_factor, new_accelerator
+
+SETTINGS = TrainingSettings(
+    lr=1e-2, epochs=4, batch_size=6, dropout=0.0, device="cpu", dtype="float32"
+)
+
+
+def open_base(name: str, dtype: torch.dtype = torch.float32) -> Base:
+    return load_base(name, device=torch.device("cpu"), dtype=dtype)
+
+
+def new_trainer(base: Base, **changes: Any) -> Trainer:
+    torch.manual_seed(0)
+    layers = inject(base, dict.fromkeys(pick_modules(base, ["q_proj", "v_proj"], None), 4), alpha=8)
+    for layer in layers.values():  # a B of zeros would hide the gradient of A
+        torch.nn.init.normal_(factors(layer)[1], std=0.1)
+    return Trainer(base, layers, replace(SETTINGS, **changes), accelerator=new_accelerator("cpu"))
+
+
+def examples(base: Base, count: int, seed: int = 0) -> list[Any]:
+    encoder = base.encoder(chat="off")
+    return [encoder.example(Record(row, f"row {row['id']}")) for row in rows(count, seed)]
+
+
+def gradients(trainer: Trainer, batch: list[Any]) -> tuple[float, list[torch.Tensor]]:
+    loss = trainer.backward(batch)
+    found = [
+        parameter.grad.clone() for parameter in trainer.parameters if parameter.grad is not None
+    ]
+    trainer.optimizer.zero_grad()
+    return loss, found
+
+
+def test_a_loss_is_the_mean_over_completion_tokens_of_the_whole_batch(llama: str) -> None:
+    base = open_base(llama)
+    batch = examples(base, 6)
+    total, count = 0.0, 0
+    for example in batch:  # the plain definition: one row, all logits, the loss where it is due
+        ids = torch.tensor([example.ids])
+        logits = base.model(input_ids=ids).logits[0].log_softmax(-1)
+        for place in range(example.start, len(example.ids)):
+            total -= float(logits[place - 1, example.ids[place]].detach())
+            count += 1
+    loss = new_trainer(open_base(llama)).backward(batch)
+    base_with_lora = new_trainer(base)
+    assert count == sum(example.targets for example in batch)
+    for layer in base_with_lora.layers.values():
+        torch.nn.init.zeros_(factors(layer)[1])
+    assert base_with_lora.backward(batch) == pytest.approx(total / count, rel=1e-5)
+    assert loss != pytest.approx(total / count, rel=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 10_000])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(llama: str, tokens: int) -> None:
+    base = open_base(llama)
+    trainer = new_trainer(base)
+    batch = examples(base, 8)
+    trainer.settings = replace(SETTINGS, micro_batch_tokens=10**9)
+    loss, whole = gradients(trainer, batch)
+    trainer.settings = replace(SETTINGS, micro_batch_tokens=tokens)
+    cut_loss, cut = gradients(trainer, batch)
+    assert cut_loss == pytest.approx(loss, rel=1e-5)
+    for one, other in zip(whole, cut, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_no_gradient(llama: str) -> None:
+    base = open_base(llama)
+    trainer = new_trainer(base)
+    batch = examples(base, 4)
+    _, plain = gradients(trainer, batch)
+    trainer.settings = replace(SETTINGS, gradient_checkpointing=True)
+    with trainer._training_mode():
+        layer = base.model.model.layers[0]
+        assert layer.gradient_checkpointing
+        assert layer.training
+        _, saved = gradients(trainer, batch)
+    for one, other in zip(plain, saved, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not base.model.model.layers[0].training
+
+
+def test_rows_align_on_the_right_and_keep_the_models_own_logits(llama: str) -> None:
+    base = open_base(llama)
+    batch = examples(base, 5)
+    layout = lay_out(batch, torch.device("cpu"))
+    found = completion_logits(base.model, layout)
+    for row, example in enumerate(batch):
+        alone = base.model(input_ids=torch.tensor([example.ids])).logits[0]
+        due = alone[example.start - 1 : -1]
+        torch.testing.assert_close(found[row, -example.targets :], due, rtol=1e-4, atol=1e-5)
+        assert layout.labels[row, -example.targets :].tolist() == list(example.ids[example.start :])
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget(llama: str) -> None:
+    batch = examples(open_base(llama), 20)
+    runs = micro_batches(batch, 90)
+    assert sorted(e.where for run in runs for e in run) == sorted(e.where for e in batch)
+    assert all(len(run) == 1 or len(run) * max(len(e.ids) for e in run) <= 90 for run in runs)
+    assert len(runs) > 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors_at"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.8535534, 0.5, 0.1464466]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules_rise_and_fall_as_stated(schedule: str, factors_at: list[float]) -> None:
+    found = [learning_rate_factor(schedule, step, 6, 1 / 3) for step in range(6)]
+    assert found == pytest.approx(factors_at)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_rows(tmp_path_factory.mktemp("data") / "train.jsonl", rows(20))
+
+
+def fit(llama: str, data: str, output: Path, **changes: Any) -> Silent:
+    watcher = Silent()
+    resume = changes.pop("resume", False)
+    train_adapter(
+        open_base(llama, changes.pop("base_dtype", torch.float32)),
+        data,
+        changes.pop("val", None),
+        settings=replace(SETTINGS, **changes),
+        lora=LoraSettings(rank=4, alpha=8),
+        output=str(output),
+        watcher=watcher,
+        resume=resume,
+    )
+    return watcher
+
+
+def test_the_epoch_with_the_lowest_validation_loss_is_kept(
+    llama: str, data: str, tmp_path: Path
+) -> None:
+    """A second run that ends at the best epoch must give the tensors the longer run kept."""
+    long = fit(
+        llama,
+        data,
+        tmp_path / "long.safetensors",
+        lr=0.3,
+        epochs=6,
+        patience=6,
+        schedule="constant",
+        warmup=0.0,
+    )
+    losses = [entry["validation_loss"] for entry in long.epochs]
+    best = losses.index(min(losses)) + 1
+    assert best < 6, "the rate must be high enough to overshoot"
+    fit(
+        llama,
+        data,
+        tmp_path / "short.safetensors",
+        lr=0.3,
+        epochs=best,
+        patience=6,
+        schedule="constant",
+        warmup=0.0,
+    )
+    kept, short = (
+        load_adapter(str(tmp_path / f"{name}.safetensors")) for name in ("long", "short")
+    )
+    for name, tensor in kept.tensors.items():
+        assert tensor.array().tolist() == short.tensors[name].array().tolist()
+
+
+def test_training_stops_after_patience_epochs_without_a_lower_loss(
+    llama: str, data: str, tmp_path: Path
+) -> None:
+    watcher = fit(
+        llama, data, tmp_path / "a.safetensors", lr=3.0, epochs=30, patience=2, schedule="constant"
+    )
+    best = max(entry["epoch"] for entry in watcher.epochs if entry["best"])
+    assert len(watcher.epochs) == best + 2 < 30
+
+
+def test_the_same_run_gives_the_same_bytes(llama: str, data: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        fit(llama, data, tmp_path / name, dropout=0.2)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_another_seed_gives_other_bytes(llama: str, data: str, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        fit(llama, data, tmp_path / str(seed), seed=seed, epochs=1)
+    assert (tmp_path / "0").read_bytes() != (tmp_path / "1").read_bytes()
+
+
+def interrupt(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Run a training until the checkpoint of an epoch stands, and no further."""
+    from lorakit.checkpoint import Checkpoint
+
+    save = Checkpoint.save
+
+    def stop(self: Checkpoint, trainer: Trainer) -> None:
+        save(self, trainer)
+        if trainer.progress.epoch == epoch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+
+
+def test_a_resumed_run_gives_the_bytes_of_an_unbroken_one(
+    llama: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(llama, data, tmp_path / "whole", dropout=0.1)
+    interrupt(lambda: fit(llama, data, tmp_path / "broken", dropout=0.1), monkeypatch, 2)
+    assert not (tmp_path / "broken").exists()
+    watcher = fit(llama, data, tmp_path / "broken", dropout=0.1, resume=True)
+    assert [entry["epoch"] for entry in watcher.epochs] == [3, 4]
+    assert (tmp_path / "broken").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not (tmp_path / "broken.resume").exists()
+
+
+def test_a_run_with_other_settings_does_not_go_on_from_a_checkpoint(
+    llama: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(lambda: fit(llama, data, tmp_path / "a"), monkeypatch, 1)
+    with pytest.raises(LorakitError, match="other settings"):
+        fit(llama, data, tmp_path / "a", lr=1e-3, resume=True)
+
+
+def test_lora_weights_are_float32_over_a_bfloat16_base(
+    llama: str, data: str, tmp_path: Path
+) -> None:
+    base = open_base(llama, torch.bfloat16)
+    trainer = new_trainer(base)
+    assert {weight.dtype for weight in trainer.parameters} == {torch.float32}
+    assert base.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    fit(llama, data, tmp_path / "a", base_dtype=torch.bfloat16, epochs=1)
+    assert {tensor.dtype for tensor in load_adapter(str(tmp_path / "a")).tensors.values()} == {
+        "F32"
+    }
+
+
+def test_only_lora_is_trained(llama: str) -> None:
+    base = open_base(llama)
+    trainer = new_trainer(base)
+    trainable = {id(p) for p in base.model.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in trainer.parameters}
+
+
+def test_a_loss_that_is_not_finite_is_an_error(llama: str, data: str, tmp_path: Path) -> None:
+    with pytest.raises(LorakitError, match="lower --lr"):
+        fit(llama, data, tmp_path / "a", lr=1e30, max_grad_norm=1e30, epochs=6, patience=9)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_seeded_fifth_is_held_out_and_said_so(llama: str, data: str, tmp_path: Path) -> None:
+    records = [Record(row, str(place)) for place, row in enumerate(rows(20))]
+    training, validation = hold_out(records, 3)
+    assert (len(training), len(validation)) == (16, 4)
+    assert {r.where for r in training} | {r.where for r in validation} == {r.where for r in records}
+    assert hold_out(records, 3) == (training, validation)
+    assert hold_out(records, 4) != (training, validation)
+    assert len(hold_out(records[:2], 0)[1]) == 1
+    with pytest.raises(LorakitError, match="give --val"):
+        hold_out(records[:1], 0)
+    assert "4 of 20 records" in fit(llama, data, tmp_path / "a", epochs=1).notes[0]
+
+
+def test_two_processes_train_the_weights_of_one(llama: str, data: str, tmp_path: Path) -> None:
+    """Under torchrun: two ranks, one writer, the sums of one process up to rounding."""
+    command = [
+        *("train-adapter", "--model", llama, "--data", data, "--epochs", "2", "--lr", "1e-2"),
+        *("--dropout", "0", "--batch-size", "6", "--micro-batch-tokens", "60"),
+        *("--dtype", "float32", "--device", "cpu", "--rank", "4"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    log = tmp_path / "log.jsonl"
+    for name, start, dashes in (("one", [sys.executable], []), ("two", launch, ["--"])):
+        done = subprocess.run(
+            [*start, "-m", *dashes, "lorakit", *command, "-o", str(tmp_path / name), "--log", str(log)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("wrote") == 1
+        assert len(log.read_text().splitlines()) == 2 * 3 + 2
+    one, two = (load_adapter(str(tmp_path / name)) for name in ("one", "two"))
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(
+            torch.tensor(tensor.array()),
+            torch.tensor(two.tensors[name].array()),
+            atol=1e-5,
+            rtol=1e-4,
+        )
+
+
+def test_the_log_holds_a_line_a_step_and_a_line_an_epoch(
+    llama: str, data: str, tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from lorakit.commands.train_adapter import train_adapter as command
+
+    log = tmp_path / "log.jsonl"
+    arguments = ["--data", data, "--model", llama, "--epochs", "2", "--batch-size", "8"]
+    outcome = CliRunner().invoke(
+        command, [*arguments, "-o", str(tmp_path / "a"), "--log", str(log)], catch_exceptions=False
+    )
+    assert outcome.exit_code == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [("validation_loss" in line) for line in lines] == [False, False, True] * 2
+    assert lines[0].keys() == {
+        "step",
+        "epoch",
+        "train_loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+    }
+    assert outcome.stdout == ""
+    assert "epoch 2/2" in outcome.stderr

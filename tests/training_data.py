@@ -1,0 +1,50 @@
+"""Small records for tests that train: lists of words, of which the first is to be said again."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_WORDS = ["red", "blue", "green", "cat", "dog", "sun", "moon", "tree"]
+
+
+def rows(count: int, seed: int = 0, longest: int = 6) -> list[dict[str, Any]]:
+    """Return records whose prompts and completions differ in length."""
+    draw = random.Random(seed)
+    made = []
+    for number in range(count):
+        words = [draw.choice(_WORDS) for _ in range(draw.randrange(1, longest + 1))]
+        said = " ".join(words[: draw.randrange(1, 3)])
+        made.append(
+            {"id": str(number), "prompt": f"Say {' '.join(words)}:", "completion": f" {said}"}
+        )
+    return made
+
+
+def save_rows(path: Path, made: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return str(path)
+
+
+class Silent:
+    """A watcher that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[Mapping[str, Any]] = []
+        self.epochs: list[Mapping[str, Any]] = []
+        self.notes: list[str] = []
+
+    def start(self, steps: int, epochs: int, done: int) -> None:
+        self.planned = steps
+
+    def step(self, entry: Mapping[str, Any]) -> None:
+        self.steps.append(entry)
+
+    def epoch(self, entry: Mapping[str, Any]) -> None:
+        self.epochs.append(entry)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
