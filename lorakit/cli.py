@@ -37,6 +37,7 @@ for _command in (build_dataset, train_adapter, merge, generate, score, inspect):
 def main() -> None:
     """Run the program and leave with its exit code; a LorakitError becomes one line on stderr."""
     _open_closed_streams()
+    stdout = sys.stdout
     try:
         code = lorakit.main(standalone_mode=False)
         sys.stdout.flush()
@@ -51,6 +52,9 @@ def main() -> None:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         code = EXIT_PIPE_CLOSED
+    except SystemExit as left:  # where a pipe was closed, click wraps stdout and leaves with 1
+        code = left.code if sys.stdout is stdout else EXIT_PIPE_CLOSED
+        sys.stdout = stdout
     except OSError as error:  # of what names no file: stdout on a full disk, most likely
         _say(f"Error: {error.filename or 'stdin or stdout'}: {explain(error)}; check where it goes")
         code = 1
@@ -63,7 +67,7 @@ def _open_closed_streams() -> None:
     for number, (name, mode, flags) in enumerate(_STREAMS):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, flags), number)
-            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 _STREAMS = (

@@ -2,7 +2,7 @@
 
 Σ s_i·B_i·A_i is one adapter: A = [A_1; …; A_N] (rows stacked), B = [s_1·B_1, …, s_N·B_N] (columns
 stacked), of rank Σ r_i and scale 1. The slice that came from adapter i is its block; the table of
-blocks stays in the header. To add a merge method: one function, and a line in METHODS.
+blocks stays in the header.
 """
 
 from __future__ import annotations
@@ -25,11 +25,6 @@ FloatArray = NDArray[np.float32]
 Factors = Mapping[
     str, tuple[FloatArray, FloatArray]
 ]  # A (rank, d_in) and B (d_out, rank) by module
-
-METHODS: dict[str, str] = {
-    "adaptive": "train the adapters jointly on --data, pruning at every step",
-}
-
 
 @dataclass(frozen=True)
 class Slice:

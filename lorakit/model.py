@@ -131,7 +131,13 @@ def load_base(
     model.requires_grad_(False).eval()
     ends = _end_tokens(model, tokenizer, name)
     model.generation_config = transformers.GenerationConfig()  # its habits are not the user's wish
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     return Base(model.to(device), tokenizer, name, ends)
+
+
+def _contiguous(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Lay the head's input out in one piece: a slice of it is multiplied with a copied weight."""
+    return (inputs[0].contiguous(),)
 
 
 def _end_tokens(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:

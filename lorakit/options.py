@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from lorakit.pruning import CRITERIA
 from lorakit.settings import (
     SCHEDULES,
     GenerationSettings,
@@ -187,7 +188,7 @@ pruning = together(
     ),
     click.option(
         "--importance",
-        type=click.Choice(["input", "magnitude"]),
+        type=click.Choice(list(CRITERIA)),
         default=PruningSettings.importance,
         show_default=True,
         help="What makes a parameter important.",

@@ -13,17 +13,21 @@ ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error", "COLUMNS": "80"}
 ENVIRONMENT.pop("LORAKIT_MODEL", None)
 
 
-def run(*arguments: str, stdin: str | bytes = b"", **more: Any) -> subprocess.CompletedProcess[str]:
-    """Run `lorakit` with these arguments; what it writes must be UTF-8."""
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    settings: dict[str, Any] = {"input": data, "stdout": subprocess.PIPE, **more}
-    if "stdin" in settings:
-        del settings["input"]
-    done = subprocess.run(
-        [PROGRAM, *arguments], stderr=subprocess.PIPE, env=ENVIRONMENT, check=False, **settings
+def run(
+    *arguments: str, stdin: str | int = "", stdout: Any = subprocess.PIPE, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `lorakit` with these arguments and a text, or an open file's number, as its stdin."""
+    source = {"stdin": stdin} if isinstance(stdin, int) else {"input": stdin}
+    return subprocess.run(
+        [PROGRAM, *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=ENVIRONMENT,
+        cwd=cwd,
+        check=False,
+        **source,
     )
-    out = "" if done.stdout is None else done.stdout.decode()
-    return subprocess.CompletedProcess(done.args, done.returncode, out, done.stderr.decode())
 
 
 def shell(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -125,11 +125,7 @@ def test_a_package_is_imported_only_where_it_belongs(package: str) -> None:
     assert importers <= set(ONLY[package])
 
 
-def test_pruning_and_records_name_heavy_packages_for_type_checkers_or_in_functions() -> None:
-    top = {
-        (module, name.split(".")[0])
-        for module in ("pruning", "records", *LAYERS["ground"])
-        for name, for_types in imports_of(module)
-        if not for_types and name.split(".")[0] == "torch"
-    }
-    assert not top
+def test_pruning_names_torch_for_type_checkers_only() -> None:
+    of_torch = [unseen for name, unseen in imports_of("pruning") if name.startswith("torch")]
+    assert of_torch
+    assert all(of_torch)

@@ -300,7 +300,17 @@ def test_two_processes_train_the_weights_of_one(llama: str, data: str, tmp_path:
     log = tmp_path / "log.jsonl"
     for name, start, dashes in (("one", [sys.executable], []), ("two", launch, ["--"])):
         done = subprocess.run(
-            [*start, "-m", *dashes, "lorakit", *command, "-o", str(tmp_path / name), "--log", str(log)],
+            [
+                *start,
+                "-m",
+                *dashes,
+                "lorakit",
+                *command,
+                "-o",
+                str(tmp_path / name),
+                "--log",
+                str(log),
+            ],
             env=environment,
             capture_output=True,
             text=True,

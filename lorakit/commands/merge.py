@@ -10,11 +10,14 @@ from lorakit import options
 from lorakit.settings import PruningSettings, TrainingSettings
 
 
+METHODS = ("adaptive",)
+
+
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--data", metavar="FILE", help="Target records (JSONL); `-` is stdin.")
 @options.val
-@click.option("--method", type=click.Choice(["adaptive"]), help="[default: adaptive with --data]")
+@click.option("--method", type=click.Choice(METHODS), help="[default: adaptive with --data]")
 @options.pruning
 @options.model
 @options.training

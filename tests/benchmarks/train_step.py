@@ -1,0 +1,305 @@
+"""A merge step of lorakit against PEFT with three active adapters: time, memory, and where it goes.
+
+Both train three rank-8 adapters on q_proj and v_proj of a random Llama (width 512, 12 layers,
+32,000 words) with the same weights, in the same dtype, on the same batches of 8 SciTLDR records,
+tokenised by a BPE of that size learnt from SciTLDR. The peer pads each batch to its longest row and
+computes the logits of every position, as PEFT with a Trainer does. Each side runs in processes of
+its own, in turns; a step's time is the median, memory the peak above what stood after loading.
+
+    python tests/benchmarks/train_step.py --scitldr FOLDER [--steps 8] [--rounds 2] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from lorakit.adapter import Adapter, load_adapter, save_adapter
+from lorakit.adaptive import ParameterPruner, attach_stack
+from lorakit.batching import epoch_batches
+from lorakit.encoding import Example
+from lorakit.merging import peft_config, stack, tensors_of
+from lorakit.model import load_base, pick_modules
+from lorakit.recipes import build_dataset
+from lorakit.records import Record
+from lorakit.settings import PruningSettings, TrainingSettings
+from lorakit.training import Trainer, new_accelerator
+
+WORDS = 32_000
+BATCH = 8
+LR = 2e-4
+SHAPE = {
+    "vocab_size": WORDS,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 2048,
+}
+
+
+def prepare(folder: Path, scitldr: str) -> None:
+    """Write the base, its tokenizer, three adapters and the records into a folder."""
+    made = list(build_dataset("scitldr", [scitldr]))
+    (folder / "records.json").write_text(json.dumps(made))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=WORDS,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator((f"{row['prompt']}{row['completion']}" for row in made), trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    base = load_base(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+    modules = pick_modules(base, ["q_proj", "v_proj"], None)
+    for number in range(3):
+        factors = {
+            name: (
+                (torch.randn(8, 512) / 23).numpy(),
+                (torch.randn(512, 8) / 100).numpy(),
+            )
+            for name in modules
+        }
+        told = peft_config(dict.fromkeys(modules, 8), base=str(folder), alpha=16)
+        save_adapter(Adapter(tensors_of(factors), told), f"{folder}/adapter{number}/")
+
+
+def batches_of(folder: Path, encoder: Any, steps: int) -> list[list[Example]]:
+    records = [Record(row, row["id"]) for row in json.loads((folder / "records.json").read_text())]
+    some = [encoder.example(record) for record in records[: BATCH * steps]]
+    return list(epoch_batches(some, BATCH, 0, 1))
+
+
+class Memory:
+    """The peak, above the moment of `start`, of what this process (or the GPU) holds, in MB."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def start(self) -> None:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
+        self._before = _status("VmRSS")
+
+    def peak(self) -> float:
+        top = torch.cuda.max_memory_allocated() if self._cuda else _status("VmHWM")
+        return (top - self._before) / 1e6
+
+
+def _status(name: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split(f"{name}:")[1].split()[0])
+
+
+def timed(steps: Sequence[Any], device: torch.device) -> tuple[list[float], float]:
+    """Run the steps (the first is a warm-up) and return each one's seconds and the peak memory."""
+    memory = Memory(device)
+    memory.start()
+    seconds = []
+    for step in steps:
+        started = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:], memory.peak()
+
+
+def run_lorakit(folder: Path, steps: int, device: torch.device, tokens: int) -> dict[str, Any]:
+    base = load_base(str(folder), device=device, dtype=torch.bfloat16)
+    stacked = stack([load_adapter(f"{folder}/adapter{number}") for number in range(3)])
+    layers = attach_stack(base, stacked, dropout=0.0)
+    pruner = _TimedPruner(ParameterPruner(stacked, layers, PruningSettings(Decimal("0.1"))), device)
+    settings = TrainingSettings(
+        lr=LR, dropout=0.0, batch_size=BATCH, micro_batch_tokens=tokens, schedule="constant"
+    )
+    trainer = Trainer(
+        base, layers, settings, accelerator=new_accelerator(device.type), pruner=pruner
+    )
+    batches = batches_of(folder, base.encoder(chat="off"), steps + 1)
+    trainer.validate(batches[0])
+    losses: list[float] = []
+    with trainer._training_mode():
+        found, memory = timed(
+            [lambda b=b: losses.append(trainer._step(b, 10**6)["train_loss"]) for b in batches],
+            device,
+        )
+    pruning = statistics.median(pruner.seconds[1:]) / statistics.median(found)
+    return {
+        "seconds": found,
+        "memory": memory,
+        "losses": losses,
+        "pruning": pruning,
+        "tokens": sum(len(row.ids) for batch in batches[1:] for row in batch),
+        "targets": sum(row.targets for batch in batches[1:] for row in batch),
+    }
+
+
+class _TimedPruner:
+    def __init__(self, pruner: ParameterPruner, device: torch.device) -> None:
+        self._pruner, self._device = pruner, device
+        self.seconds: list[float] = []
+
+    def prune_(self, norms: Any) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        self._pruner.prune_(norms)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - started)
+
+
+def run_peft(folder: Path, steps: int, device: torch.device) -> dict[str, Any]:
+    encoder = load_base(str(folder), device=torch.device("cpu"), dtype=torch.bfloat16).encoder(
+        chat="off"
+    )
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = peft.PeftModel.from_pretrained(
+        model.to(device), folder / "adapter0", adapter_name="0", is_trainable=True
+    )
+    for number in (1, 2):
+        model.load_adapter(folder / f"adapter{number}", str(number), is_trainable=True)
+    model.base_model.set_adapter(["0", "1", "2"])
+    parameters = [p for name, p in model.named_parameters() if "lora_" in name]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
+    losses: list[float] = []
+
+    def step(batch: Sequence[Example]) -> None:
+        length = max(len(row.ids) for row in batch)
+        ids = torch.zeros(len(batch), length, dtype=torch.int64)
+        labels = torch.full_like(ids, -100)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(batch):
+            ids[place, : len(row.ids)] = torch.tensor(row.ids)
+            labels[place, row.start : len(row.ids)] = torch.tensor(row.ids[row.start :])
+            mask[place, : len(row.ids)] = 1
+        loss = model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+
+    batches = batches_of(folder, encoder, steps + 1)
+    found, memory = timed([lambda b=b: step(b) for b in batches], device)
+    return {"seconds": found, "memory": memory, "losses": losses}
+
+
+def matmul_rate(device: torch.device, size: int = 2048) -> float:
+    """Return the machine's bf16 matrix-multiplication rate in FLOP/s, the best of ten."""
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    best = 0.0
+    for _ in range(10):
+        started = time.perf_counter()
+        _ = a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def flops(tokens: int, targets: int) -> float:
+    """Return the multiplications and additions that a step cannot do without.
+
+    Forward, and backward to the activations only: 4 a weight and token; the head where a loss is
+    due; attention and the adapters, which are small, left out.
+    """
+    width, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    layer = 4 * width * width + 3 * width * inner
+    return 4.0 * (tokens * layer * SHAPE["num_hidden_layers"] + targets * width * WORDS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scitldr", required=True, help="the data set's folder")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, default=TrainingSettings.micro_batch_tokens
+    )
+    parser.add_argument("--side", choices=["lorakit", "peft"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    if given.side:
+        if given.side == "peft":
+            found = run_peft(given.folder, given.steps, device)
+        else:
+            found = run_lorakit(given.folder, given.steps, device, given.micro_batch_tokens)
+        print(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), given.scitldr)
+        rounds: dict[str, list[dict[str, Any]]] = {"peft": [], "lorakit": []}
+        for _ in range(given.rounds):
+            for side, results in rounds.items():
+                results.append(_child(side, folder))
+        report(rounds, device)
+
+
+def _child(side: str, folder: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def report(rounds: dict[str, list[dict[str, Any]]], device: torch.device) -> None:
+    time_of = {
+        side: statistics.median([s for result in results for s in result["seconds"]])
+        for side, results in rounds.items()
+    }
+    memory_of = {side: max(r["memory"] for r in results) for side, results in rounds.items()}
+    for side in rounds:
+        print(f"{side:8} {time_of[side]:8.3f} s a step {memory_of[side]:9.0f} MB above the base")
+    ours = rounds["lorakit"][0]
+    difference = max(
+        abs(a - b) for a, b in zip(ours["losses"], rounds["peft"][0]["losses"], strict=True)
+    )
+    steps = len(ours["seconds"])
+    rate = flops(ours["tokens"], ours["targets"]) / steps / time_of["lorakit"]
+    share = rate / matmul_rate(device)
+    print(f"time: {time_of['peft'] / time_of['lorakit']:.2f}× faster than PEFT")
+    print(f"memory: {memory_of['lorakit'] / memory_of['peft']:.2f}× PEFT's")
+    print(f"pruning: {100 * ours['pruning']:.1f} % of a step")
+    print(f"tokens/s: {ours['tokens'] / steps / time_of['lorakit']:.0f}")
+    print(f"matmul rate achieved: {100 * share:.0f} % of the machine's bf16 rate")
+    print(f"largest difference of a step's loss (pruning after each, bf16): {difference:.3f}")
+
+
+if __name__ == "__main__":
+    main()

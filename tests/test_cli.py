@@ -1,0 +1,255 @@
+"""The program: how it ends, and what it says when it fails."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapters import tiny
+from program import ENVIRONMENT, PROGRAM, run, shell
+
+from lorakit.adapter import save_adapter
+from lorakit.cli import lorakit
+
+ROW = '{"prompt": "p", "completion": "c", "prediction": "c"}\n'
+
+
+def one_error(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line of stderr of a run that failed, without its beginning."""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("Error: ")
+    return done.stderr.removeprefix("Error: ").rstrip("\n")
+
+
+# — bad data: 1 —
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("score", "none.jsonl"), "cannot read none.jsonl: no such file or directory; "),
+        (("score", "."), "cannot read .: is a directory; "),
+        (("score", "bad.jsonl"), "bad.jsonl:2: not JSON"),
+        (("score", "row.jsonl", "-o", "none/out"), "cannot write none/out: no such file"),
+        (("score", "row.jsonl", "-o", "."), "cannot write .: is a directory; "),
+        (("build-dataset", "jsonl", "bad.jsonl", "-o", "out"), "bad.jsonl:2: not JSON"),
+        (("build-dataset", "csv", "latin.csv"), "latin.csv:2: not UTF-8 text; "),
+        (("build-dataset", "microworld", "nothing"), "unknown task 'nothing'; "),
+        (("inspect", "none.safetensors"), "cannot read none.safetensors: "),
+        (("inspect", "row.jsonl"), "row.jsonl"),
+        (("inspect", "."), "; "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_data_is_one_line_that_says_what_and_what_to_do_and_exits_with_1(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "row.jsonl").write_text(ROW)
+    (tmp_path / "bad.jsonl").write_text(ROW + "bad\n")
+    (tmp_path / "latin.csv").write_bytes("prompt,completion\né,c\n".encode("latin-1"))
+    before = sorted(tmp_path.iterdir())
+    done = run(*arguments, cwd=tmp_path)
+    line = one_error(done)
+    assert done.returncode == 1
+    assert message in line
+    assert "; " in line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    "arguments", [("score", "-"), ("build-dataset", "csv"), ("inspect", "-")], ids=repr
+)
+def test_a_stdin_that_cannot_be_read_is_an_error(arguments: tuple[str, ...]) -> None:
+    with open("/proc/self/mem", "rb", buffering=0) as unreadable:
+        done = run(*arguments, stdin=unreadable.fileno())
+    assert done.returncode == 1
+    assert "input/output error" in one_error(done)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize(
+    "arguments", [("score", "-"), ("build-dataset", "jsonl"), ("--help",)], ids=repr
+)
+def test_a_full_disk_is_an_error_and_not_silence(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = run(*arguments, stdin=ROW, stdout=full)
+    assert done.returncode == 1
+    assert "no space left on device" in one_error(done)
+
+
+# — streams that are closed —
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("lorakit build-dataset jsonl row.jsonl >&-", 1),
+        ("lorakit --help >&-", 1),
+        ("lorakit build-dataset jsonl row.jsonl -o out >&-", 0),
+        ("lorakit score - <&-", 1),
+        ("lorakit build-dataset jsonl row.jsonl -o out <&-", 0),
+        ("lorakit build-dataset jsonl row.jsonl --sample 2 -o out 2>&-", 0),
+        ("lorakit score none.jsonl 2>&-", 1),
+    ],
+)
+def test_a_closed_stream_matters_only_where_it_is_needed(
+    script: str, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "row.jsonl").write_text(ROW)
+    done = shell(script, tmp_path)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    if code == 1 and "2>&-" not in script:
+        one_error(done)
+    if "-o out" in script:
+        assert json.loads((tmp_path / "out").read_text())["prompt"] == "p"
+
+
+def test_a_pipe_closed_by_its_reader_ends_the_program_quietly_with_141() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = run("build-dataset", "jsonl", stdin=ROW, stdout=closed)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+# — Ctrl-C: 130 —
+
+
+def test_ctrl_c_exits_with_130_and_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("old")
+    with subprocess.Popen(
+        [PROGRAM, "build-dataset", "jsonl", "-o", "out"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+    ) as child:
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2)  # the side file is open
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 130
+        assert child.stderr is not None
+        assert b"Traceback" not in child.stderr.read()
+    assert (tmp_path / "out").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+# — wrong usage: 2 —
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Usage: "),
+        (("nothing",), "No such command 'nothing'"),
+        (("--nothing",), "No such option"),
+        (("score",), "Missing argument"),
+        (("score", "-", "-"), "stdin can be read only once"),
+        (("score", "-", "--nothing"), "No such option"),
+        (("build-dataset", "nothing"), "Invalid value for 'RECIPE'"),
+        (("build-dataset", "jsonl", "-", "-"), "one stdin"),
+        (("generate", "-", "--data", "-"), "one stdin"),
+        (("generate",), "Missing option '--data'"),
+        (("generate", "--data", "x", "--resume"), "--resume needs -o"),
+        (("train-adapter", "--data", "-", "--val", "-"), "one stdin"),
+        (("train-adapter", "--data", "x", "--layers", "5-1"), "runs backwards"),
+        (("merge", "a", "-", "--data", "-"), "one stdin"),
+        (("merge", "a", "b", "--data", "-", "--val", "-"), "one stdin"),
+        (("merge", "-", "-", "--data", "x"), "one stdin"),
+        (("merge", "--data", "x"), "Missing argument"),
+        (("merge", "a", "b"), "Missing option '--data'"),
+        (("merge", "a", "--data", "x", "--prune-ratio", "1"), "0 ≤ ratio < 1"),
+        (("merge", "a", "--data", "x", "--prune-ratio", "nan"), "is not a number"),
+        (("inspect",), "Missing argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_wrong_usage_exits_with_2_and_shows_the_usage(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    from lorakit.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["lorakit", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    out, err = capfd.readouterr()
+    assert (left.value.code, out) == (2, "")
+    assert message in err
+    assert err.startswith("Usage: lorakit")
+    assert "Traceback" not in err
+
+
+# — what it tells of itself —
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == importlib.metadata.version("lorakit") + "\n"
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_help_names_every_command_with_a_line_about_it(flag: str) -> None:
+    done = run(flag)
+    assert done.returncode == 0
+    for name, command in lorakit.commands.items():
+        assert f"\n  {name} " in done.stdout
+        assert command.help, name
+
+
+def test_python_m_lorakit_is_the_same_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lorakit", "score", "none"],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == run("score", "none").stderr
+
+
+def test_help_is_shown_in_a_locale_without_its_letters() -> None:
+    ascii_only = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [PROGRAM, "inspect", "--help"], capture_output=True, env=ascii_only, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_data_is_utf8_whatever_the_locale() -> None:
+    ascii_only = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    row = '{"id": "1", "prompt": "é日", "completion": "c"}\n'.encode()
+    done = subprocess.run(
+        [PROGRAM, "build-dataset", "jsonl"],
+        input=row,
+        capture_output=True,
+        env=ascii_only,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, row, b"")
+
+
+def test_data_alone_goes_to_stdout_and_notes_go_to_stderr(tmp_path: Path) -> None:
+    done = run("build-dataset", "jsonl", "--sample", "9", stdin=ROW)
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["p"]
+    assert done.stderr == "Note: only 1 records for --sample 9.\n"
+    path = save_adapter(tiny(), str(tmp_path / "a.safetensors"))
+    done = run("inspect", path)
+    assert json.loads(done.stdout)["adapter"] == path
+    assert done.stderr == ""

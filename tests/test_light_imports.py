@@ -1,0 +1,123 @@
+"""What `--help`, and the commands that need no model, must not import: it costs seconds."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from adapters import tiny
+from program import ENVIRONMENT
+
+from lorakit.adapter import save_adapter
+from lorakit.cli import lorakit
+
+COMMANDS = sorted(lorakit.commands)
+# Parts of the standard library that cost as much as a package.
+SLOW_PARTS = ("asyncio", "email", "importlib.metadata", "multiprocessing", "tempfile", "unittest")
+
+# Runs the program and then names, as the last line of stderr, the modules it imported.
+PROBE = """
+import sys
+before = set(sys.modules)
+from lorakit.cli import main
+try:
+    main()
+finally:
+    print(sorted(set(sys.modules) - before), file=sys.stderr)
+"""
+
+
+def imported(*arguments: str, stdin: str = "") -> list[str]:
+    """Return the modules that a run of the program imports; it has to end well."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments],
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    names: list[str] = ast.literal_eval(done.stderr.splitlines()[-1])
+    return names
+
+
+def packages_of(modules: list[str]) -> set[str]:
+    return {module.split(".")[0] for module in modules} - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_click_and_nothing_else(command: str) -> None:
+    modules = imported(*command.split(), "--help")
+    assert packages_of(modules) == {"click", "lorakit"}
+    assert not set(SLOW_PARTS) & set(modules)
+
+
+def test_help_imports_no_part_of_the_library_that_no_option_reads() -> None:
+    modules = imported("--help")
+    assert "lorakit.recipes" in modules
+    assert not [name for name in modules if name.startswith("lorakit.recipes.microworld")]
+    assert "lorakit.adapter" not in modules
+
+
+def test_a_usage_error_is_found_before_anything_heavy_is_imported() -> None:
+    script = PROBE.replace(
+        "main()", "main()\nexcept SystemExit as left:\n    assert left.code == 2"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "generate", "-", "--data", "-"],
+        capture_output=True,
+        encoding="utf-8",
+        env=ENVIRONMENT,
+        check=True,
+    )
+    assert packages_of(ast.literal_eval(done.stderr.splitlines()[-1])) == {"click", "lorakit"}
+
+
+def test_building_a_data_set_needs_no_model_library() -> None:
+    row = json.dumps({"prompt": "a", "completion": "b"})
+    assert packages_of(imported("build-dataset", "jsonl", stdin=row)) <= {
+        *("attr", "click", "jsonlines", "lorakit"),
+    }
+
+
+def test_scoring_needs_no_model_library() -> None:
+    line = json.dumps({"prediction": "a 1", "completion": "b 1"})
+    metrics = "rougeL,bleu,chrf,em,f1,contains,gsm8k"
+    packages = packages_of(imported("score", "-", "--metric", metrics, stdin=line))
+    assert {"rouge_score", "sacrebleu"} <= packages
+    assert not {"torch", "transformers", "peft", "tokenizers"} & packages
+
+
+@pytest.mark.parametrize("layout", ["json", "table"])
+def test_inspecting_an_adapter_needs_no_model_library(layout: str, tmp_path: Path) -> None:
+    path = save_adapter(tiny(), str(tmp_path / "a.safetensors"))
+    packages = packages_of(imported("inspect", path, "--format", layout))
+    assert "numpy" in packages
+    assert not {"torch", "transformers", "peft", "tokenizers", "scipy", "safetensors"} & packages
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "metrics",
+        "prompts",
+        "pruning",
+        "recipes",
+        "recipes.microworld",
+        "settings",
+    ],
+)
+def test_a_module_with_a_table_that_options_read_imports_nothing_heavy(module: str) -> None:
+    code = (
+        "import sys\nbefore = set(sys.modules)\n"
+        f"import lorakit.{module}\nprint(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True
+    )
+    assert packages_of(ast.literal_eval(done.stdout)) == {"lorakit"}

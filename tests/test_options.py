@@ -1,0 +1,149 @@
+"""Options: how layers, ratios and names are read from the command line."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import click
+import pytest
+
+from lorakit import options
+from lorakit.cli import lorakit
+from lorakit.settings import GenerationSettings, LoraSettings, PruningSettings, TrainingSettings
+
+
+def convert(kind: click.ParamType[Any], text: str) -> Any:
+    return kind.convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("0", (0,)),
+        ("0-3", (0, 1, 2, 3)),
+        ("7-7", (7,)),
+        ("0-1,24", (0, 1, 24)),
+        ("5,3,4", (3, 4, 5)),
+        ("0-2,1-3,2", (0, 1, 2, 3)),
+        (" 1 , 3-4 ", (1, 3, 4)),
+        ("9998-9999", (9998, 9999)),
+    ],
+)
+def test_layers_are_numbers_and_ranges_sorted_each_once(text: str, layers: tuple[int, ...]) -> None:
+    assert convert(options.Layers(), text) == layers
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ",", "1,", "a", "-1", "-", "5-", "1-2-3", "1.5", "1 2", "٣", "10000", "0-99999999999"],
+)
+def test_what_is_no_set_of_layers_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a layer or a range of layers"):
+        convert(options.Layers(), text)
+
+
+def test_a_range_that_runs_backwards_is_refused() -> None:
+    with pytest.raises(click.BadParameter, match="'3-1' runs backwards"):
+        convert(options.Layers(), "0,3-1")
+
+
+@pytest.mark.parametrize("text", ["0", "0.1", ".5", "0.30", "1e-3", "0.999999999999999999999"])
+def test_a_ratio_is_the_exact_decimal_it_was_written_as(text: str) -> None:
+    assert convert(options.Ratio(), text) == Decimal(text)
+
+
+def test_a_ratio_is_not_rounded_through_a_float() -> None:
+    assert int(convert(options.Ratio(), "0.29") * 100) == 29
+    assert int(float("0.29") * 100) == 28
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is not a number"),
+        ("x", "is not a number"),
+        ("10%", "is not a number"),
+        ("0,1", "is not a number"),
+        ("nan", "is not a number"),
+        ("-sNaN", "is not a number"),
+        ("1", "is not in 0 ≤ ratio < 1"),
+        ("-0.1", "is not in 0 ≤ ratio < 1"),
+        ("inf", "is not in 0 ≤ ratio < 1"),
+        ("1e9", "is not in 0 ≤ ratio < 1"),
+    ],
+)
+def test_what_is_no_ratio_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(click.BadParameter, match=reason):
+        convert(options.Ratio(), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("q_proj", ("q_proj",)), ("q_proj, v_proj", ("q_proj", "v_proj")), ("a.b", ("a.b",))],
+)
+def test_names_are_separated_by_commas(text: str, names: tuple[str, ...]) -> None:
+    assert convert(options.Names(), text) == names
+
+
+@pytest.mark.parametrize("text", ["", ",", "a,,b", "a, ", " "])
+def test_an_empty_name_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="has an empty name"):
+        convert(options.Names(), text)
+
+
+@pytest.mark.parametrize("kind", [options.Names(), options.Layers()])
+def test_a_value_that_is_read_already_stays(kind: click.ParamType[Any]) -> None:
+    assert kind.convert((1, 2), None, None) == (1, 2)
+
+
+def test_settings_take_their_own_fields_out_of_the_arguments() -> None:
+    given: dict[str, Any] = {"rank": 4, "layers": (1,), "output": "x"}
+    assert options.settings_of(LoraSettings, given) == LoraSettings(rank=4, layers=(1,))
+    assert given == {"output": "x"}
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        pytest.param("train-adapter", TrainingSettings(), id="train-adapter"),
+        pytest.param("train-adapter", LoraSettings(), id="train-adapter's LoRA"),
+        pytest.param("merge", TrainingSettings(), id="merge"),
+        pytest.param("merge", PruningSettings(), id="merge's pruning"),
+        pytest.param("generate", GenerationSettings(), id="generate"),
+    ],
+)
+def test_a_command_without_options_has_the_defaults_of_the_settings(
+    command: str, settings: Any
+) -> None:
+    arguments = ["--data", "x", *(["a", "b"] if command == "merge" else [])]
+    context = lorakit.commands[command].make_context(command, arguments)
+    given = dict(context.params)
+    assert options.settings_of(type(settings), given) == settings
+    assert set(vars(settings)) <= set(context.params), "a setting that no option can change"
+
+
+@pytest.mark.parametrize("paths", [("-", "-"), ("a", "-", None, "-")])
+def test_two_inputs_from_one_pipe_are_a_usage_error(paths: tuple[str | None, ...]) -> None:
+    with pytest.raises(click.UsageError, match="one stdin"):
+        options.one_pipe(*paths)
+
+
+def test_one_input_from_a_pipe_is_none() -> None:
+    options.one_pipe("-", "a", None, "a")
+
+
+@pytest.mark.parametrize("command", sorted(lorakit.commands))
+def test_every_option_has_a_help_text_and_one_name_in_all_commands(command: str) -> None:
+    known: dict[str, set[str | None]] = {}
+    for other in lorakit.commands.values():
+        for parameter in other.params:
+            for flag in parameter.opts if isinstance(parameter, click.Option) else ():
+                known.setdefault(flag, set()).add(parameter.name)
+    for parameter in lorakit.commands[command].params:
+        if isinstance(parameter, click.Option):
+            assert all(known[flag] == {parameter.name} for flag in parameter.opts)
+            assert parameter.help or parameter.name in UNEXPLAINED, parameter.name
+
+
+UNEXPLAINED = ("rank", "alpha", "split")  # the name and the default say it

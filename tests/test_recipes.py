@@ -1,0 +1,315 @@
+"""Recipes: from raw data to records, by the recipes jsonl, csv and scitldr."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lorakit.cli import lorakit
+from lorakit.errors import LorakitError
+from lorakit.recipes import RECIPES, Request, build_dataset, draw
+from lorakit.records import Record, read_records
+
+ROWS = [Record({"id": str(number)}, f"x:{number}") for number in range(100)]
+TEMPLATES = {"template": "{{text}} =>", "completion": " {{answer}}"}
+
+
+def built(recipe: str, *sources: object, **request: Any) -> list[dict[str, Any]]:
+    return list(build_dataset(recipe, list(map(str, sources)), Request(**request)))
+
+
+def save(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(lorakit, ["build-dataset", *map(str, arguments)], input=stdin)
+
+
+# — jsonl —
+
+
+def test_a_row_becomes_id_prompt_completion_and_the_fields_that_were_not_used(
+    tmp_path: Path,
+) -> None:
+    row = {"text": "T", "z": [1], "id": 7, "answer": "A", "a": None}
+    path = save(tmp_path / "a.jsonl", json.dumps(row))
+    (record,) = built("jsonl", path, **TEMPLATES)
+    expected = {"id": "7", "prompt": "T =>", "completion": " A", "z": [1], "a": None}
+    assert list(record.items()) == list(expected.items())
+
+
+def test_rows_that_are_records_already_come_out_as_they_are(records: Path) -> None:
+    assert built("jsonl", records) == [dict(record.fields) for record in read_records(str(records))]
+
+
+def test_references_and_id_stay_although_a_template_names_them(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jsonl", '{"id": "i", "references": ["r"], "answer": "A"}')
+    (record,) = built("jsonl", path, template="{{id}}", completion="{{answer}}")
+    assert record == {"id": "i", "prompt": "i", "completion": "A", "references": ["r"]}
+
+
+def test_a_row_without_an_id_is_called_after_its_place(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jsonl", '\n{"text": "T", "answer": "A"}\n')
+    assert built("jsonl", path, **TEMPLATES)[0]["id"] == f"{path}:2"
+
+
+def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
+    line = '{{"id": "{}", "prompt": "p", "completion": "c"}}'
+    paths = [save(tmp_path / name, line.format(name)) for name in ("b", "a")]
+    assert [record["id"] for record in built("jsonl", *paths)] == ["b", "a"]
+
+
+@pytest.mark.parametrize("sources", [(), ("-",)])
+@pytest.mark.parametrize(
+    ("recipe", "content"),
+    [
+        ("jsonl", '{"text": "é", "answer": "A"}\n'),
+        ("csv", "text,answer\né,A\n"),
+    ],
+)
+def test_stdin_is_read_where_no_source_is_named(
+    recipe: str, content: str, sources: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    (record,) = built(recipe, *sources, **TEMPLATES)
+    assert record == {"id": record["id"], "prompt": "é =>", "completion": " A"}
+    assert record["id"].startswith("stdin:")
+
+
+def test_a_missing_field_is_an_error_that_names_the_line(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jsonl", '{"text": "T", "answer": "A"}\n{"text": "T"}\n')
+    with pytest.raises(LorakitError, match=r"a\.jsonl:2: no field 'answer'; .*: text$"):
+        built("jsonl", path, **TEMPLATES)
+
+
+# — csv —
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("a.csv", "text,answer\nT,A\nU,B\n", id="plain"),
+        pytest.param("a.csv", "\ufefftext,answer\r\nT,A\r\nU,B\r\n", id="mark and CRLF"),
+        pytest.param("a.csv", 'text,"answer"\n"T",A\n\nU,"B"', id="quotes and an empty line"),
+        pytest.param("a.tsv", "text\tanswer\nT\tA\nU\tB\n", id="tab-separated"),
+        pytest.param("a.TSV", "answer\ttext\nA\tT\nB\tU\n", id="another order"),
+        pytest.param("a.csv", "text,answer\rT,A\rU,B\r", id="carriage returns alone"),
+    ],
+)
+def test_a_table_is_read_whatever_its_line_ends(name: str, content: str, tmp_path: Path) -> None:
+    made = built("csv", save(tmp_path / name, content), **TEMPLATES)
+    assert [(one["prompt"], one["completion"]) for one in made] == [("T =>", " A"), ("U =>", " B")]
+
+
+def test_a_quoted_field_holds_line_ends_quotes_and_much_text(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    path = save(tmp_path / "a.csv", f'text,answer\n"a,\r\n""b""\n","{long}"\n')
+    (record,) = built("csv", path, **TEMPLATES)
+    assert record["prompt"] == 'a,\r\n"b"\n =>'
+    assert record["completion"] == f" {long}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(b"", r"a\.csv is empty; ", id="empty"),
+        pytest.param(b"\n\n", r"a\.csv is empty; ", id="no header"),
+        pytest.param(b"a,b,a\n", r"a\.csv:1: column 'a' stands twice; ", id="column twice"),
+        pytest.param(b"a,b\n1,2\n3\n", r"a\.csv:3: 1 cells where the header has 2; ", id="short"),
+        pytest.param(b"a,b\n1,2,3\n", r"a\.csv:2: 3 cells where the header has 2; ", id="long"),
+        pytest.param(b'a,b\n1,2\n"x"y,2\n', r"a\.csv:3: .* expected after '\"'", id="bad quote"),
+        pytest.param(b'a,b\n1,"2\n', r"a\.csv:2: unexpected end of data", id="open quote"),
+        pytest.param(b"a,b\n1,2\n\xff,2\n", r"a\.csv:3: not UTF-8 text; ", id="not UTF-8"),
+        pytest.param(b"a,\xe9\n", r"a\.csv:1: not UTF-8 text; ", id="header not UTF-8"),
+        pytest.param("a,b\n".encode("utf-16"), r"a\.csv:1: not UTF-8 text; ", id="UTF-16"),
+    ],
+)
+def test_a_bad_table_is_an_error_that_names_file_and_line(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "a.csv", content)
+    with pytest.raises(LorakitError, match=message):
+        built("csv", path, template="{{a}}", completion="{{b}}")
+
+
+# — scitldr —
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "references"),
+    [("train", 1992, {1}), ("validation", 619, {1, 2, 3, 4}), ("test", 618, {2, 3, 4})],
+)
+def test_scitldr_has_every_paper_and_every_reference(
+    split: str, count: int, references: set[int], shared: Path
+) -> None:
+    made = built("scitldr", shared / "data" / "scitldr", split=split)
+    assert len(made) == len({record["id"] for record in made}) == count
+    assert {len(record["references"]) for record in made} == references
+    for record in made:
+        assert record["completion"] == f" {record['references'][0]}"
+        assert record["prompt"].startswith("Write a TLDR by summarizing the following scientific")
+        assert record["prompt"].endswith("\nTLDR:")
+        assert list(record) == ["id", "prompt", "completion", "references", "title"]
+
+
+def test_a_scitldr_record_is_pinned(shared: Path) -> None:
+    record = built("scitldr", shared / "data" / "scitldr" / "test.jsonl")[0]
+    assert (record["id"], len(record["references"])) == ("SJ1Xmf-Rb", 2)
+    assert record["title"] == "FearNet: Brain-Inspired Model for Incremental Learning"
+    _, sections, _ = record["prompt"].splitlines()
+    assert sections.startswith("Key Sections: Incremental class learning involves sequentially")
+    assert "from the same class. This violates" in sections
+    assert record["references"][1].startswith("This paper presents a novel solution to an")
+
+
+def test_the_papers_fifty_shots_are_pinned(shared: Path) -> None:
+    folder = shared / "data" / "scitldr"
+    first, other = (
+        [record["id"] for record in built("scitldr", folder, sample=5, seed=seed)]
+        for seed in (0, 1)
+    )
+    assert first == ["HJlmhs05tm", "Hkgty1BFDS", "HJgExaVtwr", "ByebT3EYvr", "BJxcAX7iYB"]
+    assert other == ["BylRqLXR9X", "HJWGdbbCW", "ryg7jhEtPB", "rJ1RPJWAW", "r1lYRjC9F7"]
+    fifty = [record["id"] for record in built("scitldr", folder, sample=50)]
+    assert len(fifty) == 50
+    assert [name for name in fifty if name in first] == first
+
+
+def test_scitldr_drops_the_space_around_sentences_and_empty_ones(tmp_path: Path) -> None:
+    row = {"source": [" One. ", "", "Two."], "target": [" Short. ", " "], "paper_id": 5}
+    (record,) = built("scitldr", save(tmp_path / "a.jsonl", json.dumps(row)))
+    assert "Key Sections: One. Two.\n" in record["prompt"]
+    assert (record["id"], record["completion"]) == ("5", " Short.")
+    assert (record["references"], record["title"]) == (["Short."], "")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"target": ["x"]}, "'source' is not a list of texts"),
+        ({"source": "x", "target": ["x"]}, "'source' is not a list of texts"),
+        ({"source": ["x"], "target": [1]}, "'target' is not a list of texts"),
+        ({"source": ["x"], "target": [" "]}, "'target' holds no text"),
+        ({"source": [], "target": ["x"]}, "'source' holds no text"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
+)
+def test_what_is_no_scitldr_row_is_named(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jsonl", json.dumps(row))
+    with pytest.raises(LorakitError, match=rf"a\.jsonl:1: {message}; "):
+        built("scitldr", path)
+
+
+def test_scitldr_needs_a_source_and_the_splits_file_in_it(tmp_path: Path) -> None:
+    with pytest.raises(LorakitError, match="scitldr needs its folder or a file"):
+        built("scitldr")
+    with pytest.raises(LorakitError, match=r"has no dev\.jsonl for --split validation; "):
+        built("scitldr", tmp_path, split="validation")
+
+
+# — drawing —
+
+
+@pytest.mark.parametrize(
+    ("seed", "drawn"),
+    [(0, ["15", "44", "46", "87", "99"]), (1, ["30", "39", "71", "72", "90"])],
+)
+def test_a_draw_is_the_same_on_every_machine(seed: int, drawn: list[str]) -> None:
+    assert [row.id for row in draw(iter(ROWS), 5, seed)] == drawn
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_larger_draw_holds_the_smaller_and_keeps_the_order(seed: int) -> None:
+    draws = [[int(row.id) for row in draw(ROWS, count, seed)] for count in (0, 1, 10, 50, 100, 200)]
+    assert [len(one) for one in draws] == [0, 1, 10, 50, 100, 100]
+    assert all(one == sorted(one) for one in draws)
+    for small, large in itertools.pairwise(draws):
+        assert set(small) <= set(large)
+
+
+def test_rows_are_drawn_equally_often() -> None:
+    drawn = [int(row.id) for seed in range(400) for row in draw(ROWS, 10, seed)]
+    counts = [drawn.count(place) for place in range(100)]  # 40 expected, standard deviation 6
+    assert min(counts) > 40 - 5 * 6
+    assert max(counts) < 40 + 5 * 6
+
+
+# — the command —
+
+
+def test_the_command_writes_the_records_of_the_library(records: Path) -> None:
+    result = run("jsonl", records)
+    assert result.stdout == records.read_text(encoding="utf-8")
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_the_command_writes_to_a_file_and_says_nothing(records: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    result = run("jsonl", records, "-o", target)
+    assert (result.exit_code, result.output) == (0, "")
+    assert target.read_bytes() == records.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count", "note"),
+    [
+        (("--sample", 2), 2, ""),
+        (("--sample", 3), 3, ""),
+        (("--sample", 4), 3, "Note: only 3 records for --sample 4.\n"),
+        (("--sample", 4, "-q"), 3, ""),
+    ],
+)
+def test_a_sample_larger_than_the_data_is_said(
+    arguments: tuple[object, ...], count: int, note: str, records: Path
+) -> None:
+    result = run("jsonl", records, *arguments)
+    assert len(result.stdout.splitlines()) == count
+    assert result.stderr == note
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nothing",),
+        ("jsonl", "-", "-"),
+        ("jsonl", "--sample", 0),
+        ("jsonl", "--split", "dev"),
+        ("jsonl", "--seed", -1),
+    ],
+    ids=repr,
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[object, ...]) -> None:
+    result = run(*arguments, stdin="")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+
+
+def test_a_bad_row_leaves_the_old_output(tmp_path: Path) -> None:
+    target = save(tmp_path / "out", "old")
+    result = run("jsonl", "-o", target, stdin='{"prompt": "p", "completion": "c"}\nbad\n')
+    assert isinstance(result.exception, LorakitError)
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_help_lists_every_recipe() -> None:
+    text = run("--help").stdout
+    assert all(f"  {name} " in text and recipe.help in text for name, recipe in RECIPES.items())
+
+
+def test_a_task_of_the_microworld_is_a_source() -> None:
+    made = built("microworld", "echo", split="test", sample=3)
+    assert [set(record) >= {"id", "prompt", "completion"} for record in made] == [True] * 3
+    for sources in ((), ("echo", "first")):
+        with pytest.raises(LorakitError, match="microworld takes one task as SOURCE"):
+            built("microworld", *sources)
