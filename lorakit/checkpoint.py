@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO, atomic_path
+from lorakit.files import atomic_path, is_stream
 from lorakit.model import factors
 from lorakit.tensorfile import Tensor, read_tensors, write_tensors
 from lorakit.training import Progress, Trainer
@@ -67,8 +67,8 @@ class Checkpoint:
 def checkpoint_of(output: str, *shaping: Any) -> Checkpoint:
     """Return the checkpoint of a run that writes `output`, keyed by all that shapes the run."""
     key = hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
-    path = None if output == STDIO else Path(f"{output.rstrip('/')}.resume")
-    return Checkpoint(path, key)
+    place = Path(f"{output.rstrip('/')}.resume")
+    return Checkpoint(None if is_stream(output) else place, key)
 
 
 def _tensor(value: torch.Tensor) -> Tensor:

@@ -13,7 +13,16 @@ from typing import Any
 from lorakit.errors import LorakitError
 from lorakit.records import Record
 
-CHAT_DATE = "2025-01-01"  # what chat templates that ask for today's date are told, always
+# What chat templates that ask for today's date are told, always; and how they are told: a macro in
+# front of the template hides the function of that name, which would tell the day of the run.
+CHAT_DATE = datetime.date(2025, 1, 1)
+_DATED = "".join(
+    [
+        "{% macro strftime_now(format) %}{{ format",
+        *(f"|replace('%{code}', '{CHAT_DATE:%{code}}')" for code in "dmYyBbAaHMSjI"),
+        "}}{% endmacro %}{{ '' }}",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,6 @@ class Encoder:
         return ids, ends
 
     def _render(self, prompt: str, answer: str | None, where: str) -> str:
-        date = datetime.date.fromisoformat(CHAT_DATE)
         turns = [{"role": "user", "content": prompt}]
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
@@ -131,10 +139,9 @@ class Encoder:
             return str(
                 self.tokenizer.apply_chat_template(
                     turns,
+                    chat_template=_DATED + self.tokenizer.get_chat_template(),
                     tokenize=False,
                     add_generation_prompt=answer is None,
-                    strftime_now=date.strftime,
-                    date_string=date.strftime("%d %b %Y"),
                 )
             )
         except (ValueError, TypeError, ImportError) as error:

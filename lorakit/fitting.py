@@ -16,7 +16,7 @@ import torch
 
 from lorakit.adapter import Adapter, save_adapter
 from lorakit.checkpoint import Checkpoint, checkpoint_of
-from lorakit.encoding import CutTally, Encoder, Example
+from lorakit.encoding import CHAT_DATE, CutTally, Encoder, Example
 from lorakit.errors import LorakitError
 from lorakit.merging import Factors, peft_config, tensors_of
 from lorakit.model import (
@@ -193,6 +193,8 @@ def header(
         "chat": "on" if base.uses_chat(settings.chat) else "off",
         "history": [*earlier, {**entry, "versions": versions()}],
     }
+    if told["chat"] == "on":
+        told["chat_date"] = str(CHAT_DATE)
     if blocks:
         told["blocks"] = list(blocks)
     return told

@@ -26,6 +26,7 @@ Factors = Mapping[
     str, tuple[FloatArray, FloatArray]
 ]  # A (rank, d_in) and B (d_out, rank) by module
 
+
 @dataclass(frozen=True)
 class Slice:
     """Where a block lies in one module: rows offset … offset+rank of A, those columns of B."""

@@ -9,7 +9,6 @@ import click
 from lorakit import options
 from lorakit.settings import PruningSettings, TrainingSettings
 
-
 METHODS = ("adaptive",)
 
 

@@ -43,7 +43,7 @@ from lorakit.training import Trainer, new_accelerator
 WORDS = 32_000
 BATCH = 8
 LR = 2e-4
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": WORDS,
     "hidden_size": 512,
     "intermediate_size": 1376,

@@ -1,0 +1,63 @@
+#!/bin/sh
+# The main job, end to end, on a laptop: adapters trained on two related tasks and one on 50 target
+# examples, merged without and with pruning; every system generates and is scored. Sets up .venv.
+#
+#     sh examples/quickstart.sh [FOLDER]        # results go to FOLDER, by default ./quickstart
+
+set -eu
+cd "$(dirname "$0")/.."
+. tests/setup.sh
+out=${1:-quickstart}
+mkdir -p "$out"
+# Two runs at a time, one thread each: the model is small, and start-up is most of the work.
+export OMP_NUM_THREADS=1 LORAKIT_MODEL=tiny
+related="--lr 3e-3 --batch-size 16 --epochs 4 --patience 2 --dtype float32"
+target="--lr 3e-3 --epochs 15 --patience 3 --dtype float32"
+
+echo "== data: two related tasks, and 50 examples of the target task" >&2
+lorakit build-dataset microworld headline --sample 1000 -o "$out/xs.train.jsonl"
+lorakit build-dataset microworld howto --sample 1000 -o "$out/wl.train.jsonl"
+lorakit build-dataset microworld title --sample 50 -o "$out/train.jsonl"
+lorakit build-dataset microworld headline --split validation --sample 100 -o "$out/xs.val.jsonl"
+lorakit build-dataset microworld howto --split validation --sample 100 -o "$out/wl.val.jsonl"
+lorakit build-dataset microworld title --split validation --sample 50 -o "$out/val.jsonl"
+lorakit build-dataset microworld title --split test --sample 100 -o "$out/test.jsonl"
+
+echo "== adapters on the related tasks" >&2
+lorakit train-adapter --data "$out/xs.train.jsonl" --val "$out/xs.val.jsonl" $related \
+    -o "$out/xs.safetensors" &
+lorakit train-adapter --data "$out/wl.train.jsonl" --val "$out/wl.val.jsonl" $related \
+    -o "$out/wl.safetensors" -q
+wait $!
+
+echo "== an adapter on the target task, and merges" >&2
+cd "$out"
+targets="--data train.jsonl --val val.jsonl $target"
+lorakit train-adapter $targets -o tgt.safetensors &
+lorakit merge xs.safetensors wl.safetensors $targets -q -o xs+wl.safetensors
+wait $!
+lorakit merge xs.safetensors wl.safetensors $targets -q --prune-ratio 0.1 \
+    -o xs+wl.pruned.safetensors &
+lorakit merge xs.safetensors wl.safetensors tgt.safetensors $targets -o xs+wl+tgt.safetensors
+wait $!
+lorakit merge xs.safetensors wl.safetensors tgt.safetensors $targets --prune-ratio 0.1 \
+    -o xs+wl+tgt.pruned.safetensors &
+merged=$!
+
+echo "== predictions" >&2
+predict() { lorakit generate ${2:+"$2"} --data test.jsonl --max-new-tokens 40 -q -o "$1"; }
+predict zero-shot.jsonl
+wait "$merged"
+pair() { # two systems at a time
+    predict "$1.jsonl" "$1.safetensors" &
+    [ -z "${2:-}" ] || predict "$2.jsonl" "$2.safetensors"
+    wait $!
+}
+pair xs wl
+pair tgt xs+wl
+pair xs+wl.pruned xs+wl+tgt
+pair xs+wl+tgt.pruned
+
+lorakit score --metric rougeL,em --format table zero-shot.jsonl xs.jsonl wl.jsonl tgt.jsonl \
+    xs+wl.jsonl xs+wl.pruned.jsonl xs+wl+tgt.jsonl xs+wl+tgt.pruned.jsonl
+lorakit inspect --format table xs+wl+tgt.pruned.safetensors
