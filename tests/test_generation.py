@@ -50,7 +50,8 @@ def predict(base: Base, given: list[Record], **changes: Any) -> list[str]:
 def test_greedy_decoding_takes_the_most_probable_token_each_time(base: Base) -> None:
     """Against the plain loop: the whole sequence through the model for every token, no cache."""
     prompt = base.encoder(chat="off").prompt(records(1)[0], 6).ids
-    ids, new = list(prompt), []
+    ids = list(prompt)
+    new: list[int] = []
     while len(new) < 6:
         token = int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
         if token in base.end_tokens:

@@ -1,0 +1,48 @@
+"""How many greedy outputs change with the batch they are decoded in, in float32 and in bfloat16.
+
+    python tests/benchmarks/batch_rows.py [--model tiny] [--records 200] [--batch-size 32]
+
+Every record is decoded alone and in batches; the share of records whose text differs is printed.
+In float32 lorakit promises none (tests/test_generation.py); in half precision other batch shapes
+round otherwise, and how often that shows depends on model and device.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+
+from lorakit.devices import pick_device
+from lorakit.generation import generate
+from lorakit.model import load_base
+from lorakit.recipes.microworld import microworld
+from lorakit.records import Record
+from lorakit.settings import GenerationSettings
+
+
+def outputs(model: str, dtype: torch.dtype, count: int, batch_size: int) -> list[str]:
+    base = load_base(model, device=pick_device("auto"), dtype=dtype)
+    settings = replace(GenerationSettings(), batch_size=batch_size, max_new_tokens=32)
+    rows = microworld("mention", split="test")
+    records = [Record(row, str(row["id"])) for row, _ in zip(rows, range(count), strict=False)]
+    made = generate(base, base.encoder(chat="auto"), records, settings)
+    return [record.prediction for record, _ in made]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--records", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=32)
+    given = parser.parse_args()
+    for dtype in (torch.float32, torch.bfloat16):
+        alone = outputs(given.model, dtype, given.records, 1)
+        together = outputs(given.model, dtype, given.records, given.batch_size)
+        differing = sum(one != other for one, other in zip(alone, together, strict=True))
+        print(f"{str(dtype).removeprefix('torch.')}: {differing} of {len(alone)} records differ")
+
+
+if __name__ == "__main__":
+    main()
