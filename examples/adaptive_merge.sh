@@ -10,9 +10,13 @@
 # validation examples and seeds all training on them.
 
 set -eu
+case ${1:-} in
+    "") out=$(cd "$(dirname "$0")/.." && pwd)/runs ;;
+    /*) out=$1 ;;
+    *) out=$PWD/$1 ;;
+esac
 cd "$(dirname "$0")/.."
 . tests/setup.sh
-out=${1:-runs}
 export OMP_NUM_THREADS=1 LORAKIT_MODEL=tiny out
 export related="--lr 3e-3 --batch-size 16 --epochs 6 --patience 2 --dtype float32 -q"
 export target="--lr 3e-3 --epochs 30 --patience 5 --dtype float32 -q"

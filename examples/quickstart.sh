@@ -5,9 +5,13 @@
 #     sh examples/quickstart.sh [FOLDER]        # results go to FOLDER, by default ./quickstart
 
 set -eu
+case ${1:-} in
+    "") out=$(cd "$(dirname "$0")/.." && pwd)/quickstart ;;
+    /*) out=$1 ;;
+    *) out=$PWD/$1 ;;
+esac
 cd "$(dirname "$0")/.."
 . tests/setup.sh
-out=${1:-quickstart}
 mkdir -p "$out"
 # Two runs at a time, one thread each: the model is small, and start-up is most of the work.
 export OMP_NUM_THREADS=1 LORAKIT_MODEL=tiny

@@ -8,7 +8,7 @@ and goes into B_i only at the end. Pruning itself is in pruning.py, the loop in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,18 +16,10 @@ import torch
 from lorakit.adapter import Adapter
 from lorakit.calibration import InputNorms
 from lorakit.checkpoint import checkpoint_of
-from lorakit.fitting import chat_choice, fit, header, load_corpus
+from lorakit.fitting import fit, header, load_corpus, settle, versions
+from lorakit.lora import check_fits, factors, inject, is_transposed, projections, set_factors
 from lorakit.merging import Factors, Stack, fold, peft_config, share_of_zeros, stack, tensors_of
-from lorakit.model import (
-    ADAPTER,
-    Base,
-    check_fits,
-    factors,
-    inject,
-    is_transposed,
-    projections,
-    set_factors,
-)
+from lorakit.model import ADAPTER, Base
 from lorakit.pruning import CRITERIA, prune_, prune_count
 from lorakit.settings import PruningSettings, TrainingSettings
 from lorakit.training import Trainer, Watcher, new_accelerator
@@ -45,26 +37,43 @@ class Group:
 
 
 class ParameterPruner:
-    """Zeroes, after each step, the least important parameters of every group (Algorithm 1)."""
+    """Zeroes, after each step, the least important parameters of every group (Algorithm 1).
+
+    Groups of one shape are chosen from together: one selection for all of them.
+    """
 
     def __init__(
         self, stacked: Stack, layers: Mapping[str, Any], settings: PruningSettings
     ) -> None:
         self._criterion = CRITERIA[settings.importance]
-        self.groups = [
-            group
-            for block in stacked.blocks
-            for name, part in block.modules.items()
-            for group in _groups(name, layers[name], part.span, settings)
-        ]
+        self._alike: dict[Any, list[Group]] = {}
+        self._inputs: dict[Any, torch.Tensor] = {}
+        self._version = -1
+        for block in stacked.blocks:
+            for name, part in block.modules.items():
+                for group in _groups(name, layers[name], part.span, settings):
+                    self._alike.setdefault((group.is_b, group.weight.shape), []).append(group)
 
     @torch.no_grad()
     def prune_(self, norms: InputNorms) -> None:
         """Zero the chosen parameters of every group, by the norms of the last calibration."""
-        for group in self.groups:
-            of_x, of_ax = norms.norms(group.module)
-            inputs = of_ax[group.span] if group.is_b else of_x
-            prune_(group.weight, self._criterion(group.weight, inputs), group.count)
+        if norms.version != self._version:
+            self._version = norms.version
+            self._inputs = {
+                key: torch.stack([_inputs_of(group, norms) for group in groups]).unsqueeze(1)
+                for key, groups in self._alike.items()
+            }
+        for key, groups in self._alike.items():
+            weights = torch.stack([group.weight for group in groups])
+            prune_(weights, self._criterion(weights, self._inputs[key]), groups[0].count)
+            for group, pruned in zip(groups, weights, strict=True):
+                group.weight.copy_(pruned)
+
+
+def _inputs_of(group: Group, norms: InputNorms) -> torch.Tensor:
+    """Return the norms of what a group's matrix reads: x for A, A·x for B."""
+    of_x, of_ax = norms.norms(group.module)
+    return of_ax[group.span] if group.is_b else of_x
 
 
 def _groups(name: str, layer: Any, span: slice, settings: PruningSettings) -> Iterator[Group]:
@@ -111,7 +120,7 @@ def merge_adaptively(
 
     Raises LorakitError for records, adapters or settings that cannot be used.
     """
-    settings = replace(settings, chat=chat_choice(settings, adapters, base))
+    settings = settle(settings, adapters, base)
     encoder = base.encoder(
         chat=settings.chat, max_length=settings.max_length, truncate=settings.truncate
     )
@@ -121,8 +130,8 @@ def merge_adaptively(
     corpus = load_corpus(data, val, encoder, seed=settings.seed, watcher=watcher)
     entry = {
         "command": "merge",
+        "versions": versions(),
         "settings": {"method": "adaptive", **settings.told(), **pruning.told()},
-        "seed": settings.seed,
         "parents": {block.name: block.sha256 for block in stacked.blocks},
         **corpus.hashes,
     }

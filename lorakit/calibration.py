@@ -21,6 +21,7 @@ class InputNorms:
     def __init__(self, layers: Mapping[str, Any]) -> None:
         self._layers = layers
         self._squares: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.version = 0  # counts the calibrations
         self.mask: torch.Tensor | None = None  # (rows, length) of the micro-batch under way
 
     @contextlib.contextmanager
@@ -50,23 +51,16 @@ class InputNorms:
             flat = flat[self.mask.flatten()]
         return flat.float().square().sum(0)
 
-    def norms(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ‖x_k‖₂ (d_in,) and ‖(A·x)_k‖₂ (rank,) of a module."""
-        of_x, of_ax = self._squares[name]
-        return of_x.sqrt(), of_ax.sqrt()
-
     def update_(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every sum by `change` of it, in a fixed order (a sum over processes, say)."""
         for name, (of_x, of_ax) in self._squares.items():
             self._squares[name] = change(of_x), change(of_ax)
+        self.version += 1
 
-    def state(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return the sums of squares by module, as `restore_` takes them."""
-        return dict(self._squares)
-
-    def restore_(self, squares: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Go on from sums of squares collected earlier."""
-        self._squares = dict(squares)
+    def norms(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ‖x_k‖₂ (d_in,) and ‖(A·x)_k‖₂ (rank,) of a module."""
+        of_x, of_ax = self._squares[name]
+        return of_x.sqrt(), of_ax.sqrt()
 
 
 def _zeros(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:

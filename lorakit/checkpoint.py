@@ -1,8 +1,8 @@
 """Checkpoints: what a killed training run needs to go on to the same bytes.
 
 One safetensors file beside the output, replaced whole after every epoch: weights, the best weights,
-AdamW's moments, the input norms, and how far training has come. Its key is a hash of everything
-that shapes the run, so that only the same run goes on from it.
+AdamW's moments, and how far training has come; input norms are taken anew. Its key is a hash of
+everything that shapes the run, so that only the same run goes on from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from lorakit.errors import LorakitError
 from lorakit.files import atomic_path, is_stream
-from lorakit.model import factors
+from lorakit.lora import factors
 from lorakit.tensorfile import Tensor, read_tensors, write_tensors
 from lorakit.training import Progress, Trainer
 
@@ -76,7 +76,6 @@ def _tensor(value: torch.Tensor) -> Tensor:
 
 
 def _state(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
-    norms = trainer.norms.state()
     for name, layer in trainer.layers.items():
         for place, factor in enumerate("AB"):
             parameter = factors(layer)[place]
@@ -84,13 +83,10 @@ def _state(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"best.{name}.{factor}", trainer.best[name][place]
             for moment in _MOMENTS:
                 yield f"{moment}.{name}.{factor}", trainer.optimizer.state[parameter][moment]
-            if name in norms:
-                yield f"squares.{name}.{factor}", norms[name][place]
 
 
 def _restore(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
     device = trainer.base.device
-    squares = {}
     for name, layer in trainer.layers.items():
         for place, factor in enumerate("AB"):
             parameter = factors(layer)[place]
@@ -101,6 +97,3 @@ def _restore(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
                 m: value if m == "step" else value.to(device) for m, value in moments.items()
             }
         trainer.best[name] = (saved[f"best.{name}.A"], saved[f"best.{name}.B"])
-        if f"squares.{name}.A" in saved:
-            squares[name] = tuple(saved[f"squares.{name}.{f}"].to(device) for f in "AB")
-    trainer.norms.restore_(squares)  # type: ignore[arg-type]

@@ -21,7 +21,12 @@ def pick_device(choice: str) -> torch.device:
     if not there[choice]:
         raise LorakitError(f"this machine has no {choice} device; use --device auto")
     if choice == "cuda":  # one process a GPU, under torchrun or `accelerate launch`
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        place = int(os.environ.get("LOCAL_RANK", "0"))
+        if place >= torch.cuda.device_count():
+            raise LorakitError(
+                f"there is no GPU for process {place}; start at most {torch.cuda.device_count()}"
+            )
+        return torch.device("cuda", place)
     return torch.device(choice)
 
 
@@ -29,8 +34,11 @@ def pick_dtype(choice: str, device: torch.device, *, training: bool) -> torch.dt
     """Return the base's number format.
 
     `auto` is bfloat16 where the device multiplies matrices much faster in it; on a CPU for training
-    only, so that what is generated there does not depend on how rows are batched.
+    only, so that what is generated there does not depend on how rows are batched. Raises
+    LorakitError for float16 in training, where small gradients would be lost.
     """
+    if choice == "float16" and training:
+        raise LorakitError("float16 gradients underflow; train with --dtype bfloat16 or float32")
     if choice != "auto":
         named: dict[str, torch.dtype] = {
             "float32": torch.float32,
@@ -41,11 +49,11 @@ def pick_dtype(choice: str, device: torch.device, *, training: bool) -> torch.dt
     if device.type == "cpu":
         fast = training and _has_fast_bfloat16()
     else:
-        fast = device.type != "cuda" or torch.cuda.is_bf16_supported()
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
 
 
 def _has_fast_bfloat16() -> bool:
     """Whether this CPU has matrix instructions for bfloat16 (AMX)."""
-    ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 does not have it yet
-    return bool(ask and ask().get("amx_bf16", False))
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(ask and ask())

@@ -98,7 +98,7 @@ class Encoder:
 
     def _prompt(self, record: Record) -> Example:
         text = self._render(record.prompt, None, record.where) if self.chat else record.prompt
-        ids = self._tokens(text)[0]
+        ids = self._begun(self._tokens(text)[0])
         return Example(ids, len(ids), record.where)
 
     def _joined(self, record: Record) -> Example:
@@ -114,12 +114,16 @@ class Encoder:
             prompt, text = record.prompt, record.prompt + record.completion
         ids, ends = self._tokens(text)
         start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
-        start = max(start, 1)  # with nothing before it, the first token cannot be predicted
-        return Example((*ids[:start], *self._ended(ids[start:])), start, record.where)
+        answer = ids[start:]
+        if self.chat and self.end in answer:  # what the template writes after it is never generated
+            answer = answer[: answer.index(self.end)]
+        before = self._begun(ids[:start])
+        return Example((*before, *answer, self.end), len(before), record.where)
 
-    def _ended(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the completion's tokens up to and with one end token."""
-        return (*(ids[: ids.index(self.end)] if self.end in ids else ids), self.end)
+    def _begun(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return what the model reads first: the tokens, or one that begins a text if none."""
+        begin = self.tokenizer.bos_token_id
+        return ids or (self.end if begin is None else begin,)
 
     def _tokens(self, text: str) -> tuple[tuple[int, ...], list[int]]:
         """Return the ids of a text and, for each, where in the text it ends (special: 0)."""
@@ -132,6 +136,8 @@ class Encoder:
         return ids, ends
 
     def _render(self, prompt: str, answer: str | None, where: str) -> str:
+        import jinja2
+
         turns = [{"role": "user", "content": prompt}]
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
@@ -144,7 +150,7 @@ class Encoder:
                     add_generation_prompt=answer is None,
                 )
             )
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, jinja2.TemplateError) as error:
             raise LorakitError(
                 f"{where}: the model's chat template cannot be applied ({error}); use --chat off"
             ) from error

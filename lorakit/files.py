@@ -168,8 +168,8 @@ class Resumable:
         """Yield a stream that goes on after the first `keep` lines; a finished block renames it."""
         try:
             _refuse_directory(self.final)
-            with open(self._side, "w", encoding="utf-8", newline="\n") as stream:
-                stream.writelines(self.lines[:keep])
+            with open(self._side, "a", encoding="utf-8", newline="\n") as stream:
+                stream.truncate(len("".join(self.lines[:keep]).encode()))
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -6,7 +6,6 @@ what the header tells of it. It knows nothing of stacks, blocks or pruning.
 
 from __future__ import annotations
 
-import importlib.metadata
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,16 +17,11 @@ from lorakit.adapter import Adapter, save_adapter
 from lorakit.checkpoint import Checkpoint, checkpoint_of
 from lorakit.encoding import CHAT_DATE, CutTally, Encoder, Example
 from lorakit.errors import LorakitError
+from lorakit.lora import default_targets, inject, is_transposed, pick_modules, projections
 from lorakit.merging import Factors, peft_config, tensors_of
-from lorakit.model import (
-    Base,
-    default_targets,
-    inject,
-    is_transposed,
-    pick_modules,
-    projections,
-)
+from lorakit.model import Base
 from lorakit.records import Record, load_records
+from lorakit.segmentation import version_of
 from lorakit.settings import HOLD_OUT, LoraSettings, TrainingSettings
 from lorakit.training import Trainer, Watcher, new_accelerator
 
@@ -127,7 +121,7 @@ def train_adapter(
 
     Raises LorakitError for records, modules, layers or settings that cannot be used.
     """
-    settings = replace(settings, chat=chat_choice(settings, (), base))
+    settings = settle(settings, (), base)
     encoder = base.encoder(
         chat=settings.chat, max_length=settings.max_length, truncate=settings.truncate
     )
@@ -136,8 +130,8 @@ def train_adapter(
     corpus = load_corpus(data, val, encoder, seed=settings.seed, watcher=watcher)
     entry = {
         "command": "train-adapter",
+        "versions": versions(),
         "settings": {**settings.told(), **asdict(lora), "target_modules": targets},
-        "seed": settings.seed,
         **corpus.hashes,
     }
     ranks = dict.fromkeys(modules, lora.rank)
@@ -182,7 +176,7 @@ def header(
 ) -> dict[str, Any]:
     """Return the header of a trained adapter: its base, chat choice, blocks and history.
 
-    The history is that of the parents, each entry once, and then `entry` with the versions.
+    The history is that of the parents, each entry once, and then `entry`.
     """
     earlier: list[Mapping[str, Any]] = []
     for parent in parents:
@@ -190,8 +184,8 @@ def header(
     told: dict[str, Any] = {
         "format": 1,
         "base": base.record,
-        "chat": "on" if base.uses_chat(settings.chat) else "off",
-        "history": [*earlier, {**entry, "versions": versions()}],
+        "chat": settings.chat,
+        "history": [*earlier, entry],
     }
     if told["chat"] == "on":
         told["chat_date"] = str(CHAT_DATE)
@@ -202,13 +196,23 @@ def header(
 
 def versions() -> dict[str, str]:
     """Return the versions of lorakit and of what computes for it."""
-    return {name: importlib.metadata.version(name) for name in _TOLD_VERSIONS}
+    return {name: version_of(name) for name in _TOLD_VERSIONS}
 
 
-def chat_choice(settings: TrainingSettings, parents: Sequence[Adapter], base: Base) -> str:
-    """Return `on` or `off`: what was asked for, else what the parents were trained with."""
-    if settings.chat == "auto":
-        stored = {str(parent.header["chat"]) for parent in parents if "chat" in parent.header}
-        if len(stored) == 1:
-            return stored.pop()
-    return "on" if base.uses_chat(settings.chat) else "off"
+def settle(settings: TrainingSettings, parents: Sequence[Adapter], base: Base) -> TrainingSettings:
+    """Return the settings with what `auto` stands for: the base's dtype, and chat `on` or `off`.
+
+    Chat is what was asked for, else what the parents were trained with, else what the tokenizer
+    offers. Raises LorakitError where the parents do not agree.
+    """
+    told = {str(parent.header["chat"]) for parent in parents if parent.header.get("chat")}
+    chat = settings.chat
+    if chat == "auto" and len(told) > 1:
+        raise LorakitError(
+            "some of the adapters were trained with the chat template and some without; choose by "
+            "--chat on or --chat off"
+        )
+    if chat == "auto" and told:
+        chat = told.pop()
+    chat = "on" if base.uses_chat(chat) else "off"
+    return replace(settings, chat=chat, dtype=str(base.dtype).removeprefix("torch."))

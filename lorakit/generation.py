@@ -58,7 +58,7 @@ def _window(base: Base, prompts: Sequence[Example], settings: GenerationSettings
         places = order[start : start + settings.batch_size]
         rows = [prompts[place].ids for place in places]
         for place, ids in zip(places, complete(base, rows, settings), strict=True):
-            texts[place] = base.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            texts[place] = _text(base, ids)
     return texts
 
 
@@ -71,7 +71,7 @@ def complete(
     Prompts are padded on the left under a mask, so that a row does not see what it is batched with.
     """
     length = max(map(len, prompts))
-    pad = base.end_tokens[0] if base.tokenizer.pad_token_id is None else base.tokenizer.pad_token_id
+    pad = base.end_tokens[0]  # hidden by the mask; a tokenizer's own may lie outside the vocabulary
     ids = torch.full((len(prompts), length), pad)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -85,6 +85,11 @@ def complete(
     )
     ends = set(base.end_tokens)
     return [_until(row, ends) for row in found[:, length:].tolist()]
+
+
+def _text(base: Base, ids: Sequence[int]) -> str:
+    text = base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text).strip()
 
 
 def _sampling(settings: GenerationSettings) -> dict[str, Any]:

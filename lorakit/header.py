@@ -19,22 +19,30 @@ FORMAT = 1
 _SLICE = {"offset": int, "rank": int, "scale": float}
 FIELDS: Mapping[str, Any] = {
     "format": int,
-    "base": {"name": str, "fingerprint": str},
+    "base": {"name": str, "fingerprint": str, "revision": str, "local": bool},
     "chat": str,
+    "chat_date": str,
     "blocks": [{"name": str, "sha256": str, "zeros": float, "modules": {"*": _SLICE}}],
     "history": [
         {
             "command": str,
-            "version": str,
+            "versions": {"*": str},
             "settings": {"*": None},
-            "seed": int,
             "parents": {"*": str},
             "data": str,
+            "val": str,
         }
     ],
 }
 
-_WORDS = {int: "an integer", float: "a number", str: "a text", list: "a list", dict: "an object"}
+_WORDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def parse_header(text: str, ranks: Mapping[str, int], name: str) -> dict[str, Any]:
@@ -68,7 +76,7 @@ def _check(value: object, wanted: Any, where: str) -> None:
         return
     kind = wanted if isinstance(wanted, type) else type(wanted)
     kinds = (int, float) if kind is float else (kind,)
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
         raise LorakitError(f"{where} is not {_WORDS[kind]}; take a new copy of the adapter")
     if isinstance(wanted, list) and isinstance(value, list):
         for index, item in enumerate(value):

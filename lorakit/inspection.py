@@ -178,9 +178,10 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _history_lines(number: int, step: Mapping[str, Any]) -> Iterable[str]:
-    yield printable(f"{number}. {step.get('command')} (lorakit {step.get('version')})")
+    version = (step.get("versions") or {}).get("lorakit")
+    yield printable(f"{number}. {step.get('command')} (lorakit {version})")
     for name, value in step.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key}={item}" for key, item in value.items())
-        if name not in ("command", "version"):
+        if name != "command":
             yield printable(f"   {name}: {value}")

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from lorakit.adapter import Adapter, LoraModule, lora_name
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO
 from lorakit.layers import layer_of, natural_key
 from lorakit.tensorfile import Tensor
 
@@ -110,16 +109,12 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
 def _check_widths(earlier: Sequence[LoraModule], module: LoraModule, adapter: Adapter) -> None:
     if not earlier:
         return
-    first, shape = _widths(earlier[0]), _widths(module)
+    first, shape = earlier[0].shape, module.shape
     if first != shape:
         raise LorakitError(
             f"{adapter.name}: {module.name} is {shape[0]}×{shape[1]}, in the adapters before it "
             f"{first[0]}×{first[1]}; merge only adapters of one base model"
         )
-
-
-def _widths(module: LoraModule) -> tuple[int, int]:
-    return module.b.shape[0], module.a.shape[1]
 
 
 def block_names(adapters: Iterable[Adapter]) -> list[str]:
@@ -128,7 +123,7 @@ def block_names(adapters: Iterable[Adapter]) -> list[str]:
     for adapter in adapters:
         path = PurePath(adapter.name)
         plain = path.parent.name if path.stem in ("adapter_model", "adapter") else path.stem
-        plain = "stdin" if adapter.name == STDIO else plain or path.stem or "adapter"
+        plain = plain or path.stem or "adapter"
         name, number = plain, 1
         while name in names:
             number += 1

@@ -1,41 +1,40 @@
-"""Base models and the LoRA on them: the only file that names transformers and peft.
+"""Base models: the only file that names transformers and peft.
 
-It finds a base by name, loads it and its tokenizer, and puts adapters on it. An adapter is attached
-as one PEFT adapter whose modules, ranks and scales are the adapter's own, so that what the model
-computes is what PEFT computes from the adapter's folder.
+It loads a base and its tokenizer by name and tells what the rest needs to know of them; adapters
+are put on it by lora.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import logging
 import os
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError
 
-from lorakit.adapter import Adapter
-from lorakit.batching import MicroBatch
 from lorakit.encoding import Encoder
 from lorakit.errors import LorakitError
-from lorakit.layers import layer_of
 from lorakit.model_choice import TINY
 
 ADAPTER = "default"
-PeftLayer = Any  # peft.tuners.lora.LoraLayer, whose attributes torch types too widely
-_FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+Conv1D = transformers.pytorch_utils.Conv1D
+FAMILY_TARGETS: Mapping[str, Sequence[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+_LOAD_ERRORS = (
+    *(OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError),
+    SafetensorError,
+    StrictDataclassError,
+)
 _SHAPE_FIELDS = (
     "model_type",
     "vocab_size",
@@ -59,6 +58,8 @@ class Base:
     tokenizer: Any
     name: str
     end_tokens: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    revision: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -82,9 +83,14 @@ class Base:
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     @property
-    def record(self) -> dict[str, str]:
-        """What an adapter's header says of its base."""
-        return {"name": self.name, "fingerprint": self.fingerprint}
+    def record(self) -> dict[str, Any]:
+        """What an adapter's header says of its base; `local` is whether its name is a folder's."""
+        told: dict[str, Any] = {"name": self.name, "fingerprint": self.fingerprint}
+        if self.revision is not None:
+            told["revision"] = self.revision
+        if self.name != TINY and Path(self.name).expanduser().is_dir():
+            told["local"] = True
+        return told
 
     def uses_chat(self, choice: str) -> bool:
         """Whether the chat template is applied: `auto` where there is one, `on`, or `off`."""
@@ -115,29 +121,45 @@ def load_base(
     _quieten()
     place = str(Path(__file__).parent / TINY) if name == TINY else os.path.expanduser(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    with _naming("the tokenizer of", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, use_safetensors=True, **options
+    with _naming("the model", name):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        model, told = loaded
+        model.to(device)
+    if told["missing_keys"]:
         raise LorakitError(
-            f"cannot load the model {name}: {reason.rstrip('.')}; give a folder with config.json, "
-            "tokenizer and safetensors weights, or a hub id that can be reached"
-        ) from error
+            f"the model {name} has no weights for {min(told['missing_keys'])}; give a whole causal "
+            "language model"
+        )
     if not tokenizer.is_fast:
         raise LorakitError(f"the tokenizer of {name} is a slow one; convert it to tokenizer.json")
     model.requires_grad_(False).eval()
     ends = _end_tokens(model, tokenizer, name)
     model.generation_config = transformers.GenerationConfig()  # its habits are not the user's wish
-    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    return Base(model.to(device), tokenizer, name, ends)
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_contiguous)
+    return Base(model, tokenizer, name, ends, dtype, revision)
 
 
-def _contiguous(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+@contextlib.contextmanager
+def _naming(what: str, name: str) -> Iterator[None]:
+    """Turn whatever the libraries raise on a bad folder or hub id into one line."""
+    try:
+        yield
+    except _LOAD_ERRORS as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LorakitError(
+            f"cannot load {what} {name}: {reason.rstrip('.')}; give a folder with config.json, "
+            "tokenizer.json and safetensors weights, or a hub id that can be reached"
+        ) from error
+
+
+def _contiguous(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Lay the head's input out in one piece: a slice of it is multiplied with a copied weight."""
-    return (inputs[0].contiguous(),)
+    return tuple(tensor.contiguous() for tensor in inputs)
 
 
 def _end_tokens(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
@@ -159,191 +181,12 @@ def _quieten() -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
-def projections(model: Any) -> dict[str, tuple[int, int]]:
-    """Return (d_out, d_in) of every projection that LoRA can adapt, by module name."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            found[name] = (module.out_features, module.in_features)
-        elif isinstance(module, transformers.pytorch_utils.Conv1D):
-            found[name] = (module.weight.shape[1], module.weight.shape[0])
-    return found
-
-
-def default_targets(base: Base) -> tuple[list[str], str | None]:
-    """Return the query and value projections as the family names them, and a note if fused.
-
-    Raises LorakitError for a family that neither names them q_proj and v_proj nor is known to PEFT.
-    """
-    there = {name.rsplit(".", 1)[-1] for name in projections(base.model)}
-    if {"q_proj", "v_proj"} <= there:
-        return ["q_proj", "v_proj"], None
-    kind = base.model.config.model_type
-    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, _FUSED)
-    fused = [name for name in known if name in there]
-    if not fused:
-        raise LorakitError(
-            f"no default target modules are known for {kind}; give --target-modules, "
-            f"of {', '.join(sorted(there))}"
-        )
-    return fused, f"{kind} has no separate query and value projections: training {', '.join(fused)}"
-
-
-def pick_modules(base: Base, targets: Sequence[str], layers: Sequence[int] | None) -> list[str]:
-    """Return the names of the projections that end in one of `targets`, in the layers given.
-
-    `all-linear` is every projection inside a decoder layer. Raises LorakitError for a target or a
-    layer that the model does not have.
-    """
-    inside = [name for name in projections(base.model) if layer_of(name) is not None]
-    if list(targets) == ["all-linear"]:
-        chosen = inside
-    else:
-        for target in targets:
-            if not any(_ends_in(name, target) for name in inside):
-                there = sorted({name.rsplit(".", 1)[-1] for name in inside})
-                raise LorakitError(
-                    f"{base.name} has no module {target}; choose --target-modules from "
-                    f"{', '.join(there)}"
-                )
-        chosen = [name for name in inside if any(_ends_in(name, target) for target in targets)]
-    if layers is None:
-        return chosen
-    beyond = [layer for layer in layers if layer >= base.layers]
-    if beyond:
-        raise LorakitError(
-            f"{base.name} has no layer {beyond[0]}; give --layers within 0-{base.layers - 1}"
-        )
-    return [name for name in chosen if layer_of(name) in layers]
-
-
-def _ends_in(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def is_transposed(base: Base, modules: Sequence[str]) -> bool:
-    """Whether the weights of these modules lie (d_in, d_out), PEFT's `fan_in_fan_out`."""
-    return isinstance(base.model.get_submodule(modules[0]), transformers.pytorch_utils.Conv1D)
-
-
-def inject(
-    base: Base, ranks: Mapping[str, int], *, alpha: float | None = None, dropout: float = 0.0
-) -> dict[str, PeftLayer]:
-    """Put a fresh LoRA of the given rank on each module named; return PEFT's layers by name.
-
-    The scale is alpha/rank, or 1 where no alpha is given. Weights are float32, A as PEFT
-    initialises it, B zero; nothing is trainable yet but these. The base changes in place.
-    """
-    rank = max(ranks.values())
-    other = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
-        lora_dropout=dropout,
-        target_modules=list(ranks),
-        rank_pattern=other,
-        alpha_pattern=dict(other) if alpha is None else {},
-        fan_in_fan_out=is_transposed(base, list(ranks)),
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():  # adapters of a base that has one already replace it
-        warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT")
-        peft.inject_adapter_in_model(config, base.model, adapter_name=ADAPTER)
-    layers: dict[str, PeftLayer] = {name: base.model.get_submodule(name) for name in ranks}
-    for layer in layers.values():
-        for factors in (layer.lora_A, layer.lora_B):
-            factors[ADAPTER].to(torch.float32)
-    base.model.eval()
-    return layers
-
-
-def attach(base: Base, adapter: Adapter) -> dict[str, PeftLayer]:
-    """Put an adapter on its base: the model then computes W0·x + s·B·A·x; return PEFT's layers.
-
-    Raises LorakitError naming the module and both shapes where the adapter does not fit.
-    """
-    modules = adapter.modules()
-    check_fits(base, adapter)
-    layers = inject(base, {module.name: module.rank for module in modules})
-    for module in modules:
-        layer = layers[module.name]
-        set_factors(layer, module.a, module.b)
-        layer.scaling[ADAPTER] = module.scale
-    return layers
-
-
-def set_factors(layer: PeftLayer, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> None:
-    """Copy A (rank, d_in) and B (d_out, rank) into a PEFT layer."""
-    with torch.no_grad():
-        layer.lora_A[ADAPTER].weight.copy_(torch.tensor(a))
-        layer.lora_B[ADAPTER].weight.copy_(torch.tensor(b))
-
-
-def factors(layer: PeftLayer) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-    """Return the A (rank, d_in) and B (d_out, rank) of a PEFT layer."""
-    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-
-
-def check_fits(base: Base, adapter: Adapter) -> None:
-    """Raise LorakitError naming the first module the base lacks or has in another shape."""
-    there = projections(base.model)
-    for module in adapter.modules():
-        if module.name not in there:
-            raise LorakitError(
-                f"{adapter.name}: {base.name} has no module {module.name}; "
-                "give the base the adapter was trained on by --model"
-            )
-        shape = (module.b.shape[0], module.a.shape[1])
-        if shape != there[module.name]:
-            raise LorakitError(
-                f"{adapter.name}: {module.name} is {_by(shape)}, in {base.name} it is "
-                f"{_by(there[module.name])}; give the base the adapter was trained on by --model"
-            )
-
-
-def _by(shape: tuple[int, int]) -> str:
-    return f"{shape[0]}×{shape[1]}"
-
-
-def completion_logits(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """Return the logits (rows, kept, vocabulary) of a micro-batch's last `kept` positions.
-
-    They come from the model's own forward, soft-capping, head bias and all; positions are counted
-    without the padding on the left.
-    """
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    kept = batch.labels.shape[1]
-    takes = inspect.signature(model.forward).parameters
-    if batch.mask is not None:
-        inputs["attention_mask"] = batch.mask.long()
-        if "position_ids" in takes:
-            inputs["position_ids"] = (batch.mask.long().cumsum(-1) - 1).clamp_min(0)
-    if "logits_to_keep" in takes:
-        inputs["logits_to_keep"] = kept
-    logits: torch.Tensor = model(**inputs).logits
-    return logits[:, -kept:]
+def put_lora(model: Any, **config: Any) -> None:
+    """Put fresh LoRA modules on a model by PEFT; `config` are fields of its LoraConfig."""
+    told = peft.LoraConfig(task_type="CAUSAL_LM", **config)
+    peft.inject_adapter_in_model(told, model, adapter_name=ADAPTER)
 
 
 def new_generation_config(base: Base, **settings: Any) -> Any:
     """Return a generation config of these settings alone, none of those the model came with."""
     return transformers.GenerationConfig(eos_token_id=list(base.end_tokens), **settings)
-
-
-@contextlib.contextmanager
-def activation_checkpointing(model: Any) -> Iterator[None]:
-    """Compute activations twice inside the block to hold fewer; no layer's dropout is switched on.
-
-    A layer checkpoints only while its own `training` flag is set; its parts keep theirs.
-    """
-    since_5_23 = hasattr(model, "activation_checkpointing_enable")
-    name = "activation_checkpointing" if since_5_23 else "gradient_checkpointing"
-    getattr(model, f"{name}_enable")({"use_reentrant": False})
-    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    try:
-        for layer in layers:
-            layer.training = True
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-        getattr(model, f"{name}_disable")()

@@ -22,8 +22,9 @@ def choose_model(given: str | None, adapters: Sequence[Adapter] = ()) -> tuple[s
     if given:
         return given, _other_base(given, adapters)
     fallback = os.environ.get(_MODEL_VARIABLE)
-    recorded = next((name for name in map(base_name, adapters) if name), None)
-    if recorded and not _is_missing_folder(recorded):
+    first = next((adapter for adapter in adapters if base_name(adapter)), None)
+    recorded = base_name(first) if first else None
+    if first and recorded and not _is_missing_folder(first, recorded):
         return recorded, _other_base(recorded, adapters)
     if fallback:
         return fallback, _other_base(fallback, adapters)
@@ -41,11 +42,35 @@ def base_name(adapter: Adapter) -> str | None:
     return base.get("name") or adapter.config.get("base_model_name_or_path")
 
 
-def _is_missing_folder(name: str) -> bool:
+def base_revision(adapters: Sequence[Adapter], name: str) -> str | None:
+    """Return the revision of the base `name` that the adapters were trained on, if they tell."""
+    told = [adapter.header.get("base") or {} for adapter in adapters]
+    found = (base.get("revision") for base in told if base.get("name") == name)
+    return next((revision for revision in found if revision), None)
+
+
+def check_fingerprint(adapters: Sequence[Adapter], name: str, fingerprint: str) -> str | None:
+    """Return a warning where a base of the recorded name has another shape than recorded."""
+    told = {adapter.name: adapter.header.get("base") or {} for adapter in adapters}
+    other = [key for key, base in told.items() if base.get("fingerprint", "") != fingerprint]
+    changed = [key for key in other if told[key].get("fingerprint")]
+    if not changed:
+        return None
+    return f"Warning: {name} has another shape than the base of {', '.join(changed)}"
+
+
+def _is_missing_folder(adapter: Adapter, name: str) -> bool:
+    """Whether the base was a folder, as lorakit noted or as its name looks, that is not there."""
+    told = adapter.header.get("base") or {}
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
-    return name != TINY and looks_local and not Path(name).expanduser().is_dir()
+    is_local = bool(told.get("local")) if told else looks_local
+    return name != TINY and (is_local or looks_local) and not Path(name).expanduser().is_dir()
 
 
 def _other_base(name: str, adapters: Sequence[Adapter]) -> str | None:
-    other = [f"{a.name} ({base_name(a)})" for a in adapters if base_name(a) not in (None, name)]
+    other = [f"{a.name} ({base_name(a)})" for a in adapters if _differ(base_name(a), name)]
     return f"Warning: not trained on {name}: {', '.join(other)}" if other else None
+
+
+def _differ(recorded: str | None, name: str) -> bool:
+    return recorded is not None and recorded.rstrip("/") != name.rstrip("/")

@@ -5,11 +5,12 @@ Each option has one name here, in the library and in the records; defaults stand
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
 from decimal import Decimal, InvalidOperation
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,6 +22,11 @@ from lorakit.settings import (
     PruningSettings,
     TrainingSettings,
 )
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # not generic before click 8.4
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S")
@@ -58,7 +64,7 @@ def output(default: str, what: str) -> Callable[[F], F]:
     )
 
 
-class Names(click.ParamType[Any]):
+class Names(ParamType):
     """A list of names, separated by commas."""
 
     name = "names"
@@ -74,7 +80,7 @@ class Names(click.ParamType[Any]):
         return names
 
 
-class Layers(click.ParamType[Any]):
+class Layers(ParamType):
     """A set of layers: numbers and ranges, separated by commas (`0-19,24`)."""
 
     name = "layers"
@@ -96,7 +102,7 @@ class Layers(click.ParamType[Any]):
         return tuple(sorted(chosen))
 
 
-class Ratio(click.ParamType[Any]):
+class Ratio(ParamType):
     """A share from 0 up to, but not including, 1, kept as the decimal it is written as."""
 
     name = "ratio"
@@ -296,6 +302,11 @@ lora = together(
 
 
 def one_pipe(*paths: str | None) -> None:
-    """Raise a usage error where more than one input is `-`: one pipe cannot carry both."""
+    """Raise a usage error where one pipe cannot carry what is asked of it.
+
+    Two inputs are `-`, or several processes (torchrun) would read the one stdin.
+    """
+    if "-" in paths and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise click.UsageError("Several processes cannot share stdin: give files, not '-'.")
     if paths.count("-") > 1:
         raise click.UsageError("Only one input can be '-', since there is one stdin.")

@@ -17,7 +17,8 @@ from lorakit.encoding import CutTally, Example
 from lorakit.errors import LorakitError
 from lorakit.files import Resumable, is_stream, open_text_output
 from lorakit.generation import generate, window_size
-from lorakit.model import Base, attach
+from lorakit.lora import attach
+from lorakit.model import Base
 from lorakit.records import Record, read_records, write_records
 from lorakit.settings import GenerationSettings
 

@@ -7,6 +7,7 @@ library tells a Watcher what happens and prints nothing.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -54,7 +55,9 @@ class TrainingProgress(Notes):
 
     def __init__(self, *, log: str | None, append: bool, quiet: bool) -> None:
         super().__init__(quiet=quiet or not _is_main_process())
-        self._log = _open_log(log, append) if log and _is_main_process() else None
+        self._log_path = log if _is_main_process() else None
+        self._append = append
+        self._log: IO[str] | None = None
         self._bar: Any = None
         self._task: Any = None
 
@@ -74,6 +77,8 @@ class TrainingProgress(Notes):
 
     def start(self, steps: int, epochs: int, done: int) -> None:
         self._epochs = epochs
+        if self._log_path:
+            self._log = _open_log(self._log_path, self._append)
         if self.quiet or not sys.stderr.isatty():
             return
         from rich.progress import (
@@ -106,8 +111,14 @@ class TrainingProgress(Notes):
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         if self._log is not None:
-            self._log.write(json.dumps(dict(entry)) + "\n")
+            told = {name: _plain(value) for name, value in entry.items()}
+            self._log.write(json.dumps(told) + "\n")
             self._log.flush()
+
+
+def _plain(value: Any) -> Any:
+    """Return the value, or null for a number that JSON cannot hold."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_main_process() -> bool:

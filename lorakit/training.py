@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import accelerate
@@ -21,7 +21,9 @@ from lorakit.batching import IGNORED, epoch_batches, lay_out, micro_batches
 from lorakit.calibration import InputNorms
 from lorakit.encoding import Example
 from lorakit.errors import LorakitError
-from lorakit.model import Base, activation_checkpointing, completion_logits, factors
+from lorakit.forward import activation_checkpointing, completion_logits
+from lorakit.lora import factors
+from lorakit.model import Base
 from lorakit.settings import TrainingSettings
 
 Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -50,7 +52,6 @@ class Progress:
     step: int = 0
     best_epoch: int = 0
     best_loss: float = math.inf
-    epochs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def stale(self) -> int:
@@ -106,6 +107,8 @@ class Trainer:
         self.pruner = pruner
         self.calibrate_every = calibrate_every
         self.norms = InputNorms(layers)
+        self.tokens = settings.micro_batch_tokens
+        self.note: Callable[[str], None] = lambda text: None
         self.progress = Progress()
         self.parameters = [weight for layer in layers.values() for weight in factors(layer)]
         for parameter in self.parameters:
@@ -133,6 +136,7 @@ class Trainer:
         """
         settings = self.settings
         steps = settings.epochs * math.ceil(len(examples) / settings.batch_size)
+        self.note = watcher.note
         watcher.start(steps, settings.epochs, self.progress.step)
         with self._training_mode():
             if self.pruner is not None:
@@ -164,7 +168,7 @@ class Trainer:
             loss_sum += entry["train_loss"] * (count := sum(row.targets for row in batch))
             targets += count
             watcher.step(entry)
-            if self.calibrate_every and progress.step % self.calibrate_every == 0:
+            if self._is_due():
                 self.validate(validation)
         loss = self.validate(validation)
         self._judge(loss)
@@ -175,8 +179,12 @@ class Trainer:
             "validation_loss": loss,
             "best": progress.best_epoch == progress.epoch,
         }
-        progress.epochs.append(entry)
         watcher.epoch({**entry, "seconds": round(time.perf_counter() - started, 3)})
+
+    def _is_due(self) -> bool:
+        """Whether the input norms are to be refreshed before the epoch ends."""
+        every = self.calibrate_every
+        return bool(self.pruner and every and self.progress.step % every == 0)
 
     def _judge(self, loss: float) -> None:
         if loss < self.progress.best_loss:
@@ -214,15 +222,38 @@ class Trainer:
         }
 
     def backward(self, batch: Sequence[Example]) -> float:
-        """Add up the gradient of the batch's mean loss over its completion tokens; return it."""
+        """Add up the gradient of the batch's mean loss over its completion tokens; return it.
+
+        Where memory does not suffice, the micro-batches are halved from here on, and a note says
+        so; LorakitError where a single example is too much.
+        """
+        while True:
+            try:
+                loss = self._add_gradients(batch)
+            except torch.OutOfMemoryError as error:
+                self._halve(batch, error)
+            else:
+                self._sum_gradients()
+                return float(self._summed(loss))
+
+    def _add_gradients(self, batch: Sequence[Example]) -> torch.Tensor:
         targets = sum(row.targets for row in batch)
         total = torch.zeros((), device=self.base.device)
-        for rows in self._own(micro_batches(batch, self.settings.micro_batch_tokens)):
+        for rows in self._own(micro_batches(batch, self.tokens)):
             loss = self._loss(rows) / targets
             loss.backward()
             total += loss.detach()
-        self._sum_gradients()
-        return float(self._summed(total))
+        return total
+
+    def _halve(self, batch: Sequence[Example], error: torch.OutOfMemoryError) -> None:
+        self.optimizer.zero_grad()
+        if self.tokens <= max(len(row.ids) for row in batch) or self.accelerator.num_processes > 1:
+            raise LorakitError(
+                "memory does not suffice; give --gradient-checkpointing, a smaller "
+                "--micro-batch-tokens or --max-length"
+            ) from error
+        self.tokens //= 2
+        self.note(f"out of memory: micro-batches of {self.tokens} tokens, bytes may differ")
 
     def _own(self, runs: list[list[Example]]) -> list[list[Example]]:
         """Return this process's share of the micro-batches."""
@@ -238,12 +269,17 @@ class Trainer:
         )
 
     def _sum_gradients(self) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in self.parameters:
+        for parameter in self.parameters:  # a module no token came through has none
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self._summed(parameter.grad)
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        flat = self._summed(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, summed in zip(
+            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+        ):
+            gradient.copy_(summed.view_as(gradient))
 
     def _summed(self, value: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:
@@ -258,7 +294,7 @@ class Trainer:
         with self._dropout(False), contextlib.ExitStack() as stack:
             if self.pruner is not None:
                 stack.enter_context(self.norms.collecting())
-            for rows in self._own(micro_batches(examples, self.settings.micro_batch_tokens)):
+            for rows in self._own(micro_batches(examples, self.tokens)):
                 total += self._loss(rows).cpu()
         self.norms.update_(self._summed)
         summed = self._summed(total.to(torch.float32).to(self.base.device))

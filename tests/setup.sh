@@ -14,7 +14,7 @@ if [ -z "${LORAKIT_ENV:-}" ]; then
     if [ ! -e "$mark" ] || ! grep -qxF "extras:$extras" "$mark"; then
         [ -x .venv/bin/python ] || "$python" -m venv .venv
         install="$env/bin/python -m pip install --quiet --disable-pip-version-check"
-        # torch first, by its exact version: a looser wish would bring gigabytes of CUDA libraries
+        # torch first and by its exact version, so that what else is installed cannot choose another
         $install -c tests/constraints.txt "$(grep '^torch==' tests/constraints.txt)"
         $install -c tests/constraints.txt -e ".$extras"
         echo "extras:$extras" >> "$mark"

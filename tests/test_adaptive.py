@@ -18,11 +18,13 @@ from training_data import Silent, rows, save_rows
 from lorakit.adapter import Adapter, load_adapter, save_adapter
 from lorakit.adaptive import ParameterPruner, attach_stack, merge_adaptively
 from lorakit.batching import epoch_batches
+from lorakit.checkpoint import Checkpoint
 from lorakit.errors import LorakitError
 from lorakit.fitting import train_adapter
 from lorakit.generation import complete
+from lorakit.lora import attach, factors
 from lorakit.merging import stack
-from lorakit.model import Base, attach, factors, load_base
+from lorakit.model import Base, load_base
 from lorakit.pruning import prune_count
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings, LoraSettings, PruningSettings, TrainingSettings
@@ -71,6 +73,7 @@ def merge(
     output: Path,
     *,
     pruning: PruningSettings | None = None,
+    resume: bool = False,
     **changes: Any,
 ) -> Adapter:
     merge_adaptively(
@@ -82,6 +85,7 @@ def merge(
         pruning=pruning or PruningSettings(),
         output=str(output),
         watcher=Silent(),
+        resume=resume,
     )
     return load_adapter(str(output))
 
@@ -234,6 +238,32 @@ def test_the_same_merge_gives_the_same_bytes(
     for name in "ab":
         merge(llama, adapters, data, tmp_path / name, pruning=pruning, dropout=0.1)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_resumed_merge_gives_the_bytes_of_an_unbroken_one(
+    llama: str,
+    data: str,
+    adapters: list[Adapter],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pruning = PruningSettings(Decimal("0.3"), calibrate_every=2)
+    merge(llama, adapters, data, tmp_path / "whole", pruning=pruning, dropout=0.1)
+    save = Checkpoint.save
+
+    def stop(self: Checkpoint, trainer: Trainer) -> None:
+        save(self, trainer)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge(llama, adapters, data, tmp_path / "broken", pruning=pruning, dropout=0.1)
+    resumed = merge(
+        llama, adapters, data, tmp_path / "broken", pruning=pruning, dropout=0.1, resume=True
+    )
+    assert resumed.header["history"][-1]["settings"]["prune_ratio"] == 0.3
+    assert (tmp_path / "broken").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_a_merged_file_in_a_folder_gives_the_same_logits_in_peft(

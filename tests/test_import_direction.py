@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "models": (
         *("adaptive", "batching", "calibration", "checkpoint", "devices", "encoding", "fitting"),
-        *("generation", "model", "predictions", "training"),
+        *("forward", "generation", "lora", "model", "predictions", "training"),
     ),
     "commands": (
         *("options", "progress", "commands", "commands.build_dataset", "commands.generate"),
@@ -57,7 +57,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "transformers": ("model",),
     "peft": ("model",),
     "accelerate": ("training",),
-    "huggingface_hub": ("hub",),
+    "huggingface_hub": ("hub", "model"),
     "torch": (*LAYERS["models"], "pruning"),
     "numpy": (*LAYERS["tensors"], *LAYERS["models"]),
     "click": (*LAYERS["commands"], "cli"),

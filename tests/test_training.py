@@ -17,7 +17,9 @@ from lorakit.adapter import load_adapter
 from lorakit.batching import lay_out, micro_batches
 from lorakit.errors import LorakitError
 from lorakit.fitting import hold_out, train_adapter
-from lorakit.model import Base, completion_logits, factors, inject, load_base, pick_modules
+from lorakit.forward import completion_logits
+from lorakit.lora import factors, inject, pick_modules
+from lorakit.model import Base, load_base
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings
 from lorakit.training import Trainer, learning_rate_factor, new_accelerator
@@ -77,9 +79,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(llama: str, tokens: 
     base = open_base(llama)
     trainer = new_trainer(base)
     batch = examples(base, 8)
-    trainer.settings = replace(SETTINGS, micro_batch_tokens=10**9)
+    trainer.tokens = 10**9
     loss, whole = gradients(trainer, batch)
-    trainer.settings = replace(SETTINGS, micro_batch_tokens=tokens)
+    trainer.tokens = tokens
     cut_loss, cut = gradients(trainer, batch)
     assert cut_loss == pytest.approx(loss, rel=1e-5)
     for one, other in zip(whole, cut, strict=True):
@@ -260,6 +262,36 @@ def test_lora_weights_are_float32_over_a_bfloat16_base(
     assert {tensor.dtype for tensor in load_adapter(str(tmp_path / "a")).tensors.values()} == {
         "F32"
     }
+
+
+def test_micro_batches_are_halved_when_memory_does_not_suffice(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = open_base(llama)
+    trainer = new_trainer(base)
+    batch = examples(base, 8)
+    _, whole = gradients(trainer, batch)
+    plain = Trainer._loss
+
+    def scarce(self: Trainer, part: Any) -> torch.Tensor:
+        if len(part) * max(len(row.ids) for row in part) > 100:
+            raise torch.OutOfMemoryError("no memory")
+        return plain(self, part)
+
+    notes: list[str] = []
+    trainer.note = notes.append
+    monkeypatch.setattr(Trainer, "_loss", scarce)
+    _, halved = gradients(trainer, batch)
+    assert trainer.tokens <= 100
+    assert notes[-1] == f"out of memory: micro-batches of {trainer.tokens} tokens, bytes may differ"
+    for one, other in zip(whole, halved, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    trainer.tokens = 10
+    monkeypatch.setattr(
+        Trainer, "_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError())
+    )
+    with pytest.raises(LorakitError, match="--gradient-checkpointing"):
+        trainer.backward(batch)
 
 
 def test_only_lora_is_trained(llama: str) -> None:

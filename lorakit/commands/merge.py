@@ -40,7 +40,9 @@ def merge(
     lorakit merge xs.safetensors wl.safetensors --data train.jsonl --prune-ratio 0.1
     """
     if data is None:
-        raise click.UsageError("Missing option '--data': the method adaptive trains on records.")
+        raise click.UsageError(
+            f"Missing option '--data'. Methods: {', '.join(METHODS)} (trains on --data)."
+        )
     options.one_pipe(*adapters, data, val)
     from lorakit import adaptive
     from lorakit.adapter import load_adapter

@@ -13,7 +13,7 @@ from lorakit.adapter import Adapter
 from lorakit.devices import pick_device, pick_dtype
 from lorakit.files import STDIO, check_output, refuse_terminal
 from lorakit.model import Base, load_base
-from lorakit.model_choice import choose_model
+from lorakit.model_choice import base_revision, check_fingerprint, choose_model
 from lorakit.progress import TrainingProgress
 
 
@@ -31,13 +31,16 @@ def open_base(
     if remark:
         note(remark)
     place = pick_device(device)
-    return load_base(
+    base = load_base(
         name,
         device=place,
         dtype=pick_dtype(dtype, place, training=training),
-        revision=given["revision"],
+        revision=given["revision"] or base_revision(adapters, name),
         trust_remote_code=given["trust_remote_code"],
     )
+    if warning := check_fingerprint(adapters, name, base.fingerprint):
+        note(warning)
+    return base
 
 
 @contextlib.contextmanager

@@ -34,8 +34,9 @@ from lorakit.adapter import Adapter, load_adapter, save_adapter
 from lorakit.adaptive import ParameterPruner, attach_stack
 from lorakit.batching import epoch_batches
 from lorakit.encoding import Example
+from lorakit.lora import pick_modules
 from lorakit.merging import peft_config, stack, tensors_of
-from lorakit.model import load_base, pick_modules
+from lorakit.model import load_base
 from lorakit.recipes import build_dataset
 from lorakit.records import Record
 from lorakit.settings import PruningSettings, TrainingSettings
@@ -238,7 +239,7 @@ def flops(tokens: int, targets: int) -> float:
     """
     width, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
     layer = 4 * width * width + 3 * width * inner
-    return 4.0 * (tokens * layer * SHAPE["num_hidden_layers"] + targets * width * WORDS)
+    return float(4 * (tokens * layer * SHAPE["num_hidden_layers"] + targets * width * WORDS))
 
 
 def main() -> None:
