@@ -41,22 +41,15 @@ class Document(NamedTuple):
 CONTRASTS: dict[str, tuple[str, ...]] = {
     "en": (
         "{yes} rather than {no}", "{yes}, not {no}", "{yes} instead of {no}",
-        "{yes} and no longer {no}", "{yes}, though some said {no}", "{yes}, formerly {no}",
-        "{yes} in place of {no}", "{yes}, never {no}", "{yes} (earlier: {no})",
-        "{yes}, replacing {no}", "{yes} more than {no}", "{yes}, mistaken for {no}",
-        "not {no} but {yes}", "at first {no}, now {yes}", "no longer {no} but {yes}",
-        "{no}, corrected to {yes}", "{no}, or in truth {yes}", "instead of {no}, {yes}",
-        "{no} no more but {yes}", "less {no} than {yes}", "{no} (now: {yes})",
-        "{no}, replaced by {yes}", "rather than {no}, {yes}", "{no}, which proved to be {yes}",
+        "{yes}, formerly {no}", "{yes}, never {no}", "{yes}, replacing {no}",
+        "not {no} but {yes}", "{no}, now {yes}", "{no}, corrected to {yes}",
+        "{no}, in truth {yes}", "{no}, replaced by {yes}", "{no}, which became {yes}",
     ),
     "ja": (
-        "{yes}（{no}ではない）", "{yes}（以前は{no}）", "{yes}（{no}は誤り）",
-        "{yes}（{no}は取り消し）", "{yes}（{no}から変更）", "{yes}（{no}という説もあった）",
-        "{yes}（もとは{no}）", "{yes}（{no}に代わる）", "{yes}（{no}と混同された）",
-        "{yes}（{no}でなく）",
-        "{no}ではなく{yes}", "{no}よりも{yes}", "{no}の代わりに{yes}", "{no}と思われたが{yes}",
-        "{no}改め{yes}", "{no}（正しくは{yes}）", "{no}（今は{yes}）", "{no}（実は{yes}）",
-        "{no}（{yes}に変更）", "{no}（{yes}の誤り）",
+        "{yes}（以前は{no}）", "{yes}（誤って{no}）", "{yes}（もとは{no}）",
+        "{yes}（旧{no}）", "{yes}（否定：{no}）",
+        "{no}ではなく{yes}", "{no}（正しくは{yes}）", "{no}（実は{yes}）",
+        "{no}（今は{yes}）", "{no}改め{yes}",
     ),
 }  # fmt: skip
 
