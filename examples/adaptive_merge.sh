@@ -6,7 +6,7 @@
 #     sh examples/adaptive_merge.sh [FOLDER]    # work goes to FOLDER, by default ./runs
 #
 # Every step that has its output is skipped, so that a stopped run goes on where it was. The related
-# adapters are trained once on all their data; a seed draws the 50 target examples and the 50
+# adapters are trained once, on 1000 records each; a seed draws the 50 target examples and the 50
 # validation examples and seeds all training on them.
 
 set -eu
@@ -18,9 +18,9 @@ esac
 cd "$(dirname "$0")/.."
 . tests/setup.sh
 export OMP_NUM_THREADS=1 LORAKIT_MODEL=tiny out
-export related="--lr 3e-3 --batch-size 16 --epochs 6 --patience 2 --dtype float32 -q"
-export target="--lr 3e-3 --epochs 30 --patience 5 --dtype float32 -q"
-export ratio=0.1
+export related="--lr 6e-3 --batch-size 16 --epochs 5 --patience 2 --dtype float32 --resume -q"
+export target="--epochs 16 --patience 2 --dtype float32 --resume -q"
+export lr_alone=6e-3 lr_merge=3e-3 ratio=0.1
 
 data() { # data TASK LANG SPLIT SEED COUNT FILE
     [ -e "$6" ] || lorakit build-dataset microworld "$1" --lang "$2" --split "$3" --seed "$4" \
@@ -31,8 +31,8 @@ related() { # related LANG NAME TASK
     folder=$out/$1
     mkdir -p "$folder"
     [ ! -e "$folder/$2.safetensors" ] || return 0
-    data "$3" "$1" train 0 2000 "$folder/$2.train.jsonl"
-    data "$3" "$1" validation 0 200 "$folder/$2.val.jsonl"
+    data "$3" "$1" train 0 1000 "$folder/$2.train.jsonl"
+    data "$3" "$1" validation 0 100 "$folder/$2.val.jsonl"
     lorakit train-adapter --data "$folder/$2.train.jsonl" --val "$folder/$2.val.jsonl" $related \
         -o "$folder/$2.safetensors"
 }
@@ -46,14 +46,14 @@ merge() { # merge NAME RATIO ADAPTER…
     name=$1 share=$2
     shift 2
     [ -e "$name.safetensors" ] || lorakit merge "$@" --data train.jsonl --val val.jsonl $target \
-        --prune-ratio "$share" --seed "$seed" -o "$name.safetensors"
+        --lr $lr_merge --prune-ratio "$share" --seed "$seed" -o "$name.safetensors"
     predict ../test.jsonl "$name" "$name.safetensors"
 }
 
 untrained() { # untrained LANG TASK: what needs no target example
     folder=$out/$1/$2
     mkdir -p "$folder"
-    data "$2" "$1" test 0 200 "$folder/test.jsonl"
+    data "$2" "$1" test 0 100 "$folder/test.jsonl"
     cd "$folder"
     predict test.jsonl zero-shot
     predict test.jsonl xs ../xs.safetensors
@@ -68,7 +68,7 @@ trained() { # trained LANG TASK SEED
     data "$2" "$1" validation "$3" 50 "$folder/val.jsonl"
     cd "$folder"
     [ -e tgt.safetensors ] || lorakit train-adapter --data train.jsonl --val val.jsonl $target \
-        --seed "$seed" -o tgt.safetensors
+        --lr $lr_alone --seed "$seed" -o tgt.safetensors
     predict ../test.jsonl tgt tgt.safetensors
     set -- ../../xs.safetensors ../../wl.safetensors
     merge xs+wl 0 "$@"
@@ -90,8 +90,10 @@ for lang in en ja; do
     echo related $lang wl howto
 done | pieces
 for lang in en ja; do
-    for task in impression title highlights; do
-        echo untrained $lang $task
+    for task in impression title highlights; do echo untrained $lang $task; done
+done | pieces
+for task in title impression highlights; do
+    for lang in en ja; do
         for seed in 0 1 2; do echo trained $lang $task $seed; done
     done
 done | pieces

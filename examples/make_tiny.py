@@ -6,8 +6,8 @@ A Llama of 8 layers and width 128 is trained from scratch on the microworld's ba
 and Japanese, with the loss on the answers only. So small a model takes long to find out how to
 copy, so its first two layers start as a circuit that repeats what it has seen (start_copying_), and
 some batches of the first half of the run are random sequences to be repeated, which keep it. It
-never sees a related, target or probe task. The same versions, seed and thread count give the same
-weights on one machine. Runs on a CPU, or on a GPU where there is one.
+never sees a related, target or probe task; the tokenizer reads them all. The same versions, seed
+and thread count give the same weights on one machine. Runs on a CPU, or on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -281,8 +281,9 @@ do not use it for anything but trying lorakit out and testing.
   float32.
 - Tokenizer: BPE of {vocabulary} entries with byte fallback; any text is encoded and decoded back
   unchanged. `<s>` is put before every text; `</s>` ends a completion. There is no chat template.
-- Data: the train split of the microworld's base tasks ({tasks}), English and Japanese, drawn anew
-  for each pass. The related, target and probe tasks were not seen.
+- Data: the train split of the microworld's base tasks, English and Japanese, drawn anew for each
+  pass: {tasks}. The model never saw a related, target or probe
+  task; the tokenizer learned its pieces from the train split of every task.
 - Made by `python examples/make_tiny.py --out OUT --steps {steps} --seed {seed} --threads {threads}`
   (batches of {batch}, AdamW {lr}) in {minutes:.0f} minutes on {device}, with torch {torch},
   transformers {transformers}, Python {python}.
@@ -350,7 +351,7 @@ def main() -> None:
         batch=BATCH,
         lr=args.lr,
         minutes=minutes,
-        device="a GPU" if device == "cuda" else f"{args.threads} CPU threads",
+        device="a GPU" if device == "cuda" else f"a CPU ({args.threads} threads)",
         torch=torch.__version__,
         transformers=transformers.__version__,
         python=platform.python_version(),
