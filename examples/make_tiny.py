@@ -284,6 +284,8 @@ do not use it for anything but trying lorakit out and testing.
 - Data: the train split of the microworld's base tasks, English and Japanese, drawn anew for each
   pass: {tasks}. The model never saw a related, target or probe
   task; the tokenizer learned its pieces from the train split of every task.
+- Start: the first two layers are set to a circuit that copies what followed an earlier occurrence
+  of a token (`start_copying_` in the script), the others are random; all are trained.
 - Made by `python examples/make_tiny.py --out OUT --steps {steps} --seed {seed} --threads {threads}`
   (batches of {batch}, AdamW {lr}) in {minutes:.0f} minutes on {device}, with torch {torch},
   transformers {transformers}, Python {python}.

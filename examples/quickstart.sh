@@ -15,15 +15,15 @@ cd "$(dirname "$0")/.."
 mkdir -p "$out"
 # Two runs at a time, one thread each: the model is small, and start-up is most of the work.
 export OMP_NUM_THREADS=1 LORAKIT_MODEL=tiny
-related="--lr 3e-3 --batch-size 16 --epochs 4 --patience 2 --dtype float32"
-target="--lr 3e-3 --epochs 15 --patience 3 --dtype float32"
+related="--lr 6e-3 --batch-size 16 --epochs 4 --dtype float32"
+target="--epochs 12 --patience 2 --dtype float32"
 
 echo "== data: two related tasks, and 50 examples of the target task" >&2
-lorakit build-dataset microworld headline --sample 1000 -o "$out/xs.train.jsonl"
-lorakit build-dataset microworld howto --sample 1000 -o "$out/wl.train.jsonl"
+lorakit build-dataset microworld headline --sample 800 -o "$out/xs.train.jsonl"
+lorakit build-dataset microworld howto --sample 800 -o "$out/wl.train.jsonl"
 lorakit build-dataset microworld title --sample 50 -o "$out/train.jsonl"
-lorakit build-dataset microworld headline --split validation --sample 100 -o "$out/xs.val.jsonl"
-lorakit build-dataset microworld howto --split validation --sample 100 -o "$out/wl.val.jsonl"
+lorakit build-dataset microworld headline --split validation --sample 50 -o "$out/xs.val.jsonl"
+lorakit build-dataset microworld howto --split validation --sample 50 -o "$out/wl.val.jsonl"
 lorakit build-dataset microworld title --split validation --sample 50 -o "$out/val.jsonl"
 lorakit build-dataset microworld title --split test --sample 100 -o "$out/test.jsonl"
 
@@ -37,19 +37,22 @@ wait $!
 echo "== an adapter on the target task, and merges" >&2
 cd "$out"
 targets="--data train.jsonl --val val.jsonl $target"
-lorakit train-adapter $targets -o tgt.safetensors &
-lorakit merge xs.safetensors wl.safetensors $targets -q -o xs+wl.safetensors
+lorakit train-adapter $targets --lr 6e-3 -o tgt.safetensors &
+lorakit merge xs.safetensors wl.safetensors $targets --lr 3e-3 -q -o xs+wl.safetensors
 wait $!
-lorakit merge xs.safetensors wl.safetensors $targets -q --prune-ratio 0.1 \
+lorakit merge xs.safetensors wl.safetensors $targets --lr 3e-3 --prune-ratio 0.1 -q \
     -o xs+wl.pruned.safetensors &
-lorakit merge xs.safetensors wl.safetensors tgt.safetensors $targets -o xs+wl+tgt.safetensors
+lorakit merge xs.safetensors wl.safetensors tgt.safetensors $targets --lr 3e-3 \
+    -o xs+wl+tgt.safetensors
 wait $!
-lorakit merge xs.safetensors wl.safetensors tgt.safetensors $targets --prune-ratio 0.1 \
-    -o xs+wl+tgt.pruned.safetensors &
+lorakit merge xs.safetensors wl.safetensors tgt.safetensors $targets --lr 3e-3 \
+    --prune-ratio 0.1 -q -o xs+wl+tgt.pruned.safetensors &
 merged=$!
 
 echo "== predictions" >&2
-predict() { lorakit generate ${2:+"$2"} --data test.jsonl --max-new-tokens 40 -q -o "$1"; }
+predict() {
+    lorakit generate ${2:+"$2"} --data test.jsonl --max-new-tokens 40 --batch-size 50 -q -o "$1"
+}
 predict zero-shot.jsonl
 wait "$merged"
 pair() { # two systems at a time

@@ -24,3 +24,5 @@ PATH=$(cd "$env/bin" && pwd):$PATH
 export PATH
 # The cores are shared by the threads of one process; tokenizers' own threads would only fight it.
 export TOKENIZERS_PARALLELISM=false
+# Threads that wait sleep: where others use the machine too, spinning costs several times the work.
+export OMP_WAIT_POLICY=PASSIVE
