@@ -19,8 +19,8 @@ related="--lr 6e-3 --batch-size 16 --epochs 4 --dtype float32"
 target="--epochs 12 --patience 2 --dtype float32"
 
 echo "== data: two related tasks, and 50 examples of the target task" >&2
-lorakit build-dataset microworld headline --sample 800 -o "$out/xs.train.jsonl"
-lorakit build-dataset microworld howto --sample 800 -o "$out/wl.train.jsonl"
+lorakit build-dataset microworld headline --sample 600 -o "$out/xs.train.jsonl"
+lorakit build-dataset microworld howto --sample 600 -o "$out/wl.train.jsonl"
 lorakit build-dataset microworld title --sample 50 -o "$out/train.jsonl"
 lorakit build-dataset microworld headline --split validation --sample 50 -o "$out/xs.val.jsonl"
 lorakit build-dataset microworld howto --split validation --sample 50 -o "$out/wl.val.jsonl"
@@ -65,6 +65,6 @@ pair tgt xs+wl
 pair xs+wl.pruned xs+wl+tgt
 pair xs+wl+tgt.pruned
 
+echo "== scores; what is in a merged file: lorakit inspect $out/xs+wl+tgt.pruned.safetensors" >&2
 lorakit score --metric rougeL,em --format table zero-shot.jsonl xs.jsonl wl.jsonl tgt.jsonl \
     xs+wl.jsonl xs+wl.pruned.jsonl xs+wl+tgt.jsonl xs+wl+tgt.pruned.jsonl
-lorakit inspect --format table xs+wl+tgt.pruned.safetensors
