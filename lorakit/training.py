@@ -62,14 +62,10 @@ class Progress:
 def new_accelerator(device: str) -> accelerate.Accelerator:
     """Return the accelerator of this process, of one or of many (`accelerate launch`, torchrun).
 
-    On a CPU it must be told so: left to itself it takes each of several processes for the only one.
+    `device` is the kind that was picked, never `auto`. A CPU must be named: left to itself it takes
+    each of several processes for the only one.
     """
-    cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
-    return accelerate.Accelerator(cpu=cpu)
-
-
-def _has_accelerator() -> bool:
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    return accelerate.Accelerator(cpu=device == "cpu")
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
