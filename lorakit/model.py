@@ -141,6 +141,8 @@ def load_base(
     model.generation_config = transformers.GenerationConfig()  # its habits are not the user's wish
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_contiguous)
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        _attend_in_float32(model)
     return Base(model, tokenizer, name, ends, dtype, revision)
 
 
@@ -160,6 +162,29 @@ def _naming(what: str, name: str) -> Iterator[None]:
 def _contiguous(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Lay the head's input out in one piece: a slice of it is multiplied with a copied weight."""
     return tuple(tensor.contiguous() for tensor in inputs)
+
+
+def _attend_in_float32(model: Any) -> None:
+    """Let PyTorch's attention compute in float32: on CPUs its bfloat16 backward is slower."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(_FLOAT32)
+
+
+def _float32_attention(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any
+) -> tuple[torch.Tensor, None]:
+    wide = (query.float(), key.float(), value.float())
+    if mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    out, _ = transformers.AttentionInterface()["sdpa"](module, *wide, mask, **settings)
+    return out.to(query.dtype), None
+
+
+_FLOAT32 = "sdpa_float32"
+transformers.AttentionInterface.register(_FLOAT32, _float32_attention)
+transformers.AttentionMaskInterface.register(
+    _FLOAT32, transformers.AttentionMaskInterface()["sdpa"]
+)
 
 
 def _end_tokens(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
