@@ -1,107 +1,33 @@
-"""Adaptive LoRA merge: several adapters trained jointly on the target data, pruned at every step.
+"""Adaptive LoRA merge: adapters trained jointly on the target data, pruned at every step.
 
-The adapters run as one stacked adapter (merging.py); each block's scale multiplies A·x by a hook
-while training, so that every A_i and B_i keeps the values, and the step size, it was loaded with,
-and goes into B_i only at the end. Pruning itself is in pruning.py, the loop in training.py.
+What trains is in joint.py, pruning in pruning.py and pruners.py, the loop in training.py; trying
+several pruning settings and keeping the best goes through search.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
-from lorakit.adapter import Adapter
-from lorakit.calibration import InputNorms
-from lorakit.checkpoint import checkpoint_of
-from lorakit.fitting import fit, header, load_corpus, settle, versions
-from lorakit.lora import check_fits, factors, inject, is_transposed, projections, set_factors
-from lorakit.merging import Factors, Stack, fold, peft_config, share_of_zeros, stack, tensors_of
-from lorakit.model import ADAPTER, Base
-from lorakit.pruning import CRITERIA, prune_, prune_count
-from lorakit.settings import PruningSettings, TrainingSettings
-from lorakit.training import Trainer, Watcher, new_accelerator
+from lorakit.adapter import Adapter, save_adapter
+from lorakit.checkpoint import Checkpoint, checkpoint_of
+from lorakit.files import is_stream
+from lorakit.fitting import fit
+from lorakit.joint import Merge, prepare
+from lorakit.model import Base
+from lorakit.search import BUDGET, Candidate, Record, Search, search_by_halving, search_grid
+from lorakit.selection import Measured
+from lorakit.settings import LOSS, PruningSettings, SelectionSettings, TrainingSettings
+from lorakit.training import Watcher
 
-
-@dataclass(frozen=True)
-class Group:
-    """One matrix of one block at one projection; `count` of its parameters are zeroed."""
-
-    module: str
-    is_b: bool
-    weight: torch.Tensor  # a view into the parameter: (rank, d_in) of A or (d_out, rank) of B
-    span: slice  # the block's ranks
-    count: int
-
-
-class ParameterPruner:
-    """Zeroes, after each step, the least important parameters of every group (Algorithm 1).
-
-    Groups of one shape are chosen from together: one selection for all of them.
-    """
-
-    def __init__(
-        self, stacked: Stack, layers: Mapping[str, Any], settings: PruningSettings
-    ) -> None:
-        self._criterion = CRITERIA[settings.importance]
-        self._alike: dict[Any, list[Group]] = {}
-        self._inputs: dict[Any, torch.Tensor] = {}
-        self._version = -1
-        for block in stacked.blocks:
-            for name, part in block.modules.items():
-                for group in _groups(name, layers[name], part.span, settings):
-                    self._alike.setdefault((group.is_b, group.weight.shape), []).append(group)
-
-    @torch.no_grad()
-    def prune_(self, norms: InputNorms) -> None:
-        """Zero the chosen parameters of every group, by the norms of the last calibration."""
-        if norms.version != self._version:
-            self._version = norms.version
-            self._inputs = {
-                key: torch.stack([_inputs_of(group, norms) for group in groups]).unsqueeze(1)
-                for key, groups in self._alike.items()
-            }
-        for key, groups in self._alike.items():
-            weights = torch.stack([group.weight for group in groups])
-            prune_(weights, self._criterion(weights, self._inputs[key]), groups[0].count)
-            for group, pruned in zip(groups, weights, strict=True):
-                group.weight.copy_(pruned)
-
-
-def _inputs_of(group: Group, norms: InputNorms) -> torch.Tensor:
-    """Return the norms of what a group's matrix reads: x for A, A·x for B."""
-    of_x, of_ax = norms.norms(group.module)
-    return of_ax[group.span] if group.is_b else of_x
-
-
-def _groups(name: str, layer: Any, span: slice, settings: PruningSettings) -> Iterator[Group]:
-    a, b = (factor.detach() for factor in factors(layer))
-    for is_b, weight in ((False, a[span]), (True, b[:, span])):
-        count = prune_count(settings.prune_ratio, weight.numel())
-        if count:
-            yield Group(name, is_b, weight, span, count)
-
-
-def attach_stack(base: Base, stacked: Stack, *, dropout: float) -> dict[str, Any]:
-    """Put a stack on its base with A and B as they were loaded; return PEFT's layers by module.
-
-    The scale of each rank multiplies A·x, float32 (rank,), in a forward hook on PEFT's lora_A.
-    """
-    layers = inject(base, stacked.ranks, dropout=dropout)
-    for name, (a, b) in stacked.factors.items():
-        set_factors(layers[name], a, b)
-        scales = torch.tensor(stacked.scales(name), device=base.device)
-        layers[name].lora_A[ADAPTER].register_forward_hook(_multiply_by(scales))
-    return layers
-
-
-def _multiply_by(scales: torch.Tensor) -> Any:
-    def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * scales
-
-    return hook
+Values = Sequence[Decimal] | Literal["auto"]
+TENTHS = tuple(Decimal(tenth) / 10 for tenth in range(1, 10))
 
 
 def merge_adaptively(
@@ -115,54 +41,161 @@ def merge_adaptively(
     output: str,
     watcher: Watcher,
     resume: bool = False,
-) -> None:
+    values: Values = (),
+    selection: SelectionSettings | None = None,
+) -> list[dict[str, Any]]:
     """Train the adapters jointly on the target data and write them to `output` as one adapter.
 
+    Of several `values`, ratios (thresholds, with unit `module`), the best on the validation set is
+    kept; `auto` is a halving search. Returns an entry for each that was tried.
     Raises LorakitError for records, adapters or settings that cannot be used.
     """
-    settings = settle(settings, adapters, base)
-    encoder = base.encoder(
-        chat=settings.chat, max_length=settings.max_length, truncate=settings.truncate
-    )
-    for adapter in adapters:
-        check_fits(base, adapter)
-    stacked = stack(adapters)
-    corpus = load_corpus(data, val, encoder, seed=settings.seed, watcher=watcher)
-    entry = {
-        "command": "merge",
-        "versions": versions(),
-        "settings": {"method": "adaptive", **settings.told(), **pruning.told()},
-        "parents": {block.name: block.sha256 for block in stacked.blocks},
-        **corpus.hashes,
-    }
-    config = peft_config(
-        stacked.ranks,
-        base=base.name,
-        dropout=settings.dropout,
-        transposed=is_transposed(base, list(stacked.ranks)),
-        there=projections(base.model),
-    )
-
-    def export(best: Factors) -> Adapter:
-        blocks = [block.header(share_of_zeros(block, best)) for block in stacked.blocks]
-        told = header(base, settings, entry, parents=adapters, blocks=blocks)
-        return Adapter(tensors_of(fold(best, stacked)), config, told)
-
-    layers = attach_stack(base, stacked, dropout=settings.dropout)
-    trainer = Trainer(
+    merge = prepare(
+        adapters,
         base,
-        layers,
-        settings,
-        accelerator=new_accelerator(base.device.type),
-        pruner=ParameterPruner(stacked, layers, pruning) if pruning.prune_ratio else None,
-        calibrate_every=pruning.calibrate_every,
+        data,
+        val,
+        settings=settings,
+        selection=selection or SelectionSettings(),
+        watcher=watcher,
     )
+    if values == "auto" or len(values) > 1:
+        return _choose(merge, pruning, values, output=output, watcher=watcher, resume=resume)
+    pruning = pruning.at(values[0]) if values else pruning
+    entry = merge.entry(pruning)
     fit(
-        trainer,
-        corpus,
+        merge.trainer(pruning),
+        merge.corpus,
         watcher,
         checkpoint=checkpoint_of(output, entry, base.record),
         resume=resume,
-        export=export,
+        export=lambda best: merge.export(best, entry),
         output=output,
     )
+    return []
+
+
+def _choose(
+    merge: Merge,
+    pruning: PruningSettings,
+    values: Values,
+    *,
+    output: str,
+    watcher: Watcher,
+    resume: bool,
+) -> list[dict[str, Any]]:
+    """Try several pruning settings, write the best one's adapter, and tell of each."""
+    metric = merge.selection.searches_by
+    measure = merge.measure(metric)
+
+    def kept(setting: PruningSettings) -> Checkpoint:
+        name = f"{output.rstrip('/')}.{setting.value}" if not is_stream(output) else output
+        return checkpoint_of(name, merge.entry(setting), merge.base.record)
+
+    search = Search(
+        merge.trainer,
+        lambda trainer: (
+            -trainer.losses.mean(merge.corpus.validation) if measure is None else measure()
+        ),
+        merge.corpus,
+        watcher,
+        by_epochs=metric == merge.selection.select_by,
+        merges=BUDGET if values == "auto" else len(values),
+        checkpoint_of=kept,
+        record=_record(merge, pruning, values, output),
+        resume=resume,
+    )
+    if values == "auto":
+        search_by_halving(search, _named(pruning.at(Decimal(0))), _rivals(search, pruning, watcher))
+    else:
+        search_grid(search, [_named(pruning.at(value)) for value in sorted(set(values))])
+    chosen = search.best()
+    told = [_told(candidate, metric, candidate is chosen) for candidate in search.candidates]
+    for one in told:
+        watcher.event({"candidate": one.pop("name"), **one}, _line(one, metric))
+    watcher.note(_verdict(search.candidates, chosen, metric, measure))
+    if merge.accelerator.is_main_process:
+        best = {name: (a.numpy(), b.numpy()) for name, (a, b) in chosen.trainer.best.items()}
+        entry = {**merge.entry(chosen.pruning), "search": {"by": metric, "tried": told}}
+        save_adapter(merge.export(best, entry), output)
+        search.remove()
+    return told
+
+
+def _record(merge: Merge, pruning: PruningSettings, values: Values, output: str) -> Record:
+    shaping = [merge.entry(pruning), [str(value) for value in values], merge.base.record]
+    key = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+    path = None if is_stream(output) else Path(f"{output.rstrip('/')}.search.resume")
+    return Record(path, key, writes=merge.accelerator.is_main_process)
+
+
+def _named(pruning: PruningSettings) -> tuple[str, PruningSettings]:
+    return str(pruning.value), pruning
+
+
+def _rivals(search: Search, pruning: PruningSettings, watcher: Watcher) -> Any:
+    """Return what names the settings that a halving search tries against no pruning."""
+
+    def tenths(baseline: Candidate) -> list[tuple[str, PruningSettings]]:
+        return [_named(pruning.at(tenth)) for tenth in TENTHS]
+
+    def quantiles(baseline: Candidate) -> list[tuple[str, PruningSettings]]:
+        """Take the tenths of the modules' mean importance after the first epoch."""
+        found = search.remember("thresholds", lambda: _thresholds(search, baseline, watcher))
+        return [_named(pruning.at(Decimal(value))) for value in found]
+
+    return quantiles if pruning.unit == "module" else tenths
+
+
+def _thresholds(search: Search, baseline: Candidate, watcher: Watcher) -> list[str]:
+    trainer = baseline.trainer
+    search.go_to(baseline, trainer.steps // trainer.settings.epochs)
+    trainer.put(baseline.parked)
+    assert trainer.pruner is not None
+    means = torch.tensor(sorted(trainer.pruner.means(trainer.norms).values()), dtype=torch.float64)
+    tenths = torch.tensor([float(tenth) for tenth in TENTHS], dtype=torch.float64)
+    found = [f"{value:.4g}" for value in torch.quantile(means, tenths).tolist()]
+    event = {
+        "distribution": "mean importance of modules after the first epoch",
+        "modules": len(means),
+        "least": float(means[0]),
+        "quantiles": dict(zip(map(str, TENTHS), map(float, found), strict=True)),
+        "most": float(means[-1]),
+    }
+    text = ", ".join(f"{100 * t:.0f} %: {v}" for t, v in zip(TENTHS, found, strict=True))
+    watcher.event(
+        event,
+        f"mean importance of {len(means)} modules: {means[0]:.4g} to {means[-1]:.4g}; {text}",
+    )
+    return list(dict.fromkeys(value for value in found if float(value) > 0))
+
+
+def _told(candidate: Candidate, metric: str, is_best: bool) -> dict[str, Any]:
+    """Return what is told of a candidate: its setting, steps and value; the loss as it is."""
+    value = -candidate.value if metric == LOSS else candidate.value
+    return {
+        "name": candidate.name,
+        candidate.pruning.chooses: float(candidate.pruning.value),
+        "steps": candidate.steps,
+        metric: value,
+        "stopped": candidate.is_out,
+        "best": is_best,
+    }
+
+
+def _line(one: Mapping[str, Any], metric: str) -> str:
+    (option, value), *_ = one.items()
+    mark = ", best" if one["best"] else ", stopped early" if one["stopped"] else ""
+    text = f"{option.replace('_', ' ')} {value}: {metric} {one[metric]:.4f}"
+    return f"{text} after {one['steps']} steps{mark}"
+
+
+def _verdict(
+    candidates: Sequence[Candidate], chosen: Candidate, metric: str, measure: Measured | None
+) -> str:
+    steps = sum(candidate.steps for candidate in candidates)
+    text = f"best by {metric}: {chosen.pruning.chooses.replace('_', ' ')} {chosen.name}"
+    if not chosen.pruning.prunes:
+        text += ", so pruning does not help here"
+    text += f"; {steps} training steps in all"
+    return text + (f", {measure.generated} outputs generated to choose" if measure else "")

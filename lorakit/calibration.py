@@ -38,6 +38,14 @@ class InputNorms:
             for hook in hooks:
                 hook.remove()
 
+    def take_mask(self, mask: torch.Tensor | None) -> None:
+        """Learn which positions of the micro-batch under way are not padding."""
+        self.mask = mask
+
+    def take_over_(self, other: InputNorms) -> None:
+        """Start from the norms that another run over the same weights has collected."""
+        self._squares, self.version = dict(other._squares), other.version
+
     def _hook(self, name: str) -> Any:
         def add(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             of_x, of_ax = self._squares[name]

@@ -83,6 +83,14 @@ def _state(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"best.{name}.{factor}", trainer.best[name][place]
             for moment in _MOMENTS:
                 yield f"{moment}.{name}.{factor}", trainer.optimizer.state[parameter][moment]
+    for name, averages in _averages(trainer).items():
+        for place, average in enumerate(averages):
+            yield f"average{place}.{name}", average
+
+
+def _averages(trainer: Trainer) -> Mapping[str, tuple[torch.Tensor, ...]]:
+    """Return the moving averages that gradient importance has come to, by module."""
+    return trainer.pruner.averages if trainer.pruner is not None else {}
 
 
 def _restore(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
@@ -97,3 +105,6 @@ def _restore(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
                 m: value if m == "step" else value.to(device) for m, value in moments.items()
             }
         trainer.best[name] = (saved[f"best.{name}.A"], saved[f"best.{name}.B"])
+    for name, averages in _averages(trainer).items():
+        for place, average in enumerate(averages):
+            average.copy_(saved[f"average{place}.{name}"])

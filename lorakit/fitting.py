@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lorakit.adapter import Adapter, save_adapter
+from lorakit.batch_loss import new_accelerator
 from lorakit.checkpoint import Checkpoint, checkpoint_of
 from lorakit.encoding import CHAT_DATE, CutTally, Encoder, Example
 from lorakit.errors import LorakitError
@@ -22,8 +23,9 @@ from lorakit.merging import Factors, peft_config, tensors_of
 from lorakit.model import Base
 from lorakit.records import Record, load_records
 from lorakit.segmentation import version_of
-from lorakit.settings import HOLD_OUT, LoraSettings, TrainingSettings
-from lorakit.training import Trainer, Watcher, new_accelerator
+from lorakit.selection import measure_of
+from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, TrainingSettings
+from lorakit.training import Trainer, Watcher
 
 _TOLD_VERSIONS = ("lorakit", "torch", "transformers", "peft")
 
@@ -34,6 +36,7 @@ class Corpus:
 
     train: Sequence[Example]
     validation: Sequence[Example]
+    records: Sequence[Record]  # those of the validation examples
     hashes: Mapping[str, str]
 
 
@@ -61,7 +64,7 @@ def load_corpus(
     ]
     if tally.note:
         watcher.note(tally.note)
-    return Corpus(encoded[0], encoded[1], hashes)
+    return Corpus(encoded[0], encoded[1], validation, hashes)
 
 
 def hold_out(records: Sequence[Record], seed: int) -> tuple[list[Record], list[Record]]:
@@ -116,11 +119,13 @@ def train_adapter(
     output: str,
     watcher: Watcher,
     resume: bool = False,
+    selection: SelectionSettings | None = None,
 ) -> None:
     """Train a new adapter on records and write it to `output`, in float32.
 
     Raises LorakitError for records, modules, layers or settings that cannot be used.
     """
+    selection = selection or SelectionSettings()
     settings = settle(settings, (), base)
     encoder = base.encoder(
         chat=settings.chat, max_length=settings.max_length, truncate=settings.truncate
@@ -128,12 +133,13 @@ def train_adapter(
     targets = _targets(base, lora, watcher)
     modules = pick_modules(base, targets, lora.layers)
     corpus = load_corpus(data, val, encoder, seed=settings.seed, watcher=watcher)
-    entry = {
+    entry: dict[str, Any] = {
         "command": "train-adapter",
         "versions": versions(),
-        "settings": {**settings.told(), **asdict(lora), "target_modules": targets},
+        "settings": {**settings.told(), **selection.told(), **asdict(lora)},
         **corpus.hashes,
     }
+    entry["settings"]["target_modules"] = targets
     ranks = dict.fromkeys(modules, lora.rank)
     config = peft_config(
         ranks,
@@ -145,9 +151,14 @@ def train_adapter(
     )
     torch.manual_seed(settings.seed)
     layers = inject(base, ranks, alpha=lora.alpha, dropout=settings.dropout)
-    accelerator = new_accelerator(base.device.type)
     fit(
-        Trainer(base, layers, settings, accelerator=accelerator),
+        Trainer(
+            base,
+            layers,
+            settings,
+            accelerator=new_accelerator(base.device.type),
+            measure=measure_of(selection.select_by, base, encoder, corpus.records, selection),
+        ),
         corpus,
         watcher,
         checkpoint=checkpoint_of(output, entry, base.record),

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lorakit.pruning import CRITERIA
+from lorakit.metrics import METRICS
+from lorakit.pruning import CRITERIA, VALUES
 from lorakit.settings import (
+    LOSS,
     SCHEDULES,
     GenerationSettings,
     LoraSettings,
     PruningSettings,
+    SelectionSettings,
     TrainingSettings,
 )
 
@@ -102,23 +105,34 @@ class Layers(ParamType):
         return tuple(sorted(chosen))
 
 
-class Ratio(ParamType):
-    """A share from 0 up to, but not including, 1, kept as the decimal it is written as."""
+class Amounts(ParamType):
+    """Ratios or thresholds, each kept as the decimal it is written as: one, a list, or `auto`."""
 
-    name = "ratio"
+    name = "amounts"
+
+    def __init__(self, *, below: int | None = None) -> None:
+        self._below = below
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Decimal, ...] | str:
+        if isinstance(value, tuple) or value == "auto":
+            return value  # type: ignore[no-any-return]
+        return tuple(self._amount(part.strip(), param, ctx) for part in value.split(","))
+
+    def _amount(
+        self, text: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> Decimal:
         try:
-            ratio = Decimal(value)
+            amount = Decimal(text)
         except InvalidOperation:
-            ratio = Decimal("NaN")
-        if ratio.is_nan():
-            self.fail(f"{value!r} is not a number", param, ctx)
-        if not 0 <= ratio < 1:
-            self.fail(f"{value} is not in 0 ≤ ratio < 1", param, ctx)
-        return ratio
+            amount = Decimal("NaN")
+        if not amount.is_finite():
+            self.fail(f"{text!r} is not a number", param, ctx)
+        if amount < 0 or (self._below is not None and amount >= self._below):
+            top = "" if self._below is None else f" < {self._below}"
+            self.fail(f"{text} is not in 0 ≤ value{top}", param, ctx)
+        return amount
 
 
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors on stderr.")
@@ -186,11 +200,10 @@ model = together(
 pruning = together(
     click.option(
         "--prune-ratio",
-        type=Ratio(),
-        default=str(PruningSettings.prune_ratio),
-        show_default=True,
-        metavar="R",
-        help="Share of each group's parameters that is zeroed after every step.",
+        type=Amounts(below=1),
+        metavar="R|R1,R2,…|auto",
+        help="Share of each group's parameters reset after every step; of several, or of 0, 0.1, … "
+        "0.9 (auto), the best on the validation set is kept. [default: 0]",
     ),
     click.option(
         "--importance",
@@ -200,11 +213,68 @@ pruning = together(
         help="What makes a parameter important.",
     ),
     click.option(
+        "--unit",
+        type=click.Choice(["parameter", "module"]),
+        default=PruningSettings.unit,
+        show_default=True,
+        help="What is reset: parameters, or whole A/B pairs of one adapter at one projection.",
+    ),
+    click.option(
+        "--prune-threshold",
+        type=Amounts(),
+        metavar="T|T1,T2,…|auto",
+        help="With --unit module: the mean importance below which a pair is reset; auto tries the "
+        "tenths of its distribution, which it prints.",
+    ),
+    click.option(
+        "--prune-value",
+        type=click.Choice(list(VALUES)),
+        default=PruningSettings.prune_value,
+        show_default=True,
+        help="What it is reset to: zero, its value at the start, or a fresh LoRA initialisation.",
+    ),
+    click.option(
         "--calibrate-every",
         type=click.IntRange(min=1),
         metavar="N",
         help="Refresh the input norms every N steps. [default: every epoch]",
     ),
+)
+
+
+class MetricName(ParamType):
+    """`loss` or the name of a metric of `score`."""
+
+    name = "metric"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value != LOSS and value not in METRICS:
+            self.fail(f"{value!r} is not one of {LOSS}, {', '.join(METRICS)}.", param, ctx)
+        return str(value)
+
+
+def _selection(name: str, text: str, **more: Any) -> Callable[[F], F]:
+    return click.option(f"--{name}", type=MetricName(), metavar=f"{LOSS}|METRIC", help=text, **more)
+
+
+selection = together(
+    _selection(
+        "select-by",
+        "What decides on the validation set when to stop and which epoch to keep.",
+        default=SelectionSettings.select_by,
+        show_default=True,
+    ),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=SelectionSettings.max_new_tokens,
+        show_default=True,
+        help="Longest output, where a metric decides.",
+    ),
+    lang,
+)
+metric = _selection(
+    "metric", "What decides between several ratios or thresholds. [default: --select-by]"
 )
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -275,6 +345,16 @@ generation = together(
     truncate,
     seed,
 )
+
+
+def plot(what: str) -> Callable[[F], F]:
+    """Return the `--plot` option of a command that can draw `what`."""
+    return click.option(
+        "--plot",
+        metavar="FILE",
+        help=f"Draw {what} (.png or .svg); its data go to FILE.jsonl.",
+    )
+
 
 run = together(
     click.option(

@@ -102,10 +102,19 @@ class TrainingProgress(Notes):
 
     def epoch(self, entry: Mapping[str, Any]) -> None:
         self._write(entry)
+        name = f"{entry['candidate']}: " if "candidate" in entry else ""
+        score = entry.get("validation_score")
         text = (
-            f"epoch {entry['epoch']}/{self._epochs}: train loss {entry['train_loss']:.4f}, "
-            f"validation loss {entry['validation_loss']:.4f}{', best' if entry['best'] else ''}"
+            f"{name}epoch {entry['epoch']}/{self._epochs}: train loss {entry['train_loss']:.4f}, "
+            f"validation loss {entry['validation_loss']:.4f}"
+            f"{'' if score is None else f', score {score:.2f}'}{', best' if entry['best'] else ''}"
         )
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def event(self, entry: Mapping[str, Any], text: str) -> None:
+        """Keep an entry and say it in a line."""
+        self._write(entry)
         if not self.quiet:
             click.echo(text, err=True)
 

@@ -1,37 +1,94 @@
 """Pruning of LoRA parameters by importance (adaptive LoRA merge, section 3.2 and Algorithm 1).
 
 A group is one matrix, A or B, of one source adapter at one projection of one layer. After every
-optimiser step the least important parameters of each group become zero; they stay trainable.
-To add a criterion: one function of a weight and its inputs' norms, and a line in CRITERIA.
+optimiser step the least important parameters of each group (or whole A/B pairs of little
+importance) are reset; they stay trainable. Weights are (…, rows, columns): leading dimensions
+number groups of one shape. To add a criterion or a value: one function, and a line in its table.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
+
+BETA = 0.85  # of both moving averages of the gradient score (PLATON's and AdaLoRA's choice)
 
 
-def input_importance(weight: Tensor, norms: Tensor) -> Tensor:
-    """Return |W_jk| · ‖x_k‖₂ (section 3.2; Wanda, Sun et al., 2024).
+class Seen(NamedTuple):
+    """What a criterion looks at beside the weights.
 
-    `weight` is (d_out, d_in), `norms` (d_in,): the L2 norm, over all tokens of the validation set,
-    of each feature of the matrix's input, which is x for A and A·x for B.
+    `norms` (…, 1, columns): the L2 norm, over all tokens of the validation set, of each feature of
+    the matrix's input, which is x for A and A·x for B. `sensitivity` and `uncertainty`: the moving
+    averages of `smooth_`, shaped as the weights. What the criterion does not use may be None.
     """
-    return weight.abs() * norms
+
+    norms: Any = None
+    sensitivity: Any = None
+    uncertainty: Any = None
 
 
-def magnitude_importance(weight: Tensor, norms: Tensor) -> Tensor:
+def input_importance(weight: Tensor, seen: Seen) -> Tensor:
+    """Return |W_jk| · ‖x_k‖₂ (section 3.2; Wanda, Sun et al., 2024)."""
+    importance: Tensor = weight.abs() * seen.norms
+    return importance
+
+
+def gradient_importance(weight: Tensor, seen: Seen) -> Tensor:
+    """Return Ī·U, the smoothed sensitivity times its uncertainty (PLATON, Zhang et al., 2022)."""
+    importance: Tensor = seen.sensitivity * seen.uncertainty
+    return importance
+
+
+def magnitude_importance(weight: Tensor, seen: Seen) -> Tensor:
     """Return |W_jk|, whatever the inputs (the control)."""
     return weight.abs()
 
 
-CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+CRITERIA: dict[str, Callable[[Tensor, Seen], Tensor]] = {
     "input": input_importance,
+    "gradient": gradient_importance,
     "magnitude": magnitude_importance,
+}
+
+
+def smooth_(sensitivity: Tensor, uncertainty: Tensor, weight: Tensor, gradient: Tensor) -> None:
+    """Move both averages on by one step, in place; they start at zero.
+
+    I = |w·∂L/∂w|;  Ī ← β·Ī + (1-β)·I;  U ← β·U + (1-β)·|I - Ī|, with the new Ī.
+    """
+    now = (weight * gradient).abs()
+    sensitivity.lerp_(now, 1 - BETA)
+    uncertainty.lerp_((now - sensitivity).abs(), 1 - BETA)
+
+
+def zero_value(weight: Tensor, start: Tensor, is_b: bool, draws: Generator) -> Tensor:
+    """Return zeros."""
+    return weight.new_zeros(weight.shape)
+
+
+def init_value(weight: Tensor, start: Tensor, is_b: bool, draws: Generator) -> Tensor:
+    """Return what the parameters were when the merge began."""
+    return start
+
+
+def reinit_value(weight: Tensor, start: Tensor, is_b: bool, draws: Generator) -> Tensor:
+    """Return a fresh LoRA initialisation: B zero, A uniform within ±1/√d_in (Kaiming, a = √5)."""
+    if is_b:
+        return weight.new_zeros(weight.shape)
+    fresh = weight.new_empty(weight.shape, device=draws.device)
+    bound = 1 / math.sqrt(weight.shape[-1])
+    return fresh.uniform_(-bound, bound, generator=draws).to(weight.device)
+
+
+VALUES: dict[str, Callable[[Tensor, Tensor, bool, Generator], Tensor]] = {
+    "zero": zero_value,
+    "init": init_value,
+    "reinit": reinit_value,
 }
 
 
@@ -40,13 +97,17 @@ def prune_count(ratio: Decimal, size: int) -> int:
     return int(ratio * size)
 
 
-def prune_(weight: Tensor, importance: Tensor, count: int) -> None:
-    """Set the `count` least important parameters of `weight` to zero, in place.
+def least_important(importance: Tensor, count: int) -> Tensor:
+    """Return a mask of the `count` least important parameters of each group.
 
-    Exactly `count` are chosen, ties or not, in each group: `weight` and `importance` are (…, rows,
-    columns), any leading dimensions number groups of the same shape.
+    Exactly `count` are chosen, ties or not.
     """
     flat = importance.flatten(-2)
     least = flat.topk(count, dim=-1, largest=False, sorted=False).indices
-    chosen = flat.new_zeros(flat.shape).scatter_(-1, least, 1).bool()
-    weight.masked_fill_(chosen.view_as(importance), 0)
+    return flat.new_zeros(flat.shape).scatter_(-1, least, 1).bool().view_as(importance)
+
+
+def mean_importance(of_a: Tensor, of_b: Tensor) -> Tensor:
+    """Return the mean importance over all parameters of each A/B pair, (…,) for (…, r, d)."""
+    total = of_a.sum((-2, -1)) + of_b.sum((-2, -1))
+    return total / (math.prod(of_a.shape[-2:]) + math.prod(of_b.shape[-2:]))

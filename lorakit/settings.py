@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -41,6 +41,33 @@ class TrainingSettings:
         return {name: value for name, value in asdict(self).items() if name not in _UNTOLD}
 
 
+LOSS = "loss"
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """By what the validation set decides: `loss`, or a metric of `score` on greedy outputs.
+
+    `select_by` compares the epochs of a run, `metric` the runs of a search over pruning settings
+    (None: as `select_by`); `max_new_tokens` bounds the outputs.
+    """
+
+    select_by: str = LOSS
+    metric: str | None = None
+    lang: str = "en"
+    max_new_tokens: int = 128
+
+    @property
+    def searches_by(self) -> str:
+        return self.metric or self.select_by
+
+    def told(self) -> dict[str, Any]:
+        """Return the settings as the history tells them: only those that had a say."""
+        if {self.select_by, self.searches_by} == {LOSS}:
+            return {"select_by": LOSS}
+        return {**asdict(self), "metric": self.searches_by}
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """The shape of a new adapter; no `target_modules` means query and value, no `layers` all."""
@@ -53,18 +80,50 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """What is zeroed after every step: `prune_ratio` of each group, as an exact decimal.
+    """What is reset after every step, and to what.
 
-    `calibrate_every` is in optimiser steps; None refreshes the input norms once an epoch.
+    With unit `parameter`, `prune_ratio` of each group, an exact decimal; with unit `module`, the
+    A/B pairs whose mean importance is below `prune_threshold`. `calibrate_every` is in optimiser
+    steps; None refreshes the input norms once an epoch.
     """
 
     prune_ratio: Decimal = Decimal(0)
     importance: str = "input"
     calibrate_every: int | None = None
+    unit: str = "parameter"
+    prune_threshold: Decimal | None = None
+    prune_value: str = "zero"
+
+    @property
+    def chooses(self) -> str:
+        """The name of the setting that says how much is reset."""
+        return "prune_threshold" if self.unit == "module" else "prune_ratio"
+
+    @property
+    def value(self) -> Decimal:
+        """How much is reset: the ratio, or the threshold."""
+        found = self.prune_threshold if self.unit == "module" else self.prune_ratio
+        return Decimal(0) if found is None else found
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything can ever be reset."""
+        return bool(self.value)
+
+    def at(self, value: Decimal) -> PruningSettings:
+        """Return the same settings with another ratio or threshold."""
+        if self.unit == "module":
+            return replace(self, prune_threshold=value)
+        return replace(self, prune_ratio=value)
 
     def told(self) -> dict[str, Any]:
         """Return the settings as the history in an adapter's header tells them."""
-        return {**asdict(self), "prune_ratio": float(self.prune_ratio)}
+        threshold = self.prune_threshold
+        return {
+            **asdict(self),
+            "prune_ratio": float(self.prune_ratio),
+            "prune_threshold": None if threshold is None else float(threshold),
+        }
 
 
 @dataclass(frozen=True)

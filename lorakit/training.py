@@ -1,8 +1,8 @@
 """The training loop: LoRA weights on a frozen base, one exact optimiser step a batch.
 
-A batch is cut into micro-batches of a fixed number of tokens; their summed losses over the tokens
-of the whole batch give its exact mean loss and gradient, on one process or shared out over several.
-It knows nothing of where weights or examples come from, nor of what becomes of the result.
+It goes on step by step from any point, so that a run can be paused, parked and resumed to the same
+bytes. It knows nothing of where weights or examples come from, nor of what becomes of the result;
+losses and gradients are in batch_loss.py.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from typing import Any, Protocol
 import accelerate
 import torch
 
-from lorakit.batching import IGNORED, epoch_batches, lay_out, micro_batches
+from lorakit.batch_loss import BatchLoss
+from lorakit.batching import epoch_batches
 from lorakit.calibration import InputNorms
 from lorakit.encoding import Example
 from lorakit.errors import LorakitError
-from lorakit.forward import activation_checkpointing, completion_logits
+from lorakit.forward import activation_checkpointing
 from lorakit.lora import factors
 from lorakit.model import Base
+from lorakit.pruners import Pruner
 from lorakit.settings import TrainingSettings
 
 Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]
+Measure = Callable[[], float]
 
 
 class Watcher(Protocol):
@@ -35,37 +38,31 @@ class Watcher(Protocol):
     def start(self, steps: int, epochs: int, done: int) -> None: ...
     def step(self, entry: Mapping[str, Any]) -> None: ...
     def epoch(self, entry: Mapping[str, Any]) -> None: ...
+    def event(self, entry: Mapping[str, Any], text: str) -> None: ...
     def note(self, text: str) -> None: ...
-
-
-class Pruner(Protocol):
-    """Whoever zeroes parameters after each optimiser step."""
-
-    def prune_(self, norms: InputNorms) -> None: ...
 
 
 @dataclass
 class Progress:
-    """How far training has come: all that a resumed run needs beside weights and moments."""
+    """How far training has come: all that a resumed run needs beside weights and moments.
+
+    `epoch` counts the whole epochs behind it; `best_value` is the metric of --select-by, higher
+    better (the negative loss where that is `loss`), and equal ones are told apart by `best_loss`.
+    `loss_sum` and `targets` are of the epoch under way.
+    """
 
     epoch: int = 0
     step: int = 0
     best_epoch: int = 0
+    best_value: float = -math.inf
     best_loss: float = math.inf
+    loss_sum: float = 0.0
+    targets: int = 0
 
     @property
     def stale(self) -> int:
         """Epochs since the best one."""
         return self.epoch - self.best_epoch
-
-
-def new_accelerator(device: str) -> accelerate.Accelerator:
-    """Return the accelerator of this process, of one or of many (`accelerate launch`, torchrun).
-
-    `device` is the kind that was picked, never `auto`. A CPU must be named: left to itself it takes
-    each of several processes for the only one.
-    """
-    return accelerate.Accelerator(cpu=device == "cpu")
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
@@ -84,7 +81,11 @@ def learning_rate_factor(schedule: str, step: int, steps: int, warmup: float) ->
 
 
 class Trainer:
-    """One training run over the LoRA of a base; `layers` are PEFT's layers by module name."""
+    """One training run over the LoRA of a base; `layers` are PEFT's layers by module name.
+
+    `measure` returns the value, higher better, by which epochs are compared (`--select-by`); None
+    takes the validation loss.
+    """
 
     def __init__(
         self,
@@ -95,6 +96,7 @@ class Trainer:
         accelerator: accelerate.Accelerator,
         pruner: Pruner | None = None,
         calibrate_every: int | None = None,
+        measure: Measure | None = None,
     ) -> None:
         self.base = base
         self.layers = layers
@@ -102,13 +104,16 @@ class Trainer:
         self.accelerator = accelerator
         self.pruner = pruner
         self.calibrate_every = calibrate_every
+        self.measure = measure
         self.norms = InputNorms(layers)
-        self.tokens = settings.micro_batch_tokens
-        self.note: Callable[[str], None] = lambda text: None
         self.progress = Progress()
         self.parameters = [weight for layer in layers.values() for weight in factors(layer)]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
+        self.losses = BatchLoss(
+            base, self.parameters, tokens=settings.micro_batch_tokens, accelerator=accelerator
+        )
+        self.losses.watch = self.norms.take_mask
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay
         )
@@ -121,180 +126,169 @@ class Trainer:
             for name, layer in self.layers.items()
         }
 
+    @torch.no_grad()
+    def put(self, weights: Weights) -> None:
+        """Copy A and B by module into the model."""
+        for name, layer in self.layers.items():
+            for parameter, value in zip(factors(layer), weights[name], strict=True):
+                parameter.copy_(value)
+
+    def begin(
+        self, examples: Sequence[Example], validation: Sequence[Example], watcher: Watcher
+    ) -> None:
+        """Say what to train and validate on, and take the first input norms where pruning asks."""
+        self._examples, self._validation, self._watcher = examples, validation, watcher
+        self.losses.note = watcher.note
+        watcher.start(self.steps, self.settings.epochs, self.progress.step)
+        if self._calibrates and not self.norms.version:
+            self.validate(validation)
+
     def train(
         self, examples: Sequence[Example], validation: Sequence[Example], watcher: Watcher
     ) -> Iterator[Progress]:
-        """Train until the validation loss has not fallen for `patience` epochs, or to the last.
+        """Train until epochs have stopped getting better for `patience` of them, or to the last.
 
         Yields after every epoch (a caller may save what it needs to go on from there); at the end
-        `best` holds the weights of the epoch with the lowest validation loss.
+        `best` holds the weights of the best epoch on the validation set.
         Raises LorakitError when a loss is not finite.
         """
-        settings = self.settings
-        steps = settings.epochs * math.ceil(len(examples) / settings.batch_size)
-        self.note = watcher.note
-        watcher.start(steps, settings.epochs, self.progress.step)
-        with self._training_mode():
-            if self.pruner is not None:
-                self.validate(validation)
-            while self.progress.epoch < settings.epochs and not self._is_stale():
-                self._epoch(examples, validation, steps, watcher)
-                yield self.progress
+        self.begin(examples, validation, watcher)
+        while not self.is_done:
+            self.advance()
+            yield self.progress
+        self.check()
+
+    def check(self) -> None:
+        """Raise LorakitError where no epoch can be kept."""
         if not self.progress.best_epoch:
             raise LorakitError("no epoch had a finite validation loss; lower --lr")
 
-    def _is_stale(self) -> bool:
-        return self.progress.stale >= self.settings.patience
+    @property
+    def steps(self) -> int:
+        """The optimiser steps of all epochs."""
+        return self.settings.epochs * self._steps_an_epoch
 
-    def _epoch(
-        self,
-        examples: Sequence[Example],
-        validation: Sequence[Example],
-        steps: int,
-        watcher: Watcher,
-    ) -> None:
+    @property
+    def _steps_an_epoch(self) -> int:
+        return math.ceil(len(self._examples) / self.settings.batch_size)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last epoch is over, or `patience` epochs were no better."""
         progress, settings = self.progress, self.settings
+        return progress.epoch >= settings.epochs or progress.stale >= settings.patience
+
+    def advance(self, until: int | None = None) -> None:
+        """Go on to the end of the epoch under way and judge it, or only to step `until`."""
+        progress, started = self.progress, time.perf_counter()
+        order = list(self._batches(progress.epoch + 1))
+        with self._training_mode():
+            for batch in order[progress.step - progress.epoch * len(order) :]:
+                if progress.step == until:
+                    return
+                self._watcher.step(self._step(batch, self.steps))
+                if self._is_due():
+                    self.validate(self._validation)
+        if progress.step < (progress.epoch + 1) * len(order):
+            return
+        self._end_epoch(time.perf_counter() - started)
+
+    def _batches(self, epoch: int) -> Iterator[list[Example]]:
+        return epoch_batches(self._examples, self.settings.batch_size, self.settings.seed, epoch)
+
+    def _end_epoch(self, seconds: float) -> None:
+        progress = self.progress
         progress.epoch += 1
-        torch.manual_seed(
-            settings.seed * 1_000_003 + progress.epoch * 1_009 + self.accelerator.process_index
-        )
-        loss_sum, targets, started = 0.0, 0, time.perf_counter()
-        for batch in epoch_batches(examples, settings.batch_size, settings.seed, progress.epoch):
-            entry = self._step(batch, steps)
-            loss_sum += entry["train_loss"] * (count := sum(row.targets for row in batch))
-            targets += count
-            watcher.step(entry)
-            if self._is_due():
-                self.validate(validation)
-        loss = self.validate(validation)
-        self._judge(loss)
+        loss = self.validate(self._validation)
+        value = -loss if self.measure is None else self.measured()
+        self._judge(value, loss)
         entry = {
             "epoch": progress.epoch,
             "step": progress.step,
-            "train_loss": loss_sum / targets,
+            "train_loss": progress.loss_sum / progress.targets,
             "validation_loss": loss,
             "best": progress.best_epoch == progress.epoch,
         }
-        watcher.epoch({**entry, "seconds": round(time.perf_counter() - started, 3)})
+        if self.measure is not None:
+            entry["validation_score"] = value
+        progress.loss_sum, progress.targets = 0.0, 0
+        self._watcher.epoch({**entry, "seconds": round(seconds, 3)})
+
+    def measured(self, measure: Measure | None = None) -> float:
+        """Return the value of the model as it stands, the same on every process.
+
+        `measure` is that of the run where none is given, or the negative validation loss.
+        """
+        measure = measure or self.measure
+        with self._dropout(False):
+            value = float(measure() if measure else -self.losses.mean(self._validation))
+        if measure is None or self.accelerator.num_processes == 1:
+            return value
+        everywhere = self.losses.summed(torch.tensor(value, device=self.base.device))
+        return float(everywhere / self.accelerator.num_processes)
 
     def _is_due(self) -> bool:
         """Whether the input norms are to be refreshed before the epoch ends."""
         every = self.calibrate_every
-        return bool(self.pruner and every and self.progress.step % every == 0)
+        return bool(self._calibrates and every and self.progress.step % every == 0)
 
-    def _judge(self, loss: float) -> None:
-        if loss < self.progress.best_loss:
-            self.progress.best_epoch, self.progress.best_loss = self.progress.epoch, loss
+    @property
+    def _calibrates(self) -> bool:
+        return self.pruner is not None and self.pruner.reads_norms
+
+    def _judge(self, value: float, loss: float) -> None:
+        progress = self.progress
+        if math.isfinite(loss) and (value, -loss) > (progress.best_value, -progress.best_loss):
+            progress.best_epoch = progress.epoch
+            progress.best_value, progress.best_loss = value, loss
             self.best = self.weights()
 
     def _step(self, batch: Sequence[Example], steps: int) -> dict[str, Any]:
         """Do one optimiser step on a batch and return its log entry."""
-        started = time.perf_counter()
-        loss = self.backward(batch)
+        started, progress = time.perf_counter(), self.progress
+        torch.manual_seed(
+            self.settings.seed * 1_000_003 + progress.step * 1_009 + self.accelerator.process_index
+        )
+        loss = self.losses.backward(batch)
         if not math.isfinite(loss):
             raise LorakitError(
-                f"the loss is {loss} at step {self.progress.step + 1}; "
-                "lower --lr or use --dtype float32"
+                f"the loss is {loss} at step {progress.step + 1}; lower --lr or use --dtype float32"
             )
+        if self.pruner is not None and self.pruner.reads_gradients:
+            self.pruner.observe_(self.layers)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         rate = self.settings.lr * learning_rate_factor(
-            self.settings.schedule, self.progress.step, steps, self.settings.warmup
+            self.settings.schedule, progress.step, steps, self.settings.warmup
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        progress.step += 1
         if self.pruner is not None:
-            self.pruner.prune_(self.norms)
-        self.progress.step += 1
+            self.pruner.prune_(self.norms, progress.step)
+        targets = sum(row.targets for row in batch)
+        progress.loss_sum += loss * targets
+        progress.targets += targets
         tokens = sum(len(row.ids) for row in batch)
         return {
-            "step": self.progress.step,
-            "epoch": self.progress.epoch,
+            "step": progress.step,
+            "epoch": progress.epoch + 1,
             "train_loss": loss,
             "lr": rate,
             "grad_norm": float(norm),
             "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
         }
 
-    def backward(self, batch: Sequence[Example]) -> float:
-        """Add up the gradient of the batch's mean loss over its completion tokens; return it.
-
-        Where memory does not suffice, the micro-batches are halved from here on, and a note says
-        so; LorakitError where a single example is too much.
-        """
-        while True:
-            try:
-                loss = self._add_gradients(batch)
-            except torch.OutOfMemoryError as error:
-                self._halve(batch, error)
-            else:
-                self._sum_gradients()
-                return float(self._summed(loss))
-
-    def _add_gradients(self, batch: Sequence[Example]) -> torch.Tensor:
-        targets = sum(row.targets for row in batch)
-        total = torch.zeros((), device=self.base.device)
-        for rows in self._own(micro_batches(batch, self.tokens)):
-            loss = self._loss(rows) / targets
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    def _halve(self, batch: Sequence[Example], error: torch.OutOfMemoryError) -> None:
-        self.optimizer.zero_grad()
-        if self.tokens <= max(len(row.ids) for row in batch) or self.accelerator.num_processes > 1:
-            raise LorakitError(
-                "memory does not suffice; give --gradient-checkpointing, a smaller "
-                "--micro-batch-tokens or --max-length"
-            ) from error
-        self.tokens //= 2
-        self.note(f"out of memory: micro-batches of {self.tokens} tokens, bytes may differ")
-
-    def _own(self, runs: list[list[Example]]) -> list[list[Example]]:
-        """Return this process's share of the micro-batches."""
-        return runs[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    def _loss(self, rows: Sequence[Example]) -> torch.Tensor:
-        """Return the summed cross-entropy of the rows' completion tokens, in float32."""
-        batch = lay_out(rows, self.base.device)
-        self.norms.mask = batch.mask
-        logits = completion_logits(self.base.model, batch).float()
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-
-    def _sum_gradients(self) -> None:
-        for parameter in self.parameters:  # a module no token came through has none
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        flat = self._summed(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, summed in zip(
-            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
-        ):
-            gradient.copy_(summed.view_as(gradient))
-
-    def _summed(self, value: torch.Tensor) -> torch.Tensor:
-        if self.accelerator.num_processes == 1:
-            return value
-        summed: torch.Tensor = self.accelerator.reduce(value, reduction="sum")
-        return summed
-
-    @torch.no_grad()
     def validate(self, examples: Sequence[Example]) -> float:
         """Return the mean loss over all completion tokens; refresh the input norms on the way."""
-        total = torch.zeros((), dtype=torch.float64)
         with self._dropout(False), contextlib.ExitStack() as stack:
-            if self.pruner is not None:
+            if self._calibrates:
                 stack.enter_context(self.norms.collecting())
-            for rows in self._own(micro_batches(examples, self.tokens)):
-                total += self._loss(rows).cpu()
-        self.norms.update_(self._summed)
-        summed = self._summed(total.to(torch.float32).to(self.base.device))
-        return float(summed) / sum(row.targets for row in examples)
+            loss = self.losses.mean(examples)
+        if self._calibrates:
+            self.norms.update_(self.losses.summed)
+        return loss
 
     @contextlib.contextmanager
     def _training_mode(self) -> Iterator[None]:

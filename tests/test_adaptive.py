@@ -16,19 +16,22 @@ from models import FAMILIES, save_model
 from training_data import Silent, rows, save_rows
 
 from lorakit.adapter import Adapter, load_adapter, save_adapter
-from lorakit.adaptive import ParameterPruner, attach_stack, merge_adaptively
+from lorakit.adaptive import merge_adaptively
+from lorakit.batch_loss import new_accelerator
 from lorakit.batching import epoch_batches
 from lorakit.checkpoint import Checkpoint
 from lorakit.errors import LorakitError
 from lorakit.fitting import train_adapter
 from lorakit.generation import complete
+from lorakit.joint import attach_stack
 from lorakit.lora import attach, factors
 from lorakit.merging import stack
 from lorakit.model import Base, load_base
+from lorakit.pruners import Pruner
 from lorakit.pruning import prune_count
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings, LoraSettings, PruningSettings, TrainingSettings
-from lorakit.training import Trainer, new_accelerator
+from lorakit.training import Trainer
 
 SETTINGS = TrainingSettings(
     lr=1e-2, epochs=3, batch_size=6, dropout=0.0, device="cpu", dtype="float32"
@@ -306,7 +309,7 @@ def test_norms_are_taken_over_all_tokens_that_are_not_padding(
     examples = [encoder.example(Record(row, row["id"])) for row in rows(9)]
     stacked = stack(adapters)
     layers = attach_stack(base, stacked, dropout=0.0)
-    pruner = ParameterPruner(stacked, layers, PruningSettings(Decimal("0.5")))
+    pruner = Pruner(stacked, layers, PruningSettings(Decimal("0.5")))
     trainer = Trainer(
         base,
         layers,

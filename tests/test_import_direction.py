@@ -22,6 +22,7 @@ FILES = {
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "files", "settings"),
     "text": (
+        "plots",
         *("answers", "metrics", "prompts", "records", "scoring", "segmentation"),
         *("recipes", "recipes.rows", "recipes.scitldr", "recipes.microworld"),
         *("recipes.microworld_documents", "recipes.microworld_probes"),
@@ -32,6 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("model_choice", "peft_config", "peft_keys", "pruning", "tensorfile"),
     ),
     "models": (
+        *("batch_loss", "importance", "joint", "pruners", "search", "selection"),
         *("adaptive", "batching", "calibration", "checkpoint", "devices", "encoding", "fitting"),
         *("forward", "generation", "lora", "model", "predictions", "training"),
     ),
@@ -56,7 +58,8 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 ONLY: dict[str, tuple[str, ...]] = {
     "transformers": ("model",),
     "peft": ("model",),
-    "accelerate": ("training",),
+    "accelerate": ("batch_loss", "joint", "training"),
+    "matplotlib": ("plots",),
     "huggingface_hub": ("hub", "model"),
     "torch": (*LAYERS["models"], "pruning"),
     "numpy": (*LAYERS["tensors"], *LAYERS["models"]),

@@ -50,11 +50,12 @@ def test_a_range_that_runs_backwards_is_refused() -> None:
 
 @pytest.mark.parametrize("text", ["0", "0.1", ".5", "0.30", "1e-3", "0.999999999999999999999"])
 def test_a_ratio_is_the_exact_decimal_it_was_written_as(text: str) -> None:
-    assert convert(options.Ratio(), text) == Decimal(text)
+    assert convert(options.Amounts(below=1), text) == (Decimal(text),)
 
 
 def test_a_ratio_is_not_rounded_through_a_float() -> None:
-    assert int(convert(options.Ratio(), "0.29") * 100) == 29
+    (ratio,) = convert(options.Amounts(below=1), "0.29")
+    assert int(ratio * 100) == 29
     assert int(float("0.29") * 100) == 28
 
 
@@ -64,18 +65,30 @@ def test_a_ratio_is_not_rounded_through_a_float() -> None:
         ("", "is not a number"),
         ("x", "is not a number"),
         ("10%", "is not a number"),
-        ("0,1", "is not a number"),
+        ("0.1,,0.2", "is not a number"),
+        ("0.1,auto", "'auto' is not a number"),
         ("nan", "is not a number"),
         ("-sNaN", "is not a number"),
-        ("1", "is not in 0 ≤ ratio < 1"),
-        ("-0.1", "is not in 0 ≤ ratio < 1"),
-        ("inf", "is not in 0 ≤ ratio < 1"),
-        ("1e9", "is not in 0 ≤ ratio < 1"),
+        ("inf", "is not a number"),
+        ("1", "1 is not in 0 ≤ value < 1"),
+        ("-0.1", "is not in 0 ≤ value < 1"),
+        ("0.1,1e9", "1e9 is not in 0 ≤ value < 1"),
     ],
 )
 def test_what_is_no_ratio_is_refused(text: str, reason: str) -> None:
     with pytest.raises(click.BadParameter, match=reason):
-        convert(options.Ratio(), text)
+        convert(options.Amounts(below=1), text)
+
+
+def test_several_ratios_are_a_list_and_auto_is_itself() -> None:
+    assert convert(options.Amounts(below=1), "0.1, 0.3") == (Decimal("0.1"), Decimal("0.3"))
+    assert convert(options.Amounts(below=1), "auto") == "auto"
+
+
+def test_a_threshold_may_be_any_number_from_zero_up() -> None:
+    assert convert(options.Amounts(), "1e9") == (Decimal("1e9"),)
+    with pytest.raises(click.BadParameter, match=r"-1 is not in 0 ≤ value$"):
+        convert(options.Amounts(), "-1")
 
 
 @pytest.mark.parametrize(

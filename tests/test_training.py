@@ -14,6 +14,7 @@ import torch
 from training_data import Silent, rows, save_rows
 
 from lorakit.adapter import load_adapter
+from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.batching import lay_out, micro_batches
 from lorakit.errors import LorakitError
 from lorakit.fitting import hold_out, train_adapter
@@ -22,7 +23,7 @@ from lorakit.lora import factors, inject, pick_modules
 from lorakit.model import Base, load_base
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings
-from lorakit.training import Trainer, learning_rate_factor, new_accelerator
+from lorakit.training import Trainer, learning_rate_factor
 
 SETTINGS = TrainingSettings(
     lr=1e-2, epochs=4, batch_size=6, dropout=0.0, device="cpu", dtype="float32"
@@ -47,7 +48,7 @@ def examples(base: Base, count: int, seed: int = 0) -> list[Any]:
 
 
 def gradients(trainer: Trainer, batch: list[Any]) -> tuple[float, list[torch.Tensor]]:
-    loss = trainer.backward(batch)
+    loss = trainer.losses.backward(batch)
     found = [
         parameter.grad.clone() for parameter in trainer.parameters if parameter.grad is not None
     ]
@@ -65,12 +66,12 @@ def test_a_loss_is_the_mean_over_completion_tokens_of_the_whole_batch(llama: str
         for place in range(example.start, len(example.ids)):
             total -= float(logits[place - 1, example.ids[place]].detach())
             count += 1
-    loss = new_trainer(open_base(llama)).backward(batch)
+    loss = new_trainer(open_base(llama)).losses.backward(batch)
     base_with_lora = new_trainer(base)
     assert count == sum(example.targets for example in batch)
     for layer in base_with_lora.layers.values():
         torch.nn.init.zeros_(factors(layer)[1])
-    assert base_with_lora.backward(batch) == pytest.approx(total / count, rel=1e-5)
+    assert base_with_lora.losses.backward(batch) == pytest.approx(total / count, rel=1e-5)
     assert loss != pytest.approx(total / count, rel=1e-3)
 
 
@@ -79,9 +80,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(llama: str, tokens: 
     base = open_base(llama)
     trainer = new_trainer(base)
     batch = examples(base, 8)
-    trainer.tokens = 10**9
+    trainer.losses.tokens = 10**9
     loss, whole = gradients(trainer, batch)
-    trainer.tokens = tokens
+    trainer.losses.tokens = tokens
     cut_loss, cut = gradients(trainer, batch)
     assert cut_loss == pytest.approx(loss, rel=1e-5)
     for one, other in zip(whole, cut, strict=True):
@@ -271,27 +272,30 @@ def test_micro_batches_are_halved_when_memory_does_not_suffice(
     trainer = new_trainer(base)
     batch = examples(base, 8)
     _, whole = gradients(trainer, batch)
-    plain = Trainer._loss
+    plain = BatchLoss._loss
 
-    def scarce(self: Trainer, part: Any) -> torch.Tensor:
+    def scarce(self: BatchLoss, part: Any) -> torch.Tensor:
         if len(part) * max(len(row.ids) for row in part) > 100:
             raise torch.OutOfMemoryError("no memory")
         return plain(self, part)
 
     notes: list[str] = []
-    trainer.note = notes.append
-    monkeypatch.setattr(Trainer, "_loss", scarce)
+    trainer.losses.note = notes.append
+    monkeypatch.setattr(BatchLoss, "_loss", scarce)
     _, halved = gradients(trainer, batch)
-    assert trainer.tokens <= 100
-    assert notes[-1] == f"out of memory: micro-batches of {trainer.tokens} tokens, bytes may differ"
+    assert trainer.losses.tokens <= 100
+    assert (
+        notes[-1]
+        == f"out of memory: micro-batches of {trainer.losses.tokens} tokens, bytes may differ"
+    )
     for one, other in zip(whole, halved, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    trainer.tokens = 10
+    trainer.losses.tokens = 10
     monkeypatch.setattr(
-        Trainer, "_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError())
+        BatchLoss, "_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError())
     )
     with pytest.raises(LorakitError, match="--gradient-checkpointing"):
-        trainer.backward(batch)
+        trainer.losses.backward(batch)
 
 
 def test_only_lora_is_trained(llama: str) -> None:

@@ -36,6 +36,7 @@ class Silent:
         self.steps: list[Mapping[str, Any]] = []
         self.epochs: list[Mapping[str, Any]] = []
         self.notes: list[str] = []
+        self.events: list[Mapping[str, Any]] = []
 
     def start(self, steps: int, epochs: int, done: int) -> None:
         self.planned = steps
@@ -45,6 +46,9 @@ class Silent:
 
     def epoch(self, entry: Mapping[str, Any]) -> None:
         self.epochs.append(entry)
+
+    def event(self, entry: Mapping[str, Any], text: str) -> None:
+        self.events.append(entry)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

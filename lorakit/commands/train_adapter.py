@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from lorakit import options
-from lorakit.settings import LoraSettings, TrainingSettings
+from lorakit.settings import LoraSettings, SelectionSettings, TrainingSettings
 
 
 @click.command("train-adapter")
@@ -16,10 +16,11 @@ from lorakit.settings import LoraSettings, TrainingSettings
 @options.model
 @options.lora
 @options.training
+@options.selection
 @options.output("adapter.safetensors", "the adapter")
 @options.run
 def train_adapter(data: str, val: str | None, output: str, **given: Any) -> None:
-    """Train a LoRA adapter on records; the epoch with the lowest validation loss is kept.
+    """Train a LoRA adapter on records; the best epoch on the validation set is kept.
 
     \b
     lorakit train-adapter --data train.jsonl --val val.jsonl -o xs.safetensors
@@ -29,6 +30,7 @@ def train_adapter(data: str, val: str | None, output: str, **given: Any) -> None
     from lorakit.commands.opening import open_base, watching
 
     settings = options.settings_of(TrainingSettings, given)
+    selection = options.settings_of(SelectionSettings, given)
     lora = options.settings_of(LoraSettings, given)
     with watching(given, output) as watcher:
         base = open_base(given, (), settings.device, settings.dtype, watcher.note, training=True)
@@ -41,4 +43,5 @@ def train_adapter(data: str, val: str | None, output: str, **given: Any) -> None
             output=output,
             watcher=watcher,
             resume=given["resume"],
+            selection=selection,
         )

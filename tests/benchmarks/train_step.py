@@ -32,16 +32,18 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lorakit.adapter import Adapter, load_adapter, save_adapter
-from lorakit.adaptive import ParameterPruner, attach_stack
+from lorakit.batch_loss import new_accelerator
 from lorakit.batching import epoch_batches
 from lorakit.encoding import Example
+from lorakit.joint import attach_stack
 from lorakit.lora import pick_modules
 from lorakit.merging import peft_config, stack, tensors_of
 from lorakit.model import load_base
+from lorakit.pruners import Pruner
 from lorakit.recipes import build_dataset
 from lorakit.records import Record
 from lorakit.settings import PruningSettings, TrainingSettings
-from lorakit.training import Trainer, new_accelerator
+from lorakit.training import Trainer
 
 WORDS = 32_000
 BATCH = 8
@@ -139,7 +141,7 @@ def run_lorakit(folder: Path, steps: int, device: torch.device, tokens: int) -> 
     base = load_base(str(folder), device=device, dtype=torch.bfloat16)
     stacked = stack([load_adapter(f"{folder}/adapter{number}") for number in range(3)])
     layers = attach_stack(base, stacked, dropout=0.0)
-    pruner = _TimedPruner(ParameterPruner(stacked, layers, PruningSettings(Decimal("0.1"))), device)
+    pruner: Any = _TimedPruner(Pruner(stacked, layers, PruningSettings(Decimal("0.1"))), device)
     settings = TrainingSettings(
         lr=LR, dropout=0.0, batch_size=BATCH, micro_batch_tokens=tokens, schedule="constant"
     )
@@ -165,15 +167,17 @@ def run_lorakit(folder: Path, steps: int, device: torch.device, tokens: int) -> 
 
 
 class _TimedPruner:
-    def __init__(self, pruner: ParameterPruner, device: torch.device) -> None:
+    reads_norms, reads_gradients = True, False
+
+    def __init__(self, pruner: Pruner, device: torch.device) -> None:
         self._pruner, self._device = pruner, device
         self.seconds: list[float] = []
 
-    def prune_(self, norms: Any) -> None:
+    def prune_(self, norms: Any, step: int) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        self._pruner.prune_(norms)
+        self._pruner.prune_(norms, step)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - started)

@@ -1,0 +1,129 @@
+"""The exact mean loss of a batch, and its gradient, in micro-batches and over several processes.
+
+A batch is cut into micro-batches of a fixed number of tokens; their summed losses over the tokens
+of the whole batch give its mean loss and gradient, on one process or shared out over several. It
+knows nothing of optimisers, epochs or pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import accelerate
+import torch
+
+from lorakit.batching import IGNORED, lay_out, micro_batches
+from lorakit.encoding import Example
+from lorakit.errors import LorakitError
+from lorakit.forward import completion_logits
+from lorakit.model import Base
+
+
+def new_accelerator(device: str) -> accelerate.Accelerator:
+    """Return the accelerator of this process, of one or of many (`accelerate launch`, torchrun).
+
+    `device` is the kind that was picked, never `auto`. A CPU must be named: left to itself it takes
+    each of several processes for the only one.
+    """
+    return accelerate.Accelerator(cpu=device == "cpu")
+
+
+class BatchLoss:
+    """Cross-entropy over completion tokens, of batches of examples, under a base model.
+
+    `tokens` bounds a micro-batch; `watch` is told each one's mask (rows, length), None where no row
+    is padded, before its forward pass.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        parameters: Sequence[torch.nn.Parameter],
+        *,
+        tokens: int,
+        accelerator: accelerate.Accelerator,
+    ) -> None:
+        self.base = base
+        self.parameters = parameters
+        self.tokens = tokens
+        self.accelerator = accelerator
+        self.note: Callable[[str], None] = lambda text: None
+        self.watch: Callable[[torch.Tensor | None], None] = lambda mask: None
+
+    def backward(self, batch: Sequence[Example]) -> float:
+        """Add up the gradient of the batch's mean loss over its completion tokens; return it.
+
+        Where memory does not suffice, the micro-batches are halved from here on, and a note says
+        so; LorakitError where a single example is too much.
+        """
+        while True:
+            try:
+                loss = self._add_gradients(batch)
+            except torch.OutOfMemoryError as error:
+                self._halve(batch, error)
+            else:
+                self._sum_gradients()
+                return float(self.summed(loss))
+
+    @torch.no_grad()
+    def mean(self, examples: Sequence[Example]) -> float:
+        """Return the mean loss over all completion tokens of the examples."""
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in self._own(micro_batches(examples, self.tokens)):
+            total += self._loss(rows).cpu()
+        summed = self.summed(total.to(torch.float32).to(self.base.device))
+        return float(summed) / sum(row.targets for row in examples)
+
+    def summed(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a value over all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        summed: torch.Tensor = self.accelerator.reduce(value, reduction="sum")
+        return summed
+
+    def _add_gradients(self, batch: Sequence[Example]) -> torch.Tensor:
+        targets = sum(row.targets for row in batch)
+        total = torch.zeros((), device=self.base.device)
+        for rows in self._own(micro_batches(batch, self.tokens)):
+            loss = self._loss(rows) / targets
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _halve(self, batch: Sequence[Example], error: torch.OutOfMemoryError) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self.tokens <= max(len(row.ids) for row in batch) or self.accelerator.num_processes > 1:
+            raise LorakitError(
+                "memory does not suffice; give --gradient-checkpointing, a smaller "
+                "--micro-batch-tokens or --max-length"
+            ) from error
+        self.tokens //= 2
+        self.note(f"out of memory: micro-batches of {self.tokens} tokens, bytes may differ")
+
+    def _own(self, runs: list[list[Example]]) -> list[list[Example]]:
+        """Return this process's share of the micro-batches."""
+        return runs[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _loss(self, rows: Sequence[Example]) -> torch.Tensor:
+        """Return the summed cross-entropy of the rows' completion tokens, in float32."""
+        batch = lay_out(rows, self.base.device)
+        self.watch(batch.mask)
+        logits = completion_logits(self.base.model, batch).float()
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def _sum_gradients(self) -> None:
+        for parameter in self.parameters:  # a module no token came through has none
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.accelerator.num_processes == 1:
+            return
+        gradients: list[Any] = [parameter.grad for parameter in self.parameters]
+        flat = self.summed(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, summed in zip(
+            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+        ):
+            gradient.copy_(summed.view_as(gradient))

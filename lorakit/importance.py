@@ -1,0 +1,83 @@
+"""How important the parts of an adapter are on given data (adaptive LoRA merge, Figure 5).
+
+The mean of |W_jk|·‖x_k‖₂ over the parameters of every A/B pair of a block at a projection, as
+pruning takes it: on parameters without the block's scale, with the norms of what they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorakit.adapter import Adapter
+from lorakit.batch_loss import BatchLoss, new_accelerator
+from lorakit.calibration import InputNorms
+from lorakit.joint import attach_stack
+from lorakit.layers import layer_of
+from lorakit.lora import check_fits
+from lorakit.merging import Block, Slice, Stack, stack
+from lorakit.model import Base
+from lorakit.pruners import Pruner
+from lorakit.records import load_records
+from lorakit.settings import PruningSettings, TrainingSettings
+
+
+def measure_importance(
+    base: Base, adapter: Adapter, data: str, *, settings: TrainingSettings
+) -> list[dict[str, Any]]:
+    """Return a record for every block at every projection, with its layer and mean importance.
+
+    Raises LorakitError for records that cannot be used and an adapter that does not fit the base.
+    """
+    check_fits(base, adapter)
+    chat = settings.chat
+    if chat == "auto":
+        chat = adapter.header.get("chat") or chat
+    encoder = base.encoder(chat=chat, max_length=settings.max_length, truncate=settings.truncate)
+    records, _ = load_records(data, "prompt", "completion")
+    examples = [encoder.example(record) for record in records]
+    stacked = unstack(adapter)
+    layers = attach_stack(base, stacked, dropout=0.0)
+    norms = InputNorms(layers)
+    losses = BatchLoss(
+        base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
+    )
+    losses.watch = norms.take_mask
+    with norms.collecting():
+        losses.mean(examples)
+    norms.update_(losses.summed)
+    means = Pruner(stacked, layers, PruningSettings(unit="module")).means(norms)
+    return [
+        {
+            "block": block,
+            "module": module,
+            "layer": layer_of(module),
+            "projection": module.rsplit(".", 1)[-1],
+            "importance": value,
+        }
+        for (block, module), value in means.items()
+    ]
+
+
+def unstack(adapter: Adapter) -> Stack:
+    """Return a merged adapter as the stack it was made of, each block's scale out of its B again.
+
+    An adapter without blocks is its own only block.
+    """
+    whole = stack([adapter])
+    blocks = [_block(block) for block in adapter.header.get("blocks") or []]
+    if not blocks:
+        return whole
+    factors = {name: (a, b.copy()) for name, (a, b) in whole.factors.items()}
+    for block in blocks:
+        for name, part in block.modules.items():
+            factors[name][1][:, part.span] /= part.scale or 1.0
+    return Stack(factors, tuple(blocks))
+
+
+def _block(told: Mapping[str, Any]) -> Block:
+    modules = {
+        name: Slice(part["offset"], part["rank"], part["scale"])
+        for name, part in told["modules"].items()
+    }
+    return Block(told["name"], told["sha256"], modules)

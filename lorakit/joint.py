@@ -1,0 +1,130 @@
+"""Adapters that train jointly: stacked on their base as one adapter, with what a run needs.
+
+Each block's scale multiplies A·x by a hook while training, so that every A_i and B_i keeps the
+values, and the step size, it was loaded with, and goes into B_i only at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import accelerate
+import torch
+
+from lorakit.adapter import Adapter
+from lorakit.batch_loss import new_accelerator
+from lorakit.encoding import Encoder
+from lorakit.fitting import Corpus, header, load_corpus, settle, versions
+from lorakit.lora import check_fits, inject, is_transposed, projections, set_factors
+from lorakit.merging import Factors, Stack, fold, peft_config, share_of_zeros, stack, tensors_of
+from lorakit.model import ADAPTER, Base
+from lorakit.pruners import Pruner
+from lorakit.selection import Measured, measure_of
+from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings
+from lorakit.training import Trainer, Watcher
+
+
+def attach_stack(base: Base, stacked: Stack, *, dropout: float) -> dict[str, Any]:
+    """Put a stack on its base with A and B as they were loaded; return PEFT's layers by module.
+
+    The scale of each rank multiplies A·x, float32 (rank,), in a forward hook on PEFT's lora_A.
+    """
+    layers = inject(base, stacked.ranks, dropout=dropout)
+    for name, (a, b) in stacked.factors.items():
+        set_factors(layers[name], a, b)
+        scales = torch.tensor(stacked.scales(name), device=base.device)
+        layers[name].lora_A[ADAPTER].register_forward_hook(_multiply_by(scales))
+    return layers
+
+
+def _multiply_by(scales: torch.Tensor) -> Any:
+    def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * scales
+
+    return hook
+
+
+@dataclass(frozen=True)
+class Merge:
+    """All that the runs of one merge have in common."""
+
+    base: Base
+    adapters: Sequence[Adapter]
+    stacked: Stack
+    layers: Mapping[str, Any]
+    config: Mapping[str, Any]
+    settings: TrainingSettings
+    selection: SelectionSettings
+    corpus: Corpus
+    encoder: Encoder
+    accelerator: accelerate.Accelerator
+
+    def entry(self, pruning: PruningSettings) -> dict[str, Any]:
+        """Return what the history tells of a run with these pruning settings."""
+        told = {**self.settings.told(), **pruning.told(), **self.selection.told()}
+        return {
+            "command": "merge",
+            "versions": versions(),
+            "settings": {"method": "adaptive", **told},
+            "parents": {block.name: block.sha256 for block in self.stacked.blocks},
+            **self.corpus.hashes,
+        }
+
+    def trainer(self, pruning: PruningSettings) -> Trainer:
+        """Return a run of these pruning settings from the weights that are in the model."""
+        watched = pruning.prunes or pruning.unit == "module"
+        return Trainer(
+            self.base,
+            self.layers,
+            self.settings,
+            accelerator=self.accelerator,
+            pruner=Pruner(self.stacked, self.layers, pruning, seed=self.settings.seed)
+            if watched
+            else None,
+            calibrate_every=pruning.calibrate_every,
+            measure=self.measure(self.selection.select_by),
+        )
+
+    def measure(self, metric: str) -> Measured | None:
+        return measure_of(metric, self.base, self.encoder, self.corpus.records, self.selection)
+
+    def export(self, best: Factors, entry: Mapping[str, Any]) -> Adapter:
+        """Return the adapter of a run's best weights, each block's scale folded into its B."""
+        blocks = [block.header(share_of_zeros(block, best)) for block in self.stacked.blocks]
+        told = header(self.base, self.settings, entry, parents=self.adapters, blocks=blocks)
+        return Adapter(tensors_of(fold(best, self.stacked)), self.config, told)
+
+
+def prepare(
+    adapters: Sequence[Adapter],
+    base: Base,
+    data: str,
+    val: str | None,
+    *,
+    settings: TrainingSettings,
+    selection: SelectionSettings,
+    watcher: Watcher,
+) -> Merge:
+    """Read the data, and put the adapters, stacked, on their base."""
+    settings = settle(settings, adapters, base)
+    encoder = base.encoder(
+        chat=settings.chat, max_length=settings.max_length, truncate=settings.truncate
+    )
+    for adapter in adapters:
+        check_fits(base, adapter)
+    stacked = stack(adapters)
+    corpus = load_corpus(data, val, encoder, seed=settings.seed, watcher=watcher)
+    config = peft_config(
+        stacked.ranks,
+        base=base.name,
+        dropout=settings.dropout,
+        transposed=is_transposed(base, list(stacked.ranks)),
+        there=projections(base.model),
+    )
+    layers = attach_stack(base, stacked, dropout=settings.dropout)
+    return Merge(
+        *(base, adapters, stacked, layers, config, settings, selection, corpus, encoder),
+        new_accelerator(base.device.type),
+    )

@@ -1,0 +1,99 @@
+"""Curves and maps drawn into PNG or SVG files by matplotlib, with their data as JSON lines beside.
+
+Figures are plain, labelled and readable without colour. The only file that names matplotlib, which
+comes with the extra `plot`; what is drawn is handed in as records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import LorakitError
+from lorakit.files import atomic_path, open_text_output
+from lorakit.records import write_records
+
+_FORMATS = (".png", ".svg")
+_MARKERS = "os^Dv<>P"
+_STYLES = ("-", "--", ":", "-.")
+Rows = Sequence[Mapping[str, Any]]
+
+
+def check_plot(output: str) -> None:
+    """Raise LorakitError, before the work is done, where `output` could not be drawn."""
+    if Path(output).suffix.lower() not in _FORMATS:
+        raise LorakitError(f"--plot {output} is neither .png nor .svg; choose one of these endings")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise LorakitError(
+            "--plot needs matplotlib; install it by pip install 'lorakit[plot]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def _axes(output: str, rows: Rows, *, size: tuple[float, float] = (6.4, 4.0)) -> Iterator[Any]:
+    """Yield the axes of a new figure, and write it and the rows it shows when the block ends."""
+    check_plot(output)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    path = Path(output)
+    with matplotlib.rc_context({"svg.hashsalt": "lorakit", "axes.grid": True, "grid.alpha": 0.3}):
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        yield figure.subplots()
+        kind = path.suffix.lower().removeprefix(".")
+        dated = {"svg": {"Date": None}, "png": {"Software": None}}[kind]
+        with atomic_path(path) as side:
+            figure.savefig(side, format=kind, metadata=dated)
+    with open_text_output(f"{output}.jsonl") as stream:
+        write_records(rows, stream)
+
+
+def _line(
+    axes: Any, number: int, x: Sequence[float], y: Sequence[float], label: str | None
+) -> None:
+    grey = str(0.65 * (number % 4) / 3)
+    style = {"marker": _MARKERS[number % len(_MARKERS)], "linestyle": _STYLES[number % 4]}
+    axes.plot(x, y, color=grey, markersize=4, label=label, **style)
+
+
+def plot_search(rows: Rows, *, metric: str, output: str) -> None:
+    """Draw the value of every ratio or threshold tried, the best one marked (Figure 4).
+
+    Those that were stopped early are hollow, at what they had reached.
+    """
+    option = next(name for name in rows[0] if name.startswith("prune_"))
+    ordered = sorted(rows, key=lambda row: row[option])
+    with _axes(output, ordered) as axes:
+        whole = [row for row in ordered if not row["stopped"]]
+        _line(axes, 0, [r[option] for r in whole], [r[metric] for r in whole], "run to the end")
+        early = [row for row in ordered if row["stopped"]]
+        if early:
+            xs, ys = [r[option] for r in early], [r[metric] for r in early]
+            axes.plot(xs, ys, "o", color="0.5", mfc="white", label="stopped early")
+        best = next(row for row in ordered if row["best"])
+        axes.plot(
+            best[option], best[metric], "*", color="black", markersize=14, label="best", zorder=3
+        )
+        axes.set_xlabel(option.replace("_", " "))
+        axes.set_ylabel(f"{metric} on the validation set")
+        axes.legend()
+
+
+def plot_importance(rows: Rows, *, output: str) -> None:
+    """Draw the mean importance of every A/B pair, layers across, blocks and projections down."""
+    lines = list(dict.fromkeys((row["block"], row["projection"]) for row in rows))
+    layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
+    cells = {(r["block"], r["projection"], r["layer"]): r["importance"] for r in rows}
+    table = [[cells.get((*line, layer), float("nan")) for layer in layers] for line in lines]
+    size = (2.5 + 0.28 * len(layers), 1.4 + 0.3 * len(lines))
+    with _axes(output, rows, size=size) as axes:
+        image = axes.imshow(table, cmap="Greys", aspect="auto", interpolation="none")
+        axes.grid(False)
+        axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+        axes.set_yticks(range(len(lines)), [f"{block} {projection}" for block, projection in lines])
+        axes.set_xlabel("layer")
+        axes.figure.colorbar(image, label="mean importance")

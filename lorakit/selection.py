@@ -1,0 +1,52 @@
+"""Choosing by a metric: greedy outputs for the validation records, scored as `score` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorakit.encoding import Encoder
+from lorakit.generation import generate
+from lorakit.metrics import METRICS, score
+from lorakit.model import Base
+from lorakit.records import Record
+from lorakit.settings import LOSS, GenerationSettings, SelectionSettings
+
+
+class Measured:
+    """The metric of a model as it stands, higher better; `generated` counts the outputs so far."""
+
+    def __init__(
+        self,
+        base: Base,
+        encoder: Encoder,
+        records: Sequence[Record],
+        *,
+        metric: str,
+        settings: SelectionSettings,
+    ) -> None:
+        self._base, self._encoder, self._records = base, encoder, records
+        self._metric, self._lang = metric, settings.lang
+        self._settings = GenerationSettings(max_new_tokens=settings.max_new_tokens)
+        self.generated = 0
+
+    def __call__(self) -> float:
+        """Generate for every record and return the score, negative where lower is better."""
+        made = generate(self._base, self._encoder, self._records, self._settings)
+        texts = [record.prediction for record, _ in made]
+        self.generated += len(texts)
+        references = [record.references for record in self._records]
+        value = score(texts, references, metric=self._metric, lang=self._lang).value
+        return value if METRICS[self._metric].higher_is_better else -value
+
+
+def measure_of(
+    metric: str,
+    base: Base,
+    encoder: Encoder,
+    records: Sequence[Record],
+    settings: SelectionSettings,
+) -> Measured | None:
+    """Return what measures a model by `metric`, or None where that is the validation loss."""
+    if metric == LOSS:
+        return None
+    return Measured(base, encoder, records, metric=metric, settings=settings)
