@@ -75,6 +75,16 @@ class BatchLoss:
         summed = self.summed(total.to(torch.float32).to(self.base.device))
         return float(summed) / sum(row.targets for row in examples)
 
+    @torch.no_grad()
+    def of_each(self, examples: Sequence[Example]) -> list[float]:
+        """Return the mean loss over the completion tokens of each example, in their order."""
+        found: dict[int, torch.Tensor] = {}
+        for rows in micro_batches(examples, self.tokens):
+            losses = self._losses(rows)
+            for row, loss in zip(rows, losses.sum(1), strict=True):
+                found[id(row)] = loss / row.targets
+        return [float(found[id(example)]) for example in examples]
+
     def summed(self, value: torch.Tensor) -> torch.Tensor:
         """Return the sum of a value over all processes."""
         if self.accelerator.num_processes == 1:
@@ -108,12 +118,17 @@ class BatchLoss:
 
     def _loss(self, rows: Sequence[Example]) -> torch.Tensor:
         """Return the summed cross-entropy of the rows' completion tokens, in float32."""
+        return self._losses(rows, reduction="sum")
+
+    def _losses(self, rows: Sequence[Example], *, reduction: str = "none") -> torch.Tensor:
+        """Return the cross-entropy of each of the last positions, 0 where no loss is due."""
         batch = lay_out(rows, self.base.device)
         self.watch(batch.mask)
         logits = completion_logits(self.base.model, batch).float()
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        found = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction=reduction
         )
+        return found if reduction == "sum" else found.view_as(batch.labels)
 
     def _sum_gradients(self) -> None:
         for parameter in self.parameters:  # a module no token came through has none

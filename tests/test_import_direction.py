@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("model_choice", "peft_config", "peft_keys", "pruning", "tensorfile"),
     ),
     "models": (
-        *("batch_loss", "importance", "joint", "pruners", "search", "selection"),
+        *("batch_loss", "importance", "joint", "lorahub", "pruners", "search", "selection"),
         *("adaptive", "batching", "calibration", "checkpoint", "devices", "encoding", "fitting"),
         *("forward", "generation", "lora", "model", "predictions", "training"),
     ),

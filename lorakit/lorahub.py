@@ -1,0 +1,192 @@
+"""LoRAHub (Huang et al., 2024): weights for adapters, found on a few examples without gradients.
+
+The composition is factor by factor, A = Σ w_i·A_i and B = Σ w_i·B_i with the first adapter's scale,
+so that ΔW has cross terms and a single adapter acts by w². The weights minimise the mean over the
+examples of each one's mean token loss plus 0.05·mean|w_i|; the best point that was tried counts.
+The published optimiser (nevergrad's NGOpt) resolves to COBYLA for these problems; scipy's is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.adapter import Adapter, save_adapter
+from lorakit.batch_loss import BatchLoss, new_accelerator
+from lorakit.encoding import CutTally
+from lorakit.errors import LorakitError
+from lorakit.fitting import header, settle, versions
+from lorakit.lora import attach, set_factors
+from lorakit.merging import FloatArray, block_names, tensors_of
+from lorakit.model import Base
+from lorakit.records import load_records
+from lorakit.settings import TrainingSettings
+from lorakit.training import Watcher
+
+EVALUATIONS = 40
+BOUND = 1.5  # of every weight, either way
+PENALTY = 0.05  # of the mean |w|, in nats
+
+Composed = dict[str, tuple[FloatArray, FloatArray]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Weights that were tried, in the adapters' order, and the loss (nats) and objective there."""
+
+    weights: tuple[float, ...]
+    loss: float
+    objective: float
+
+
+def merge_lorahub(
+    adapters: Sequence[Adapter],
+    base: Base,
+    data: str,
+    *,
+    settings: TrainingSettings,
+    output: str,
+    watcher: Watcher,
+    finish: Callable[[Adapter], Adapter] = lambda adapter: adapter,
+) -> None:
+    """Find the weights on the records of `data` and write the composed adapter to `output`.
+
+    `finish` changes its encoding before it is written. Raises LorakitError naming the module where
+    the adapters' shapes differ, and for records that cannot be used.
+    """
+    settings = settle(settings, adapters, base)
+    check_alike(adapters, watcher.note)
+    encoder = base.encoder(
+        chat=settings.chat, max_length=settings.max_length, truncate=settings.truncate
+    )
+    records, digest = load_records(data, "prompt", "completion")
+    tally = CutTally()
+    examples = [tally.add(encoder.example(record)) for record in records]
+    if tally.note:
+        watcher.note(tally.note)
+    layers = attach(base, adapters[0])
+    losses = BatchLoss(
+        *(base, []),
+        tokens=settings.micro_batch_tokens,
+        accelerator=new_accelerator(str(base.device.type)),
+    )
+    watcher.start(EVALUATIONS, 1, 0)
+
+    def loss_at(weights: Sequence[float]) -> float:
+        for name, (a, b) in compose(adapters, weights).items():
+            set_factors(layers[name], a, b)
+        return float(np.mean(losses.of_each(examples)))
+
+    def tell(number: int, point: Point) -> None:
+        shown = ", ".join(f"{weight:.3f}" for weight in point.weights)
+        text = f"evaluation {number}: weights {shown}, loss {point.loss:.4f}"
+        watcher.event({"evaluation": number, **asdict(point)}, text)
+
+    points = search_weights(loss_at, len(adapters), tell)
+    best = min(points, key=lambda point: point.objective)
+    if not any(best.weights):
+        watcher.note("the best weights are all 0: these adapters do not help the base model here")
+    if losses.accelerator.is_main_process:
+        save_adapter(finish(_export(adapters, base, settings, digest, points, best)), output)
+
+
+def compose(adapters: Sequence[Adapter], weights: Sequence[float]) -> Composed:
+    """Return Σ w_i·A_i (rank, d_in) and Σ w_i·B_i (d_out, rank) by module, float32."""
+    composed: Composed = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for module in adapter.modules():
+            a, b = np.float32(weight) * module.a, np.float32(weight) * module.b
+            before = composed.get(module.name)
+            composed[module.name] = (a, b) if before is None else (before[0] + a, before[1] + b)
+    return composed
+
+
+def check_alike(adapters: Sequence[Adapter], note: Callable[[str], None]) -> None:
+    """Raise LorakitError naming the first module that not all have in one shape and rank."""
+    first = {module.name: module for module in adapters[0].modules()}
+    for adapter in adapters[1:]:
+        others = {module.name: module for module in adapter.modules()}
+        for name in [*first, *others]:
+            shapes = [_shapes(found.get(name)) for found in (first, others)]
+            if shapes[0] != shapes[1]:
+                raise LorakitError(
+                    f"{adapter.name}: {name} has {shapes[1]}, in {adapters[0].name} {shapes[0]}; "
+                    "LoRAHub sums factors of one shape only: use --method svd or cat"
+                )
+        if any(first[name].scale != others[name].scale for name in first):
+            note(
+                f"Warning: {adapter.name} has another alpha/r than {adapters[0].name}, whose own "
+                "LoRAHub applies to all"
+            )
+
+
+def _shapes(module: Any) -> str:
+    if module is None:
+        return "no LoRA"
+    return f"A of {module.tensor_a.shape} and B of {module.tensor_b.shape}"
+
+
+def search_weights(
+    loss_at: Callable[[Sequence[float]], float], count: int, tell: Callable[[int, Point], None]
+) -> list[Point]:
+    """Return the points that COBYLA tried, EVALUATIONS at most, the first at weight 0 for all."""
+    from scipy.optimize import minimize
+
+    points: list[Point] = []
+
+    def objective(z: NDArray[np.float64]) -> float:
+        weights = tuple(float(weight) for weight in bounded(z))
+        loss = loss_at(weights)
+        penalty = PENALTY * sum(map(abs, weights)) / count
+        points.append(Point(weights, loss, loss + penalty))
+        tell(len(points), points[-1])
+        return points[-1].objective
+
+    minimize(
+        objective,
+        np.zeros(count),
+        method="COBYLA",
+        options={"rhobeg": 1.0, "maxiter": EVALUATIONS},
+    )
+    return points[:EVALUATIONS]
+
+
+def bounded(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the weights of a point of the search: 0.5·z, reflected at ±1.5, then clipped."""
+    weights = 0.5 * np.asarray(z, np.float64)
+    reflected = 2 * np.clip(weights, -BOUND, BOUND) - weights
+    return np.clip(reflected, -BOUND, BOUND)
+
+
+def _export(
+    adapters: Sequence[Adapter],
+    base: Base,
+    settings: TrainingSettings,
+    digest: str,
+    points: Sequence[Point],
+    best: Point,
+) -> Adapter:
+    """Return the composed adapter, its config the first adapter's, its history with every point."""
+    names = block_names(adapters)
+    entry = {
+        "command": "merge",
+        "versions": versions(),
+        "settings": {
+            "method": "lorahub",
+            **{name: getattr(settings, name) for name in _TOLD},
+            "weights": dict(zip(names, best.weights, strict=True)),
+        },
+        "best": asdict(best),
+        "evaluations": [asdict(point) for point in points],
+        "parents": {n: adapter.sha256 for n, adapter in zip(names, adapters, strict=True)},
+        "data": digest,
+    }
+    told = header(base, settings, entry, parents=adapters)
+    return Adapter(tensors_of(compose(adapters, best.weights)), adapters[0].config, told)
+
+
+_TOLD = ("max_length", "truncate", "micro_batch_tokens", "chat", "dtype")
