@@ -1,14 +1,16 @@
 #!/bin/sh
-# The adaptive-merge paper's comparison on target tasks of the microworld, English and Japanese,
-# over three seeds: zero-shot, each related adapter (XS: headlines, WL: how-to steps), the target
-# adapter (TGT, 50 examples), and the merges without and with pruning. Prints mean and spread.
-# The tasks are title and impression, or those of $TASKS (highlights is a third).
+# The adaptive-merge paper's experiments on the microworld's target tasks, English and Japanese, over
+# three seeds. Table 2: zero-shot, the related adapters (XS: headlines, WL: how-to steps), the target
+# adapter (TGT, 50 examples), LoRAHub and our merges without and with pruning, of XS+WL and of
+# XS+WL+TGT. Table 4, on the Japanese tasks: what makes a parameter important, the unit that is
+# pruned, and the value it is reset to. Marks say what differs from TGT (Table 2) or from no pruning
+# (Table 4) by paired approximate randomization, p < 0.05.
 #
 #     sh examples/adaptive_merge.sh [FOLDER]    # work goes to FOLDER, by default ./runs
 #
-# Every step that has its output is skipped, so that a stopped run goes on where it was. The related
-# adapters are trained once, on 1000 records each; a seed draws the 50 target examples and the 50
-# validation examples and seeds all training on them.
+# Every command that has its output is skipped, so that a stopped run goes on where it was. The
+# related adapters are trained once, on 1000 records each; a seed draws the 50 target examples and
+# the 50 validation examples and seeds all training on them. $TASKS, $LANGS and $SEEDS choose fewer.
 
 set -eu
 case ${1:-} in
@@ -18,92 +20,145 @@ case ${1:-} in
 esac
 cd "$(dirname "$0")/.."
 . tests/setup.sh
-export OMP_NUM_THREADS=1 LORAKIT_MODEL=tiny out
-tasks=${TASKS:-title impression}
-export related="--lr 6e-3 --batch-size 16 --epochs 5 --patience 2 --dtype float32 --resume -q"
-export target="--epochs 16 --patience 2 --dtype float32 --resume -q"
-export lr_alone=6e-3 lr_merge=3e-3 ratio=0.1
+export OMP_NUM_THREADS=1 LORAKIT_MODEL=tiny
+tasks=${TASKS:-title impression highlights} langs=${LANGS:-en ja} seeds=${SEEDS:-0 1 2}
+related="--lr 6e-3 --batch-size 16 --epochs 5 --patience 2 --dtype float32 --resume -q"
+few="--data train.jsonl --val val.jsonl"
+target="$few --epochs 16 --patience 2 --dtype float32 --resume -q"
+merging="$target --lr 3e-3 --prune-ratio"
 
-data() { # data TASK LANG SPLIT SEED COUNT FILE
-    [ -e "$6" ] || lorakit build-dataset microworld "$1" --lang "$2" --split "$3" --seed "$4" \
-        --sample "$5" -q -o "$6"
-}
-
-related() { # related LANG NAME TASK
-    folder=$out/$1
-    mkdir -p "$folder"
-    [ ! -e "$folder/$2.safetensors" ] || return 0
-    data "$3" "$1" train 0 1000 "$folder/$2.train.jsonl"
-    data "$3" "$1" validation 0 100 "$folder/$2.val.jsonl"
-    lorakit train-adapter --data "$folder/$2.train.jsonl" --val "$folder/$2.val.jsonl" $related \
-        -o "$folder/$2.safetensors"
-}
-
-predict() { # predict TEST NAME [ADAPTER]
-    [ -e "$2.jsonl" ] || lorakit generate ${3:+"$3"} --data "$1" --max-new-tokens 48 \
-        --batch-size 50 -q -o "$2.jsonl"
-}
-
-merge() { # merge NAME RATIO ADAPTER…
-    name=$1 share=$2
-    shift 2
-    [ -e "$name.safetensors" ] || lorakit merge "$@" --data train.jsonl --val val.jsonl $target \
-        --lr $lr_merge --prune-ratio "$share" --seed "$seed" -o "$name.safetensors"
-    predict ../test.jsonl "$name" "$name.safetensors"
-}
-
-untrained() { # untrained LANG TASK: what needs no target example
-    folder=$out/$1/$2
-    mkdir -p "$folder"
-    data "$2" "$1" test 0 100 "$folder/test.jsonl"
-    cd "$folder"
-    predict test.jsonl zero-shot
-    predict test.jsonl xs ../xs.safetensors
-    predict test.jsonl wl ../wl.safetensors
-}
-
-trained() { # trained LANG TASK SEED
-    seed=$3
-    folder=$out/$1/$2/$3
-    mkdir -p "$folder"
-    data "$2" "$1" train "$3" 50 "$folder/train.jsonl"
-    data "$2" "$1" validation "$3" 50 "$folder/val.jsonl"
-    cd "$folder"
-    [ -e tgt.safetensors ] || lorakit train-adapter --data train.jsonl --val val.jsonl $target \
-        --lr $lr_alone --seed "$seed" -o tgt.safetensors
-    predict ../test.jsonl tgt tgt.safetensors
-    set -- ../../xs.safetensors ../../wl.safetensors
-    merge xs+wl 0 "$@"
-    merge xs+wl.pruned "$ratio" "$@"
-    merge xs+wl+tgt 0 "$@" tgt.safetensors
-    merge xs+wl+tgt.pruned "$ratio" "$@" tgt.safetensors
-}
-
-if [ $# -gt 1 ]; then # one piece of the work, called from below
+stage=""
+# make OUTPUT COMMAND…: ask for a command in the current folder unless its output is there
+make() {
+    made=$1
     shift
-    "$@"
-    exit
-fi
+    [ -e "$folder/$made" ] || echo "$stage$folder lorakit $* -o $made"
+}
+data() { # data OUTPUT TASK SPLIT SEED COUNT
+    make "$1" build-dataset microworld "$2" --lang "$lang" --split "$3" --seed "$4" --sample "$5" -q
+}
+predict() { # predict NAME [ADAPTER]
+    make "$1.jsonl" generate ${2:+"$2"} --data "$test" --max-new-tokens 48 --batch-size 50 -q
+}
 
-# Two pieces at a time, one thread each; xargs stops at the first that fails.
-pieces() { xargs -P 2 -L 1 sh examples/adaptive_merge.sh "$out" >&2; }
-for lang in en ja; do
-    echo related $lang xs headline
-    echo related $lang wl howto
-done | pieces
-for lang in en ja; do
-    for task in $tasks; do echo untrained $lang $task; done
-done | pieces
-for task in $tasks; do
-    for lang in en ja; do
-        for seed in 0 1 2; do echo trained $lang $task $seed; done
+ask() { # every command of the experiments, in the order of what they need
+    for lang in $langs; do
+        folder=$out/$lang
+        mkdir -p "$folder"
+        for pair in xs:headline wl:howto; do
+            stage=""
+            data "${pair%:*}.train.jsonl" "${pair#*:}" train 0 1000
+            data "${pair%:*}.val.jsonl" "${pair#*:}" validation 0 100
+        done
+        for task in $tasks; do
+            folder=$out/$lang/$task
+            mkdir -p "$folder"
+            data test.jsonl "$task" test 0 100
+            for seed in $seeds; do
+                folder=$out/$lang/$task/$seed
+                mkdir -p "$folder"
+                data train.jsonl "$task" train "$seed" 50
+                data val.jsonl "$task" validation "$seed" 50
+            done
+        done
     done
-done | pieces
+    stage="#"
+    for lang in $langs; do
+        folder=$out/$lang
+        for name in xs wl; do
+            make $name.safetensors train-adapter --data $name.train.jsonl --val $name.val.jsonl $related
+        done
+        each_seed alone
+    done
+    stage="##"
+    for lang in $langs; do each_seed merges; done
+    for lang in $langs; do
+        for task in $tasks; do
+            folder=$out/$lang/$task test=test.jsonl
+            predict zero-shot
+            predict xs ../xs.safetensors
+            predict wl ../wl.safetensors
+        done
+    done
+    stage="###"
+    for lang in $langs; do each_seed outputs; done
+}
 
-for lang in en ja; do
+each_seed() { # each_seed FUNCTION
     for task in $tasks; do
-        find "$out/$lang/$task" -name '*.jsonl' ! -name test.jsonl ! -name train.jsonl \
-            ! -name val.jsonl
-    done | LC_ALL=C sort | xargs lorakit score --lang $lang --metric rougeL,em --format json
-done > "$out/scores.jsonl"
-python examples/table.py "$out/scores.jsonl"
+        for seed in $seeds; do
+            folder=$out/$lang/$task/$seed test=../test.jsonl
+            $1
+        done
+    done
+}
+
+alone() { make tgt.safetensors train-adapter $target --lr 6e-3 --seed "$seed"; }
+
+merges() {
+    for set in xs+wl xs+wl+tgt; do
+        adapters="../../xs.safetensors ../../wl.safetensors"
+        [ $set = xs+wl ] || adapters="$adapters tgt.safetensors"
+        make lorahub.$set.safetensors merge $adapters --method lorahub --data train.jsonl \
+            --dtype float32 -q
+        make $set.safetensors merge $adapters $merging 0 --seed "$seed"
+        make $set.pruned.safetensors merge $adapters $merging 0.1 --seed "$seed"
+    done
+    ablations
+}
+
+ablations() { # of XS+WL+TGT, Japanese; the eighth, input-parameter-zero, is xs+wl+tgt.pruned
+    [ "$lang" = ja ] || return 0
+    for value in zero init; do
+        for importance in input gradient; do
+            how="--importance $importance --prune-value $value --seed $seed"
+            [ $importance-$value = input-zero ] ||
+                make "$importance-parameter-$value.safetensors" merge $adapters $merging 0.1 $how
+            [ $importance = input ] && threshold=$T_INPUT || threshold=$T_GRADIENT
+            make "$importance-module-$value.safetensors" merge $adapters $target --lr 3e-3 \
+                --unit module --prune-threshold $threshold $how
+        done
+    done
+}
+# About the tenth of the modules that --prune-threshold auto printed for seed 0 of the titles.
+T_INPUT=${T_INPUT:-0.1} T_GRADIENT=${T_GRADIENT:-1e-9}
+
+outputs() {
+    for adapter in tgt lorahub.xs+wl lorahub.xs+wl+tgt xs+wl xs+wl.pruned xs+wl+tgt xs+wl+tgt.pruned \
+        $(ablated); do
+        predict $adapter $adapter.safetensors
+    done
+}
+ablated() {
+    [ "$lang" = ja ] || return 0
+    for value in zero init; do
+        echo input-module-$value gradient-module-$value gradient-parameter-$value
+    done
+    echo input-parameter-init
+}
+
+ask | python examples/forks.py
+
+system() { # system NAME: its files over the seeds, as score takes them
+    files=""
+    for seed in $seeds; do files="$files,$seed/$1.jsonl"; done
+    echo "--system $1=${files#,}"
+}
+compare() { # compare TABLE BASELINE SYSTEM…: scores of systems with seeds, and of files without
+    table=$1 baseline=$2 asked=""
+    shift 2
+    for name in "$@"; do
+        case $name in *.jsonl) asked="$asked $name" ;; *) asked="$asked $(system $name)" ;; esac
+    done
+    (cd "$out/$lang/$task" && lorakit score $asked --baseline $baseline --lang $lang \
+        --metric rougeL,bleu,em --format json -o $table.scores.jsonl)
+}
+for lang in $langs; do
+    for task in $tasks; do
+        compare table2 tgt zero-shot.jsonl xs.jsonl wl.jsonl tgt lorahub.xs+wl lorahub.xs+wl+tgt \
+            xs+wl xs+wl.pruned xs+wl+tgt xs+wl+tgt.pruned
+        [ $lang != ja ] || compare table4 xs+wl+tgt xs+wl+tgt xs+wl+tgt.pruned $(ablated)
+    done
+done
+python examples/table.py "$out" --table 2
+python examples/table.py "$out" --table 4

@@ -1,58 +1,83 @@
-"""Print a table of mean and spread over seeds from the scores of examples/adaptive_merge.sh.
+"""Print a table of the paper from the scores that examples/adaptive_merge.sh has saved.
 
-    python examples/table.py runs/scores.jsonl [--metric rougeL]
+    python examples/table.py runs [--table 2] [--metric rougeL]
 
-A line of scores names its file, …/LANG/TASK/SYSTEM.jsonl or …/LANG/TASK/SEED/SYSTEM.jsonl; a system
-without seeds has one number, the others mean ± standard deviation (n - 1) over their seeds.
+Scores are in FOLDER/LANG/TASK/table2.scores.jsonl and table4.scores.jsonl. A system with seeds has
+mean ± standard deviation (n - 1) over them; a star means p < 0.05 against the table's baseline.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections import defaultdict
-from pathlib import PurePath
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from lorakit.records import read_objects
 
-SYSTEMS = {
-    "zero-shot": "Zero-shot",
-    "xs": "LoRA (XS)",
-    "wl": "LoRA (WL)",
-    "tgt": "LoRA (TGT)",
-    "xs+wl": "Merged (XS+WL)",
-    "xs+wl.pruned": "Merged (XS+WL), pruned",
-    "xs+wl+tgt": "Merged (XS+WL+TGT)",
-    "xs+wl+tgt.pruned": "Merged (XS+WL+TGT), pruned",
+TABLES = {
+    2: {
+        "zero-shot": "Zero-shot",
+        "xs": "LoRA (XS)",
+        "wl": "LoRA (WL)",
+        "tgt": "LoRA (TGT)",
+        "lorahub.xs+wl": "LoRAHub (XS+WL)",
+        "lorahub.xs+wl+tgt": "LoRAHub (XS+WL+TGT)",
+        "xs+wl": "Ours (XS+WL), no pruning",
+        "xs+wl.pruned": "Ours (XS+WL)",
+        "xs+wl+tgt": "Ours (XS+WL+TGT), no pruning",
+        "xs+wl+tgt.pruned": "Ours (XS+WL+TGT)",
+    },
+    4: {
+        "xs+wl+tgt": "no pruning",
+        "input-module-zero": "input, module, zero",
+        "input-module-init": "input, module, init",
+        "gradient-module-zero": "gradient, module, zero",
+        "gradient-module-init": "gradient, module, init",
+        "xs+wl+tgt.pruned": "input, parameter, zero",
+        "input-parameter-init": "input, parameter, init",
+        "gradient-parameter-zero": "gradient, parameter, zero",
+        "gradient-parameter-init": "gradient, parameter, init",
+    },
 }
 
 
-def read_scores(path: str, metric: str) -> dict[tuple[str, str], list[float]]:
-    """Return the values of a metric by (task, system); task is `TASK LANG`."""
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for record in read_objects(path):
-        parts = PurePath(record.fields["file"]).with_suffix("").parts
-        lang, task = (parts[-4], parts[-3]) if parts[-2].isdecimal() else (parts[-3], parts[-2])
-        values[f"{task} {lang}", parts[-1]].append(record.fields[metric])
-    return values
+def read_scores(folder: Path, table: int) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Return the scores by (task, system); task is `TASK LANG`."""
+    found = {}
+    for path in sorted(folder.glob(f"*/*/table{table}.scores.jsonl")):
+        lang, task = path.parts[-3:-1]
+        for record in read_objects(str(path)):
+            fields = record.fields
+            name = fields.get("system") or Path(fields["file"]).stem
+            found[f"{task} {lang}", name] = fields
+    return found
 
 
-def cell(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+def cell(fields: Mapping[str, Any], metric: str) -> str:
+    """Return mean, spread over seeds and the mark of significance."""
+    runs = fields.get("runs", {}).get(metric, [])
+    spread = f" ± {statistics.stdev(runs):.1f}" if len(runs) > 1 else ""
+    p = fields["significance"].get("p_values", {}).get(metric, 1.0)
+    return f"{fields[metric]:.1f}{spread}{'*' if p < 0.05 else ''}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("scores")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--table", type=int, choices=sorted(TABLES), default=2)
     parser.add_argument("--metric", default="rougeL")
     given = parser.parse_args()
-    values = read_scores(given.scores, given.metric)
-    tasks = sorted({task for task, _ in values}, key=lambda task: task.split()[::-1])
+    scores = read_scores(given.folder, given.table)
+    tasks = sorted({task for task, _ in scores}, key=lambda task: task.split()[::-1])
     print(f"| {given.metric} | {' | '.join(tasks)} |")
     print(f"|---|{'---|' * len(tasks)}")
-    for system, name in SYSTEMS.items():
-        cells = [cell(values[task, system]) if values[task, system] else "–" for task in tasks]
+    for system, name in TABLES[given.table].items():
+        cells = [
+            cell(scores[task, system], given.metric) if (task, system) in scores else "–"
+            for task in tasks
+        ]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -4,7 +4,9 @@ cd "$(dirname "$0")/.."
 LORAKIT_EXTRAS="[test]"
 . tests/setup.sh
 export HF_HUB_OFFLINE=1
+# A process a core with one thread each: the tests are many and small.
+export OMP_NUM_THREADS=1
 ruff format --check .
 ruff check .
 mypy
-pytest "$@"
+pytest -n auto --dist loadfile "$@"

@@ -1,0 +1,74 @@
+"""Run lines of `lorakit` commands, some at a time, in forks of one process.
+
+    printf 'FOLDER lorakit generate a.safetensors --data test.jsonl -o a.jsonl\n' |
+        python examples/forks.py [--jobs 2]
+
+Each line is a folder to run in and a command. The libraries are imported once, which is most of the
+time of a short command on a small model. Lines that begin with the same number of `#` wait for all
+lines of fewer. Stops at the first command that fails, and names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+
+
+def run(line: str) -> int:
+    """Run one line in a new process and return its number."""
+    folder, program, *arguments = shlex.split(line)
+    if program != "lorakit":
+        sys.exit(f"not a lorakit command: {line}")
+    child = os.fork()
+    if child:
+        return child
+    os.chdir(folder)
+    sys.argv = [program, *arguments]
+    from lorakit.cli import main as lorakit
+
+    try:
+        lorakit()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
+    os._exit(0)
+
+
+def wait(running: dict[int, str]) -> None:
+    """Wait for one of the children; stop all where it failed."""
+    child, status = os.wait()
+    line = running.pop(child)
+    if status:
+        for other in running:
+            os.kill(other, 15)
+        sys.exit(f"failed: {line}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    jobs = parser.parse_args().jobs
+    lines = sys.stdin.read().splitlines()
+    if not lines:
+        return
+    import lorakit.adaptive
+    import lorakit.lorahub
+    import lorakit.predictions  # noqa: F401
+
+    running: dict[int, str] = {}
+    stage = 0
+    for line in lines:
+        command = line.lstrip("#")
+        while running and (len(running) >= jobs or len(line) - len(command) > stage):
+            wait(running)
+        stage = max(stage, len(line) - len(command))
+        running[run(command)] = command
+    while running:
+        wait(running)
+
+
+if __name__ == "__main__":
+    main()
