@@ -28,7 +28,11 @@ from lorakit.errors import LorakitError
 from lorakit.segmentation import language, version_of, words
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from sacrebleu.metrics.base import Metric as SacrebleuMetric
+
+    Array = NDArray[np.float64]
 
 Row = Sequence[float]
 References = Sequence[Sequence[str]]
@@ -49,11 +53,13 @@ class Statistics:
     """The sufficient statistics of one system under one metric.
 
     `rows` has one row of the same length per example; `value_of(total, count)` is the metric's
-    value, in percent, for any multiset of `count` examples whose rows add up to `total`.
+    value, in percent, for any multiset of `count` examples whose rows add up to `total`, and
+    `values_of(totals, count)` the same values (n) of many such totals (n × length of a row).
     """
 
     rows: Sequence[Row]
     value_of: Callable[[Row, int], float]
+    values_of: Callable[[Array, int], Array]
     signature: str
 
     @property
@@ -86,6 +92,10 @@ def _mean(total: Row, count: int) -> float:
     return 100 * total[0] / count
 
 
+def _means(totals: Array, count: int) -> Array:
+    return 100 * totals[:, 0] / count
+
+
 def best_reference(compare: Comparison, notes: str) -> MetricFunction:
     """Return the metric whose value is the mean over examples of the best over references.
 
@@ -99,7 +109,7 @@ def best_reference(compare: Comparison, notes: str) -> MetricFunction:
             f"nrefs:{_number_of(references)}|refs:max|{notes.format_map(_notes(lang))}"
             f"|lang:{lang}|version:lorakit-{version_of('lorakit')}"
         )
-        return Statistics(rows, _mean, signature)
+        return Statistics(rows, _mean, _means, signature)
 
     return statistics
 
@@ -152,7 +162,7 @@ def rouge(kind: str, predictions: Sequence[str], references: References, lang: s
         f"nrefs:{_number_of(references)}|refs:max|measure:f1|stemmer:no|tok:{tokenizer}{sentences}"
         f"|lang:{lang}|version:rouge_score-{version_of('rouge_score')}"
     )
-    return Statistics(rows, _mean, signature)
+    return Statistics(rows, _mean, _means, signature)
 
 
 # — sacrebleu —
@@ -165,14 +175,16 @@ def bleu(predictions: Sequence[str], references: References, lang: str) -> Stati
     """
     from sacrebleu.metrics.bleu import BLEU
 
+    from lorakit.corpus_values import bleu_values
+
     if lang != "ja":  # force: no hint in the log that the text looks tokenised
-        return _sacrebleu(
-            BLEU(tokenize="zh" if lang == "zh" else "13a", force=True), predictions, references
-        )
+        judge = BLEU(tokenize="zh" if lang == "zh" else "13a", force=True)
+        return _sacrebleu(judge, bleu_values, predictions, references)
     predictions = [_spaced(text, lang) for text in predictions]
     references = [[_spaced(text, lang) for text in listed] for listed in references]
     return _sacrebleu(
         BLEU(tokenize="none", force=True),
+        bleu_values,
         predictions,
         references,
         note=f"|segmenter:{language(lang).tokenizer()}",
@@ -190,11 +202,17 @@ def chrf(predictions: Sequence[str], references: References, lang: str) -> Stati
     """
     from sacrebleu.metrics.chrf import CHRF
 
-    return _sacrebleu(CHRF(), predictions, references)
+    from lorakit.corpus_values import chrf_values
+
+    return _sacrebleu(CHRF(), chrf_values, predictions, references)
 
 
 def _sacrebleu(
-    metric: SacrebleuMetric, predictions: Sequence[str], references: References, note: str = ""
+    metric: SacrebleuMetric,
+    values_of: Callable[[Array, int], Array],
+    predictions: Sequence[str],
+    references: References,
+    note: str = "",
 ) -> Statistics:
     """Return a sacrebleu metric's own rows, value and signature.
 
@@ -209,7 +227,7 @@ def _sacrebleu(
     def value_of(total: Row, count: int) -> float:
         return float(metric._compute_score_from_stats(list(total)).score)
 
-    return Statistics(rows, value_of, f"{metric.get_signature()}{note}")
+    return Statistics(rows, value_of, values_of, f"{metric.get_signature()}{note}")
 
 
 METRICS: dict[str, Metric] = {

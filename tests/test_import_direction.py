@@ -22,7 +22,8 @@ FILES = {
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "files", "settings"),
     "text": (
-        *("answers", "metrics", "prompts", "records", "scoring", "segmentation"),
+        *("answers", "corpus_values", "metrics", "prompts", "records", "score_table"),
+        *("scoring", "segmentation", "significance"),
         *("recipes", "recipes.rows", "recipes.scitldr", "recipes.microworld"),
         *("recipes.microworld_documents", "recipes.microworld_probes"),
         *("recipes.microworld_tasks", "recipes.microworld_words"),
@@ -38,7 +39,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "commands": (
         *("options", "progress", "commands", "commands.build_dataset", "commands.generate"),
         *("commands.inspect", "commands.merge", "commands.opening", "commands.score"),
-        "commands.train_adapter",
+        *("commands.systems", "commands.train_adapter"),
     ),
     "program": ("cli", "__main__"),
 }
@@ -59,9 +60,13 @@ ONLY: dict[str, tuple[str, ...]] = {
     "accelerate": ("training",),
     "huggingface_hub": ("hub", "model"),
     "torch": (*LAYERS["models"], "pruning"),
-    "numpy": (*LAYERS["tensors"], *LAYERS["models"]),
+    "numpy": (
+        *("corpus_values", "metrics", "significance"),
+        *LAYERS["tensors"],
+        *LAYERS["models"],
+    ),
     "click": (*LAYERS["commands"], "cli"),
-    "rich": ("progress", "scoring", "inspection"),
+    "rich": ("progress", "score_table", "inspection"),
     "jsonlines": ("records",),
 }
 
