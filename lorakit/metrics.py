@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sacrebleu.metrics.base import Metric as SacrebleuMetric
 
+    from lorakit.bertscore import Embedder
+
     Array = NDArray[np.float64]
 
 Row = Sequence[float]
@@ -69,6 +71,7 @@ class Statistics:
 
 
 MetricFunction = Callable[[Sequence[str], References, str], Statistics]
+EmbeddingMetric = Callable[[Sequence[str], References, str, "Embedder"], Statistics]
 Comparison = Callable[[str, str, str], float]
 
 
@@ -76,13 +79,15 @@ Comparison = Callable[[str, str, str], float]
 class Metric:
     """An entry of METRICS; `reads` is what a text must hold for the metric to see anything.
 
-    `ascii` means words of ASCII letters where the language is written with spaces.
+    `ascii` means words of ASCII letters where the language is written with spaces. `embedded` is
+    the function of a metric that needs a model; `statistics` then says that there is none.
     """
 
     help: str
     statistics: MetricFunction
     reads: Literal["words", "ascii", "characters", "numbers"] = "words"
     higher_is_better: bool = True
+    embedded: EmbeddingMetric | None = None
 
 
 # — means over examples —
@@ -230,6 +235,28 @@ def _sacrebleu(
     return Statistics(rows, value_of, values_of, f"{metric.get_signature()}{note}")
 
 
+# — BERTScore —
+
+
+def bertscore(
+    predictions: Sequence[str], references: References, lang: str, embedder: Embedder
+) -> Statistics:
+    """Return BERTScore's F1 of each example: the best over references, no idf, not rescaled."""
+    from lorakit.bertscore import best_f1s
+
+    rows = [[value] for value in best_f1s(predictions, references, embedder)]
+    signature = (
+        f"nrefs:{_number_of(references)}|refs:max|measure:f1|idf:no|rescaled:no"
+        f"|{embedder.signature}|version:lorakit-{version_of('lorakit')}"
+    )
+    return Statistics(rows, _mean, _means, signature)
+
+
+def without_a_model(predictions: Sequence[str], references: References, lang: str) -> Statistics:
+    """Stand in for a metric that needs a model, where none was given."""
+    raise LorakitError("this metric needs a model to embed tokens; use `lorakit score`")
+
+
 METRICS: dict[str, Metric] = {
     "rouge1": Metric("ROUGE-1: words shared.", functools.partial(rouge, "rouge1"), "ascii"),
     "rouge2": Metric(
@@ -265,13 +292,26 @@ METRICS: dict[str, Metric] = {
         best_reference(final_number_match, "number:after-####-or-last"),
         "numbers",
     ),
+    "bertscore": Metric(
+        "BERTScore: tokens matched by a model (slow).",
+        without_a_model,
+        "characters",
+        embedded=bertscore,
+    ),
 }
 
 
 def statistics(
-    predictions: Sequence[str], references: References, *, metric: str, lang: str = "en"
+    predictions: Sequence[str],
+    references: References,
+    *,
+    metric: str,
+    lang: str = "en",
+    embedder: Embedder | None = None,
 ) -> Statistics:
     """Return the rows, value and signature of one metric; `references` lists texts per example.
+
+    `embedder` is needed by the metrics that embed tokens, and no other.
 
     Raises LorakitError for an unknown metric or language, for no examples, and where an example
     has no reference.
@@ -284,6 +324,9 @@ def statistics(
             "give each of one or more predictions one or more references"
         )
     language(lang)
+    embedded = METRICS[metric].embedded
+    if embedded is not None and embedder is not None:
+        return embedded(predictions, references, lang, embedder)
     return METRICS[metric].statistics(predictions, references, lang)
 
 

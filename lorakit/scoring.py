@@ -19,6 +19,7 @@ from lorakit.segmentation import LANGUAGES, script_of
 from lorakit.settings import SignificanceSettings
 
 if TYPE_CHECKING:  # imports numpy
+    from lorakit.bertscore import Embedder
     from lorakit.significance import Comparison, Interval
 
 _ENOUGH_TO_JUDGE = 1000
@@ -112,6 +113,7 @@ def score_systems(
     lang: str = "en",
     baseline: str | None = None,
     settings: SignificanceSettings | None = None,
+    embedder: Embedder | None = None,
 ) -> list[SystemScores]:
     """Return the scores of each system under each metric, in order.
 
@@ -126,7 +128,10 @@ def score_systems(
         _check_runs(systems, first)
         alike = _load_texts(first.files[0])
     loaded: dict[str, Texts] = {} if alike is None else {alike.path: alike}
-    scored = [_score(system, alike, loaded, metrics=metrics, lang=lang) for system in systems]
+    scored = [
+        _score(system, alike, loaded, metrics=metrics, lang=lang, embedder=embedder)
+        for system in systems
+    ]
     if settings is None:
         return scored
     return _with_significance(scored, baseline, settings)
@@ -151,6 +156,7 @@ def _score(
     *,
     metrics: Sequence[str],
     lang: str,
+    embedder: Embedder | None,
 ) -> SystemScores:
     """Return one system's scores, after checking that its files line up with `alike`.
 
@@ -163,7 +169,9 @@ def _score(
         if alike is not None:
             _check_alike(texts, alike)
         for place, name in enumerate(metrics):
-            found = statistics(texts.predictions, texts.references, metric=name, lang=lang)
+            found = statistics(
+                texts.predictions, texts.references, metric=name, lang=lang, embedder=embedder
+            )
             runs[place].append(found)
     count = len(texts.predictions)
     scores = tuple(

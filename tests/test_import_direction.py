@@ -22,8 +22,8 @@ FILES = {
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "files", "settings"),
     "text": (
-        *("answers", "corpus_values", "metrics", "prompts", "records", "score_table"),
-        *("scoring", "segmentation", "significance"),
+        *("answers", "bertscore", "corpus_values", "metrics", "prompts", "records"),
+        *("score_table", "scoring", "segmentation", "significance"),
         *("recipes", "recipes.rows", "recipes.scitldr", "recipes.microworld"),
         *("recipes.microworld_documents", "recipes.microworld_probes"),
         *("recipes.microworld_tasks", "recipes.microworld_words"),
@@ -33,7 +33,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("model_choice", "peft_config", "peft_keys", "pruning", "tensorfile"),
     ),
     "models": (
-        *("adaptive", "batching", "calibration", "checkpoint", "devices", "encoding", "fitting"),
+        *("adaptive", "batching", "calibration", "checkpoint", "devices", "embedding"),
+        *("encoding", "fitting"),
         *("forward", "generation", "lora", "model", "predictions", "training"),
     ),
     "commands": (
@@ -61,7 +62,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("hub", "model"),
     "torch": (*LAYERS["models"], "pruning"),
     "numpy": (
-        *("corpus_values", "metrics", "significance"),
+        *("bertscore", "corpus_values", "metrics", "significance"),
         *LAYERS["tensors"],
         *LAYERS["models"],
     ),

@@ -62,6 +62,17 @@ def _parse_metrics(
 )
 @options.seed
 @click.option(
+    "--bertscore-model",
+    metavar="NAME",
+    help="bertscore's model: a folder or hub id. [default: roberta-large, or one for --lang]",
+)
+@click.option(
+    "--bertscore-layer",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Whose output it takes. [default: the one tuned for the model, or its last]",
+)
+@click.option(
     "--format",
     "layout",
     type=click.Choice(["auto", "table", "json"]),
@@ -77,6 +88,8 @@ def score(
     lang: str,
     system: Sequence[tuple[str, tuple[str, ...]]],
     baseline: str | None,
+    bertscore_model: str | None,
+    bertscore_layer: int | None,
     layout: str,
     output: str,
     quiet: bool,
@@ -103,7 +116,19 @@ def score(
     systems = systems_of(predictions, system, baseline)
     several = baseline is not None or sum(len(one.files) for one in systems) > 1
     settings = options.settings_of(SignificanceSettings, given) if several else None
-    scored = score_systems(systems, metrics=metric, lang=lang, baseline=baseline, settings=settings)
+    embedder = None
+    if any(METRICS[name].embedded for name in metric):
+        from lorakit.embedding import open_embedder
+
+        embedder = open_embedder(lang, bertscore_model, bertscore_layer)
+    scored = score_systems(
+        systems,
+        metrics=metric,
+        lang=lang,
+        baseline=baseline,
+        settings=settings,
+        embedder=embedder,
+    )
     cautions = dict.fromkeys(line for one in scored for line in one.cautions)
     for line in () if quiet else cautions:
         click.echo(f"Warning: {line}", err=True)
