@@ -66,5 +66,6 @@ pair xs+wl.pruned xs+wl+tgt
 pair xs+wl+tgt.pruned
 
 echo "== scores; what is in a merged file: lorakit inspect $out/xs+wl+tgt.pruned.safetensors" >&2
-lorakit score --metric rougeL,em --format table zero-shot.jsonl xs.jsonl wl.jsonl tgt.jsonl \
-    xs+wl.jsonl xs+wl.pruned.jsonl xs+wl+tgt.jsonl xs+wl+tgt.pruned.jsonl
+lorakit score --metric rougeL,em --format table --baseline tgt.jsonl \
+    zero-shot.jsonl xs.jsonl wl.jsonl tgt.jsonl xs+wl.jsonl xs+wl.pruned.jsonl xs+wl+tgt.jsonl \
+    xs+wl+tgt.pruned.jsonl

@@ -28,7 +28,13 @@ from lorakit.errors import LorakitError
 from lorakit.segmentation import language, version_of, words
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from sacrebleu.metrics.base import Metric as SacrebleuMetric
+
+    from lorakit.bertscore import Embedder
+
+    Array = NDArray[np.float64]
 
 Row = Sequence[float]
 References = Sequence[Sequence[str]]
@@ -49,11 +55,13 @@ class Statistics:
     """The sufficient statistics of one system under one metric.
 
     `rows` has one row of the same length per example; `value_of(total, count)` is the metric's
-    value, in percent, for any multiset of `count` examples whose rows add up to `total`.
+    value, in percent, for any multiset of `count` examples whose rows add up to `total`, and
+    `values_of(totals, count)` the same values (n) of many such totals (n × length of a row).
     """
 
     rows: Sequence[Row]
     value_of: Callable[[Row, int], float]
+    values_of: Callable[[Array, int], Array]
     signature: str
 
     @property
@@ -63,6 +71,7 @@ class Statistics:
 
 
 MetricFunction = Callable[[Sequence[str], References, str], Statistics]
+EmbeddingMetric = Callable[[Sequence[str], References, str, "Embedder"], Statistics]
 Comparison = Callable[[str, str, str], float]
 
 
@@ -70,13 +79,15 @@ Comparison = Callable[[str, str, str], float]
 class Metric:
     """An entry of METRICS; `reads` is what a text must hold for the metric to see anything.
 
-    `ascii` means words of ASCII letters where the language is written with spaces.
+    `ascii` means words of ASCII letters where the language is written with spaces. `embedded` is
+    the function of a metric that needs a model; `statistics` then says that there is none.
     """
 
     help: str
     statistics: MetricFunction
     reads: Literal["words", "ascii", "characters", "numbers"] = "words"
     higher_is_better: bool = True
+    embedded: EmbeddingMetric | None = None
 
 
 # — means over examples —
@@ -84,6 +95,10 @@ class Metric:
 
 def _mean(total: Row, count: int) -> float:
     return 100 * total[0] / count
+
+
+def _means(totals: Array, count: int) -> Array:
+    return 100 * totals[:, 0] / count
 
 
 def best_reference(compare: Comparison, notes: str) -> MetricFunction:
@@ -99,7 +114,7 @@ def best_reference(compare: Comparison, notes: str) -> MetricFunction:
             f"nrefs:{_number_of(references)}|refs:max|{notes.format_map(_notes(lang))}"
             f"|lang:{lang}|version:lorakit-{version_of('lorakit')}"
         )
-        return Statistics(rows, _mean, signature)
+        return Statistics(rows, _mean, _means, signature)
 
     return statistics
 
@@ -152,7 +167,7 @@ def rouge(kind: str, predictions: Sequence[str], references: References, lang: s
         f"nrefs:{_number_of(references)}|refs:max|measure:f1|stemmer:no|tok:{tokenizer}{sentences}"
         f"|lang:{lang}|version:rouge_score-{version_of('rouge_score')}"
     )
-    return Statistics(rows, _mean, signature)
+    return Statistics(rows, _mean, _means, signature)
 
 
 # — sacrebleu —
@@ -165,14 +180,16 @@ def bleu(predictions: Sequence[str], references: References, lang: str) -> Stati
     """
     from sacrebleu.metrics.bleu import BLEU
 
+    from lorakit.corpus_values import bleu_values
+
     if lang != "ja":  # force: no hint in the log that the text looks tokenised
-        return _sacrebleu(
-            BLEU(tokenize="zh" if lang == "zh" else "13a", force=True), predictions, references
-        )
+        judge = BLEU(tokenize="zh" if lang == "zh" else "13a", force=True)
+        return _sacrebleu(judge, bleu_values, predictions, references)
     predictions = [_spaced(text, lang) for text in predictions]
     references = [[_spaced(text, lang) for text in listed] for listed in references]
     return _sacrebleu(
         BLEU(tokenize="none", force=True),
+        bleu_values,
         predictions,
         references,
         note=f"|segmenter:{language(lang).tokenizer()}",
@@ -190,11 +207,17 @@ def chrf(predictions: Sequence[str], references: References, lang: str) -> Stati
     """
     from sacrebleu.metrics.chrf import CHRF
 
-    return _sacrebleu(CHRF(), predictions, references)
+    from lorakit.corpus_values import chrf_values
+
+    return _sacrebleu(CHRF(), chrf_values, predictions, references)
 
 
 def _sacrebleu(
-    metric: SacrebleuMetric, predictions: Sequence[str], references: References, note: str = ""
+    metric: SacrebleuMetric,
+    values_of: Callable[[Array, int], Array],
+    predictions: Sequence[str],
+    references: References,
+    note: str = "",
 ) -> Statistics:
     """Return a sacrebleu metric's own rows, value and signature.
 
@@ -209,7 +232,29 @@ def _sacrebleu(
     def value_of(total: Row, count: int) -> float:
         return float(metric._compute_score_from_stats(list(total)).score)
 
-    return Statistics(rows, value_of, f"{metric.get_signature()}{note}")
+    return Statistics(rows, value_of, values_of, f"{metric.get_signature()}{note}")
+
+
+# — BERTScore —
+
+
+def bertscore(
+    predictions: Sequence[str], references: References, lang: str, embedder: Embedder
+) -> Statistics:
+    """Return BERTScore's F1 of each example: the best over references, no idf, not rescaled."""
+    from lorakit.bertscore import best_f1s
+
+    rows = [[value] for value in best_f1s(predictions, references, embedder)]
+    signature = (
+        f"nrefs:{_number_of(references)}|refs:max|measure:f1|idf:no|rescaled:no"
+        f"|{embedder.signature}|version:lorakit-{version_of('lorakit')}"
+    )
+    return Statistics(rows, _mean, _means, signature)
+
+
+def without_a_model(predictions: Sequence[str], references: References, lang: str) -> Statistics:
+    """Stand in for a metric that needs a model, where none was given."""
+    raise LorakitError("this metric needs a model to embed tokens; use `lorakit score`")
 
 
 METRICS: dict[str, Metric] = {
@@ -247,13 +292,26 @@ METRICS: dict[str, Metric] = {
         best_reference(final_number_match, "number:after-####-or-last"),
         "numbers",
     ),
+    "bertscore": Metric(
+        "BERTScore: tokens matched by a model (slow).",
+        without_a_model,
+        "characters",
+        embedded=bertscore,
+    ),
 }
 
 
 def statistics(
-    predictions: Sequence[str], references: References, *, metric: str, lang: str = "en"
+    predictions: Sequence[str],
+    references: References,
+    *,
+    metric: str,
+    lang: str = "en",
+    embedder: Embedder | None = None,
 ) -> Statistics:
     """Return the rows, value and signature of one metric; `references` lists texts per example.
+
+    `embedder` is needed by the metrics that embed tokens, and no other.
 
     Raises LorakitError for an unknown metric or language, for no examples, and where an example
     has no reference.
@@ -266,6 +324,9 @@ def statistics(
             "give each of one or more predictions one or more references"
         )
     language(lang)
+    embedded = METRICS[metric].embedded
+    if embedded is not None and embedder is not None:
+        return embedded(predictions, references, lang, embedder)
     return METRICS[metric].statistics(predictions, references, lang)
 
 

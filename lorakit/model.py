@@ -1,7 +1,7 @@
 """Base models: the only file that names transformers and peft.
 
-It loads a base and its tokenizer by name and tells what the rest needs to know of them; adapters
-are put on it by lora.py.
+It loads a base and its tokenizer by name and tells what the rest needs to know of them, and the
+encoder that BERTScore asks for; adapters are put on a base by lora.py.
 """
 
 from __future__ import annotations
@@ -185,6 +185,79 @@ transformers.AttentionInterface.register(_FLOAT32, _float32_attention)
 transformers.AttentionMaskInterface.register(
     _FLOAT32, transformers.AttentionMaskInterface()["sdpa"]
 )
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A model without a head, in float32, and its tokenizer: what turns texts into vectors.
+
+    `prefix` is put before every text, `uncounted` are the ids of its class and separator tokens,
+    `limit` is the longest sequence in tokens.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    prefix: str
+    uncounted: tuple[int, ...]
+    limit: int
+
+    @property
+    def layers(self) -> int:
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def library_version(self) -> str:
+        return str(transformers.__version__)
+
+    def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids and attention mask (both texts × tokens), padded at the right."""
+        told = self.tokenizer(
+            [f"{self.prefix}{text.strip()}" for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self.limit,
+            return_tensors="pt",
+        ).to(self.model.device)
+        return told["input_ids"], told["attention_mask"]
+
+
+def load_text_encoder(name: str, *, device: torch.device) -> TextEncoder:
+    """Load a pretrained model without its head, of an encoder and decoder the encoder alone.
+
+    Byte-level tokenizers see a space before the first word, as bert-score has it. Raises
+    LorakitError where there is no such model, or weights are missing (but for an unused pooler).
+    """
+    _quieten()
+    place = os.path.expanduser(name)
+    with _naming("the tokenizer of", name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    with _naming("the model", name):
+        loaded: Any = transformers.AutoModel.from_pretrained(
+            place, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    model, told = loaded
+    missing = [key for key in told["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise LorakitError(f"the model {name} has no weights for {min(missing)}; give a whole one")
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    tokenizer.padding_side = "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    spaced = isinstance(tokenizer, (transformers.RobertaTokenizer, transformers.GPT2Tokenizer))
+    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    uncounted = tuple(token for token in ends if token is not None)
+    model.requires_grad_(False).eval().to(device)
+    return TextEncoder(
+        model, tokenizer, name, " " if spaced else "", uncounted, _longest(model, tokenizer)
+    )
+
+
+def _longest(model: Any, tokenizer: Any) -> int:
+    """Return the longest sequence both read; RoBERTa's positions start after its padding id."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    skipped = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    return min(int(tokenizer.model_max_length), positions - (0 if skipped is None else skipped + 1))
 
 
 def _end_tokens(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:

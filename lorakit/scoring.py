@@ -1,66 +1,249 @@
-"""Scoring files of records: from the path of a JSONL file to its scores, and a table of several.
+"""Scoring files of records: from the paths of JSONL files to scores of the systems they came from.
 
-What a metric is stands in metrics.py.
+What a metric is stands in metrics.py, what a significance test does in significance.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import IO, Any
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from lorakit.answers import final_number
 from lorakit.errors import LorakitError
 from lorakit.files import STDIO
-from lorakit.metrics import METRICS, Score, score
+from lorakit.metrics import METRICS, Score, Statistics, statistics
 from lorakit.records import Record, read_records
 from lorakit.segmentation import LANGUAGES, script_of
+from lorakit.settings import SignificanceSettings
+
+if TYPE_CHECKING:  # imports numpy
+    from lorakit.bertscore import Embedder
+    from lorakit.significance import Comparison, Interval
 
 _ENOUGH_TO_JUDGE = 1000
-_WIDER_THAN_ANY_ROW = 10_000
 
 
 @dataclass(frozen=True)
-class FileScores:
-    """The scores of one file, and what the user should know before believing them."""
+class System:
+    """What one line of scores is about: a file, or a name and the files of its runs (seeds)."""
 
-    file: str
+    files: tuple[str, ...]
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.files[0] if self.name is None else self.name
+
+
+@dataclass(frozen=True)
+class Significance:
+    """What a resampling of the examples says of one system, per metric in the order of its scores.
+
+    `baseline` is the label of what it is compared with; then, and but for the baseline itself,
+    `comparisons` has one entry per metric.
+    """
+
+    settings: SignificanceSettings
+    intervals: tuple[Interval, ...]
+    baseline: str | None = None
+    comparisons: tuple[Comparison, ...] = ()
+
+    def as_record(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return one object: the settings, then an object by metric of each kind of number."""
+        told: dict[str, Any] = {"trials": self.settings.trials, "seed": self.settings.seed}
+        intervals = zip(names, self.intervals, strict=True)
+        told["intervals"] = {name: [one.low, one.high] for name, one in intervals}
+        if self.baseline is not None:
+            told["baseline"] = self.baseline
+        if self.comparisons:
+            compared = list(zip(names, self.comparisons, strict=True))
+            told["differences"] = {name: one.difference for name, one in compared}
+            told["difference_intervals"] = {
+                name: [one.interval.low, one.interval.high] for name, one in compared
+            }
+            told["p_values"] = {name: one.p for name, one in compared}
+        return told
+
+
+@dataclass(frozen=True)
+class SystemScores:
+    """The scores of one system, and what the user should know before believing them.
+
+    `runs` has one entry per metric, with the statistics of each file; a score is the mean of its
+    runs' values.
+    """
+
+    system: System
     lang: str
     count: int
+    runs: tuple[tuple[Statistics, ...], ...]
     scores: tuple[Score, ...]
     cautions: tuple[str, ...]
+    significance: Significance | None = None
 
     def as_record(self) -> dict[str, Any]:
-        """Return one flat record: the metrics' full values by name, signatures in one object."""
-        return {
-            "file": self.file,
-            "count": self.count,
-            "lang": self.lang,
-            **{one.name: one.value for one in self.scores},
-            "signatures": {one.name: one.signature for one in self.scores},
-        }
+        """Return one flat record: the metrics' full values by name, signatures in one object.
+
+        A system that was given a name also tells its files and the value of each.
+        """
+        names = [one.name for one in self.scores]
+        named = self.system.name is not None
+        told: dict[str, Any] = (
+            {"system": self.system.name, "files": list(self.system.files)}
+            if named
+            else {"file": self.system.label}
+        )
+        told |= {"count": self.count, "lang": self.lang}
+        told |= {one.name: one.value for one in self.scores}
+        told["signatures"] = {one.name: one.signature for one in self.scores}
+        if named:
+            values = ([run.value for run in runs] for runs in self.runs)
+            told["runs"] = dict(zip(names, values, strict=True))
+        if self.significance is not None:
+            told["significance"] = self.significance.as_record(names)
+        return told
 
 
-def score_file(path: str, *, metrics: Sequence[str], lang: str = "en") -> FileScores:
-    """Return the scores of a JSONL file of predictions (`-`: stdin) under each metric.
+def score_systems(
+    systems: Sequence[System],
+    *,
+    metrics: Sequence[str],
+    lang: str = "en",
+    baseline: str | None = None,
+    settings: SignificanceSettings | None = None,
+    embedder: Embedder | None = None,
+) -> list[SystemScores]:
+    """Return the scores of each system under each metric, in order.
 
-    Only predictions and references are held in memory. Raises LorakitError naming file and line.
+    With `settings`, each has bootstrap intervals, and with the label of one as `baseline`, every
+    other is compared with it; then all must have predicted for the same records in the same order,
+    as the files of one system always must. The texts of two files are in memory at a time. Raises
+    LorakitError naming file and line.
     """
-    predictions, references = _load_pairs(path)
-    scores = tuple(score(predictions, references, metric=name, lang=lang) for name in metrics)
-    cautions = tuple(find_cautions(references, metrics=metrics, lang=lang))
-    return FileScores(path, lang, len(predictions), scores, cautions)
+    alike = None
+    if baseline is not None:
+        first = next(system for system in systems if system.label == baseline)
+        _check_runs(systems, first)
+        alike = _load_texts(first.files[0])
+    loaded: dict[str, Texts] = {} if alike is None else {alike.path: alike}
+    scored = [
+        _score(system, alike, loaded, metrics=metrics, lang=lang, embedder=embedder)
+        for system in systems
+    ]
+    if settings is None:
+        return scored
+    return _with_significance(scored, baseline, settings)
 
 
-def _load_pairs(path: str) -> tuple[list[str], list[list[str]]]:
-    predictions, references = [], []
+def _check_runs(systems: Sequence[System], baseline: System) -> None:
+    """Raise LorakitError where the runs of a system cannot be paired with the baseline's."""
+    theirs = len(baseline.files)
+    for system in systems:
+        ours = len(system.files)
+        if ours != theirs and 1 not in (ours, theirs):
+            raise LorakitError(
+                f"{system.label} has {ours} runs and the baseline {baseline.label} {theirs}; "
+                "give as many of each, or one of either"
+            )
+
+
+def _score(
+    system: System,
+    alike: Texts | None,
+    loaded: dict[str, Texts],
+    *,
+    metrics: Sequence[str],
+    lang: str,
+    embedder: Embedder | None,
+) -> SystemScores:
+    """Return one system's scores, after checking that its files line up with `alike`.
+
+    `loaded` are the files that were read before: stdin can be read only once.
+    """
+    runs: list[list[Statistics]] = [[] for _ in metrics]
+    for path in system.files:
+        texts = loaded[path] if path in loaded else _load_texts(path)
+        alike = alike or (texts if len(system.files) > 1 else None)
+        if alike is not None:
+            _check_alike(texts, alike)
+        for place, name in enumerate(metrics):
+            found = statistics(
+                texts.predictions, texts.references, metric=name, lang=lang, embedder=embedder
+            )
+            runs[place].append(found)
+    count = len(texts.predictions)
+    scores = tuple(
+        Score(name, fmean(run.value for run in of_metric), count, of_metric[0].signature)
+        for name, of_metric in zip(metrics, runs, strict=True)
+    )
+    cautions = tuple(find_cautions(texts.references, metrics=metrics, lang=lang))
+    return SystemScores(system, lang, count, tuple(map(tuple, runs)), scores, cautions)
+
+
+def _with_significance(
+    scored: Sequence[SystemScores], baseline: str | None, settings: SignificanceSettings
+) -> list[SystemScores]:
+    from lorakit.significance import bootstrap, compare, interval_of
+
+    drawn = [bootstrap(one.runs, settings) for one in scored]
+    labels = [one.system.label for one in scored]
+    place = None if baseline is None else labels.index(baseline)
+    told = []
+    for one, values in zip(scored, drawn, strict=True):
+        found = Significance(settings, tuple(map(interval_of, values)), baseline)
+        if place is not None and one.system.label != baseline:
+            compared = compare(one.runs, scored[place].runs, values, drawn[place], settings)
+            found = replace(found, comparisons=tuple(compared))
+        told.append(replace(one, significance=found))
+    return told
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is kept of a file: texts, and ids and places (`file:line`) to check and name them."""
+
+    path: str
+    predictions: list[str]
+    references: list[list[str]]
+    ids: list[str | None]
+    places: list[str]
+
+
+def _load_texts(path: str) -> Texts:
+    texts = Texts(path, [], [], [], [])
     for record in read_records(path, "prediction"):
-        predictions.append(record.prediction)
-        references.append(_references_of(record))
-    if not predictions:
+        texts.predictions.append(record.prediction)
+        texts.references.append(_references_of(record))
+        texts.ids.append(record.id if "id" in record.fields else None)
+        texts.places.append(record.where)
+    if not texts.predictions:
         name = "stdin" if path == STDIO else path
         raise LorakitError(f"{name} holds no records; check what wrote it")
-    return predictions, references
+    return texts
+
+
+def _check_alike(texts: Texts, other: Texts) -> None:
+    """Raise LorakitError where two files are not predictions for the same records, in order.
+
+    Ids are compared where both records have one, references always.
+    """
+    remedy = "compare predictions for the same records in the same order"
+    both = zip(texts.places, other.places, texts.ids, other.ids, strict=False)
+    for place, (here, there, ours, theirs) in enumerate(both):
+        if ours != theirs and ours is not None and theirs is not None:
+            raise LorakitError(f"{here}: the id {ours!r} is {theirs!r} at {there}; {remedy}")
+        if texts.references[place] != other.references[place]:
+            raise LorakitError(f"{here}: the references are not those at {there}; {remedy}")
+    common = min(len(texts.places), len(other.places))
+    for longer, shorter in ((texts, other), (other, texts)):
+        if len(longer.places) > common:
+            raise LorakitError(
+                f"{longer.places[common]}: there is no such record in "
+                f"{'stdin' if shorter.path == STDIO else shorter.path}, which ends after "
+                f"{common}; {remedy}"
+            )
 
 
 def _references_of(record: Record) -> list[str]:
@@ -105,39 +288,3 @@ def _needs_other_language(script: str, lang: str) -> bool:
     if script not in LANGUAGES or script == lang:
         return False
     return LANGUAGES[lang].spaced or script == "ja"
-
-
-def write_table(systems: Sequence[FileScores], stream: IO[str]) -> None:
-    """Write a row per file and a column per metric, two decimals, the best of several in bold.
-
-    The signatures stand below, each once. No line is folded or cut: a narrow terminal wraps it.
-    """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(file=stream, width=_WIDER_THAN_ANY_ROW)
-    table = Table("file", box=None, pad_edge=False, header_style="bold")
-    table.add_column("count", justify="right")
-    for one in systems[0].scores:
-        table.add_column(one.name, justify="right", no_wrap=True)
-    for system in systems:
-        cells = [
-            Text(f"{one.value:.2f}", style="bold" if one.value == best else "")
-            for one, best in zip(system.scores, _best_values(systems), strict=True)
-        ]
-        table.add_row(Text(system.file), str(system.count), *cells)
-    console.print(table)
-    signatures = (f"{one.name}: {one.signature}" for s in systems for one in s.scores)
-    for line in dict.fromkeys(signatures):
-        console.print(Text(line, style="dim"), soft_wrap=True)
-
-
-def _best_values(systems: Sequence[FileScores]) -> list[float | None]:
-    if len(systems) == 1:
-        return [None] * len(systems[0].scores)
-    columns = zip(*(system.scores for system in systems), strict=True)
-    return [
-        (max if METRICS[column[0].name].higher_is_better else min)(one.value for one in column)
-        for column in columns
-    ]

@@ -1,4 +1,4 @@
-"""Settings of training, pruning and generation: the only place where a default is written."""
+"""Settings of training, pruning, generation and tests: the only place a default is written."""
 
 from __future__ import annotations
 
@@ -143,3 +143,11 @@ class GenerationSettings:
 
 
 HOLD_OUT = 0.2  # the share of --data that validates when --val is missing
+
+
+@dataclass(frozen=True)
+class SignificanceSettings:
+    """How often a significance test swaps or draws the examples, and the seed it does so with."""
+
+    trials: int = 10_000
+    seed: int = 0

@@ -22,8 +22,8 @@ FILES = {
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "files", "settings"),
     "text": (
-        "plots",
-        *("answers", "metrics", "prompts", "records", "scoring", "segmentation"),
+        *("answers", "bertscore", "corpus_values", "metrics", "plots", "prompts", "records"),
+        *("score_table", "scoring", "segmentation", "significance"),
         *("recipes", "recipes.rows", "recipes.scitldr", "recipes.microworld"),
         *("recipes.microworld_documents", "recipes.microworld_probes"),
         *("recipes.microworld_tasks", "recipes.microworld_words"),
@@ -33,14 +33,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("model_choice", "peft_config", "peft_keys", "pruning", "tensorfile"),
     ),
     "models": (
-        *("batch_loss", "importance", "joint", "lorahub", "pruners", "search", "selection"),
-        *("adaptive", "batching", "calibration", "checkpoint", "devices", "encoding", "fitting"),
+        *("adaptive", "batch_loss", "batching", "calibration", "checkpoint", "devices"),
+        *("embedding", "encoding", "fitting", "importance", "joint", "lorahub", "pruners"),
+        *("search", "selection"),
         *("forward", "generation", "lora", "model", "predictions", "training"),
     ),
     "commands": (
         *("options", "progress", "commands", "commands.build_dataset", "commands.generate"),
         *("commands.inspect", "commands.merge", "commands.opening", "commands.score"),
-        "commands.train_adapter",
+        *("commands.systems", "commands.train_adapter"),
     ),
     "program": ("cli", "__main__"),
 }
@@ -62,9 +63,13 @@ ONLY: dict[str, tuple[str, ...]] = {
     "matplotlib": ("plots",),
     "huggingface_hub": ("hub", "model"),
     "torch": (*LAYERS["models"], "pruning"),
-    "numpy": (*LAYERS["tensors"], *LAYERS["models"]),
+    "numpy": (
+        *("bertscore", "corpus_values", "metrics", "significance"),
+        *LAYERS["tensors"],
+        *LAYERS["models"],
+    ),
     "click": (*LAYERS["commands"], "cli"),
-    "rich": ("progress", "scoring", "inspection"),
+    "rich": ("progress", "score_table", "inspection"),
     "jsonlines": ("records",),
 }
 

@@ -17,6 +17,7 @@ from lorakit.commands.score import score
 from lorakit.errors import LorakitError
 from lorakit.metrics import METRICS
 
+TEXT_METRICS = [name for name, metric in METRICS.items() if metric.embedded is None]
 GOOD = {"id": "1", "prediction": "the cat sat", "references": ["the cat sat", "a dog"]}
 HALF = {"id": "2", "prediction": "yes", "completion": "no", "more": [1]}
 
@@ -47,9 +48,13 @@ def test_each_file_gives_one_flat_line_in_the_order_named(tmp_path: Path) -> Non
     assert [line["file"] for line in lines] == [first, second]
     assert [line["count"] for line in lines] == [2, 1]
     assert [(line["rougeL"], line["em"]) for line in lines] == [(50, 50), (100, 100)]
-    assert list(lines[0]) == ["file", "count", "lang", "rougeL", "em", "signatures"]
+    fields = ["file", "count", "lang", "rougeL", "em", "signatures"]
+    assert list(lines[0]) == [*fields, "significance"]
     assert list(lines[0]["signatures"]) == ["rougeL", "em"]
     assert "nrefs:var|" in lines[0]["signatures"]["em"]
+    (alone,) = lines_of(run(first, "--metric", "rougeL,em"))
+    assert list(alone) == fields
+    assert alone == {name: lines[0][name] for name in fields}
 
 
 def test_the_default_metric_is_rouge_l(tmp_path: Path) -> None:
@@ -70,9 +75,11 @@ def test_metrics_may_be_repeated_and_listed_and_count_once(tmp_path: Path) -> No
 
 
 def test_every_metric_can_be_asked_for_at_once(tmp_path: Path) -> None:
-    (line,) = lines_of(run(write(tmp_path / "a.jsonl", GOOD, HALF), "--metric", ",".join(METRICS)))
-    assert list(line["signatures"]) == list(METRICS)
-    assert all(0 <= line[name] <= 100 for name in METRICS)
+    (line,) = lines_of(
+        run(write(tmp_path / "a.jsonl", GOOD, HALF), "--metric", ",".join(TEXT_METRICS))
+    )
+    assert list(line["signatures"]) == TEXT_METRICS
+    assert all(0 <= line[name] <= 100 for name in TEXT_METRICS)
 
 
 def test_values_are_written_in_full(tmp_path: Path) -> None:
@@ -95,16 +102,17 @@ def test_the_output_file_is_written_as_json_and_nothing_else_said(tmp_path: Path
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD, HALF)
-    arguments = (path, "--metric", ",".join(METRICS))
+    arguments = (path, "--metric", ",".join(TEXT_METRICS))
     assert run(*arguments).stdout_bytes == run(*arguments).stdout_bytes
 
 
 def test_the_table_has_a_row_per_file_and_each_signature_once(tmp_path: Path) -> None:
     odd = write(tmp_path / "[bold]x:smile:.jsonl", GOOD, HALF)
     result = run(odd, odd, "--metric", "em,rougeL", "--format", "table")
-    header, *rows, em, rouge = result.stdout.splitlines()
+    header, *rows, interval, em, rouge = result.stdout.splitlines()
     assert header.split() == ["file", "count", "em", "rougeL"]
-    assert [row.split() for row in rows] == [[odd, "2", "50.00", "50.00"]] * 2
+    assert [row.split() for row in rows] == [[odd, "2", "50.00", "±50.00", "50.00", "±50.00"]] * 2
+    assert interval == "±: half the 95 % bootstrap interval over examples (10000 trials, seed 0)"
     assert em.startswith("em: nrefs:var|refs:max|norm:squad")
     assert rouge.startswith("rougeL: nrefs:var|")
     assert "\x1b" not in result.stdout
@@ -126,6 +134,135 @@ def test_a_terminal_gets_the_table() -> None:
 def environment() -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[1])
     return {**os.environ, "PYTHONPATH": root, "TERM": "xterm", "COLUMNS": "100"}
+
+
+# — several systems —
+
+RIGHT = [{"id": str(n), "prediction": f"w{n}", "completion": f"w{n}"} for n in range(12)]
+WRONG = [{**one, "prediction": "no"} for one in RIGHT]
+
+
+def test_a_baseline_gives_differences_and_p_values_to_every_other_system(tmp_path: Path) -> None:
+    right, wrong = write(tmp_path / "r.jsonl", *RIGHT), write(tmp_path / "w.jsonl", *WRONG)
+    lines = lines_of(run(wrong, right, "--baseline", wrong, "--metric", "em", "--trials", "999"))
+    told = [line["significance"] for line in lines]
+    assert told[0] == {"trials": 999, "seed": 0, "intervals": {"em": [0, 0]}, "baseline": wrong}
+    p = told[1].pop("p_values")["em"]
+    same = {"trials": 999, "seed": 0, "baseline": wrong}
+    all_of_it = {name: {"em": [100, 100]} for name in ("intervals", "difference_intervals")}
+    assert told[1] == {**same, **all_of_it, "differences": {"em": 100}}
+    assert 1 / 1000 <= p < 0.01  # 2 of 4096 ways to swap differ as much
+
+
+def test_a_baseline_that_is_not_among_the_files_is_scored_first(tmp_path: Path) -> None:
+    right, wrong = write(tmp_path / "r.jsonl", *RIGHT), write(tmp_path / "w.jsonl", *WRONG)
+    lines = lines_of(run(right, "--baseline", wrong, "--metric", "em"))
+    assert [line["file"] for line in lines] == [wrong, right]
+    assert lines == lines_of(run(wrong, right, "--baseline", wrong, "--metric", "em"))
+
+
+def test_a_system_of_several_files_is_one_line_with_the_mean_of_its_runs(tmp_path: Path) -> None:
+    right, wrong = write(tmp_path / "r.jsonl", *RIGHT), write(tmp_path / "w.jsonl", *WRONG)
+    seeds = f"both={right},{wrong}"
+    lines = lines_of(run("--system", seeds, wrong, "--baseline", wrong, "--metric", "em"))
+    assert [line.get("system", line.get("file")) for line in lines] == [wrong, "both"]
+    both = lines[1]
+    assert list(both)[:5] == ["system", "files", "count", "lang", "em"]
+    assert (both["files"], both["count"], both["em"]) == ([right, wrong], 12, 50)
+    assert both["runs"] == {"em": [100, 0]}
+    assert both["significance"]["intervals"] == {"em": [50, 50]}
+    assert both["significance"]["differences"] == {"em": 50}
+    assert both["significance"]["p_values"]["em"] < 0.01
+
+
+def test_the_baseline_may_be_a_system_and_may_come_from_a_pipe(tmp_path: Path) -> None:
+    right, wrong = write(tmp_path / "r.jsonl", *RIGHT), write(tmp_path / "w.jsonl", *WRONG)
+    stdin = Path(wrong).read_text()
+    named = run(right, "--system", "base=-", "--baseline", "base", "--metric", "em", stdin=stdin)
+    piped = run(right, "-", "--baseline", "-", "--metric", "em", stdin=stdin)
+    for result in (named, piped):
+        assert lines_of(result)[0]["significance"]["differences"] == {"em": 100}
+    assert lines_of(named)[1]["files"] == ["-"]
+    assert lines_of(run(right, "--baseline", wrong, "--metric", "em"))[1]["em"] == 100
+
+
+def test_a_star_marks_what_differs_from_the_baseline(tmp_path: Path) -> None:
+    right, wrong = write(tmp_path / "r.jsonl", *RIGHT), write(tmp_path / "w.jsonl", *WRONG)
+    nearly = write(tmp_path / "n.jsonl", *WRONG[:-1], RIGHT[-1])
+    arguments = ("--system", f"right={right}", "--baseline", wrong, "--format", "table")
+    result = run(wrong, nearly, *arguments, "--metric", "em", "--seed", "5", "--trials", "2000")
+    header, base, near, best, interval, star, _ = result.stdout.splitlines()
+    assert header.split() == ["system", "count", "em"]
+    assert base.split() == [wrong, "12", "0.00", "±0.00"]
+    assert near.split() == [nearly, "12", "8.33", "±12.50"]
+    assert best.split() == ["right", "12", "100.00", "±0.00*"]
+    assert interval.endswith("(2000 trials, seed 5)")
+    assert star == f"*: p < 0.05 against {wrong}, paired approximate randomization"
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        pytest.param(RIGHT[:-1], r"r.jsonl:12: there is no such record in .*b.jsonl", id="fewer"),
+        pytest.param(
+            [*RIGHT, GOOD], r"b.jsonl:13: there is no such record in .*r.jsonl", id="more"
+        ),
+        pytest.param([RIGHT[1], RIGHT[0]], r"b.jsonl:1: the id '1' is '0' at .*r.jsonl:1", id="id"),
+        pytest.param(
+            [RIGHT[0], {**RIGHT[1], "completion": "x"}],
+            r"b.jsonl:2: the references are not those at .*r.jsonl:2",
+            id="references",
+        ),
+    ],
+)
+@pytest.mark.parametrize("layout", ["baseline", "system"])
+def test_records_that_do_not_line_up_are_refused_by_file_and_line(
+    records: list[dict[str, Any]], message: str, layout: str, tmp_path: Path
+) -> None:
+    right, bad = write(tmp_path / "r.jsonl", *RIGHT), write(tmp_path / "b.jsonl", *records)
+    arguments = (
+        [bad, "--baseline", right] if layout == "baseline" else ["--system", f"s={right},{bad}"]
+    )
+    error = error_of(run(*arguments))
+    assert re.search(message, error)
+    assert error.endswith("; compare predictions for the same records in the same order")
+
+
+def test_records_without_an_id_line_up_by_their_references(tmp_path: Path) -> None:
+    bare = [{name: one[name] for name in ("prediction", "completion")} for one in RIGHT]
+    files = write(tmp_path / "r.jsonl", *RIGHT), write(tmp_path / "b.jsonl", *bare)
+    lines = lines_of(run(*files, "--baseline", files[0], "--metric", "em"))
+    assert lines[1]["significance"]["p_values"] == {"em": 1}
+
+
+def test_numbers_of_runs_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", *RIGHT)
+    systems = ["--system", f"a={path},{path}", "--system", f"b={path},{path},{path}"]
+    error = error_of(run(*systems, "--baseline", "a"))
+    assert error.startswith("b has 3 runs and the baseline a 2; ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--system", "a"), "is not of the form NAME=FILE,FILE,…"),
+        (("--system", "a=b,"), "is not of the form NAME=FILE,FILE,…"),
+        (("--system", "=b"), "is not of the form NAME=FILE,FILE,…"),
+        (("--system", "a=b", "--system", "a=c"), "the name 'a' is given twice"),
+        (("a", "--system", "a=b"), "--system a has the name of a file"),
+        (("a", "--baseline", "a"), "--baseline needs another system"),
+        (("--baseline", "a"), "--baseline needs another system"),
+        (("-", "--system", "a=-"), "stdin can be read only once"),
+        (("-", "--trials", "0"), "--trials"),
+        ((), "Missing argument 'PREDICTIONS...' or --system"),
+    ],
+)
+def test_systems_that_say_nothing_clear_are_usage_errors(
+    arguments: tuple[str, ...], message: str
+) -> None:
+    result = run(*arguments, stdin="")
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 # — what is wrong —
@@ -238,7 +375,7 @@ def test_importing_the_command_imports_nothing_heavy() -> None:
 def test_scoring_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom lorakit.commands.score import score\n"
-        f"score(['-', '--metric', {','.join(METRICS)!r}], standalone_mode=False)\n"
+        f"score(['-', '--metric', {','.join(TEXT_METRICS)!r}], standalone_mode=False)\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run(

@@ -1,15 +1,18 @@
-"""`lorakit score`: predictions to numbers, one line per file."""
+"""`lorakit score`: predictions to numbers, one line per file or system."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from lorakit import options
+from lorakit.commands.systems import parse_systems, systems_of
 from lorakit.files import STDIO
 from lorakit.metrics import METRICS
+from lorakit.settings import SignificanceSettings
 
 _METRIC_LIST = "\b\nMetrics, in percent:\n" + "\n".join(
     f"  {name:<10} {metric.help}" for name, metric in METRICS.items()
@@ -26,16 +29,8 @@ def _parse_metrics(
     return list(dict.fromkeys(names))
 
 
-def _parse_files(
-    context: click.Context, parameter: click.Parameter, values: Sequence[str]
-) -> Sequence[str]:
-    if values.count(STDIO) > 1:
-        raise click.BadParameter("`-` is given twice, but stdin can be read only once.")
-    return values
-
-
 @click.command(epilog=_METRIC_LIST)
-@click.argument("predictions", nargs=-1, required=True, callback=_parse_files)
+@click.argument("predictions", nargs=-1, metavar="[PREDICTIONS]...")
 @click.option(
     "--metric",
     multiple=True,
@@ -46,6 +41,37 @@ def _parse_files(
     help="What to compute; may be repeated.",
 )
 @options.lang
+@click.option(
+    "--system",
+    multiple=True,
+    callback=parse_systems,
+    metavar="NAME=FILE[,FILE…]",
+    help="The runs (seeds) of one system: one line, the mean of their values; may be repeated.",
+)
+@click.option(
+    "--baseline",
+    metavar="FILE|NAME",
+    help="Compare every other system with this one: p-values.",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    default=SignificanceSettings.trials,
+    show_default=True,
+    help="Trials of the randomization test and of the bootstrap.",
+)
+@options.seed
+@click.option(
+    "--bertscore-model",
+    metavar="NAME",
+    help="bertscore's model: a folder or hub id. [default: roberta-large, or one for --lang]",
+)
+@click.option(
+    "--bertscore-layer",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Whose output it takes. [default: the one tuned for the model, or its last]",
+)
 @click.option(
     "--format",
     "layout",
@@ -60,28 +86,56 @@ def score(
     predictions: Sequence[str],
     metric: Sequence[str],
     lang: str,
+    system: Sequence[tuple[str, tuple[str, ...]]],
+    baseline: str | None,
+    bertscore_model: str | None,
+    bertscore_layer: int | None,
     layout: str,
     output: str,
     quiet: bool,
+    **given: Any,
 ) -> None:
-    """Score records that hold a prediction: one line per file.
+    """Score records that hold a prediction: one line per file or --system.
 
     PREDICTIONS are JSONL files as `lorakit generate` writes them; `-` is stdin. A prediction is
     compared with the record's references, or with its completion where it has none. JSON lines
     hold values in full, the table two decimals, both with the signature of every metric.
+
+    Several files get 95 % bootstrap intervals. With --baseline, every other system also gets its
+    difference, the interval of that, and a two-sided p-value by paired approximate randomization
+    (a star in the table: p < 0.05), not corrected for the number of comparisons; all files must
+    hold the same records in the same order. Both draw examples, never runs: a trial draws or swaps
+    an example in all runs of a system at once, run 1 with run 1 of the baseline and so on, or each
+    with the only one.
     """
     from lorakit.files import open_text_output
     from lorakit.records import write_records
-    from lorakit.scoring import score_file, write_table
+    from lorakit.score_table import write_score_table
+    from lorakit.scoring import score_systems
 
-    systems = [score_file(path, metrics=metric, lang=lang) for path in predictions]
-    cautions = dict.fromkeys(line for system in systems for line in system.cautions)
+    systems = systems_of(predictions, system, baseline)
+    several = baseline is not None or sum(len(one.files) for one in systems) > 1
+    settings = options.settings_of(SignificanceSettings, given) if several else None
+    embedder = None
+    if any(METRICS[name].embedded for name in metric):
+        from lorakit.embedding import open_embedder
+
+        embedder = open_embedder(lang, bertscore_model, bertscore_layer)
+    scored = score_systems(
+        systems,
+        metrics=metric,
+        lang=lang,
+        baseline=baseline,
+        settings=settings,
+        embedder=embedder,
+    )
+    cautions = dict.fromkeys(line for one in scored for line in one.cautions)
     for line in () if quiet else cautions:
         click.echo(f"Warning: {line}", err=True)
     if layout == "auto":
         layout = "table" if output == STDIO and sys.stdout.isatty() else "json"
     with open_text_output(output) as stream:
         if layout == "table":
-            write_table(systems, stream)
+            write_score_table(scored, stream)
         else:
-            write_records((system.as_record() for system in systems), stream)
+            write_records((one.as_record() for one in scored), stream)

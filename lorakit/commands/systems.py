@@ -1,0 +1,58 @@
+"""The systems that `score` is given: files, --system and --baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from lorakit.files import STDIO
+
+if TYPE_CHECKING:
+    from lorakit.scoring import System
+
+
+def parse_systems(
+    context: click.Context, parameter: click.Parameter, values: Sequence[str]
+) -> list[tuple[str, tuple[str, ...]]]:
+    systems = []
+    for value in values:
+        name, _, files = value.partition("=")
+        paths = tuple(path.strip() for path in files.split(","))
+        if not (name.strip() and all(paths)):
+            raise click.BadParameter(f"{value!r} is not of the form NAME=FILE,FILE,…")
+        systems.append((name.strip(), paths))
+    names = [name for name, _ in systems]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.BadParameter(f"the name {name!r} is given twice.")
+    return systems
+
+
+def systems_of(
+    predictions: Sequence[str],
+    named: Sequence[tuple[str, tuple[str, ...]]],
+    baseline: str | None,
+) -> list[System]:
+    """Return what is to be scored, in order: a baseline that is not among it, files, systems.
+
+    Raises a usage error for names that say nothing clear, and for stdin given twice.
+    """
+    from lorakit.scoring import System
+
+    systems = [System((path,)) for path in predictions]
+    systems += [System(files, name) for name, files in named]
+    labels = [one.label for one in systems]
+    for name, _ in named:
+        if labels.count(name) > 1:
+            raise click.UsageError(f"--system {name} has the name of a file; choose another.")
+    if baseline is not None and baseline not in labels:
+        systems.insert(0, System((baseline,)))
+    if not systems:
+        raise click.UsageError("Missing argument 'PREDICTIONS...' or --system.")
+    if len(systems) == 1 and baseline is not None:
+        raise click.UsageError("--baseline needs another system to compare with it.")
+    if [path for one in systems for path in one.files].count(STDIO) > 1:
+        raise click.UsageError("`-` is given twice, but stdin can be read only once.")
+    return systems

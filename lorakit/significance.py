@@ -1,0 +1,170 @@
+"""Significance: how far chance alone may make two systems differ, and a value vary.
+
+It draws examples again, not texts: all it needs are the rows of `Statistics`, of which corpus
+metrics too are computed anew in every trial. It knows nothing of files.
+
+A system is one or more runs (seeds) on the same examples, and its value the mean over its runs'
+values. Examples are drawn, never runs: a trial swaps or draws an example in all runs at once. So
+what is tested is whether these trained systems differ beyond the choice of test examples; how much
+training again would change them is the spread over the runs, which no p-value here contains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.errors import LorakitError
+from lorakit.metrics import Statistics
+from lorakit.settings import SignificanceSettings
+
+Array = NDArray[np.float64]
+Runs = Sequence[Statistics]
+
+_DRAWS_AT_ONCE = 1 << 21  # numbers in memory in one array
+_WORD = 32  # numpy draws that many coins from one number: whole words keep its one sequence
+_TIE = 1e-9  # points of percent: sums of fractions in another order differ by less
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The ends of a 95 % interval."""
+
+    low: float
+    high: float
+
+    @property
+    def half(self) -> float:
+        """Half its width: the number after ±."""
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A system less the baseline under one metric, in points, and the p-value of no difference."""
+
+    difference: float
+    interval: Interval
+    p: float
+
+
+def interval_of(values: Array) -> Interval:
+    """Return the interval that leaves out a fortieth of the values at each end (as sacrebleu)."""
+    ordered = np.sort(values)
+    outside = len(ordered) // 40
+    return Interval(float(ordered[outside]), float(ordered[-1 - outside]))
+
+
+def bootstrap(metrics: Sequence[Runs], settings: SignificanceSettings) -> list[Array]:
+    """Return a system's values under each metric (trials), its examples drawn with replacement.
+
+    With the same settings and number of examples the same examples are drawn for every system, so
+    the values of two systems are pairs. Source: Koehn 2004; the draws are those of sacrebleu's
+    `--paired-bs` with the same seed.
+    """
+    rows = np.hstack([_matrix(run) for runs in metrics for run in runs])
+    count = len(rows)
+    generator = np.random.default_rng(settings.seed)
+    chunks = []
+    for trials in _chunks(settings.trials, count):
+        drawn = generator.choice(count, size=(trials, count), replace=True)
+        drawn += count * np.arange(trials)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=trials * count).reshape(trials, count)
+        chunks.append(_values(metrics, times.astype(np.float64) @ rows, count))
+    return [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
+
+
+def compare(
+    system: Sequence[Runs],
+    baseline: Sequence[Runs],
+    system_values: Sequence[Array],
+    baseline_values: Sequence[Array],
+    settings: SignificanceSettings,
+) -> list[Comparison]:
+    """Return the comparison under each metric; the values are what `bootstrap` gave for each."""
+    found = []
+    for place, p in enumerate(p_values(system, baseline, settings)):
+        ours, theirs = (fmean(run.value for run in s[place]) for s in (system, baseline))
+        drawn = interval_of(system_values[place] - baseline_values[place])
+        found.append(Comparison(ours - theirs, drawn, p))
+    return found
+
+
+def p_values(
+    system: Sequence[Runs], baseline: Sequence[Runs], settings: SignificanceSettings
+) -> list[float]:
+    """Return, for each metric, how often chance alone differs as much as two systems do.
+
+    Paired approximate randomization, two-sided: in each trial a coin per example decides whether
+    the two systems swap what they gave for it, and p = (c + 1) / (trials + 1), where c counts the
+    trials whose absolute difference is no smaller than the observed one. sacrebleu counts only
+    larger ones, which makes two equal systems differ significantly; else, with its seed, its
+    `--paired-ar` gives the same p. Runs are paired in order, a single run with each of the
+    other's. Source: Noreen 1989; Riezler and Maxwell 2005. Raises LorakitError where the numbers
+    of runs or examples cannot be paired.
+    """
+    pairs = [_paired(ours, theirs) for ours, theirs in zip(system, baseline, strict=True)]
+    ours, theirs = ([side for side, _ in pairs], [side for _, side in pairs])
+    rows, others = (np.hstack([_matrix(run) for runs in s for run in runs]) for s in (ours, theirs))
+    total, swap, count = rows.sum(axis=0), others - rows, len(rows)
+    both = total + others.sum(axis=0)
+    observed = _distances(ours, theirs, total[None], both, count)
+    reached = [0] * len(pairs)
+    generator = np.random.default_rng(settings.seed)
+    for trials in _chunks(settings.trials, count):
+        swapped = generator.integers(2, size=(trials, count), dtype=bool).astype(np.float64)
+        found = _distances(ours, theirs, total + swapped @ swap, both, count)
+        for place, distance in enumerate(found):
+            reached[place] += int(np.sum(distance >= observed[place] - _TIE))
+    return [(times + 1) / (settings.trials + 1) for times in reached]
+
+
+def _distances(
+    ours: Sequence[Runs], theirs: Sequence[Runs], sums: Array, both: Array, count: int
+) -> list[Array]:
+    """Return the absolute difference under each metric, given one side's sums and those of both."""
+    sides = zip(_values(ours, sums, count), _values(theirs, both - sums, count), strict=True)
+    return [np.abs(one - other) for one, other in sides]
+
+
+def _paired(ours: Runs, theirs: Runs) -> tuple[Runs, Runs]:
+    if len(ours) != len(theirs) and 1 not in (len(ours), len(theirs)):
+        raise LorakitError(
+            f"{len(ours)} runs cannot be paired with {len(theirs)}; "
+            "give as many of each system, or one of either"
+        )
+    if len({len(run.rows) for run in (*ours, *theirs)}) > 1:
+        raise LorakitError(
+            "the systems have different numbers of examples; compare them on the same ones"
+        )
+    most = max(len(ours), len(theirs))
+    return list(ours) * (most // len(ours)), list(theirs) * (most // len(theirs))
+
+
+def _matrix(run: Statistics) -> Array:
+    return np.asarray(run.rows, dtype=np.float64)
+
+
+def _values(metrics: Sequence[Runs], sums: Array, count: int) -> list[Array]:
+    """Return the mean over runs of their values (n) per metric; `sums` (n × all runs' columns)."""
+    means, start = [], 0
+    for runs in metrics:
+        values = []
+        for run in runs:
+            end = start + len(run.rows[0])
+            values.append(run.values_of(sums[:, start:end], count))
+            start = end
+        means.append(np.mean(values, axis=0))
+    return means
+
+
+def _chunks(trials: int, count: int) -> Iterator[int]:
+    """Yield numbers of trials that add up to all of them and keep memory within bounds."""
+    most = max(_WORD, _DRAWS_AT_ONCE // count // _WORD * _WORD)
+    while trials > 0:
+        yield min(most, trials)
+        trials -= most

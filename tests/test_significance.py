@@ -1,0 +1,258 @@
+"""Significance tests against sacrebleu's own, exact enumeration, and what must hold of any."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from lorakit.errors import LorakitError
+from lorakit.metrics import METRICS, Statistics, statistics
+from lorakit.settings import SignificanceSettings
+from lorakit.significance import bootstrap, compare, interval_of, p_values
+
+SEED = 12345
+FEW = SignificanceSettings(trials=500, seed=SEED)
+WMT = "data/wmt23-en-zh/generaltest2023.en-zh."
+SIZE = 400  # segments: sacrebleu takes its time
+TEXT_METRICS = [name for name, metric in METRICS.items() if metric.embedded is None]
+
+
+def wmt_lines(shared: Path, name: str) -> list[str]:
+    return (shared / f"{WMT}{name}.zh").read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def by_turns(one: list[str], other: list[str]) -> list[str]:
+    return [pair[n % 2] for n, pair in enumerate(zip(one, other, strict=True))]
+
+
+@pytest.fixture(scope="module")
+def texts(shared: Path) -> dict[str, list[str]]:
+    """The reference, the two systems, and two close ones that take turns between these."""
+    ref, one, other = (
+        wmt_lines(shared, name)[:SIZE] for name in ("ref.refA", "hyp.NLLB_Greedy", "hyp.ONLINE-A")
+    )
+    turns = {"even": by_turns(one, other), "odd": by_turns(other, one)}
+    return {"ref": ref, "nllb": one, "online": other, **turns}
+
+
+def runs_of(predictions: list[str], reference: list[str], *metrics: str) -> list[list[Statistics]]:
+    references = [[one] for one in reference]
+    return [[statistics(predictions, references, metric=one, lang="zh")] for one in metrics]
+
+
+def sacrebleu(
+    texts: dict[str, list[str]], systems: list[str], folder: Path, *options: str
+) -> list[dict[str, Any]]:
+    """Return what sacrebleu's own command says of systems, the first as the baseline."""
+    for name in ("ref", *systems):
+        (folder / name).write_text("\n".join(texts[name]) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "sacrebleu", "ref", "-i", *systems, "-m", "bleu", "chrf"]
+    done = subprocess.run(
+        [*command, "--tokenize", "zh", "--format", "json", *options],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=folder,
+        env={**os.environ, "SACREBLEU_SEED": str(SEED)},
+    )
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize(("baseline", "system"), [("nllb", "online"), ("even", "odd")])
+def test_p_values_are_those_of_sacrebleus_paired_ar(
+    texts: dict[str, list[str]], baseline: str, system: str, tmp_path: Path
+) -> None:
+    options = ("--paired-ar", "--paired-ar-n", str(FEW.trials))
+    _, theirs = sacrebleu(texts, [baseline, system], tmp_path, *options)
+    ours, base = (runs_of(texts[name], texts["ref"], "bleu", "chrf") for name in (system, baseline))
+    found = p_values(ours, base, FEW)
+    assert found == [theirs[name]["p_value"] for name in ("BLEU", "chrF2")]
+    assert max(found) < 0.05 if system == "online" else min(found) > 0.05
+
+
+@pytest.mark.parametrize("system", ["nllb", "odd"])
+def test_intervals_are_those_of_sacrebleus_paired_bs(
+    texts: dict[str, list[str]], system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its API: its command cannot write chrF's as JSON. It computes in float32 here."""
+    from sacrebleu import BLEU, CHRF
+    from sacrebleu.significance import PairedTest
+
+    monkeypatch.setenv("SACREBLEU_SEED", str(SEED))
+    listed = [texts["ref"]]
+    judges: dict[str, BLEU | CHRF] = {
+        "bleu": BLEU(tokenize="zh", references=listed),
+        "chrf": CHRF(references=listed),
+    }
+    systems: list[tuple[str, Sequence[str]]] = [(one, texts[one]) for one in ("online", system)]
+    _, theirs = PairedTest(systems, judges, None, test_type="bs", n_samples=FEW.trials)()
+    values = bootstrap(runs_of(texts[system], texts["ref"], *judges), FEW)
+    for name, drawn in zip(("BLEU", "chrF2"), values, strict=True):
+        expected: Any = theirs[name][1]
+        assert len(drawn) == FEW.trials
+        assert float(drawn.mean()) == pytest.approx(expected.mean, abs=1e-4)
+        assert interval_of(drawn).half == pytest.approx(expected.ci, abs=1e-4)
+
+
+def test_draws_do_not_depend_on_how_they_are_cut_into_chunks(
+    texts: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = (runs_of(texts[name], texts["ref"], "bleu", "f1") for name in ("odd", "even"))
+    whole = (p_values(ours, theirs, FEW), [interval_of(one) for one in bootstrap(ours, FEW)])
+    monkeypatch.setattr("lorakit.significance._DRAWS_AT_ONCE", 1)
+    intervals = [interval_of(one) for one in bootstrap(ours, FEW)]
+    assert p_values(ours, theirs, FEW) == whole[0]
+    for one, other in zip(intervals, whole[1], strict=True):
+        assert (one.low, one.high) == pytest.approx((other.low, other.high), abs=1e-9)
+
+
+# — many sums at once —
+
+
+def random_sums(metric: str) -> tuple[Statistics, NDArray[np.float64]]:
+    """Sums of which many have a zero somewhere: no output, no match, no 4-gram."""
+    found = statistics(["a b c d 7", "x"], [["a b d c 7"], ["y"]], metric=metric)
+    columns = len(found.rows[0])
+    draw = np.random.default_rng(0)
+    sums = draw.integers(0, 400, (3000, columns)).astype(np.float64)
+    sums *= draw.random((3000, columns)) < draw.random((3000, 1))
+    return found, np.vstack([sums, np.zeros((1, columns)), np.sum(found.rows, axis=0)[None]])
+
+
+@pytest.mark.parametrize("metric", TEXT_METRICS)
+def test_many_values_at_once_are_to_the_bit_those_of_each_alone(metric: str) -> None:
+    found, sums = random_sums(metric)
+    assert found.values_of(sums, 7).tolist() == [found.value_of(list(row), 7) for row in sums]
+
+
+# — what must hold of any test —
+
+
+def of_rows(*rows: float) -> list[list[Statistics]]:
+    """One run under one metric that is a mean."""
+    mean = statistics(["a"], [["a"]], metric="em")
+    return [[Statistics([[row] for row in rows], mean.value_of, mean.values_of, "")]]
+
+
+def in_runs(*runs: Iterable[float]) -> list[list[Statistics]]:
+    return [[of_rows(*rows)[0][0] for rows in runs]]
+
+
+def test_p_is_the_share_of_all_ways_to_swap_that_differ_as_much() -> None:
+    one = (1, 1, 1, 1, 1, 0.3, 1, 1, 0, 1)
+    other = (0, 1, 0, 0, 1, 0.7, 0, 0, 0, 1)
+    gaps = [a - b for a, b in zip(one, other, strict=True)]
+    ways = [
+        sum(map(math.prod, zip(gaps, signs, strict=True)))
+        for signs in itertools.product((-1, 1), repeat=len(gaps))
+    ]
+    exact = sum(abs(way) >= abs(sum(gaps)) - 1e-9 for way in ways) / len(ways)
+    settings = SignificanceSettings(trials=20_000)
+    assert p_values(of_rows(*one), of_rows(*other), settings)[0] == pytest.approx(exact, abs=0.01)
+    assert 0.05 < exact < 0.2
+
+
+def test_two_equal_systems_do_not_differ_and_neither_do_two_with_equal_values() -> None:
+    rows = (1, 0.1, 0.2, 0.3, 1, 0)
+    assert p_values(of_rows(*rows), of_rows(*rows), FEW) == [1]
+    assert p_values(of_rows(*rows), of_rows(*reversed(rows)), FEW) == [1]
+
+
+def test_p_is_never_zero_and_the_same_from_both_sides() -> None:
+    ones, zeros = of_rows(*[1.0] * 40), of_rows(*[0.0] * 40)
+    assert p_values(ones, zeros, FEW) == p_values(zeros, ones, FEW) == [1 / 501]
+
+
+def test_p_values_of_systems_that_differ_by_chance_are_spread_evenly() -> None:
+    """A test at 10 % that rejects equal systems in about 10 % of the cases."""
+    draw = np.random.default_rng(1)
+    settings = SignificanceSettings(trials=199)
+    found = [
+        p_values(of_rows(*draw.random(30)), of_rows(*draw.random(30)), settings)[0]
+        for _ in range(400)
+    ]
+    assert np.mean(np.array(found) <= 0.1) == pytest.approx(0.1, abs=0.05)
+    assert np.mean(found) == pytest.approx(0.5, abs=0.06)
+
+
+def test_intervals_hold_the_true_mean_in_about_19_of_20_cases() -> None:
+    draw = np.random.default_rng(2)
+    settings = SignificanceSettings(trials=400)
+    found = [interval_of(bootstrap(of_rows(*draw.random(100)), settings)[0]) for _ in range(300)]
+    inside = np.mean([one.low <= 50 <= one.high for one in found])
+    assert inside == pytest.approx(0.945, abs=0.04)
+
+
+def test_another_seed_draws_other_examples_and_the_same_seed_the_same() -> None:
+    runs = of_rows(*np.random.default_rng(0).random(50))
+    drawn = [bootstrap(runs, SignificanceSettings(100, seed))[0].tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# — several runs of a system —
+
+
+def test_a_run_counted_twice_changes_nothing(texts: dict[str, list[str]]) -> None:
+    ours, theirs = (runs_of(texts[name], texts["ref"], "chrf") for name in ("odd", "even"))
+    twice = [[*ours[0], *ours[0]]]
+    expected = p_values(ours, theirs, FEW)
+    assert p_values(twice, theirs, FEW) == p_values(theirs, twice, FEW) == expected
+    assert p_values(twice, [[*theirs[0], *theirs[0]]], FEW) == expected
+    assert bootstrap(twice, FEW)[0].tolist() == bootstrap(ours, FEW)[0].tolist()
+
+
+def test_runs_of_a_mean_are_tested_as_the_mean_of_their_rows() -> None:
+    draw = np.random.default_rng(3)
+    rows = draw.random((2, 3, 40))
+    rows[0] += 0.1
+    ours, theirs = (in_runs(*system) for system in rows)
+    mean_of_ours, mean_of_theirs = (of_rows(*system.mean(axis=0)) for system in rows)
+    assert p_values(ours, theirs, FEW) == p_values(mean_of_ours, mean_of_theirs, FEW)
+    assert np.allclose(bootstrap(ours, FEW)[0], bootstrap(mean_of_ours, FEW)[0], atol=1e-9)
+
+
+def test_a_comparison_is_the_difference_its_interval_and_its_p() -> None:
+    ours, theirs = of_rows(1, 1, 1, 0, 1, 1), of_rows(0, 1, 0, 0, 1, 0)
+    (found,) = compare(ours, theirs, bootstrap(ours, FEW), bootstrap(theirs, FEW), FEW)
+    assert found.difference == pytest.approx(50)
+    assert 0 <= found.interval.low < 50 < found.interval.high <= 100
+    assert [found.p] == p_values(ours, theirs, FEW)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ([[1, 0]] * 2, [[1, 0]] * 3, "2 runs cannot be paired with 3"),
+        ([[1, 0]], [[1, 0, 0]], "different numbers of examples"),
+    ],
+)
+def test_what_cannot_be_paired_is_an_error(
+    ours: list[list[float]], theirs: list[list[float]], message: str
+) -> None:
+    with pytest.raises(LorakitError, match=message):
+        p_values(in_runs(*ours), in_runs(*theirs), FEW)
+
+
+def test_ten_thousand_trials_on_a_whole_test_set_take_seconds(shared: Path) -> None:
+    """Measured: under a second of one core for both."""
+    reference = wmt_lines(shared, "ref.refA")
+    systems = [wmt_lines(shared, f"hyp.{name}") for name in ("ONLINE-A", "NLLB_Greedy")]
+    ours, theirs = (runs_of(system, reference, "bleu") for system in systems)
+    start = time.process_time()
+    assert p_values(ours, theirs, SignificanceSettings()) == [1 / 10_001]
+    interval = interval_of(bootstrap(ours, SignificanceSettings())[0])
+    assert time.process_time() - start < 10
+    assert interval.low < ours[0][0].value < interval.high
