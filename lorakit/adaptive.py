@@ -20,6 +20,7 @@ from lorakit.fitting import fit, header, load_corpus, settle, versions
 from lorakit.lora import check_fits, factors, inject, is_transposed, projections, set_factors
 from lorakit.merging import Factors, Stack, fold, peft_config, share_of_zeros, stack, tensors_of
 from lorakit.model import ADAPTER, Base
+from lorakit.portable import make_portable
 from lorakit.pruning import CRITERIA, prune_, prune_count
 from lorakit.settings import PruningSettings, TrainingSettings
 from lorakit.training import Trainer, Watcher, new_accelerator
@@ -115,6 +116,7 @@ def merge_adaptively(
     output: str,
     watcher: Watcher,
     resume: bool = False,
+    portable: bool = False,
 ) -> None:
     """Train the adapters jointly on the target data and write them to `output` as one adapter.
 
@@ -128,13 +130,15 @@ def merge_adaptively(
         check_fits(base, adapter)
     stacked = stack(adapters)
     corpus = load_corpus(data, val, encoder, seed=settings.seed, watcher=watcher)
-    entry = {
+    entry: dict[str, Any] = {
         "command": "merge",
         "versions": versions(),
         "settings": {"method": "adaptive", **settings.told(), **pruning.told()},
         "parents": {block.name: block.sha256 for block in stacked.blocks},
         **corpus.hashes,
     }
+    if portable:
+        entry["settings"] |= {"portable": True}
     config = peft_config(
         stacked.ranks,
         base=base.name,
@@ -146,7 +150,8 @@ def merge_adaptively(
     def export(best: Factors) -> Adapter:
         blocks = [block.header(share_of_zeros(block, best)) for block in stacked.blocks]
         told = header(base, settings, entry, parents=adapters, blocks=blocks)
-        return Adapter(tensors_of(fold(best, stacked)), config, told)
+        merged = Adapter(tensors_of(fold(best, stacked)), config, told)
+        return make_portable(merged) if portable else merged
 
     layers = attach_stack(base, stacked, dropout=settings.dropout)
     trainer = Trainer(

@@ -5,6 +5,7 @@ Each option has one name here, in the library and in the records; defaults stand
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from lorakit.settings import (
     GenerationSettings,
     LoraSettings,
     PruningSettings,
+    StaticSettings,
     TrainingSettings,
 )
 
@@ -119,6 +121,47 @@ class Ratio(ParamType):
         if not 0 <= ratio < 1:
             self.fail(f"{value} is not in 0 ≤ ratio < 1", param, ctx)
         return ratio
+
+
+class Density(ParamType):
+    """A share above 0 and up to 1, kept as the decimal it is written as."""
+
+    name = "density"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Decimal:
+        try:
+            density = Decimal(value)
+        except InvalidOperation:
+            density = Decimal("NaN")
+        if density.is_nan():
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not 0 < density <= 1:
+            self.fail(f"{value} is not in 0 < density ≤ 1", param, ctx)
+        return density
+
+
+class Numbers(ParamType):
+    """A list of numbers, separated by commas (`0.5,-0.3`); none is infinite."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self._number(part.strip(), param, ctx) for part in value.split(","))
+
+    def _number(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{text!r} is not a number", param, ctx)
+        return number
 
 
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors on stderr.")
@@ -298,6 +341,36 @@ lora = together(
     click.option(
         "--layers", type=Layers(), metavar="LAYERS", help="Layers to adapt: 0-19. [default: all]"
     ),
+)
+
+
+static = together(
+    click.option(
+        "--weights",
+        type=Numbers(),
+        metavar="W,…",
+        help="A factor for each adapter's change ΔW; may be negative. [default: 1 each]",
+    ),
+    click.option(
+        "--density",
+        type=Density(),
+        default=str(StaticSettings.density),
+        show_default=True,
+        metavar="D",
+        help="Share of each ΔW's parameters that is kept, in each module.",
+    ),
+    click.option(
+        "--rank",
+        type=click.IntRange(min=1),
+        metavar="R",
+        help="Rank of the result, in each module. [default: the adapters' largest]",
+    ),
+)
+
+portable = click.option(
+    "--portable",
+    is_flag=True,
+    help="Write it as PEFT, vLLM and llama.cpp read alike: one rank and alpha, zero-padded.",
 )
 
 

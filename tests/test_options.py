@@ -10,7 +10,13 @@ import pytest
 
 from lorakit import options
 from lorakit.cli import lorakit
-from lorakit.settings import GenerationSettings, LoraSettings, PruningSettings, TrainingSettings
+from lorakit.settings import (
+    GenerationSettings,
+    LoraSettings,
+    PruningSettings,
+    StaticSettings,
+    TrainingSettings,
+)
 
 
 def convert(kind: click.ParamType[Any], text: str) -> Any:
@@ -78,6 +84,30 @@ def test_what_is_no_ratio_is_refused(text: str, reason: str) -> None:
         convert(options.Ratio(), text)
 
 
+@pytest.mark.parametrize("text", ["1", "0.2", "1e-9", "1.0"])
+def test_a_density_is_the_exact_decimal_it_was_written_as(text: str) -> None:
+    assert convert(options.Density(), text) == Decimal(text)
+
+
+@pytest.mark.parametrize("text", ["", "x", "nan", "0", "-0.1", "1.0000000000000000000001", "inf"])
+def test_what_is_no_density_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"is not a number|is not in 0 < density ≤ 1"):
+        convert(options.Density(), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("1", (1.0,)), ("-0.5, 2e-1", (-0.5, 0.2)), ("0,0", (0.0, 0.0))]
+)
+def test_numbers_are_separated_by_commas(text: str, numbers: tuple[float, ...]) -> None:
+    assert convert(options.Numbers(), text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", ",", "1,", "a", "1;2", "nan", "inf", "1e999"])
+def test_what_are_no_numbers_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a number"):
+        convert(options.Numbers(), text)
+
+
 @pytest.mark.parametrize(
     ("text", "names"),
     [("q_proj", ("q_proj",)), ("q_proj, v_proj", ("q_proj", "v_proj")), ("a.b", ("a.b",))],
@@ -92,7 +122,7 @@ def test_an_empty_name_is_refused(text: str) -> None:
         convert(options.Names(), text)
 
 
-@pytest.mark.parametrize("kind", [options.Names(), options.Layers()])
+@pytest.mark.parametrize("kind", [options.Names(), options.Layers(), options.Numbers()])
 def test_a_value_that_is_read_already_stays(kind: click.ParamType[Any]) -> None:
     assert kind.convert((1, 2), None, None) == (1, 2)
 
@@ -110,6 +140,7 @@ def test_settings_take_their_own_fields_out_of_the_arguments() -> None:
         pytest.param("train-adapter", LoraSettings(), id="train-adapter's LoRA"),
         pytest.param("merge", TrainingSettings(), id="merge"),
         pytest.param("merge", PruningSettings(), id="merge's pruning"),
+        pytest.param("merge", StaticSettings(), id="merge without data"),
         pytest.param("generate", GenerationSettings(), id="generate"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`lorakit merge`: several adapters and a few target examples to one adapter."""
+"""`lorakit merge`: several adapters to one, trained on a few target examples or without data."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from typing import Any
 import click
 
 from lorakit import options
-from lorakit.settings import PruningSettings, TrainingSettings
+from lorakit.commands.methods import EPILOG, HELP, check_options, check_weights, choose_method
+from lorakit.settings import PruningSettings, StaticSettings, TrainingSettings
+from lorakit.static import METHODS
 
-METHODS = ("adaptive",)
 
-
-@click.command()
+@click.command(epilog=EPILOG)
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--data", metavar="FILE", help="Target records (JSONL); `-` is stdin.")
 @options.val
-@click.option("--method", type=click.Choice(METHODS), help="[default: adaptive with --data]")
+@click.option(
+    "--method",
+    type=click.Choice(list(HELP)),
+    help="How to merge, see below. [default: adaptive with --data; svd for one adapter and --rank]",
+)
+@options.static
+@options.portable
 @options.pruning
 @options.model
 @options.training
@@ -30,20 +36,25 @@ def merge(
     output: str,
     **given: Any,
 ) -> None:
-    """Merge adapters into one by training them jointly on a few target examples.
+    """Merge adapters into one: trained jointly on a few target examples, or from the files alone.
 
-    After every step the least important parameters of each adapter, at each projection, are set to
-    zero (--prune-ratio) and may grow again. The epoch with the lowest validation loss is kept.
-    Adapters may differ in rank, alpha, target modules and layers.
+    With --data (method adaptive), after every step the least important parameters of each adapter,
+    at each projection, are set to zero (--prune-ratio) and may grow again. The epoch with the
+    lowest validation loss is kept. The other methods need no data and no base model. Adapters may
+    differ in rank, alpha, target modules and layers.
 
     \b
     lorakit merge xs.safetensors wl.safetensors --data train.jsonl --prune-ratio 0.1
+    lorakit merge xs.safetensors wl.safetensors --method ties --density 0.2 --weights 1,0.5
+    lorakit merge xs.safetensors --rank 4
     """
-    if data is None:
-        raise click.UsageError(
-            f"Missing option '--data'. Methods: {', '.join(METHODS)} (trains on --data)."
-        )
+    method = choose_method(method, data, given["rank"], adapters)
+    check_options(method)
+    check_weights(given["weights"], adapters)
     options.one_pipe(*adapters, data, val)
+    if method in METHODS:
+        _merge_statically(adapters, method, output, given)
+        return
     from lorakit import adaptive
     from lorakit.adapter import load_adapter
     from lorakit.commands.opening import open_base, watching
@@ -58,11 +69,33 @@ def merge(
         adaptive.merge_adaptively(
             loaded,
             base,
-            data,
+            str(data),
             val,
             settings=settings,
             pruning=pruning,
             output=output,
             watcher=watcher,
             resume=given["resume"],
+            portable=given["portable"],
         )
+
+
+def _merge_statically(
+    adapters: tuple[str, ...], method: str, output: str, given: dict[str, Any]
+) -> None:
+    from lorakit import static_merge
+    from lorakit.adapter import load_adapter
+    from lorakit.files import check_adapter_output
+    from lorakit.progress import Notes
+
+    notes = Notes(quiet=given["quiet"])
+    check_adapter_output(output)
+    static_merge.merge_statically(
+        [load_adapter(source) for source in adapters],
+        method,
+        settings=options.settings_of(StaticSettings, given),
+        output=output,
+        note=notes.note,
+        portable=given["portable"],
+    )
+    notes.note(f"wrote {output}")
