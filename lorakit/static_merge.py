@@ -122,12 +122,19 @@ def _merged_factors(
     parts: Parts, method: str, settings: StaticSettings
 ) -> Iterator[tuple[str, FloatArray]]:
     for name, group in parts.items():
-        with np.errstate(over="ignore", invalid="ignore"):
-            pair = METHODS[method].merge(group, settings)
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                pair = METHODS[method].merge(group, settings)
+        except np.linalg.LinAlgError:  # an SVD of what is not finite
+            raise _beyond(name) from None
         for factor, values in zip(_FACTORS, pair, strict=True):
             if not np.isfinite(values).all():
-                raise LorakitError(f"the merge of {name} is beyond float32; use smaller --weights")
+                raise _beyond(name)
             yield lora_name(name, factor), values
+
+
+def _beyond(name: str) -> LorakitError:
+    return LorakitError(f"the merge of {name} is beyond float32; use smaller --weights")
 
 
 _FACTORS: tuple[Factor, Factor] = ("A", "B")
