@@ -43,6 +43,7 @@ def merge_adaptively(
     resume: bool = False,
     values: Values = (),
     selection: SelectionSettings | None = None,
+    portable: bool = False,
 ) -> list[dict[str, Any]]:
     """Train the adapters jointly on the target data and write them to `output` as one adapter.
 
@@ -57,6 +58,7 @@ def merge_adaptively(
         val,
         settings=settings,
         selection=selection or SelectionSettings(),
+        portable=portable,
         watcher=watcher,
     )
     if values == "auto" or len(values) > 1:

@@ -63,6 +63,17 @@ def refuse_terminal(what: str) -> None:
         raise LorakitError(f"{what} would go to the terminal; give -o FILE or pipe it on")
 
 
+def check_adapter_output(output: str) -> None:
+    """Refuse, before the work, an adapter's output that could not be written after it.
+
+    A folder, one that is there or a name with a trailing slash, is made when it is written.
+    """
+    if output == STDIO:
+        refuse_terminal("an adapter")
+    elif not output.endswith(("/", os.sep)) and not os.path.isdir(output):
+        check_output(output)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a side file that takes the name `path`, synced, once the block ends without an error.

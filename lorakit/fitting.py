@@ -18,14 +18,15 @@ from lorakit.batch_loss import new_accelerator
 from lorakit.checkpoint import Checkpoint, checkpoint_of
 from lorakit.encoding import CHAT_DATE, CutTally, Encoder, Example
 from lorakit.errors import LorakitError
+from lorakit.header import joined_history
 from lorakit.lora import default_targets, inject, is_transposed, pick_modules, projections
 from lorakit.merging import Factors, peft_config, tensors_of
 from lorakit.model import Base
 from lorakit.records import Record, load_records
-from lorakit.segmentation import version_of
 from lorakit.selection import measure_of
 from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, TrainingSettings
 from lorakit.training import Trainer, Watcher
+from lorakit.versions import version_of
 
 _TOLD_VERSIONS = ("lorakit", "torch", "transformers", "peft")
 
@@ -189,9 +190,7 @@ def header(
 
     The history is that of the parents, each entry once, and then `entry`.
     """
-    earlier: list[Mapping[str, Any]] = []
-    for parent in parents:
-        earlier += [e for e in parent.header.get("history") or [] if e not in earlier]
+    earlier = joined_history(parent.header for parent in parents)
     told: dict[str, Any] = {
         "format": 1,
         "base": base.record,

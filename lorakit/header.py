@@ -7,7 +7,7 @@ programs wrote; what is there must have the type FIELDS gives it. A new field is
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorakit.errors import LorakitError
@@ -68,6 +68,14 @@ def parse_header(text: str, ranks: Mapping[str, int], name: str) -> dict[str, An
 def header_text(header: Mapping[str, Any]) -> str:
     """Return the header as it is written: keys sorted, so that equal headers are equal texts."""
     return json.dumps(header, sort_keys=True, separators=(",", ":"))
+
+
+def joined_history(headers: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the entries of several headers' histories in order, each once."""
+    joined: list[Mapping[str, Any]] = []
+    for header in headers:
+        joined += [entry for entry in header.get("history") or [] if entry not in joined]
+    return joined
 
 
 def _check(value: object, wanted: Any, where: str) -> None:

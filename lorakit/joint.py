@@ -20,6 +20,7 @@ from lorakit.fitting import Corpus, header, load_corpus, settle, versions
 from lorakit.lora import check_fits, inject, is_transposed, projections, set_factors
 from lorakit.merging import Factors, Stack, fold, peft_config, share_of_zeros, stack, tensors_of
 from lorakit.model import ADAPTER, Base
+from lorakit.portable import make_portable
 from lorakit.pruners import Pruner
 from lorakit.selection import Measured, measure_of
 from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings
@@ -60,10 +61,13 @@ class Merge:
     corpus: Corpus
     encoder: Encoder
     accelerator: accelerate.Accelerator
+    portable: bool = False  # how the result is written
 
     def entry(self, pruning: PruningSettings) -> dict[str, Any]:
         """Return what the history tells of a run with these pruning settings."""
         told = {**self.settings.told(), **pruning.told(), **self.selection.told()}
+        if self.portable:
+            told["portable"] = True
         return {
             "command": "merge",
             "versions": versions(),
@@ -94,7 +98,8 @@ class Merge:
         """Return the adapter of a run's best weights, each block's scale folded into its B."""
         blocks = [block.header(share_of_zeros(block, best)) for block in self.stacked.blocks]
         told = header(self.base, self.settings, entry, parents=self.adapters, blocks=blocks)
-        return Adapter(tensors_of(fold(best, self.stacked)), self.config, told)
+        merged = Adapter(tensors_of(fold(best, self.stacked)), self.config, told)
+        return make_portable(merged) if self.portable else merged
 
 
 def prepare(
@@ -106,6 +111,7 @@ def prepare(
     settings: TrainingSettings,
     selection: SelectionSettings,
     watcher: Watcher,
+    portable: bool = False,
 ) -> Merge:
     """Read the data, and put the adapters, stacked, on their base."""
     settings = settle(settings, adapters, base)
@@ -127,4 +133,5 @@ def prepare(
     return Merge(
         *(base, adapters, stacked, layers, config, settings, selection, corpus, encoder),
         new_accelerator(base.device.type),
+        portable,
     )

@@ -23,6 +23,7 @@ from lorakit.fitting import header, settle, versions
 from lorakit.lora import attach, set_factors
 from lorakit.merging import FloatArray, block_names, tensors_of
 from lorakit.model import Base
+from lorakit.portable import make_portable
 from lorakit.records import load_records
 from lorakit.settings import TrainingSettings
 from lorakit.training import Watcher
@@ -51,12 +52,12 @@ def merge_lorahub(
     settings: TrainingSettings,
     output: str,
     watcher: Watcher,
-    finish: Callable[[Adapter], Adapter] = lambda adapter: adapter,
+    portable: bool = False,
 ) -> None:
     """Find the weights on the records of `data` and write the composed adapter to `output`.
 
-    `finish` changes its encoding before it is written. Raises LorakitError naming the module where
-    the adapters' shapes differ, and for records that cannot be used.
+    Raises LorakitError naming the module where the adapters' shapes differ, and for records that
+    cannot be used.
     """
     settings = settle(settings, adapters, base)
     check_alike(adapters, watcher.note)
@@ -91,7 +92,8 @@ def merge_lorahub(
     if not any(best.weights):
         watcher.note("the best weights are all 0: these adapters do not help the base model here")
     if losses.accelerator.is_main_process:
-        save_adapter(finish(_export(adapters, base, settings, digest, points, best)), output)
+        merged = _export(adapters, base, settings, digest, points, best)
+        save_adapter(make_portable(merged) if portable else merged, output)
 
 
 def compose(adapters: Sequence[Adapter], weights: Sequence[float]) -> Composed:

@@ -91,7 +91,7 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
         slices = {}
         for module in adapter.modules():
             earlier = parts.setdefault(module.name, [])
-            _check_widths(earlier, module, adapter)
+            check_widths(earlier, module, adapter)
             offset = sum(part.rank for part in earlier)
             slices[module.name] = Slice(offset, module.rank, module.scale)
             earlier.append(module)
@@ -106,7 +106,8 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
     return Stack(factors, tuple(blocks))
 
 
-def _check_widths(earlier: Sequence[LoraModule], module: LoraModule, adapter: Adapter) -> None:
+def check_widths(earlier: Sequence[LoraModule], module: LoraModule, adapter: Adapter) -> None:
+    """Raise LorakitError where `adapter`'s module has other widths than the same one before it."""
     if not earlier:
         return
     first, shape = earlier[0].shape, module.shape
@@ -119,11 +120,20 @@ def _check_widths(earlier: Sequence[LoraModule], module: LoraModule, adapter: Ad
 
 def block_names(adapters: Iterable[Adapter]) -> list[str]:
     """Return a name for each adapter, from its file's name; a second `xs` becomes `xs-2`."""
+    return unique_names(plain_name(adapter) for adapter in adapters)
+
+
+def plain_name(adapter: Adapter) -> str:
+    """Return a short name of an adapter: its file's, or its folder's where all files are alike."""
+    path = PurePath(adapter.name)
+    plain = path.parent.name if path.stem in ("adapter_model", "adapter") else path.stem
+    return plain or path.stem or "adapter"
+
+
+def unique_names(plain_names: Iterable[str]) -> list[str]:
+    """Return the names in order, a second and third `xs` as `xs-2` and `xs-3`."""
     names: list[str] = []
-    for adapter in adapters:
-        path = PurePath(adapter.name)
-        plain = path.parent.name if path.stem in ("adapter_model", "adapter") else path.stem
-        plain = plain or path.stem or "adapter"
+    for plain in plain_names:
         name, number = plain, 1
         while name in names:
             number += 1

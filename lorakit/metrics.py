@@ -25,7 +25,8 @@ from lorakit.answers import (
     token_f1,
 )
 from lorakit.errors import LorakitError
-from lorakit.segmentation import language, version_of, words
+from lorakit.segmentation import language, words
+from lorakit.versions import version_of
 
 if TYPE_CHECKING:
     import numpy as np

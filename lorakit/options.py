@@ -5,6 +5,7 @@ Each option has one name here, in the library and in the records; defaults stand
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from lorakit.settings import (
     LoraSettings,
     PruningSettings,
     SelectionSettings,
+    StaticSettings,
     TrainingSettings,
 )
 
@@ -108,9 +110,8 @@ class Layers(ParamType):
 class Amounts(ParamType):
     """Ratios or thresholds, each kept as the decimal it is written as: one, a list, or `auto`."""
 
-    name = "amounts"
-
-    def __init__(self, *, below: int | None = None) -> None:
+    def __init__(self, name: str, *, below: int | None = None) -> None:
+        self.name = name
         self._below = below
 
     def convert(
@@ -131,8 +132,49 @@ class Amounts(ParamType):
             self.fail(f"{text!r} is not a number", param, ctx)
         if amount < 0 or (self._below is not None and amount >= self._below):
             top = "" if self._below is None else f" < {self._below}"
-            self.fail(f"{text} is not in 0 ≤ value{top}", param, ctx)
+            self.fail(f"{text} is not in 0 ≤ {self.name}{top}", param, ctx)
         return amount
+
+
+class Density(ParamType):
+    """A share above 0 and up to 1, kept as the decimal it is written as."""
+
+    name = "density"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Decimal:
+        try:
+            density = Decimal(value)
+        except InvalidOperation:
+            density = Decimal("NaN")
+        if density.is_nan():
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not 0 < density <= 1:
+            self.fail(f"{value} is not in 0 < density ≤ 1", param, ctx)
+        return density
+
+
+class Numbers(ParamType):
+    """A list of numbers, separated by commas (`0.5,-0.3`); none is infinite."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self._number(part.strip(), param, ctx) for part in value.split(","))
+
+    def _number(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{text!r} is not a number", param, ctx)
+        return number
 
 
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors on stderr.")
@@ -200,7 +242,7 @@ model = together(
 pruning = together(
     click.option(
         "--prune-ratio",
-        type=Amounts(below=1),
+        type=Amounts("ratio", below=1),
         metavar="R|R1,R2,…|auto",
         help="Share of each group's parameters reset after every step; of several, or of 0, 0.1, … "
         "0.9 (auto), the best on the validation set is kept. [default: 0]",
@@ -221,7 +263,7 @@ pruning = together(
     ),
     click.option(
         "--prune-threshold",
-        type=Amounts(),
+        type=Amounts("threshold"),
         metavar="T|T1,T2,…|auto",
         help="With --unit module: the mean importance below which a pair is reset; auto tries the "
         "tenths of its distribution, which it prints.",
@@ -378,6 +420,36 @@ lora = together(
     click.option(
         "--layers", type=Layers(), metavar="LAYERS", help="Layers to adapt: 0-19. [default: all]"
     ),
+)
+
+
+static = together(
+    click.option(
+        "--weights",
+        type=Numbers(),
+        metavar="W,…",
+        help="A factor for each adapter's change ΔW; may be negative. [default: 1 each]",
+    ),
+    click.option(
+        "--density",
+        type=Density(),
+        default=str(StaticSettings.density),
+        show_default=True,
+        metavar="D",
+        help="Share of each ΔW's parameters that is kept, in each module.",
+    ),
+    click.option(
+        "--rank",
+        type=click.IntRange(min=1),
+        metavar="R",
+        help="Rank of the result, in each module. [default: the adapters' largest]",
+    ),
+)
+
+portable = click.option(
+    "--portable",
+    is_flag=True,
+    help="Write it as PEFT, vLLM and llama.cpp read alike: one rank and alpha, zero-padded.",
 )
 
 

@@ -15,23 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError
+from lorakit.versions import version_of
 
 if TYPE_CHECKING:
     import fugashi
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ASCII_PUNCTUATION = frozenset(string.punctuation)
-
-
-@functools.cache
-def version_of(package: str) -> str:
-    """Return the installed version of a package; `source` where it runs without being installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "source"
 
 
 def _whitespace_words(text: str) -> list[str]:

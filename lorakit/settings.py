@@ -127,6 +127,19 @@ class PruningSettings:
 
 
 @dataclass(frozen=True)
+class StaticSettings:
+    """How adapters are merged without data; `density` is an exact decimal.
+
+    No `weights` means 1 each, no `rank` the largest of the adapters'.
+    """
+
+    weights: tuple[float, ...] | None = None
+    density: Decimal = Decimal(1)
+    rank: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class GenerationSettings:
     """How completions are written; temperature 0 is greedy decoding."""
 

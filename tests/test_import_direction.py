@@ -20,7 +20,7 @@ FILES = {
 
 # Every module stands here once: a new file is given its layer by adding it.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "ground": ("errors", "files", "settings"),
+    "ground": ("errors", "files", "settings", "versions"),
     "text": (
         *("answers", "bertscore", "corpus_values", "metrics", "plots", "prompts", "records"),
         *("score_table", "scoring", "segmentation", "significance"),
@@ -30,7 +30,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "tensors": (
         *("adapter", "foreign", "header", "hub", "inspection", "layers", "merging"),
-        *("model_choice", "peft_config", "peft_keys", "pruning", "tensorfile"),
+        *("model_choice", "peft_config", "peft_keys", "portable", "pruning", "refit", "static"),
+        *("static_merge", "taskvectors", "tensorfile"),
     ),
     "models": (
         *("adaptive", "batch_loss", "batching", "calibration", "checkpoint", "devices"),
@@ -40,8 +41,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "commands": (
         *("options", "progress", "commands", "commands.build_dataset", "commands.generate"),
-        *("commands.inspect", "commands.merge", "commands.opening", "commands.score"),
-        *("commands.systems", "commands.train_adapter"),
+        *("commands.inspect", "commands.merge", "commands.methods", "commands.opening"),
+        *("commands.score", "commands.systems", "commands.train_adapter"),
     ),
     "program": ("cli", "__main__"),
 }

@@ -110,6 +110,7 @@ def test_inspecting_an_adapter_needs_no_model_library(layout: str, tmp_path: Pat
         "recipes",
         "recipes.microworld",
         "settings",
+        "static",
     ],
 )
 def test_a_module_with_a_table_that_options_read_imports_nothing_heavy(module: str) -> None:

@@ -14,7 +14,9 @@ from lorakit.settings import (
     GenerationSettings,
     LoraSettings,
     PruningSettings,
+    SelectionSettings,
     SignificanceSettings,
+    StaticSettings,
     TrainingSettings,
 )
 
@@ -56,11 +58,11 @@ def test_a_range_that_runs_backwards_is_refused() -> None:
 
 @pytest.mark.parametrize("text", ["0", "0.1", ".5", "0.30", "1e-3", "0.999999999999999999999"])
 def test_a_ratio_is_the_exact_decimal_it_was_written_as(text: str) -> None:
-    assert convert(options.Amounts(below=1), text) == (Decimal(text),)
+    assert convert(options.Amounts("ratio", below=1), text) == (Decimal(text),)
 
 
 def test_a_ratio_is_not_rounded_through_a_float() -> None:
-    (ratio,) = convert(options.Amounts(below=1), "0.29")
+    (ratio,) = convert(options.Amounts("ratio", below=1), "0.29")
     assert int(ratio * 100) == 29
     assert int(float("0.29") * 100) == 28
 
@@ -76,25 +78,52 @@ def test_a_ratio_is_not_rounded_through_a_float() -> None:
         ("nan", "is not a number"),
         ("-sNaN", "is not a number"),
         ("inf", "is not a number"),
-        ("1", "1 is not in 0 ≤ value < 1"),
-        ("-0.1", "is not in 0 ≤ value < 1"),
-        ("0.1,1e9", "1e9 is not in 0 ≤ value < 1"),
+        ("1", "1 is not in 0 ≤ ratio < 1"),
+        ("-0.1", "is not in 0 ≤ ratio < 1"),
+        ("0.1,1e9", "1e9 is not in 0 ≤ ratio < 1"),
     ],
 )
 def test_what_is_no_ratio_is_refused(text: str, reason: str) -> None:
     with pytest.raises(click.BadParameter, match=reason):
-        convert(options.Amounts(below=1), text)
+        convert(options.Amounts("ratio", below=1), text)
 
 
 def test_several_ratios_are_a_list_and_auto_is_itself() -> None:
-    assert convert(options.Amounts(below=1), "0.1, 0.3") == (Decimal("0.1"), Decimal("0.3"))
-    assert convert(options.Amounts(below=1), "auto") == "auto"
+    assert convert(options.Amounts("ratio", below=1), "0.1, 0.3") == (
+        Decimal("0.1"),
+        Decimal("0.3"),
+    )
+    assert convert(options.Amounts("ratio", below=1), "auto") == "auto"
 
 
 def test_a_threshold_may_be_any_number_from_zero_up() -> None:
-    assert convert(options.Amounts(), "1e9") == (Decimal("1e9"),)
-    with pytest.raises(click.BadParameter, match=r"-1 is not in 0 ≤ value$"):
-        convert(options.Amounts(), "-1")
+    assert convert(options.Amounts("threshold"), "1e9") == (Decimal("1e9"),)
+    with pytest.raises(click.BadParameter, match=r"-1 is not in 0 ≤ threshold$"):
+        convert(options.Amounts("threshold"), "-1")
+
+
+@pytest.mark.parametrize("text", ["1", "0.2", "1e-9", "1.0"])
+def test_a_density_is_the_exact_decimal_it_was_written_as(text: str) -> None:
+    assert convert(options.Density(), text) == Decimal(text)
+
+
+@pytest.mark.parametrize("text", ["", "x", "nan", "0", "-0.1", "1.0000000000000000000001", "inf"])
+def test_what_is_no_density_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"is not a number|is not in 0 < density ≤ 1"):
+        convert(options.Density(), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("1", (1.0,)), ("-0.5, 2e-1", (-0.5, 0.2)), ("0,0", (0.0, 0.0))]
+)
+def test_numbers_are_separated_by_commas(text: str, numbers: tuple[float, ...]) -> None:
+    assert convert(options.Numbers(), text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", ",", "1,", "a", "1;2", "nan", "inf", "1e999"])
+def test_what_are_no_numbers_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a number"):
+        convert(options.Numbers(), text)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +140,7 @@ def test_an_empty_name_is_refused(text: str) -> None:
         convert(options.Names(), text)
 
 
-@pytest.mark.parametrize("kind", [options.Names(), options.Layers()])
+@pytest.mark.parametrize("kind", [options.Names(), options.Layers(), options.Numbers()])
 def test_a_value_that_is_read_already_stays(kind: click.ParamType[Any]) -> None:
     assert kind.convert((1, 2), None, None) == (1, 2)
 
@@ -129,6 +158,8 @@ def test_settings_take_their_own_fields_out_of_the_arguments() -> None:
         pytest.param("train-adapter", LoraSettings(), id="train-adapter's LoRA"),
         pytest.param("merge", TrainingSettings(), id="merge"),
         pytest.param("merge", PruningSettings(), id="merge's pruning"),
+        pytest.param("merge", SelectionSettings(), id="merge's selection"),
+        pytest.param("merge", StaticSettings(), id="merge without data"),
         pytest.param("generate", GenerationSettings(), id="generate"),
         pytest.param("score", SignificanceSettings(), id="score"),
     ],
@@ -139,6 +170,9 @@ def test_a_command_without_options_has_the_defaults_of_the_settings(
     arguments = {"merge": ["--data", "x", "a", "b"], "score": ["x"]}.get(command, ["--data", "x"])
     context = lorakit.commands[command].make_context(command, arguments)
     given = dict(context.params)
+    if command == "merge":  # a list of ratios: none is the settings' own
+        assert given["prune_ratio"] is None
+        given["prune_ratio"] = PruningSettings.prune_ratio
     assert options.settings_of(type(settings), given) == settings
     assert set(vars(settings)) <= set(context.params), "a setting that no option can change"
 

@@ -1,4 +1,4 @@
-"""`lorakit merge`: several adapters and a few target examples to one adapter."""
+"""`lorakit merge`: several adapters to one, trained on a few target examples or without data."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ from typing import Any
 import click
 
 from lorakit import options
-from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings
+from lorakit.commands.methods import EPILOG, HELP, check_options, check_weights, choose_method
+from lorakit.settings import (
+    PruningSettings,
+    SelectionSettings,
+    StaticSettings,
+    TrainingSettings,
+)
+from lorakit.static import METHODS
 
-METHODS = ("adaptive",)
 
-
-@click.command()
+@click.command(epilog=EPILOG)
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--data", metavar="FILE", help="Target records (JSONL); `-` is stdin.")
 @options.val
-@click.option("--method", type=click.Choice(METHODS), help="[default: adaptive with --data]")
+@click.option(
+    "--method",
+    type=click.Choice(list(HELP)),
+    help="How to merge, see below. [default: adaptive with --data; svd for one adapter and --rank]",
+)
+@options.static
+@options.portable
 @options.pruning
 @options.model
 @options.training
@@ -34,33 +45,54 @@ def merge(
     plot: str | None,
     **given: Any,
 ) -> None:
-    """Merge adapters into one by training them jointly on a few target examples.
+    """Merge adapters into one: trained jointly on a few target examples, or from the files alone.
 
-    After every step the least important parameters of each adapter, at each projection, are set to
-    zero (--prune-ratio) and may grow again. The best epoch on the validation set is kept, and of
-    several ratios the best one. Adapters may differ in rank, alpha, target modules and layers.
+    With --data (method adaptive), after every step the least important parameters of each adapter,
+    at each projection, are set to zero (--prune-ratio) and may grow again; the best epoch on the
+    validation set is kept, and of several ratios the best one. Method lorahub finds weights on
+    --data. The other methods need no data and no base model. Adapters may differ in rank, alpha,
+    target modules and layers.
 
     \b
     lorakit merge xs.safetensors wl.safetensors --data train.jsonl --prune-ratio 0.1
+    lorakit merge xs.safetensors wl.safetensors --method ties --density 0.2 --weights 1,0.5
+    lorakit merge xs.safetensors wl.safetensors --data few.jsonl --method lorahub
+    lorakit merge xs.safetensors --rank 4
     """
-    if data is None:
-        raise click.UsageError(
-            f"Missing option '--data'. Methods: {', '.join(METHODS)} (trains on --data)."
-        )
+    method = choose_method(method, data, given["rank"], adapters)
+    check_options(method)
+    check_weights(given["weights"], adapters)
     options.one_pipe(*adapters, data, val)
+    if method in METHODS:
+        _merge_statically(adapters, method, output, given)
+    elif method == "lorahub":
+        _merge_lorahub(adapters, str(data), output, given)
+    else:
+        _merge_adaptively(adapters, str(data), val, output, plot, given)
+
+
+def _merge_adaptively(
+    adapters: tuple[str, ...],
+    data: str,
+    val: str | None,
+    output: str,
+    plot: str | None,
+    given: dict[str, Any],
+) -> None:
+    values = _amounts(given)
+    several = values == "auto" or len(values) > 1
+    for name, value in (("--plot", plot), ("--metric", given["metric"])):
+        if value and not several:
+            raise click.UsageError(
+                f"{name} is for several ratios or thresholds: give more or auto."
+            )
     from lorakit import adaptive
     from lorakit.adapter import load_adapter
     from lorakit.commands.opening import open_base, watching
+    from lorakit.plots import check_plot, plot_search
 
-    values = _amounts(given)
     if plot:
-        from lorakit.plots import check_plot
-
         check_plot(plot)
-        if values != "auto" and len(values) < 2:
-            raise click.UsageError(
-                "--plot shows several ratios or thresholds: give a list or auto."
-            )
     settings = options.settings_of(TrainingSettings, given)
     pruning = options.settings_of(PruningSettings, given)
     selection = options.settings_of(SelectionSettings, given)
@@ -81,11 +113,34 @@ def merge(
             resume=given["resume"],
             values=values,
             selection=selection,
+            portable=given["portable"],
         )
         if plot:
-            from lorakit.plots import plot_search
-
             plot_search(tried, metric=selection.searches_by, output=plot)
+
+
+def _merge_lorahub(
+    adapters: tuple[str, ...], data: str, output: str, given: dict[str, Any]
+) -> None:
+    from lorakit import lorahub
+    from lorakit.adapter import load_adapter
+    from lorakit.commands.opening import open_base, watching
+
+    settings = options.settings_of(TrainingSettings, given)
+    with watching(given, output) as watcher:
+        loaded = [load_adapter(source) for source in adapters]
+        base = open_base(
+            given, loaded, settings.device, settings.dtype, watcher.note, training=True
+        )
+        lorahub.merge_lorahub(
+            loaded,
+            base,
+            data,
+            settings=settings,
+            output=output,
+            watcher=watcher,
+            portable=given["portable"],
+        )
 
 
 def _amounts(given: dict[str, Any]) -> Any:
@@ -100,3 +155,24 @@ def _amounts(given: dict[str, Any]) -> Any:
     if threshold is not None:
         raise click.UsageError("--prune-threshold is for --unit module only.")
     return () if ratio is None else ratio
+
+
+def _merge_statically(
+    adapters: tuple[str, ...], method: str, output: str, given: dict[str, Any]
+) -> None:
+    from lorakit import static_merge
+    from lorakit.adapter import load_adapter
+    from lorakit.files import check_adapter_output
+    from lorakit.progress import Notes
+
+    notes = Notes(quiet=given["quiet"])
+    check_adapter_output(output)
+    static_merge.merge_statically(
+        [load_adapter(source) for source in adapters],
+        method,
+        settings=options.settings_of(StaticSettings, given),
+        output=output,
+        note=notes.note,
+        portable=given["portable"],
+    )
+    notes.note(f"wrote {output}")

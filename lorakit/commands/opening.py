@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import click
 
 from lorakit.adapter import Adapter
 from lorakit.devices import pick_device, pick_dtype
-from lorakit.files import STDIO, check_output, refuse_terminal
+from lorakit.files import STDIO, check_adapter_output
 from lorakit.model import Base, load_base
 from lorakit.model_choice import base_revision, check_fingerprint, choose_model
 from lorakit.progress import TrainingProgress
@@ -48,16 +47,8 @@ def watching(given: Mapping[str, Any], output: str) -> Iterator[TrainingProgress
     """Yield the watcher of a training run and, when it is done, say where the adapter went."""
     if given["resume"] and output == STDIO:
         raise click.UsageError("--resume needs -o FILE: a pipe keeps nothing to go on from.")
-    _check_adapter_output(output)
+    check_adapter_output(output)
     log, resume, quiet = given["log"], given["resume"], given["quiet"]
     with TrainingProgress(log=log, append=resume, quiet=quiet) as watcher:
         yield watcher
         watcher.note(f"wrote {output}")
-
-
-def _check_adapter_output(output: str) -> None:
-    """Refuse, before hours of training, an output that could not be written after them."""
-    if output == STDIO:
-        refuse_terminal("an adapter")
-    elif not output.endswith(("/", os.sep)) and not os.path.isdir(output):
-        check_output(output)

@@ -1,0 +1,73 @@
+"""Low-rank fits: two factors whose product is, or is nearest to, a product or a matrix given.
+
+It knows matrices only. A product of factors is never formed: QR of both factors and an SVD of the
+small core do. A dense matrix is fitted by a randomised block Krylov method.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.tensorfile import FloatArray
+
+Pair = tuple[FloatArray, FloatArray]  # A (r × d_in) and B (d_out × r)
+Matrix = NDArray[np.float64]
+
+_SPARE = 10  # directions beyond the rank that a Krylov block carries
+_STEPS = 6
+_NEGLIGIBLE = 2.0**-24  # half the spacing of float32: storing the factors changes ΔW by as much
+
+
+def refit(a: FloatArray, b: FloatArray, rank: int | None = None) -> Pair:
+    """Return the factors of the matrix of rank `rank` nearest to B·A, in float32.
+
+    A is (R × d_in), B (d_out × R). Nearest in the Frobenius norm (Eckart and Young, 1936), by QR of
+    B and of Aᵀ and an SVD of the core R_B·R_Aᵀ, in float64: time and memory grow with R, never with
+    d_in·d_out. Without a rank, the lowest that leaves out nothing that float32 can tell. Each
+    singular value goes by its root to either factor, so that both have one size.
+    """
+    q_b, r_b = np.linalg.qr(b.astype(np.float64))
+    q_a, r_a = np.linalg.qr(a.T.astype(np.float64))
+    u, values, vt = np.linalg.svd(r_b @ r_a.T)
+    keep = numerical_rank(values) if rank is None else min(rank, len(values))
+    root = np.sqrt(values[:keep])
+    return _pair(root[:, None] * (vt[:keep] @ q_a.T), (q_b @ u[:, :keep]) * root)
+
+
+def numerical_rank(values: Matrix) -> int:
+    """Return how many singular values, of falling size, float32 can tell from zero; at least 1."""
+    return max(1, int(np.count_nonzero(values > values[0] * _NEGLIGIBLE)))
+
+
+def fit(matrix: FloatArray, rank: int) -> Pair:
+    """Return the factors, in float32, of a matrix of rank `rank` nearest to a dense one.
+
+    Block Krylov iteration (Musco and Musco, 2015, algorithm 2) from a fixed seed, then an SVD
+    within the subspace found; a matrix too small for it has its whole space searched. Beyond the
+    best fit's error this one's grows by less than one part in a thousand (tested).
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        b, a = fit(matrix.T, rank)
+        return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+    basis = _krylov(matrix, rank + _SPARE)
+    q, r = np.linalg.qr((matrix.T @ basis.astype(np.float32)).astype(np.float64))
+    u, values, vt = np.linalg.svd(r.T)
+    root = np.sqrt(values[:rank])
+    return _pair(root[:, None] * (vt[:rank] @ q.T), (basis @ u[:, :rank]) * root)
+
+
+def _krylov(matrix: FloatArray, width: int) -> Matrix:
+    """Return an orthonormal basis of the span of M·Ω, MMᵀ·M·Ω, … (d_out × width · steps)."""
+    rows, columns = matrix.shape
+    if width * _STEPS >= rows:
+        return np.eye(rows)
+    start = np.random.default_rng(0).standard_normal((columns, width), np.float32)
+    blocks = [np.linalg.qr(matrix @ start)[0]]
+    while len(blocks) < _STEPS:
+        blocks.append(np.linalg.qr(matrix @ (matrix.T @ blocks[-1]))[0])
+    return np.linalg.qr(np.concatenate(blocks, axis=1).astype(np.float64))[0]
+
+
+def _pair(a: Matrix, b: Matrix) -> Pair:
+    return np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)

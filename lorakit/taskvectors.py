@@ -1,0 +1,151 @@
+"""Task vectors of one module: what each adapter adds to its weights, and sums of them.
+
+A part is one adapter's A/B pair at the module with its weight; its task vector is w·s·B·A. Sums of
+parts are exact as stacked factors. What looks at single parameters (TIES, DARE, magnitude) forms
+the task vectors, a block of rows of one module at a time. Which method does what is in static.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+import numpy as np
+
+from lorakit.adapter import LoraModule
+from lorakit.tensorfile import FloatArray
+
+Pair = tuple[FloatArray, FloatArray]  # A (r × d_in) and B (d_out × r)
+
+_BLOCK = 1 << 20  # parameters of a task vector that are looked at together
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter's A/B pair at a module, its weight, and which of the adapters it is."""
+
+    module: LoraModule
+    weight: float
+    adapter: int
+
+    @property
+    def factor(self) -> float:
+        """w·s, by which B·A is the task vector."""
+        return self.weight * self.module.scale
+
+
+# Takes the next block of rows of a part's ΔW and zeroes, or rescales, in place what it drops.
+Thin = Callable[[FloatArray], None]
+Thinning = Callable[[Part], Thin]
+Combination = Callable[[Sequence[FloatArray]], FloatArray]
+
+
+def stacked(parts: Sequence[Part]) -> Pair:
+    """Return A = [A_1; …; A_N] and B = [w_1·s_1·B_1, …]: B·A is the sum of the task vectors."""
+    a = np.concatenate([part.module.a for part in parts], axis=0)
+    b = np.concatenate([part.module.b * np.float32(part.factor) for part in parts], axis=1)
+    return a, b
+
+
+def combined(parts: Sequence[Part], thinning: Thinning, combine: Combination) -> FloatArray:
+    """Return the dense sum (d_out × d_in, float32) of thinned task vectors, whatever a sum is.
+
+    Besides it stand in memory one block of rows of each part and what `thinning` needs.
+    """
+    merged = np.empty(parts[0].module.shape, np.float32)
+    thin = [thinning(part) for part in parts]
+    blocks = [row_blocks(part) for part in parts]
+    first = 0
+    for rows in zip(*blocks, strict=True):
+        for drop, values in zip(thin, rows, strict=True):
+            drop(values)
+        weighed = [
+            values * np.float32(part.weight) for values, part in zip(rows, parts, strict=True)
+        ]
+        merged[first : first + len(rows[0])] = combine(weighed)
+        first += len(rows[0])
+    return merged
+
+
+def row_blocks(part: Part) -> Iterator[FloatArray]:
+    """Yield ΔW = s·B·A of a part, its weight left out, as blocks of rows in order, float32."""
+    a = part.module.a
+    b: FloatArray = part.module.b * np.float32(part.module.scale)
+    count = max(1, _BLOCK // a.shape[1])
+    for first in range(0, len(b), count):
+        yield b[first : first + count] @ a
+
+
+def total(task_vectors: Sequence[FloatArray]) -> FloatArray:
+    """Return the sum, parameter by parameter."""
+    return sum(task_vectors[1:], start=task_vectors[0])
+
+
+def elected(task_vectors: Sequence[FloatArray]) -> FloatArray:
+    """Return, for each parameter, the mean of the values that have the elected sign.
+
+    The sign elected is that of the sum; the mean is over the values other than zero that have it
+    (TIES, Yadav et al., 2023, section 3, steps 2 and 3). Where the sum is zero no sign is elected
+    and the result is zero.
+    """
+    sign = np.sign(total(task_vectors))
+    agreeing = [np.where(np.sign(values) == sign, values, np.float32(0)) for values in task_vectors]
+    count = np.count_nonzero(agreeing, axis=0)
+    return np.asarray(total(agreeing) / np.maximum(count, 1), np.float32)
+
+
+def trimming(density: Decimal) -> Thinning:
+    """Keep the floor(density·n) parameters of largest |ΔW| of each module, the rest become zero.
+
+    TIES, step 1; of equal ones the first are kept, so that no more and no fewer are.
+    """
+
+    def begin(part: Part) -> Thin:
+        least, spare = _threshold(part, int(density * part.module.shape[0] * part.module.shape[1]))
+
+        def thin(values: FloatArray) -> None:
+            nonlocal spare
+            size = np.abs(values)
+            equal = np.flatnonzero(size == least)
+            values[size < least] = 0
+            values.reshape(-1)[equal[spare:]] = 0
+            spare -= min(spare, len(equal))
+
+        return thin
+
+    return begin
+
+
+def _threshold(part: Part, count: int) -> tuple[float, int]:
+    """Return the `count`-th largest |ΔW| of a part, and how many of that size are to be kept."""
+    if count == 0:
+        return float("inf"), 0
+    size = np.empty(part.module.shape[0] * part.module.shape[1], np.float32)
+    first = 0
+    for values in row_blocks(part):
+        size[first : first + values.size] = np.abs(values).reshape(-1)
+        first += values.size
+    size.partition(len(size) - count)
+    kept = size[-count:]
+    return float(kept[0]), int(np.count_nonzero(kept == kept[0]))
+
+
+def dropping(density: Decimal, seed: int) -> Thinning:
+    """Keep each parameter of ΔW with probability `density`, divided by it (DARE, Yu et al., 2024).
+
+    The draws depend on the seed, the module's name and the adapter's place among the adapters.
+    """
+    share = np.float32(density)
+
+    def begin(part: Part) -> Thin:
+        name = f"dare:{seed}:{part.adapter}:{part.module.name}"
+        draw = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()))
+
+        def thin(values: FloatArray) -> None:
+            values *= (draw.random(values.shape, np.float32) < share) / share
+
+        return thin
+
+    return begin
