@@ -33,7 +33,7 @@ def run(line: str) -> int:
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 1)
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
     os._exit(0)
 
 

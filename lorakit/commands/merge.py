@@ -83,9 +83,7 @@ def _merge_adaptively(
     several = values == "auto" or len(values) > 1
     for name, value in (("--plot", plot), ("--metric", given["metric"])):
         if value and not several:
-            raise click.UsageError(
-                f"{name} is for several ratios or thresholds: give more or auto."
-            )
+            raise click.UsageError(f"{name} needs several ratios or thresholds, or auto.")
     from lorakit import adaptive
     from lorakit.adapter import load_adapter
     from lorakit.commands.opening import open_base, watching
