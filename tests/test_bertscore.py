@@ -136,8 +136,9 @@ def test_robertas_first_word_is_read_as_one_inside_a_text(tmp_path: Path) -> Non
     import transformers
 
     tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "Ġ", "Ġa"]
+    merges: Any = [("Ġ", "a")]
     vocabulary = {token: place for place, token in enumerate(tokens)}
-    transformers.RobertaTokenizer(vocab=vocabulary, merges=[("Ġ", "a")]).save_pretrained(tmp_path)
+    transformers.RobertaTokenizer(vocab=vocabulary, merges=merges).save_pretrained(tmp_path)
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
     config = transformers.RobertaConfig(
