@@ -1,9 +1,10 @@
 """BERTScore: the F1 of a greedy matching of two texts' tokens by the cosine of their embeddings.
 
 It is written out here because the package bert-score (0.3.13 of 2023, its last) fails with
-transformers 5 on an empty text and on tokenizers that name no longest length. Where that works the
-values are its own to rounding: no idf weights, no rescaling, the layers it chose per model. This
-file knows vectors, not the models they come from; those are in embedding.py.
+transformers 5 on an empty text and on tokenizers that name no longest length, and no longer puts
+the space before RoBERTa's first word. But for that the values are its own to rounding: no idf
+weights, no rescaling, the layers it chose per model. This file knows vectors, not the models they
+come from; those are in embedding.py.
 
 Source: Zhang et al. 2020, BERTScore: Evaluating text generation with BERT.
 """

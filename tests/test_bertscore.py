@@ -131,6 +131,26 @@ def test_a_text_longer_than_the_model_reads_is_cut(bert: str) -> None:
     assert len(long.vectors) == 16
 
 
+def test_robertas_first_word_is_read_as_one_inside_a_text(tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "Ġ", "Ġa"]
+    merges: Any = [("Ġ", "a")]
+    vocabulary = {token: place for place, token in enumerate(tokens)}
+    transformers.RobertaTokenizer(vocab=vocabulary, merges=merges).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.RobertaConfig(
+        vocab_size=8, intermediate_size=8, max_position_embeddings=20, pad_token_id=1, **sizes
+    )
+    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    encoder = embedder(str(tmp_path)).encoder
+    assert encoder.encode(["a a"])[0].tolist() == [[0, 7, 7, 2]]
+    assert encoder.limit == 18  # positions start after the padding id
+    assert len(embedder(str(tmp_path)).embed(["a " * 50])[0].vectors) == 18
+
+
 def test_the_last_layer_is_taken_of_a_model_that_is_not_known(bert: str) -> None:
     signature = statistics(["a"], [["a"]], metric="bertscore", embedder=embedder(bert)).signature
     assert "nrefs:1|refs:max|measure:f1|idf:no|rescaled:no|" in signature
