@@ -93,6 +93,32 @@ def merge(
     return load_adapter(str(output))
 
 
+def test_a_portable_merge_is_the_same_merge_at_one_rank(
+    llama: str, data: str, adapters: list[Adapter], tmp_path: Path
+) -> None:
+    made = {}
+    for portable in (False, True):
+        output = str(tmp_path / f"{portable}.safetensors")
+        merge_adaptively(
+            adapters,
+            open_base(llama),
+            data,
+            None,
+            settings=replace(SETTINGS, epochs=1),
+            pruning=PruningSettings(),
+            output=output,
+            watcher=Silent(),
+            portable=portable,
+        )
+        made[portable] = load_adapter(output)
+    config = made[True].config
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
+    assert len({module.rank for module in made[True].modules()}) == 1
+    assert made[True].header["blocks"] == made[False].header["blocks"]
+    for module, plain in zip(made[True].modules(), made[False].modules(), strict=True):
+        assert np.array_equal(module.delta(), plain.delta())
+
+
 def logits_of(model: Any) -> torch.Tensor:
     ids = torch.tensor([[1, 5, 9, 40, 77, 12, 3], [1, 8, 8, 100, 200, 31, 60]])
     with torch.no_grad():

@@ -14,6 +14,7 @@ from program import ENVIRONMENT
 
 from lorakit.adapter import save_adapter
 from lorakit.cli import lorakit
+from lorakit.static import METHODS
 
 COMMANDS = sorted(lorakit.commands)
 # Parts of the standard library that cost as much as a package.
@@ -99,6 +100,15 @@ def test_inspecting_an_adapter_needs_no_model_library(layout: str, tmp_path: Pat
     packages = packages_of(imported("inspect", path, "--format", layout))
     assert "numpy" in packages
     assert not {"torch", "transformers", "peft", "tokenizers", "scipy", "safetensors"} & packages
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merging_without_data_needs_no_model_library(method: str, tmp_path: Path) -> None:
+    path = save_adapter(tiny(), str(tmp_path / "a.safetensors"))
+    output = str(tmp_path / "b.safetensors")
+    packages = packages_of(imported("merge", path, path, "--method", method, "-o", output))
+    assert "numpy" in packages
+    assert not {"torch", "transformers", "peft", "tokenizers", "safetensors"} & packages
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from lorakit.refit import fit, refit
 from lorakit.tensorfile import FloatArray
@@ -15,11 +18,11 @@ def draw(*shape: int, seed: int = 0) -> FloatArray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def error(matrix: FloatArray, a: FloatArray, b: FloatArray) -> float:
+def error(matrix: NDArray[Any], a: FloatArray, b: FloatArray) -> float:
     return float(np.linalg.norm(matrix.astype(np.float64) - b.astype(np.float64) @ a))
 
 
-def least_error(matrix: FloatArray, rank: int) -> float:
+def least_error(matrix: NDArray[Any], rank: int) -> float:
     values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     return float(np.sqrt(np.sum(values[rank:] ** 2)))
 

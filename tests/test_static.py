@@ -63,7 +63,9 @@ def test_ties_without_trimming_elects_and_means_over_those_that_agree() -> None:
 
 
 def test_the_mean_counts_no_zeros() -> None:
-    assert elected([np.float32([[2, 0]]), np.float32([[0, 0]])]).tolist() == [[2, 0]]
+    assert elected([np.array([[2, 0]], np.float32), np.zeros((1, 2), np.float32)]).tolist() == [
+        [2, 0]
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)

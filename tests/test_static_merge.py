@@ -60,7 +60,7 @@ def new_adapter(
             sizes = {"A": (rank, 6), "B": (5, rank)}
             for factor in ("A", "B"):
                 values = draw.normal(size=sizes[factor])
-                tensors[lora_name(module, factor)] = Tensor.from_array(values, dtype)  # type: ignore[arg-type]
+                tensors[lora_name(module, factor)] = Tensor.from_array(values, dtype)
     return Adapter(tensors, config, header or {}, name)
 
 
