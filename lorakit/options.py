@@ -285,13 +285,14 @@ pruning = together(
 
 
 class MetricName(ParamType):
-    """`loss` or the name of a metric of `score`."""
+    """`loss` or the name of a metric of `score` that needs no model of its own."""
 
     name = "metric"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value != LOSS and value not in METRICS:
-            self.fail(f"{value!r} is not one of {LOSS}, {', '.join(METRICS)}.", param, ctx)
+        names = [LOSS, *(name for name, metric in METRICS.items() if not metric.embedded)]
+        if value not in names:
+            self.fail(f"{value!r} is not one of {', '.join(names)}.", param, ctx)
         return str(value)
 
 
