@@ -9,7 +9,7 @@
 #     sh examples/adaptive_merge.sh [FOLDER]    # work goes to FOLDER, by default ./runs
 #
 # Every command that has its output is skipped, so that a stopped run goes on where it was. The
-# related adapters are trained once, on 1000 records each; a seed draws the 50 target examples and
+# related adapters are trained once, on 600 records each; a seed draws the 50 target examples and
 # the 50 validation examples and seeds all training on them. $TASKS, $LANGS and $SEEDS choose fewer.
 
 set -eu
@@ -22,9 +22,9 @@ cd "$(dirname "$0")/.."
 . tests/setup.sh
 export OMP_NUM_THREADS=1 LORAKIT_MODEL=tiny
 tasks=${TASKS:-title impression highlights} langs=${LANGS:-en ja} seeds=${SEEDS:-0 1 2}
-related="--lr 6e-3 --batch-size 16 --epochs 5 --patience 2 --dtype float32 --resume -q"
+related="--lr 6e-3 --batch-size 16 --epochs 3 --dtype float32 --resume -q"
 few="--data train.jsonl --val val.jsonl"
-target="$few --epochs 16 --patience 2 --dtype float32 --resume -q"
+target="$few --epochs 10 --patience 2 --dtype float32 --resume -q"
 merging="$target --lr 3e-3 --prune-ratio"
 
 stage=""
@@ -47,13 +47,13 @@ ask() { # every command of the experiments, in the order of what they need
         mkdir -p "$folder"
         for pair in xs:headline wl:howto; do
             stage=""
-            data "${pair%:*}.train.jsonl" "${pair#*:}" train 0 1000
-            data "${pair%:*}.val.jsonl" "${pair#*:}" validation 0 100
+            data "${pair%:*}.train.jsonl" "${pair#*:}" train 0 600
+            data "${pair%:*}.val.jsonl" "${pair#*:}" validation 0 50
         done
         for task in $tasks; do
             folder=$out/$lang/$task
             mkdir -p "$folder"
-            data test.jsonl "$task" test 0 100
+            data test.jsonl "$task" test 0 60
             for seed in $seeds; do
                 folder=$out/$lang/$task/$seed
                 mkdir -p "$folder"
