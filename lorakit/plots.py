@@ -60,6 +60,17 @@ def _line(
     axes.plot(x, y, color=grey, markersize=4, label=label, **style)
 
 
+def plot_lines(rows: Rows, *, x: str, y: str, line: str, output: str) -> None:
+    """Draw the field `y` over the field `x`, one line for each value of the field `line`."""
+    with _axes(output, rows) as axes:
+        for number, name in enumerate(dict.fromkeys(row[line] for row in rows)):
+            points = sorted((row[x], row[y]) for row in rows if row[line] == name)
+            _line(axes, number, [at for at, _ in points], [value for _, value in points], str(name))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.legend()
+
+
 def plot_search(rows: Rows, *, metric: str, output: str) -> None:
     """Draw the value of every ratio or threshold tried, the best one marked (Figure 4).
 

@@ -1,0 +1,40 @@
+"""Print and draw scores by the size of the training set, from what examples/data_size.sh has saved.
+
+    python examples/data_size.py runs/data_size.jsonl [--metric rougeL] [--plot FILE.png]
+
+A line's system is named SIZE:SYSTEM.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from lorakit.plots import plot_lines
+from lorakit.records import read_objects
+
+SYSTEMS = {"tgt": "LoRA (TGT)", "xs+wl": "Ours (XS+WL)", "xs+wl+tgt": "Ours (XS+WL+TGT)"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scores")
+    parser.add_argument("--metric", default="rougeL")
+    parser.add_argument("--plot", metavar="FILE")
+    given = parser.parse_args()
+    rows = []
+    for record in read_objects(given.scores):
+        size, system = record.fields["system"].split(":")
+        value = record.fields[given.metric]
+        rows.append({"system": SYSTEMS[system], "examples": int(size), given.metric: value})
+    sizes = sorted({row["examples"] for row in rows})
+    print(f"| {given.metric} by training examples | {' | '.join(map(str, sizes))} |")
+    print(f"|---|{'---|' * len(sizes)}")
+    for name in SYSTEMS.values():
+        found = {row["examples"]: row[given.metric] for row in rows if row["system"] == name}
+        print(f"| {name} | {' | '.join(f'{found[size]:.1f}' for size in sizes)} |")
+    if given.plot:
+        plot_lines(rows, x="examples", y=given.metric, line="system", output=given.plot)
+
+
+if __name__ == "__main__":
+    main()

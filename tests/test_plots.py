@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit.errors import LorakitError
+from lorakit.plots import check_plot, plot_importance, plot_lines, plot_search
+
+TRIED = [
+    {"prune_ratio": 0.5, "steps": 4, "loss": 1.5, "stopped": True, "best": False},
+    {"prune_ratio": 0.0, "steps": 9, "loss": 1.2, "stopped": False, "best": False},
+    {"prune_ratio": 0.1, "steps": 9, "loss": 1.1, "stopped": False, "best": True},
+]
+
+
+def test_a_search_is_drawn_in_the_order_of_its_ratios_with_its_data_beside(tmp_path: Path) -> None:
+    plot = tmp_path / "ratios.svg"
+    plot_search(TRIED, metric="loss", output=str(plot))
+    text = plot.read_text(encoding="utf-8")
+    for label in ("prune ratio", "loss on the validation set", "stopped early", "best"):
+        assert f"<!-- {label} -->" in text
+    rows = [json.loads(line) for line in Path(f"{plot}.jsonl").read_text().splitlines()]
+    assert [row["prune_ratio"] for row in rows] == [0, 0.1, 0.5]
+
+
+def test_every_line_has_its_own_marker_and_dash(tmp_path: Path) -> None:
+    rows = [{"k": k, "v": k * n, "name": f"line {n}"} for n in range(4) for k in (2, 1)]
+    plot_lines(rows, x="k", y="v", line="name", output=str(tmp_path / "a.svg"))
+    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert all(f"<!-- line {n} -->" in text for n in range(4))
+
+
+def test_importance_has_a_row_for_each_block_and_projection(tmp_path: Path) -> None:
+    rows = [
+        {"block": block, "projection": "q_proj", "layer": layer, "importance": layer + 1.0}
+        for block in ("xs", "tgt")
+        for layer in (0, 1, 3)
+    ]
+    plot_importance(rows, output=str(tmp_path / "a.svg"))
+    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert "<!-- xs q_proj -->" in text
+    assert "<!-- tgt q_proj -->" in text
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_same_data_give_the_same_bytes(tmp_path: Path, ending: str) -> None:
+    for name in "ab":
+        plot_search(TRIED, metric="loss", output=str(tmp_path / f"{name}.{ending}"))
+    one, other = ((tmp_path / f"{name}.{ending}").read_bytes() for name in "ab")
+    assert one == other
+
+
+def test_another_ending_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    with pytest.raises(LorakitError, match=r"a\.pdf is neither \.png nor \.svg"):
+        check_plot(str(tmp_path / "a.pdf"))
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(LorakitError, match=r"pip install 'lorakit\[plot\]'"):
+        check_plot("a.png")
