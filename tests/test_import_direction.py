@@ -22,14 +22,14 @@ FILES = {
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "files", "settings"),
     "text": (
-        *("answers", "metrics", "prompts", "records", "scoring", "segmentation"),
+        *("answers", "boundaries", "metrics", "prompts", "records", "scoring", "segmentation"),
         *("recipes", "recipes.rows", "recipes.scitldr", "recipes.microworld"),
         *("recipes.microworld_documents", "recipes.microworld_probes"),
         *("recipes.microworld_tasks", "recipes.microworld_words"),
     ),
     "tensors": (
         *("adapter", "foreign", "header", "hub", "inspection", "layers", "merging"),
-        *("model_choice", "peft_config", "peft_keys", "pruning", "tensorfile"),
+        *("model_choice", "peft_config", "peft_keys", "pruning", "stripping", "tensorfile"),
     ),
     "models": (
         *("adaptive", "batching", "calibration", "checkpoint", "devices", "encoding", "fitting"),
@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "commands": (
         *("options", "progress", "commands", "commands.build_dataset", "commands.generate"),
         *("commands.inspect", "commands.merge", "commands.opening", "commands.score"),
-        "commands.train_adapter",
+        *("commands.strip_layers", "commands.train_adapter"),
     ),
     "program": ("cli", "__main__"),
 }

@@ -101,6 +101,13 @@ def test_inspecting_an_adapter_needs_no_model_library(layout: str, tmp_path: Pat
     assert not {"torch", "transformers", "peft", "tokenizers", "scipy", "safetensors"} & packages
 
 
+def test_stripping_an_adapter_needs_no_model_library(tmp_path: Path) -> None:
+    path = save_adapter(tiny(), str(tmp_path / "a.safetensors"))
+    output = str(tmp_path / "b.safetensors")
+    packages = packages_of(imported("strip-layers", path, "-q", "--boundary", "1", "-o", output))
+    assert packages == {"click", "lorakit", "numpy"}
+
+
 @pytest.mark.parametrize(
     "module",
     [
