@@ -11,6 +11,7 @@ import click
 from lorakit.commands.build_dataset import build_dataset
 from lorakit.commands.generate import generate
 from lorakit.commands.inspect import inspect
+from lorakit.commands.judge import judge
 from lorakit.commands.merge import merge
 from lorakit.commands.score import score
 from lorakit.commands.strip_layers import strip_layers
@@ -31,7 +32,7 @@ def lorakit() -> None:
     """
 
 
-_COMMANDS = (build_dataset, train_adapter, merge, strip_layers, generate, score, inspect)
+_COMMANDS = (build_dataset, train_adapter, merge, strip_layers, generate, score, judge, inspect)
 for _command in _COMMANDS:
     lorakit.add_command(_command)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any
 
@@ -81,6 +82,16 @@ class GenerationSettings:
     chat: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """How judges are asked; `timeout` is in seconds, `request` the fields besides the question."""
+
+    request: Mapping[str, Any] = field(default_factory=lambda: {"max_tokens": 16, "temperature": 0})
+    concurrency: int = 4
+    timeout: float = 60.0
+    retries: int = 5
 
 
 HOLD_OUT = 0.2  # the share of --data that validates when --val is missing

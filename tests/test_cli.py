@@ -20,6 +20,7 @@ from lorakit.adapter import save_adapter
 from lorakit.cli import lorakit
 
 ROW = '{"prompt": "p", "completion": "c", "prediction": "c"}\n'
+JUDGE = ("--endpoint", "http://127.0.0.1:1/v1", "--judge-model", "x")
 
 
 def one_error(done: subprocess.CompletedProcess[str]) -> str:
@@ -46,6 +47,12 @@ def one_error(done: subprocess.CompletedProcess[str]) -> str:
         (("inspect", "none.safetensors"), "cannot read none.safetensors: "),
         (("inspect", "row.jsonl"), "row.jsonl"),
         (("inspect", "."), "; "),
+        (("judge", "none.jsonl", *JUDGE), "cannot read none.jsonl: "),
+        (("judge", "bad.jsonl", *JUDGE), "bad.jsonl:2: not JSON"),
+        (("judge", "row.jsonl", *JUDGE), "cannot reach http://127.0.0.1:1/v1: "),
+        (("judge", "row.jsonl", *JUDGE, "--template", "x"), "lacks {{prediction}}; "),
+        (("judge", "row.jsonl", *JUDGE, "--ratings", "none/r"), "cannot write none/r: "),
+        (("judge", "row.jsonl", "--endpoint", "x", *JUDGE[2:]), "--endpoint is no http(s) URL; "),
         (("strip-layers", "none.safetensors", "--boundary", "1"), "cannot read none.safetensors: "),
         (("strip-layers", "a.safetensors", "--boundary", "0"), "use the base model"),
         (("strip-layers", "a.safetensors", "--keep", "5"), "no LoRA on the layers to keep; "),
@@ -185,6 +192,15 @@ def wait_for(condition: Any, seconds: float = 30) -> None:
         (("merge", "a", "--data", "x", "--prune-ratio", "1"), "0 ≤ ratio < 1"),
         (("merge", "a", "--data", "x", "--prune-ratio", "nan"), "is not a number"),
         (("inspect",), "Missing argument"),
+        (("judge", "-", "--endpoint", "http://x/v1"), "Missing option '--judge-model'"),
+        (("judge", "-", "--judge-model", "x"), "Missing option '--endpoint'"),
+        (("judge", "-", "-", *JUDGE), "one stdin"),
+        (("judge", "-", "--against", "-", *JUDGE), "one stdin"),
+        (("judge", "a", "--resume", *JUDGE), "--resume needs -o"),
+        (("judge", "a", *JUDGE, "--judge-model", "x"), "given twice"),
+        (("judge", "a", *JUDGE, *JUDGE[:2]), "Give --endpoint once, or once for each"),
+        (("judge", "a", *JUDGE, "--request", "[]"), "is not a JSON object"),
+        (("judge", "a", *JUDGE, "--ratings", "-"), "Only one of --ratings and -o"),
         (("strip-layers", "a"), "Give either --boundary or --keep"),
         (("strip-layers", "a", "--boundary", "1", "--keep", "0"), "Give either --boundary or"),
         (("strip-layers", "--boundary", "-"), "one stdin"),

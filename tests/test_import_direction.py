@@ -22,7 +22,8 @@ FILES = {
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "files", "settings"),
     "text": (
-        *("answers", "boundaries", "metrics", "prompts", "records", "scoring", "segmentation"),
+        *("answers", "asking", "boundaries", "endpoint", "judging", "panel"),
+        *("metrics", "prompts", "records", "scoring", "segmentation"),
         *("recipes", "recipes.rows", "recipes.scitldr", "recipes.microworld"),
         *("recipes.microworld_documents", "recipes.microworld_probes"),
         *("recipes.microworld_tasks", "recipes.microworld_words"),
@@ -37,7 +38,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "commands": (
         *("options", "progress", "commands", "commands.build_dataset", "commands.generate"),
-        *("commands.inspect", "commands.merge", "commands.opening", "commands.score"),
+        *(
+            "commands.inspect",
+            "commands.judge",
+            "commands.merge",
+            "commands.opening",
+            "commands.score",
+        ),
         *("commands.strip_layers", "commands.train_adapter"),
     ),
     "program": ("cli", "__main__"),

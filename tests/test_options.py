@@ -10,7 +10,13 @@ import pytest
 
 from lorakit import options
 from lorakit.cli import lorakit
-from lorakit.settings import GenerationSettings, LoraSettings, PruningSettings, TrainingSettings
+from lorakit.settings import (
+    GenerationSettings,
+    JudgeSettings,
+    LoraSettings,
+    PruningSettings,
+    TrainingSettings,
+)
 
 
 def convert(kind: click.ParamType[Any], text: str) -> Any:
@@ -111,12 +117,15 @@ def test_settings_take_their_own_fields_out_of_the_arguments() -> None:
         pytest.param("merge", TrainingSettings(), id="merge"),
         pytest.param("merge", PruningSettings(), id="merge's pruning"),
         pytest.param("generate", GenerationSettings(), id="generate"),
+        pytest.param("judge", JudgeSettings(), id="judge"),
     ],
 )
 def test_a_command_without_options_has_the_defaults_of_the_settings(
     command: str, settings: Any
 ) -> None:
     arguments = ["--data", "x", *(["a", "b"] if command == "merge" else [])]
+    if command == "judge":
+        arguments = ["a", "--endpoint", "http://x/v1", "--judge-model", "x"]
     context = lorakit.commands[command].make_context(command, arguments)
     given = dict(context.params)
     assert options.settings_of(type(settings), given) == settings

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -94,7 +95,8 @@ def test_peft_gives_the_logits_of_the_model_whose_other_lora_is_off(
 def test_a_merged_adapter_is_stripped_with_its_blocks(boundary: int, tmp_path: Path) -> None:
     base = random_model("llama")
     parts = []
-    for number, fields in enumerate(({"r": 2}, {"r": 3, "layers_to_transform": [0, 2]})):
+    kinds: list[dict[str, Any]] = [{"r": 2}, {"r": 3, "layers_to_transform": [0, 2]}]
+    for number, fields in enumerate(kinds):
         model = with_lora(copy.deepcopy(base), {"target_modules": QV, "lora_alpha": 5, **fields})
         model.save_pretrained(tmp_path / str(number))
         parts.append(load_adapter(str(tmp_path / str(number))))
@@ -160,15 +162,15 @@ def test_layers_without_lora_are_fine() -> None:
 
 
 def test_what_lies_outside_the_layers_is_kept() -> None:
-    head = {lora_name("lm_head", factor): Tensor.from_array(array) for factor, array in HEAD}
+    head = {
+        lora_name("lm_head", "A"): Tensor.from_array(np.ones((2, 4))),
+        lora_name("lm_head", "B"): Tensor.from_array(np.ones((9, 2))),
+    }
     whole = Adapter({**tiny().tensors, **head}, tiny(target_modules=[*QV, "lm_head"]).config)
     for boundary, layers in ((1, {0, None}), (2, {0, 1, None})):
         stripped = strip_layers(whole, boundary=boundary)
         assert {module.layer for module in stripped.modules()} == layers
     assert {module.name for module in strip_layers(whole, keep=[7]).modules()} == {"lm_head"}
-
-
-HEAD = [("A", [[1.0] * 4] * 2), ("B", [[1.0] * 2] * 9)]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,8 @@ def test_a_boundary_below_all_lora_is_refused() -> None:
 
 def test_layers_in_two_places_are_refused() -> None:
     tensors = dict(tiny().tensors)
-    for factor in ("A", "B"):
+    factors: tuple[Literal["A", "B"], ...] = ("A", "B")
+    for factor in factors:
         other = lora_name("encoder.layers.0.self_attn.q_proj", factor)
         tensors[other] = tensors[lora_name("model.layers.0.self_attn.q_proj", factor)]
     with pytest.raises(LorakitError, match=r"in 'encoder.layers' and in 'model.layers', so"):
