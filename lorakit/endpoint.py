@@ -172,7 +172,7 @@ def retry_after(text: str | None) -> float:
 
 def _backoff(attempt: int) -> float:
     """Return FIRST_WAIT·2^attempt seconds, or up to half less so that not all come at once."""
-    longest = min(math.ldexp(FIRST_WAIT, attempt), LONGEST_WAIT)
+    longest = min(math.ldexp(FIRST_WAIT, min(attempt, 30)), LONGEST_WAIT)
     return longest * random.uniform(0.5, 1.0)
 
 
