@@ -15,10 +15,10 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,17 +102,20 @@ class Adapter:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The SHA-256 of what the adapter computes: its config's text and its tensors by name.
+        """The SHA-256 of what the adapter computes: its config's text, its tensors' own SHA-256.
 
         Header, file layout and the order of keys are left out, so that the single file and the
-        folder of one adapter have one hash, and so has an adapter written again.
+        folder of one adapter have one hash, and so has an adapter written again. Tensors are hashed
+        side by side, one on each core: of all that is done to an adapter it takes the longest.
         """
-        digest = hashlib.sha256(config_text(self.config).encode())
-        for key in sorted(self.tensors):
-            tensor = self.tensors[key]
-            digest.update(json.dumps([key, tensor.dtype, tensor.shape]).encode())
-            digest.update(tensor.data)
-        return digest.hexdigest()
+        from concurrent.futures import ThreadPoolExecutor
+
+        tensors = [self.tensors[key] for key in sorted(self.tensors)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            hashes = list(pool.map(Tensor.sha256, tensors))
+        listed = zip(sorted(self.tensors), tensors, hashes, strict=True)
+        told = [[key, tensor.dtype, tensor.shape, inner] for key, tensor, inner in listed]
+        return hashlib.sha256((config_text(self.config) + json.dumps(told)).encode()).hexdigest()
 
     def modules(self) -> list[LoraModule]:
         """Return the A/B pairs by layer, then name; cheap, since values are converted on access."""
@@ -224,6 +227,7 @@ def _check_tensor(tensor: Tensor, where: str) -> None:
         )
     if not tensor.finite():
         raise LorakitError(f"{where} holds values that are not finite; train it again")
+    tensor.release()
 
 
 def _check_module(
@@ -245,25 +249,35 @@ def _check_module(
         )
 
 
-def save_adapter(adapter: Adapter, output: str) -> str:
+def save_adapter(
+    adapter: Adapter, output: str, *, late: Callable[[], Adapter] | None = None
+) -> str:
     """Write `adapter` as one file, to stdout (`-`) or as a PEFT folder; return `output`.
 
     A folder is meant by a trailing slash or one that exists. Files are replaced whole. In a folder
     the old config goes before the new tensors come, so that a kill between the two never leaves
     one adapter's tensors beside another's config; the tensor file's own header still has its own.
+    `late` gives the adapter once more with its header complete, no longer than before: it is asked
+    while the tensors are on their way to a file, and first of all where they go to a pipe.
     """
-    metadata = _metadata(adapter)
     if output == STDIO:
         refuse_terminal("an adapter")
-        _write_stream(adapter, metadata, output)
+        _write_stream(late() if late else adapter, output)
     elif output.endswith(("/", os.sep)) or Path(output).is_dir():
-        _save_folder(adapter, metadata, Path(output))
+        _save_folder(adapter, Path(output), late)
     elif Path(output).exists() and not Path(output).is_file():
-        _write_stream(adapter, metadata, output)  # a device or a named pipe has no side file
+        # a device or a named pipe has no side file
+        _write_stream(late() if late else adapter, output)
     else:
         with atomic_path(output) as side, open(side, "wb") as stream:
-            write_tensors(adapter.tensors, metadata, stream)
+            _write(adapter, stream, late)
     return output
+
+
+def _write(adapter: Adapter, stream: BinaryIO, late: Callable[[], Adapter] | None = None) -> None:
+    metadata = (lambda: _metadata(late())) if late else None
+    write_tensors(adapter.tensors, _metadata(adapter), stream, late=metadata)
+    stream.flush()
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
@@ -273,20 +287,19 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
     return metadata
 
 
-def _write_stream(adapter: Adapter, metadata: Mapping[str, str], output: str) -> None:
+def _write_stream(adapter: Adapter, output: str) -> None:
     try:
         with contextlib.ExitStack() as stack:
             to_stdout = output == STDIO
             stream = sys.stdout.buffer if to_stdout else stack.enter_context(open(output, "wb"))
-            write_tensors(adapter.tensors, metadata, stream)
-            stream.flush()
+            _write(adapter, stream)
     except BrokenPipeError:
         raise
     except OSError as error:
         raise LorakitError(f"cannot write {output}: {explain(error)}; choose another -o") from error
 
 
-def _save_folder(adapter: Adapter, metadata: Mapping[str, str], folder: Path) -> None:
+def _save_folder(adapter: Adapter, folder: Path, late: Callable[[], Adapter] | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -296,8 +309,7 @@ def _save_folder(adapter: Adapter, metadata: Mapping[str, str], folder: Path) ->
     with atomic_path(config) as config_side, atomic_path(folder / TENSOR_FILE) as tensor_side:
         config_side.write_bytes(text)
         with open(tensor_side, "wb") as stream:
-            write_tensors(adapter.tensors, metadata, stream)
-            stream.flush()
+            _write(adapter, stream, late)
             os.fsync(stream.fileno())
         if config.is_file() and config.read_bytes() != text:
             config.unlink()

@@ -11,8 +11,10 @@ import click
 from lorakit.commands.build_dataset import build_dataset
 from lorakit.commands.generate import generate
 from lorakit.commands.inspect import inspect
+from lorakit.commands.judge import judge
 from lorakit.commands.merge import merge
 from lorakit.commands.score import score
+from lorakit.commands.strip_layers import strip_layers
 from lorakit.commands.train_adapter import train_adapter
 from lorakit.errors import LorakitError
 from lorakit.files import explain
@@ -30,7 +32,8 @@ def lorakit() -> None:
     """
 
 
-for _command in (build_dataset, train_adapter, merge, generate, score, inspect):
+_COMMANDS = (build_dataset, train_adapter, merge, strip_layers, generate, score, judge, inspect)
+for _command in _COMMANDS:
     lorakit.add_command(_command)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-_LAYER = re.compile(r"(?:.*?\.)?[^.]+\.(\d+)\.")
+_LAYER = re.compile(r"((?:.*?\.)?[^.]+)\.(\d+)\.")
 _DIGITS = re.compile(r"(\d+)")
 
 
@@ -19,7 +19,13 @@ def layer_of(module: str) -> int | None:
     names for `layers_to_transform`; a later number counts experts or the parts of a sequence.
     """
     match = _LAYER.match(module)
-    return int(match.group(1)) if match else None
+    return int(match.group(2)) if match else None
+
+
+def stack_of(module: str) -> str | None:
+    """Return the name of the list of layers `module` is in (`model.layers`), or None."""
+    match = _LAYER.match(module)
+    return match.group(1) if match else None
 
 
 def natural_key(module: str) -> tuple[int, int, list[tuple[int, str]]]:

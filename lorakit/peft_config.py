@@ -158,11 +158,15 @@ def scale_of(config: Config, module: str) -> float:
 
 
 def _by_pattern(config: Config, key: str, module: str, default: Any) -> Any:
+    pattern = pattern_of(config, key, module)
+    return default if pattern is None else config[key][pattern]
+
+
+def pattern_of(config: Config, key: str, module: str) -> str | None:
+    """Return the pattern of `rank_pattern` or `alpha_pattern` (`key`) that counts for `module`."""
     patterns: Mapping[str, Any] = config.get(key) or {}
-    for pattern, value in patterns.items():
-        if _compile(f"(.*\\.)?({pattern})$").match(module):
-            return value
-    return default
+    fits = (part for part in patterns if _compile(f"(.*\\.)?({part})$").match(module))
+    return next(fits, None)
 
 
 def is_targeted(config: Config, module: str) -> bool:

@@ -22,6 +22,53 @@ PROMPTS: dict[str, str] = {
     ),
 }
 
+# What judges are asked, by the name --template takes. `dialogue-summary` is the boundary-layer
+# paper's wording (Tables 8 and 9, for SAMSum); `general` is ours, after it, for any task.
+RATING_PROMPTS: dict[str, str] = {
+    "general": (
+        "Here is the given input: {{prompt}}\n"
+        "Here is the ground truth: {{reference}}\n"
+        "Here is the predicted output: {{prediction}}\n"
+        "- The aim of this prediction is to be the output that the input asks for.\n"
+        "- Please rate the prediction based on its accuracy, completeness and fluency. The scores "
+        "should be integers ranging from 0 to 10.\n"
+        "- Please give the score number directly without any explanation or introduction."
+    ),
+    "dialogue-summary": (
+        "Here is the given dialogue history: {{prompt}}\n"
+        "Here is the ground truth: {{reference}}\n"
+        "Here is the predicted output: {{prediction}}\n"
+        "- The aim of this prediction is to generate a summary of the provided historical "
+        "dialogue.\n"
+        "- Please rate the summary based on its level of abstraction and fluency in summarizing "
+        "the historical dialogue. The scores should be integers ranging from 0 to 10.\n"
+        "- Please give the score number directly without any explanation or introduction."
+    ),
+}
+PREFERENCE_PROMPTS: dict[str, str] = {
+    "general": (
+        "Here is the given input: {{prompt}}\n"
+        "Here are two generated responses:\n"
+        "A. {{a}}\n"
+        "B. {{b}}\n"
+        "- The aim of these responses is to be the output that the input asks for.\n"
+        "- Please choose the better response like a human based on four aspects: fluency, "
+        "accuracy, readability, and completeness.\n"
+        "- Please output only “A” or “B” directly without any explanation or introduction."
+    ),
+    "dialogue-summary": (
+        "Here is the given dialogue history: {{prompt}}\n"
+        "Here are two generated responses:\n"
+        "A. {{a}}\n"
+        "B. {{b}}\n"
+        "- The aim of these responses is to generate a summary of the provided historical "
+        "dialogue.\n"
+        "- Please choose the better response like a human based on four aspects: fluency, "
+        "accuracy, readability, and completeness.\n"
+        "- Please output only “A” or “B” directly without any explanation or introduction."
+    ),
+}
+
 _PLACE = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
 
 

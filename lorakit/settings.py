@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
 SCHEDULES = ("linear", "cosine", "constant")
+HOLD_OUT = 0.2  # the share of --data that validates when --val is missing
 _UNTOLD = ("device",)  # what a header's history leaves out: it should not change the result
 
 
@@ -155,7 +157,14 @@ class GenerationSettings:
     device: str = "auto"
 
 
-HOLD_OUT = 0.2  # the share of --data that validates when --val is missing
+@dataclass(frozen=True)
+class JudgeSettings:
+    """How judges are asked; `timeout` is in seconds, `request` the fields besides the question."""
+
+    request: Mapping[str, Any] = field(default_factory=lambda: {"max_tokens": 16, "temperature": 0})
+    concurrency: int = 4
+    timeout: float = 60.0
+    retries: int = 5
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ equal tensors are equal bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn, cast
@@ -46,6 +47,13 @@ ITEM_SIZES: Mapping[str, int] = {
 }
 FLOATS: Mapping[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
+# The bits of the exponent: all of them are set in infinities and NaNs, and in nothing else.
+_EXPONENTS: Mapping[str, tuple[str, int]] = {
+    "F32": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+_CHUNK = 1 << 17  # values looked at together: they and what is computed of them stay in the cache
 _ALIGNMENT = 8
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
 
@@ -86,13 +94,29 @@ class Tensor:
         return cls(dtype, values.shape, memoryview(values.tobytes()))
 
     def finite(self) -> bool:
-        """Return whether every value is a number, neither NaN nor infinite."""
-        return bool(np.isfinite(self.array()).all())
+        """Return whether every value of an F32, F16 or BF16 is neither NaN nor infinite."""
+        kind, mask = _EXPONENTS[self.dtype]
+        bits = np.frombuffer(self.data, dtype=kind)
+        exponent = bits.dtype.type(mask)
+        chunks = (bits[first : first + _CHUNK] for first in range(0, bits.size, _CHUNK))
+        return all((chunk & exponent).max() < exponent for chunk in chunks)
 
     def zeros(self) -> int:
         """Return how many values are exactly zero."""
         values = self.array()
         return values.size - int(np.count_nonzero(values))
+
+    def release(self) -> None:
+        """Give the memory of a mapped file back; whoever looks at its data again reads it again."""
+        source = self.data.obj
+        if isinstance(source, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            source.madvise(mmap.MADV_DONTNEED)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the data, and release it."""
+        digest = hashlib.sha256(self.data).hexdigest()
+        self.release()
+        return digest
 
 
 def _to_bfloat16(values: FloatArray) -> NDArray[Any]:
@@ -227,22 +251,39 @@ def _check_layout(spans: Mapping[str, Span], size: int, name: str) -> None:
 
 
 def write_tensors(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], stream: BinaryIO
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    stream: BinaryIO,
+    *,
+    late: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Write safetensors bytes, one tensor at a time; equal input gives equal bytes.
 
     The header's keys are sorted and it is padded to 8 bytes; the tensors stand in the order of
     falling item size, then name, which keeps each aligned, as safetensors' own writer has it.
+    `late` is asked for the true metadata once the tensors are written, for a stream that can go
+    back; `metadata` stands in for it until then and has to be as long.
     """
     order = sorted(tensors, key=lambda key: (-ITEM_SIZES[tensors[key].dtype], key))
+    head = _head(tensors, order, metadata)
+    stream.write(head)
+    for key in order:
+        stream.write(tensors[key].data)
+        tensors[key].release()
+    if late is not None:
+        final = _head(tensors, order, late())
+        if len(final) != len(head):
+            raise ValueError(f"late metadata needs {len(final)} bytes, not {len(head)}")
+        stream.seek(0)
+        stream.write(final)
+
+
+def _head(tensors: Mapping[str, Tensor], order: list[str], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     header |= dict(_entries(tensors, order))
     text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    stream.write(len(text).to_bytes(8, "little"))
-    stream.write(text)
-    for key in order:
-        stream.write(tensors[key].data)
+    return len(text).to_bytes(8, "little") + text
 
 
 Kind = Literal["dtype", "shape", "data_offsets"]

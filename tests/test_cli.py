@@ -20,6 +20,7 @@ from lorakit.adapter import save_adapter
 from lorakit.cli import lorakit
 
 ROW = '{"prompt": "p", "completion": "c", "prediction": "c"}\n'
+JUDGE = ("--endpoint", "http://127.0.0.1:1/v1", "--judge-model", "x")
 
 
 def one_error(done: subprocess.CompletedProcess[str]) -> str:
@@ -46,6 +47,19 @@ def one_error(done: subprocess.CompletedProcess[str]) -> str:
         (("inspect", "none.safetensors"), "cannot read none.safetensors: "),
         (("inspect", "row.jsonl"), "row.jsonl"),
         (("inspect", "."), "; "),
+        (("judge", "none.jsonl", *JUDGE), "cannot read none.jsonl: "),
+        (("judge", "bad.jsonl", *JUDGE), "bad.jsonl:2: not JSON"),
+        (("judge", "row.jsonl", *JUDGE), "cannot reach http://127.0.0.1:1/v1: "),
+        (("judge", "row.jsonl", *JUDGE, "--template", "x"), "lacks {{prediction}}; "),
+        (("judge", "row.jsonl", *JUDGE, "--ratings", "none/r"), "cannot write none/r: "),
+        (("judge", "row.jsonl", "--endpoint", "x", *JUDGE[2:]), "--endpoint is no http(s) URL; "),
+        (("strip-layers", "none.safetensors", "--boundary", "1"), "cannot read none.safetensors: "),
+        (("strip-layers", "a.safetensors", "--boundary", "0"), "use the base model"),
+        (("strip-layers", "a.safetensors", "--keep", "5"), "no LoRA on the layers to keep; "),
+        (("strip-layers", "a.safetensors", "--boundary", "none"), "cannot read none: "),
+        (("strip-layers", "a.safetensors", "--boundary", "row.jsonl"), "row.jsonl:1: 'boundary' "),
+        (("strip-layers", "a.safetensors", "--boundary", "bad.jsonl"), "bad.jsonl:1: 'boundary' "),
+        (("strip-layers", "a.safetensors", "--boundary", "1", "-o", "none/a"), "cannot write none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -55,6 +69,7 @@ def test_bad_data_is_one_line_that_says_what_and_what_to_do_and_exits_with_1(
     (tmp_path / "row.jsonl").write_text(ROW)
     (tmp_path / "bad.jsonl").write_text(ROW + "bad\n")
     (tmp_path / "latin.csv").write_bytes("prompt,completion\né,c\n".encode("latin-1"))
+    save_adapter(tiny(), str(tmp_path / "a.safetensors"))
     before = sorted(tmp_path.iterdir())
     done = run(*arguments, cwd=tmp_path)
     line = one_error(done)
@@ -206,6 +221,21 @@ def wait_for(condition: Any, seconds: float = 30) -> None:
         (("merge", "a", "--data", "x", "--prune-ratio", "1"), "0 ≤ ratio < 1"),
         (("merge", "a", "--data", "x", "--prune-ratio", "nan"), "is not a number"),
         (("inspect",), "Missing argument"),
+        (("judge", "-", "--endpoint", "http://x/v1"), "Missing option '--judge-model'"),
+        (("judge", "-", "--judge-model", "x"), "Missing option '--endpoint'"),
+        (("judge", "-", "-", *JUDGE), "one stdin"),
+        (("judge", "-", "--against", "-", *JUDGE), "one stdin"),
+        (("judge", "a", "--resume", *JUDGE), "--resume needs -o"),
+        (("judge", "a", *JUDGE, "--judge-model", "x"), "given twice"),
+        (("judge", "a", *JUDGE, *JUDGE[:2]), "Give --endpoint once, or once for each"),
+        (("judge", "a", *JUDGE, "--request", "[]"), "is not a JSON object"),
+        (("judge", "a", *JUDGE, "--ratings", "-"), "Only one of --ratings and -o"),
+        (("strip-layers", "a"), "Give either --boundary or --keep"),
+        (("strip-layers", "a", "--boundary", "1", "--keep", "0"), "Give either --boundary or"),
+        (("strip-layers", "--boundary", "-"), "one stdin"),
+        (("strip-layers", "-", "--boundary", "-"), "one stdin"),
+        (("strip-layers", "a", "--boundary", "-1"), "-1 is below 0"),
+        (("strip-layers", "a", "--keep", "3-1"), "runs backwards"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -22,8 +22,9 @@ FILES = {
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "files", "settings", "versions"),
     "text": (
-        *("answers", "bertscore", "corpus_values", "metrics", "plots", "prompts", "records"),
-        *("score_table", "scoring", "segmentation", "significance"),
+        *("answers", "asking", "bertscore", "boundaries", "corpus_values", "endpoint", "judging"),
+        *("metrics", "panel", "plots", "prompts", "records", "score_table", "scoring"),
+        *("segmentation", "significance"),
         *("recipes", "recipes.rows", "recipes.scitldr", "recipes.microworld"),
         *("recipes.microworld_documents", "recipes.microworld_probes"),
         *("recipes.microworld_tasks", "recipes.microworld_words"),
@@ -31,7 +32,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "tensors": (
         *("adapter", "foreign", "header", "hub", "inspection", "layers", "merging"),
         *("model_choice", "peft_config", "peft_keys", "portable", "pruning", "refit", "static"),
-        *("static_merge", "taskvectors", "tensorfile"),
+        *("static_merge", "stripping", "taskvectors", "tensorfile"),
     ),
     "models": (
         *("adaptive", "batch_loss", "batching", "calibration", "checkpoint", "devices"),
@@ -41,8 +42,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "commands": (
         *("options", "progress", "commands", "commands.build_dataset", "commands.generate"),
-        *("commands.inspect", "commands.merge", "commands.methods", "commands.opening"),
-        *("commands.score", "commands.systems", "commands.train_adapter"),
+        *("commands.inspect", "commands.judge", "commands.merge", "commands.methods"),
+        *("commands.opening", "commands.score", "commands.strip_layers", "commands.systems"),
+        "commands.train_adapter",
     ),
     "program": ("cli", "__main__"),
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from adapters import tiny
+from endpoints import serving
 from program import ENVIRONMENT
 
 from lorakit.adapter import save_adapter
@@ -109,6 +110,22 @@ def test_merging_without_data_needs_no_model_library(method: str, tmp_path: Path
     packages = packages_of(imported("merge", path, path, "--method", method, "-o", output))
     assert "numpy" in packages
     assert not {"torch", "transformers", "peft", "tokenizers", "safetensors"} & packages
+
+
+def test_stripping_an_adapter_needs_no_model_library(tmp_path: Path) -> None:
+    path = save_adapter(tiny(), str(tmp_path / "a.safetensors"))
+    output = str(tmp_path / "b.safetensors")
+    packages = packages_of(imported("strip-layers", path, "-q", "--boundary", "1", "-o", output))
+    assert packages == {"click", "lorakit", "numpy"}
+
+
+def test_judging_needs_no_model_library(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "p", "completion": "c", "prediction": "c"}\n')
+    with serving(lambda body, number: "7") as server:
+        given = ("--endpoint", server.url, "--judge-model", "x")
+        packages = packages_of(imported("judge", str(path), *given))
+    assert packages <= {"attr", "click", "jsonlines", "lorakit"}
 
 
 @pytest.mark.parametrize(

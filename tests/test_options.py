@@ -12,6 +12,7 @@ from lorakit import options
 from lorakit.cli import lorakit
 from lorakit.settings import (
     GenerationSettings,
+    JudgeSettings,
     LoraSettings,
     PruningSettings,
     SelectionSettings,
@@ -162,12 +163,17 @@ def test_settings_take_their_own_fields_out_of_the_arguments() -> None:
         pytest.param("merge", StaticSettings(), id="merge without data"),
         pytest.param("generate", GenerationSettings(), id="generate"),
         pytest.param("score", SignificanceSettings(), id="score"),
+        pytest.param("judge", JudgeSettings(), id="judge"),
     ],
 )
 def test_a_command_without_options_has_the_defaults_of_the_settings(
     command: str, settings: Any
 ) -> None:
-    arguments = {"merge": ["--data", "x", "a", "b"], "score": ["x"]}.get(command, ["--data", "x"])
+    arguments = {
+        "merge": ["--data", "x", "a", "b"],
+        "score": ["x"],
+        "judge": ["a", "--endpoint", "http://x/v1", "--judge-model", "x"],
+    }.get(command, ["--data", "x"])
     context = lorakit.commands[command].make_context(command, arguments)
     given = dict(context.params)
     if command == "merge":  # a list of ratios: none is the settings' own

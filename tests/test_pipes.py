@@ -86,6 +86,45 @@ def test_an_adapter_goes_through_a_pipe_unchanged(tmp_path: Path) -> None:
     assert piped["adapter"] == "stdin"
 
 
+BOUNDARIES = """{"boundary": 1, "score": 30.0, "best": false}
+{"boundary": 2, "score": 40.0, "best": true, "metric": "rougeL"}
+"""
+
+
+def test_a_boundary_comes_by_a_pipe_or_the_adapter_does(tmp_path: Path) -> None:
+    path = llama_adapter(tmp_path / "a.safetensors", 0)
+    done = shell(
+        "set -e\n"
+        'printf %s "$FOUND" | lorakit strip-layers "$A" --boundary -\n'
+        'printf %s "$FOUND" >found.jsonl\n'
+        'lorakit strip-layers "$A" -q --boundary found.jsonl -o from-file\n'
+        'lorakit strip-layers -q --boundary 2 -o - <"$A" >piped\n'
+        'lorakit strip-layers "$A" --boundary 2 -q -o folder/\n'
+        "cmp stripped.safetensors from-file; cmp from-file folder/adapter_model.safetensors\n"
+        "lorakit inspect - <piped",
+        tmp_path,
+        A=path,
+        FOUND=BOUNDARIES,
+    )
+    (record,) = lines_of(done)
+    assert [layer["layer"] for layer in record["layers"]] == [0, 1]
+    assert done.stderr == "Note: kept 2 of 3 modules\nNote: wrote stripped.safetensors\n"
+    named, piped = (load_adapter(str(tmp_path / name)) for name in ("from-file", "piped"))
+    assert piped.sha256 == named.sha256 == record["sha256"]
+    (parent,) = (entry["parents"] for entry in record["history"])
+    assert parent == {"stdin": load_adapter(path).sha256}
+    assert (tmp_path / "folder" / "adapter_config.json").is_file()
+
+
+def test_stripping_says_what_it_did_not_do(tmp_path: Path) -> None:
+    llama_adapter(tmp_path / "a.safetensors", 0)
+    done = shell("lorakit strip-layers a.safetensors --boundary 9", tmp_path)
+    assert done.stderr.splitlines() == [
+        "Note: no LoRA on the layers to strip: every tensor is kept",
+        "Note: wrote stripped.safetensors",
+    ]
+
+
 def test_the_same_command_writes_the_same_bytes_to_a_file_and_to_a_pipe(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(ROWS)
     command = f"lorakit build-dataset jsonl rows.jsonl {TEMPLATES} --sample 7 --seed 3"

@@ -1,0 +1,84 @@
+"""A chat endpoint that misbehaves as it is told to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = tuple[int, dict[str, str], bytes]
+Answer = Callable[[dict[str, Any], int], Any]
+
+
+def completion(text: object) -> bytes:
+    message = {"role": "assistant", "content": text}
+    return json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+
+
+class Server:
+    """What was asked of it, and where it listens."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.most = 0  # requests served at a time
+        self.now = 0
+
+    @property
+    def prompts(self) -> list[str]:
+        return [body["messages"][0]["content"] for body in self.bodies]
+
+
+@contextlib.contextmanager
+def serving(answer: Answer) -> Iterator[Server]:
+    """Serve `answer(body, number of the request)`: a text, a Reply, or None to hang up."""
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                number = len(told.bodies)
+                told.bodies.append({**body, "path": self.path})
+                told.headers.append(dict(self.headers))
+                told.times.append(time.monotonic())
+                told.now += 1
+                told.most = max(told.most, told.now)
+            reply = answer(body, number)
+            with lock:
+                told.now -= 1
+            if reply is None:
+                self.close_connection = True
+                return
+            status, headers, content = (
+                reply if isinstance(reply, tuple) else (200, {}, completion(reply))
+            )
+            with contextlib.suppress(OSError):  # who asked may have given up
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                if "Content-Length" not in headers:
+                    self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    told = Server(f"http://127.0.0.1:{server.server_address[1]}/v1")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield told
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

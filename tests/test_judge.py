@@ -1,0 +1,374 @@
+"""`lorakit judge` against servers: a scripted one, and `transformers serve` with the tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from endpoints import Reply, serving
+from program import ENVIRONMENT, PROGRAM
+
+import lorakit
+from lorakit.asking import AnswerFile, ask_all
+from lorakit.errors import LorakitError
+
+KEY = "sk-secret-0123456789"
+ENV = {**ENVIRONMENT, "OPENAI_API_KEY": KEY, "no_proxy": "127.0.0.1"}
+
+
+def predictions(path: Path, count: int, word: str = "ours") -> Path:
+    rows = (
+        {"id": str(n), "prompt": f"p{n}", "completion": "c", "prediction": f"{word} {n}"}
+        for n in range(count)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def judge(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [PROGRAM, "judge", *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env=ENV,
+        cwd=folder,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert KEY not in done.stdout + done.stderr
+    for path in folder.iterdir():
+        assert KEY not in path.read_text()
+    return done
+
+
+def test_two_judges_rate_a_file(tmp_path: Path) -> None:
+    predictions(tmp_path / "a.jsonl", 3)
+
+    def answer(body: dict[str, Any], number: int) -> str:
+        return {"x": "8", "y": "6" if "ours 1" in body["messages"][0]["content"] else "so-so"}[
+            body["model"]
+        ]
+
+    with serving(answer) as server:
+        given = ("--endpoint", server.url, "--judge-model", "x", "--judge-model", "y")
+        done = judge(tmp_path, "a.jsonl", *given, "--ratings", "r.jsonl")
+    summary = json.loads(done.stdout)
+    version = importlib.metadata.version("lorakit")
+    assert summary == {
+        "file": "a.jsonl",
+        "count": 3,
+        "gpt_score": 70,
+        "judges": {
+            "x": {"gpt_score": 80, "rated": 3, "malformed": 0},
+            "y": {"gpt_score": 60, "rated": 1, "malformed": 2},
+        },
+        "signature": "judges:x+y|template:general|max_tokens:16|temperature:0"
+        f"|version:lorakit-{version}",
+    }
+    assert done.stderr == (
+        "Warning: a.jsonl: 2 of 3 records left out for y, whose answers are malformed, such as "
+        '"so-so"\n'
+    )
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert rows[1] == {
+        "file": "a.jsonl",
+        "id": "1",
+        "ratings": {"x": 8, "y": 6},
+        "answers": {"x": "8", "y": "6"},
+    }
+    assert len(server.bodies) == 6
+    assert all((body["temperature"], body["max_tokens"]) == (0, 16) for body in server.bodies)
+    assert {one["Authorization"] for one in server.headers} == {f"Bearer {KEY}"}
+
+
+def test_each_judge_may_have_its_own_server_key_and_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions(tmp_path / "a.jsonl", 1)
+    monkeypatch.setitem(ENV, "OTHER_KEY", "other")
+    with serving(lambda *_: "8") as one, serving(lambda *_: "4") as two:
+        given = ["--endpoint", one.url, "--endpoint", two.url, "--judge-model", "x"]
+        given += ["--judge-model", "y", "--key-variable", "OPENAI_API_KEY"]
+        given += ["--key-variable", "OTHER_KEY"]
+        given += ["--request", '{"max_tokens": null, "max_completion_tokens": 99}']
+        done = judge(tmp_path, "a.jsonl", *given)
+    assert json.loads(done.stdout)["gpt_score"] == 60
+    assert (one.bodies[0]["model"], two.bodies[0]["model"]) == ("x", "y")
+    assert two.headers[0]["Authorization"] == "Bearer other"
+    assert "max_tokens" not in two.bodies[0]
+    assert two.bodies[0]["max_completion_tokens"] == 99
+
+
+def test_a_baseline_is_compared_in_both_orders_and_the_place_cancels(tmp_path: Path) -> None:
+    predictions(tmp_path / "a.jsonl", 4)
+    predictions(tmp_path / "b.jsonl", 4, "theirs")
+
+    def answer(body: dict[str, Any], number: int) -> str:
+        prompt = body["messages"][0]["content"]
+        return "A" if "p3" in prompt or "A. ours" in prompt else "B"
+
+    with serving(answer) as server:
+        given = ("--endpoint", server.url, "--judge-model", "x", "--against", "b.jsonl")
+        done = judge(tmp_path, "a.jsonl", *given, "--ratings", "r.jsonl")
+    summary = json.loads(done.stdout)
+    assert (summary["file"], summary["against"], summary["count"]) == ("a.jsonl", "b.jsonl", 4)
+    assert summary["preference"] == 87.5
+    told = summary["judges"]["x"]
+    assert (told["wins"], told["ties"], told["losses"], told["malformed"]) == (3, 1, 0, 0)
+    assert len(server.bodies) == 8
+    last = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[-1])
+    assert (last["choices"], last["answers"]) == ({"x": "tie"}, {"x": ["A", "A"]})
+
+
+def test_two_systems_that_say_the_same_cost_one_question_and_tie(tmp_path: Path) -> None:
+    predictions(tmp_path / "a.jsonl", 1)
+    with serving(lambda *_: "B") as server:
+        given = ("--endpoint", server.url, "--judge-model", "x", "--against", "a.jsonl")
+        done = judge(tmp_path, "a.jsonl", *given)
+    assert json.loads(done.stdout)["judges"]["x"]["ties"] == 1
+    assert len(server.bodies) == 1
+
+
+def test_no_more_than_so_many_questions_are_asked_at_a_time(tmp_path: Path) -> None:
+    predictions(tmp_path / "a.jsonl", 12)
+
+    def slowly(body: dict[str, Any], number: int) -> str:
+        time.sleep(0.05)
+        return "5"
+
+    with serving(slowly) as server:
+        given = ("--endpoint", server.url, "--judge-model", "x", "--concurrency", "3")
+        judge(tmp_path, "a.jsonl", *given)
+    assert 1 < server.most <= 3
+
+
+def test_a_killed_run_goes_on_without_asking_again(tmp_path: Path) -> None:
+    predictions(tmp_path / "a.jsonl", 6)
+    stuck = threading.Event()
+
+    def answer(body: dict[str, Any], number: int) -> str:
+        if number == 4:
+            stuck.wait(30)
+        return "7"
+
+    with serving(answer) as server:
+        command = ["a.jsonl", "--endpoint", server.url, "--judge-model", "x", "-o", "out"]
+        command += ["--concurrency", "1"]
+        with subprocess.Popen([PROGRAM, "judge", *command], env=ENV, cwd=tmp_path) as child:
+            side = tmp_path / ".out.answers.part"
+            wait_for(lambda: len(server.bodies) == 5 and side.read_text().count("\n") == 4)
+            child.send_signal(signal.SIGKILL)
+        stuck.set()
+        assert not (tmp_path / "out").exists()
+        with open(side, "a") as stream:
+            stream.write('["cut sho')
+        done = judge(tmp_path, *command, "--resume")
+        prompts = server.prompts
+    assert done.stderr == "Note: going on after 4 of 6 answers\n"
+    assert json.loads((tmp_path / "out").read_text())["judges"]["x"]["rated"] == 6
+    assert len(prompts) == 5 + 2
+    assert len(set(prompts)) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def test_an_error_keeps_the_answers_and_the_key(tmp_path: Path) -> None:
+    predictions(tmp_path / "a.jsonl", 3)
+    echo: Reply = (400, {}, json.dumps({"error": {"message": f"no {KEY}"}}).encode())
+    with serving(lambda body, number: echo if number == 2 else "7") as server:
+        given = ["a.jsonl", "--endpoint", server.url, "--judge-model", "x", "-o", "out"]
+        done = judge(tmp_path, *given, "--concurrency", "1", code=1)
+        assert done.stderr.startswith(f"Error: {server.url}: 400 Bad Request: no (the key); ")
+        assert done.stderr.count("\n") == 1
+        again = judge(tmp_path, *given, "--resume")
+    assert "going on after 2 of 3" in again.stderr
+    assert len(server.bodies) == 4
+
+
+def test_ctrl_c_does_not_wait_for_answers(tmp_path: Path) -> None:
+    predictions(tmp_path / "a.jsonl", 3)
+    stuck = threading.Event()
+    with serving(lambda *_: str(stuck.wait(60))) as server:
+        command = ["a.jsonl", "--endpoint", server.url, "--judge-model", "x"]
+        with subprocess.Popen(
+            [PROGRAM, "judge", *command],
+            stderr=subprocess.PIPE,
+            env=ENV,
+            cwd=tmp_path,
+        ) as child:
+            wait_for(lambda: len(server.bodies) == 3)
+            child.send_signal(signal.SIGINT)
+            assert child.wait(20) == 130
+            assert child.stderr is not None
+            assert child.stderr.read().strip() == b"Aborted!"
+        stuck.set()
+
+
+def test_the_same_answers_are_the_same_bytes_in_whatever_order_they_come(tmp_path: Path) -> None:
+    predictions(tmp_path / "a.jsonl", 8)
+
+    def answer(body: dict[str, Any], number: int) -> str:
+        time.sleep(0.02 * (number % 3))
+        return str(body["messages"][0]["content"][len("Here is the given input: p")])
+
+    with serving(answer) as server:
+        given = ("a.jsonl", "--endpoint", server.url, "--judge-model", "x", "--ratings")
+        outputs = [judge(tmp_path, *given, name).stdout for name in ("r", "s")]
+    assert outputs[0] == outputs[1]
+    assert (tmp_path / "r").read_bytes() == (tmp_path / "s").read_bytes()
+
+
+def test_the_first_error_ends_the_asking_after_what_is_there() -> None:
+    def ask(number: int) -> str:
+        if number == 2:
+            raise ValueError("two")
+        return str(number)
+
+    made = ask_all([0, 1, 2, 3], ask, concurrency=1)
+    assert [next(made), next(made)] == [(0, "0"), (1, "1")]
+    with pytest.raises(ValueError, match="two"):
+        next(made)
+    assert list(ask_all([], ask, concurrency=4)) == []
+
+
+def test_answers_outlive_an_error_and_are_dropped_without_resume(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+
+    def fail(*, resume: bool, known: dict[str, str], **more: str) -> None:
+        with AnswerFile(output, resume=resume) as answers:
+            assert answers.known == known
+            for key, answer in more.items():
+                answers.add(key, answer)
+            raise KeyError
+
+    for resume, known, more in (
+        (False, {}, {"k": "a"}),
+        (True, {"k": "a"}, {"l": "é\n"}),
+        (True, {"k": "a", "l": "é\n"}, {}),
+        (False, {}, {}),
+        (True, {}, {}),
+    ):
+        with pytest.raises(KeyError):
+            fail(resume=resume, known=known, **more)
+    with AnswerFile(output, resume=True):
+        assert [path.name for path in tmp_path.iterdir()] == [".out.answers.part"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["{}\n", "[1]\n", "x\n", "3\n"])
+def test_a_side_file_of_something_else_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / ".out.answers.part").write_text(content)
+    with pytest.raises(LorakitError, match="is not what judge wrote; run without --resume"):
+        AnswerFile(str(tmp_path / "out"), resume=True)
+
+
+# — a real server —
+
+
+@pytest.fixture(scope="module")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The URL of `transformers serve` and the name of its model: tiny, with a chat template."""
+    for package in ("fastapi", "uvicorn", "openai"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip("transformers' extra `serving` is not installed")
+    model = tmp_path_factory.mktemp("tiny")
+    for path in (Path(lorakit.__file__).parent / "tiny").iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from transformers.cli.transformers import main; main()"
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    log = model / "log"
+    with open(log, "wb") as stream:
+        server = subprocess.Popen(
+            [sys.executable, "-c", code, "serve", str(model), *options],
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+        )
+    try:
+        wait_until_healthy(port, server, log)
+        yield f"http://127.0.0.1:{port}/v1", str(model)
+    finally:
+        server.terminate()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def wait_until_healthy(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + 300
+    while True:
+        try:
+            with opener.open(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except OSError:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+
+
+def test_a_real_server_answers_and_its_babble_is_counted(
+    tiny_server: tuple[str, str], tmp_path: Path
+) -> None:
+    url, model = tiny_server
+    predictions(tmp_path / "a.jsonl", 2)
+    done = judge(tmp_path, "a.jsonl", "--endpoint", url, "--judge-model", model, "--ratings", "r")
+    summary = json.loads(done.stdout)
+    told = summary["judges"][model]
+    assert told["rated"] + told["malformed"] == summary["count"] == 2
+    rows = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
+    assert [(row["id"], list(row["answers"])) for row in rows] == [("0", [model]), ("1", [model])]
+
+
+def test_a_real_server_gives_a_rating_where_one_token_is_a_digit(
+    tiny_server: tuple[str, str], tmp_path: Path
+) -> None:
+    """The tiny model goes on with the digit it read: `Rate: 5` is answered by 55555555."""
+    url, model = tiny_server
+    predictions(tmp_path / "a.jsonl", 1)
+    given = ["--template", "{{prediction}} Rate: 5", "--request", '{"max_tokens": 1}']
+    given += ["--endpoint", url, "--judge-model", model, "--ratings", "r"]
+    summary = json.loads(judge(tmp_path, "a.jsonl", *given).stdout)
+    (row,) = (json.loads(line) for line in (tmp_path / "r").read_text().splitlines())
+    answer = row["answers"][model]
+    assert len(answer) <= 2
+    if answer.strip().isdecimal():
+        assert summary["gpt_score"] == 10 * int(answer)
+    else:
+        assert summary["judges"][model]["malformed"] == 1
+
+
+def test_a_real_server_refuses_a_model_it_does_not_have(
+    tiny_server: tuple[str, str], tmp_path: Path
+) -> None:
+    url, _ = tiny_server
+    predictions(tmp_path / "a.jsonl", 1)
+    given = ("--endpoint", url, "--judge-model", "no/such-model", "--retries", "0")
+    done = judge(tmp_path, "a.jsonl", *given, code=1)
+    assert done.stderr.startswith(f"Error: {url}: ")
+    assert done.stderr.count("\n") == 1
