@@ -73,6 +73,7 @@ class Statistics:
 
 MetricFunction = Callable[[Sequence[str], References, str], Statistics]
 EmbeddingMetric = Callable[[Sequence[str], References, str, "Embedder"], Statistics]
+ComparingMetric = Callable[[Sequence[str], References, Sequence[str], str], Statistics]
 Comparison = Callable[[str, str, str], float]
 
 
@@ -82,6 +83,8 @@ class Metric:
 
     `ascii` means words of ASCII letters where the language is written with spaces. `embedded` is
     the function of a metric that needs a model; `statistics` then says that there is none.
+    `compared` is that of one that looks at another system's outputs: (predictions, references,
+    the other's predictions, lang); `statistics` then says that there is no other.
     """
 
     help: str
@@ -89,6 +92,12 @@ class Metric:
     reads: Literal["words", "ascii", "characters", "numbers"] = "words"
     higher_is_better: bool = True
     embedded: EmbeddingMetric | None = None
+    compared: ComparingMetric | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether predictions and references are all it needs."""
+        return self.embedded is None and self.compared is None
 
 
 # — means over examples —
@@ -127,6 +136,43 @@ def _notes(lang: str) -> dict[str, str]:
         "tok": language(lang).tokenizer(),
         "match": "words" if spaced else "substring",
     }
+
+
+def contains_other(
+    predictions: Sequence[str], references: References, others: Sequence[str], lang: str
+) -> Statistics:
+    """Return the share of outputs that contain the other system's output, as `contains` does."""
+    return best_reference(contains_label, "norm:{norm}|match:{match}")(
+        predictions, [[other] for other in others], lang
+    )
+
+
+def contains_other_where_worse(
+    predictions: Sequence[str], references: References, others: Sequence[str], lang: str
+) -> Statistics:
+    """Return that share among the examples whose F1 is lower than the other's (section 6.7)."""
+    ours, theirs = (
+        best_reference(token_f1, "")(texts, references, lang).rows
+        for texts in (predictions, others)
+    )
+    found = contains_other(predictions, references, others, lang)
+    worse = [float(mine[0] < other[0]) for mine, other in zip(ours, theirs, strict=True)]
+    rows = [[low * row[0], low] for low, row in zip(worse, found.rows, strict=True)]
+    signature = f"{found.signature}|where:f1-below-baseline"
+    return Statistics(rows, _share, _shares, signature)
+
+
+def _share(total: Row, count: int) -> float:
+    return 100 * total[0] / total[1] if total[1] else 0.0
+
+
+def _shares(totals: Array, count: int) -> Array:
+    shares: Array = 100 * totals[:, 0] / totals[:, 1].clip(min=1)
+    return shares
+
+
+def _needs_other(predictions: Sequence[str], references: References, lang: str) -> Statistics:
+    raise LorakitError("contains-baseline compares with another system; give it by --baseline")
 
 
 def _number_of(references: References) -> str:
@@ -299,6 +345,14 @@ METRICS: dict[str, Metric] = {
         "characters",
         embedded=bertscore,
     ),
+    "contains-baseline": Metric(
+        "Output contains --baseline's output.", _needs_other, compared=contains_other
+    ),
+    "contains-baseline-worse": Metric(
+        "The same, where its F1 is below --baseline's.",
+        _needs_other,
+        compared=contains_other_where_worse,
+    ),
 }
 
 
@@ -309,10 +363,12 @@ def statistics(
     metric: str,
     lang: str = "en",
     embedder: Embedder | None = None,
+    others: Sequence[str] | None = None,
 ) -> Statistics:
     """Return the rows, value and signature of one metric; `references` lists texts per example.
 
-    `embedder` is needed by the metrics that embed tokens, and no other.
+    `embedder` is needed by the metrics that embed tokens, `others`, a baseline's predictions, by
+    those that compare with them, and neither by any other.
 
     Raises LorakitError for an unknown metric or language, for no examples, and where an example
     has no reference.
@@ -328,6 +384,9 @@ def statistics(
     embedded = METRICS[metric].embedded
     if embedded is not None and embedder is not None:
         return embedded(predictions, references, lang, embedder)
+    compared = METRICS[metric].compared
+    if compared is not None and others is not None:
+        return compared(predictions, references, others, lang)
     return METRICS[metric].statistics(predictions, references, lang)
 
 

@@ -285,12 +285,12 @@ pruning = together(
 
 
 class MetricName(ParamType):
-    """`loss` or the name of a metric of `score` that needs no model of its own."""
+    """`loss` or the name of a metric of `score` that needs predictions and references alone."""
 
     name = "metric"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        names = [LOSS, *(name for name, metric in METRICS.items() if not metric.embedded)]
+        names = [LOSS, *(name for name, metric in METRICS.items() if metric.is_alone)]
         if value not in names:
             self.fail(f"{value!r} is not one of {', '.join(names)}.", param, ctx)
         return str(value)

@@ -29,13 +29,20 @@ def write_score_table(systems: Sequence[SystemScores], stream: IO[str]) -> None:
     table.add_column("count", justify="right")
     for score in systems[0].scores:
         table.add_column(score.name, justify="right", no_wrap=True)
-    best = _best_values(systems)
+    best_of = {
+        repr(one.group): _best_values([other for other in systems if other.group == one.group])
+        for one in systems
+    }
     for one in systems:
+        best = best_of[repr(one.group)]
         cells = [
             Text(_cell(one, place), style="bold" if score.value == best[place] else "")
             for place, score in enumerate(one.scores)
         ]
-        table.add_row(Text(one.system.label), str(one.count), *cells)
+        label = one.system.label
+        if one.group is not None:
+            label += f" [{one.group[0]}: {one.group[1]}]"
+        table.add_row(Text(label), str(one.count), *cells)
     console.print(table)
     for line in dict.fromkeys(line for one in systems for line in _notes(one)):
         console.print(Text(line, style="dim"), soft_wrap=True)

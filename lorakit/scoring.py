@@ -5,6 +5,7 @@ What a metric is stands in metrics.py, what a significance test does in signific
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -12,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.answers import final_number
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO
 from lorakit.metrics import METRICS, Score, Statistics, statistics
-from lorakit.records import Record, read_records
+from lorakit.score_texts import Texts, check_alike, load_texts
 from lorakit.segmentation import LANGUAGES, script_of
 from lorakit.settings import SignificanceSettings
 
@@ -82,6 +82,20 @@ class SystemScores:
     scores: tuple[Score, ...]
     cautions: tuple[str, ...]
     significance: Significance | None = None
+    group: tuple[str, Any] | None = None  # the field and its value that all its records have
+
+    def of_group(self, field: str, value: Any, members: Sequence[int]) -> SystemScores:
+        """Return the scores over some of the examples, by their numbers."""
+        runs = tuple(
+            tuple(replace(run, rows=[run.rows[member] for member in members]) for run in of_metric)
+            for of_metric in self.runs
+        )
+        scores = tuple(
+            replace(one, value=fmean(run.value for run in of_metric), count=len(members))
+            for one, of_metric in zip(self.scores, runs, strict=True)
+        )
+        group = (field, value)
+        return replace(self, runs=runs, scores=scores, count=len(members), group=group)
 
     def as_record(self) -> dict[str, Any]:
         """Return one flat record: the metrics' full values by name, signatures in one object.
@@ -95,6 +109,8 @@ class SystemScores:
             if named
             else {"file": self.system.label}
         )
+        if self.group is not None:
+            told["group"] = dict([self.group])
         told |= {"count": self.count, "lang": self.lang}
         told |= {one.name: one.value for one in self.scores}
         told["signatures"] = {one.name: one.signature for one in self.scores}
@@ -114,8 +130,12 @@ def score_systems(
     baseline: str | None = None,
     settings: SignificanceSettings | None = None,
     embedder: Embedder | None = None,
+    group_by: str | None = None,
 ) -> list[SystemScores]:
     """Return the scores of each system under each metric, in order.
+
+    `group_by` is a field of the records: after the scores over all of them come those over the
+    records of each of its values, in the order in which they first occur.
 
     With `settings`, each has bootstrap intervals, and with the label of one as `baseline`, every
     other is compared with it; then all must have predicted for the same records in the same order,
@@ -123,18 +143,56 @@ def score_systems(
     LorakitError naming file and line.
     """
     alike = None
+    compares = any(METRICS[name].compared for name in metrics)
+    others: list[Texts] = []
     if baseline is not None:
         first = next(system for system in systems if system.label == baseline)
         _check_runs(systems, first)
-        alike = _load_texts(first.files[0])
+        alike = load_texts(first.files[0], group_by)
+        others = [load_texts(path, group_by) for path in first.files[1:]] if compares else []
     loaded: dict[str, Texts] = {} if alike is None else {alike.path: alike}
-    scored = [
-        _score(system, alike, loaded, metrics=metrics, lang=lang, embedder=embedder)
-        for system in systems
-    ]
+    scored, groups = [], []
+    for system in systems:
+        one, texts = _score(
+            system,
+            alike,
+            loaded,
+            others=[alike, *others] if compares and alike else [],
+            metrics=metrics,
+            lang=lang,
+            embedder=embedder,
+            group_by=group_by,
+        )
+        scored.append(one)
+        groups.append(_groups(texts.groups))
+    told = [scored]
+    if group_by is not None:
+        values = dict.fromkeys(key for found in groups for key in found)
+        told += [_of_group(scored, groups, group_by, value) for value in values]
     if settings is None:
-        return scored
-    return _with_significance(scored, baseline, settings)
+        return [one for part in told for one in part]
+    return [one for part in told for one in _with_significance(part, baseline, settings)]
+
+
+def _groups(values: Sequence[str]) -> dict[str, list[int]]:
+    """Return the numbers of the examples of each value, as JSON, in the order of the values."""
+    groups: dict[str, list[int]] = {}
+    for number, value in enumerate(values):
+        groups.setdefault(value, []).append(number)
+    return groups
+
+
+def _of_group(
+    scored: Sequence[SystemScores],
+    groups: Sequence[dict[str, list[int]]],
+    field: str,
+    group: str,
+) -> list[SystemScores]:
+    return [
+        one.of_group(field, json.loads(group), found[group])
+        for one, found in zip(scored, groups, strict=True)
+        if group in found
+    ]
 
 
 def _check_runs(systems: Sequence[System], baseline: System) -> None:
@@ -154,23 +212,32 @@ def _score(
     alike: Texts | None,
     loaded: dict[str, Texts],
     *,
+    others: Sequence[Texts],
     metrics: Sequence[str],
     lang: str,
     embedder: Embedder | None,
-) -> SystemScores:
-    """Return one system's scores, after checking that its files line up with `alike`.
+    group_by: str | None,
+) -> tuple[SystemScores, Texts]:
+    """Return one system's scores, its files checked to line up with `alike`, and its texts.
 
-    `loaded` are the files that were read before: stdin can be read only once.
+    `loaded` are the files that were read before: stdin can be read only once. `others` are the
+    baseline's runs, one for each of the system's or one for all.
     """
     runs: list[list[Statistics]] = [[] for _ in metrics]
-    for path in system.files:
-        texts = loaded[path] if path in loaded else _load_texts(path)
+    for number, path in enumerate(system.files):
+        texts = loaded[path] if path in loaded else load_texts(path, group_by)
+        other = others[number if len(others) > 1 else 0].predictions if others else None
         alike = alike or (texts if len(system.files) > 1 else None)
         if alike is not None:
-            _check_alike(texts, alike)
+            check_alike(texts, alike)
         for place, name in enumerate(metrics):
             found = statistics(
-                texts.predictions, texts.references, metric=name, lang=lang, embedder=embedder
+                texts.predictions,
+                texts.references,
+                metric=name,
+                lang=lang,
+                embedder=embedder,
+                others=other,
             )
             runs[place].append(found)
     count = len(texts.predictions)
@@ -179,7 +246,7 @@ def _score(
         for name, of_metric in zip(metrics, runs, strict=True)
     )
     cautions = tuple(find_cautions(texts.references, metrics=metrics, lang=lang))
-    return SystemScores(system, lang, count, tuple(map(tuple, runs)), scores, cautions)
+    return SystemScores(system, lang, count, tuple(map(tuple, runs)), scores, cautions), texts
 
 
 def _with_significance(
@@ -198,61 +265,6 @@ def _with_significance(
             found = replace(found, comparisons=tuple(compared))
         told.append(replace(one, significance=found))
     return told
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What is kept of a file: texts, and ids and places (`file:line`) to check and name them."""
-
-    path: str
-    predictions: list[str]
-    references: list[list[str]]
-    ids: list[str | None]
-    places: list[str]
-
-
-def _load_texts(path: str) -> Texts:
-    texts = Texts(path, [], [], [], [])
-    for record in read_records(path, "prediction"):
-        texts.predictions.append(record.prediction)
-        texts.references.append(_references_of(record))
-        texts.ids.append(record.id if "id" in record.fields else None)
-        texts.places.append(record.where)
-    if not texts.predictions:
-        name = "stdin" if path == STDIO else path
-        raise LorakitError(f"{name} holds no records; check what wrote it")
-    return texts
-
-
-def _check_alike(texts: Texts, other: Texts) -> None:
-    """Raise LorakitError where two files are not predictions for the same records, in order.
-
-    Ids are compared where both records have one, references always.
-    """
-    remedy = "compare predictions for the same records in the same order"
-    both = zip(texts.places, other.places, texts.ids, other.ids, strict=False)
-    for place, (here, there, ours, theirs) in enumerate(both):
-        if ours != theirs and ours is not None and theirs is not None:
-            raise LorakitError(f"{here}: the id {ours!r} is {theirs!r} at {there}; {remedy}")
-        if texts.references[place] != other.references[place]:
-            raise LorakitError(f"{here}: the references are not those at {there}; {remedy}")
-    common = min(len(texts.places), len(other.places))
-    for longer, shorter in ((texts, other), (other, texts)):
-        if len(longer.places) > common:
-            raise LorakitError(
-                f"{longer.places[common]}: there is no such record in "
-                f"{'stdin' if shorter.path == STDIO else shorter.path}, which ends after "
-                f"{common}; {remedy}"
-            )
-
-
-def _references_of(record: Record) -> list[str]:
-    if record.fields.get("references") is None and "completion" not in record.fields:
-        raise LorakitError(
-            f"{record.where}: the record has neither 'references' nor 'completion'; "
-            "give the texts to compare the prediction with"
-        )
-    return record.references
 
 
 def find_cautions(

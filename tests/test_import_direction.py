@@ -23,7 +23,16 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "files", "settings", "versions"),
     "text": (
         *("answers", "asking", "bertscore", "boundaries", "corpus_values", "endpoint", "judging"),
-        *("metrics", "panel", "plots", "prompts", "records", "score_table", "scoring"),
+        *(
+            "metrics",
+            "panel",
+            "plots",
+            "prompts",
+            "records",
+            "score_table",
+            "score_texts",
+            "scoring",
+        ),
         *("segmentation", "significance"),
         *("recipes", "recipes.rows", "recipes.scitldr", "recipes.microworld"),
         *("recipes.microworld_documents", "recipes.microworld_probes"),

@@ -29,7 +29,7 @@ from lorakit.segmentation import LANGUAGES, normalise, script_of, words
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ROUGE = [name for name in METRICS if name.startswith("rouge")]
-TEXT_METRICS = [name for name, metric in METRICS.items() if metric.embedded is None]
+TEXT_METRICS = [name for name, metric in METRICS.items() if metric.is_alone]
 SACREBLEU = ["bleu", "chrf"]
 LABEL_METRICS = ["em", "f1", "contains", "accuracy"]
 

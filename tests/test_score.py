@@ -17,7 +17,7 @@ from lorakit.commands.score import score
 from lorakit.errors import LorakitError
 from lorakit.metrics import METRICS
 
-TEXT_METRICS = [name for name, metric in METRICS.items() if metric.embedded is None]
+TEXT_METRICS = [name for name, metric in METRICS.items() if metric.is_alone]
 GOOD = {"id": "1", "prediction": "the cat sat", "references": ["the cat sat", "a dog"]}
 HALF = {"id": "2", "prediction": "yes", "completion": "no", "more": [1]}
 
@@ -393,3 +393,53 @@ def test_scoring_imports_neither_torch_nor_transformers() -> None:
 def test_the_help_lists_every_metric() -> None:
     text = run("--help").output
     assert all(f"{name} " in text and metric.help in text for name, metric in METRICS.items())
+
+
+def grouped(*rows: tuple[str, str, str]) -> list[dict[str, str]]:
+    return [{"completion": c, "prediction": p, "type": kind} for c, p, kind in rows]
+
+
+def test_groups_have_the_scores_of_files_that_hold_only_them(tmp_path: Path) -> None:
+    rows = grouped(("a b", "a b", "x"), ("c", "d", "y"), ("e f", "e g", "x"))
+    whole = write(tmp_path / "all.jsonl", *rows)
+    names = ("rougeL", "bleu", "em")
+    lines = lines_of(run(whole, "--group-by", "type", "--metric", ",".join(names)))
+    assert [line.get("group") for line in lines] == [None, {"type": "x"}, {"type": "y"}]
+    for line, kept in zip(lines, (rows, [rows[0], rows[2]], [rows[1]]), strict=True):
+        path = write(tmp_path / "some.jsonl", *kept)
+        (alone,) = lines_of(run(path, "--metric", ",".join(names)))
+        assert line["count"] == len(kept)
+        assert [line[name] for name in names] == [alone[name] for name in names]
+
+
+def test_groups_are_compared_with_the_baseline_one_by_one(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.jsonl", *grouped(("a", "a", "x"), ("c", "d", "y")))
+    other = write(tmp_path / "b.jsonl", *grouped(("a", "b", "x"), ("c", "d", "y")))
+    lines = lines_of(run(one, "--baseline", other, "--group-by", "type", "--metric", "em"))
+    told = [line["significance"].get("differences", {}).get("em") for line in lines]
+    assert told == [None, 50, None, 100, None, 0]
+
+
+def test_a_record_without_the_field_of_the_groups_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *grouped(("a", "a", "x")), GOOD)
+    assert f"{path}:2: the record has no field 'type'" in error_of(run(path, "--group-by", "type"))
+
+
+def test_the_share_of_outputs_that_contain_the_baselines(tmp_path: Path) -> None:
+    """Of four outputs two contain the baseline's; of the two with a lower F1 one does."""
+    base = [("b", "b"), ("c d", "c d"), ("e", "x"), ("f", "f")]
+    ours = [("b", "it is b"), ("c d", "c"), ("e", "e"), ("f", "f")]
+    paths = [
+        write(tmp_path / name, *({"completion": c, "prediction": p} for c, p in rows))
+        for name, rows in (("base.jsonl", base), ("ours.jsonl", ours))
+    ]
+    metrics = "contains-baseline,contains-baseline-worse"
+    lines = lines_of(run(paths[1], "--baseline", paths[0], "--metric", metrics))
+    assert [line["contains-baseline"] for line in lines] == [100, 50]
+    assert [line["contains-baseline-worse"] for line in lines] == [0, 50]
+
+
+def test_comparing_with_the_baseline_needs_one(tmp_path: Path) -> None:
+    result = run(write(tmp_path / "a.jsonl", GOOD), "--metric", "contains-baseline")
+    assert result.exit_code == 2
+    assert "needs --baseline" in result.stderr

@@ -124,7 +124,7 @@ def test_draws_do_not_depend_on_how_they_are_cut_into_chunks(
 
 def random_sums(metric: str) -> tuple[Statistics, NDArray[np.float64]]:
     """Sums of which many have a zero somewhere: no output, no match, no 4-gram."""
-    found = statistics(["a b c d 7", "x"], [["a b d c 7"], ["y"]], metric=metric)
+    found = statistics(["a b c d 7", "x"], [["a b d c 7"], ["y"]], metric=metric, others=["7", "y"])
     columns = len(found.rows[0])
     draw = np.random.default_rng(0)
     sums = draw.integers(0, 400, (3000, columns)).astype(np.float64)

@@ -49,6 +49,11 @@ def _parse_metrics(
     help="The runs (seeds) of one system: one line, the mean of their values; may be repeated.",
 )
 @click.option(
+    "--group-by",
+    metavar="FIELD",
+    help="Also score the records of each value of a field of theirs: a line each.",
+)
+@click.option(
     "--baseline",
     metavar="FILE|NAME",
     help="Compare every other system with this one: p-values.",
@@ -87,6 +92,7 @@ def score(
     metric: Sequence[str],
     lang: str,
     system: Sequence[tuple[str, tuple[str, ...]]],
+    group_by: str | None,
     baseline: str | None,
     bertscore_model: str | None,
     bertscore_layer: int | None,
@@ -113,6 +119,8 @@ def score(
     from lorakit.score_table import write_score_table
     from lorakit.scoring import score_systems
 
+    if baseline is None and any(METRICS[name].compared for name in metric):
+        raise click.UsageError("--metric contains-baseline needs --baseline.")
     systems = systems_of(predictions, system, baseline)
     several = baseline is not None or sum(len(one.files) for one in systems) > 1
     settings = options.settings_of(SignificanceSettings, given) if several else None
@@ -128,6 +136,7 @@ def score(
         baseline=baseline,
         settings=settings,
         embedder=embedder,
+        group_by=group_by,
     )
     cautions = dict.fromkeys(line for one in scored for line in one.cautions)
     for line in () if quiet else cautions:
