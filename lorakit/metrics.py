@@ -167,7 +167,8 @@ def _share(total: Row, count: int) -> float:
 
 
 def _shares(totals: Array, count: int) -> Array:
-    shares: Array = 100 * totals[:, 0] / totals[:, 1].clip(min=1)
+    none = totals[:, 1] == 0
+    shares: Array = ~none * (100 * totals[:, 0] / (totals[:, 1] + none))
     return shares
 
 
