@@ -44,11 +44,10 @@ def split_parts(
 
     `names` has the patterns of each split's file; a data set may lack a split.
     """
-    wanted = f" for --split {request.split}"
-    patterns = names.get(request.split)
-    if patterns is None and any(os.path.isdir(source) for source in sources):
-        raise LorakitError(f"the data set has no file{wanted}; choose from {', '.join(names)}")
-    yield from parts(sources, tally, patterns or ("*",), one=True, wanted=wanted)
+    patterns, wanted = names.get(request.split), f" for --split {request.split}"
+    if patterns is None:  # only files that are named themselves can be read
+        patterns, wanted = (f"{request.split} set",), f", only {' and '.join(names)}"
+    yield from parts(sources, tally, patterns, one=True, wanted=wanted)
 
 
 def split_names(*forms: str) -> dict[str, tuple[str, ...]]:

@@ -13,13 +13,14 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO, NamedTuple, cast
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 from lorakit.errors import LorakitError
 from lorakit.files import STDIO, explain, open_input
 from lorakit.recipes.request import Tally, missing
 
 _BUFFER = 1 << 18
+_ZST_FED = 1 << 10
 _LARGEST_WHOLE = 1 << 26  # bytes of a page, paper or report that is parsed as one
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -202,8 +203,37 @@ def _unzst(stream: BinaryIO, name: str) -> io.BufferedReader:
         import zstandard
     except ImportError:
         raise missing(f"{name} is compressed by Zstandard: it", "zstandard", "zst") from None
-    opened = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-    return _guarded(cast(IO[bytes], opened), name, (zstandard.ZstdError,))
+    opened = _Frames(stream, lambda: zstandard.ZstdDecompressor().decompressobj())
+    return _guarded(cast(IO[bytes], opened), name, (zstandard.ZstdError, EOFError))
+
+
+class _Frames:
+    """Zstandard's frames one after the other; unlike its own reader it knows a file cut short.
+
+    It feeds few bytes at a time, since each may stand for many times as many.
+    """
+
+    def __init__(self, stream: BinaryIO, new: Callable[[], Any]) -> None:
+        self._stream, self._new = stream, new
+        self._frame: Any = None
+        self._rest = self._made = b""
+
+    def read1(self, size: int) -> bytes:
+        while not self._made:
+            data = self._rest or self._stream.read(_ZST_FED)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the last frame does not end")
+                return b""
+            self._frame = self._frame or self._new()
+            self._made, self._rest = self._frame.decompress(data), b""
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        taken, self._made = self._made[:size], self._made[size:]
+        return taken
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 _MAGIC: dict[bytes, Callable[[BinaryIO, str], io.BufferedReader]] = {
