@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +15,13 @@ HUB = "hf://"
 _LIST = "\n".join(f"  {name:<12}{recipe.help}" for name, recipe in RECIPES.items())
 
 
-class RecipeName(click.Choice[str]):
+if TYPE_CHECKING:
+    Choice = click.Choice[str]
+else:
+    Choice = click.Choice  # not generic before click 8.2
+
+
+class RecipeName(Choice):
     """A name in RECIPES, or the address of a data set on the hub."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:

@@ -29,6 +29,7 @@ _ARTICLES = frozenset({"article", "entry", "record", "item"})
 _IGNORED = frozenset({"ref-list", "back", "body", "sub-article", "response", "related-article"})
 _TITLES = ("article-title", "trans-title", "article_title", "title")
 _ABSTRACTS = ("abstract", "trans-abstract", "description")
+_SAID = ("抄録", "要旨", "要約", "abstract", "summary")
 _META_TITLES = ("citation_title", "dc.title", "dcterms.title")
 _META_ABSTRACTS = ("citation_abstract", "dc.description", "dcterms.abstract", "abstract")
 _IDS = ("article-id", "identifier", "doi", "citation_doi", "dc.identifier")
@@ -55,7 +56,7 @@ def jstage_rows(sources: Sequence[str], request: Request, tally: Tally) -> Itera
 
 def _is_page(part: Part) -> bool:
     head = part.stream.peek(4096)[:4096].lower()
-    return b"<html" in head or b"<!doctype html" in head or b"<meta" in head
+    return re.search(rb"<(?:html|meta|!doctype html)[\s>]", head) is not None
 
 
 def _xml(part: Part) -> Iterator[Record]:
@@ -80,12 +81,23 @@ def _texts(article: Element, names: Sequence[str], language: str) -> list[tuple[
             if children:
                 found.extend((child.tag, _plain(text_in(child))) for child in children)
             else:
-                found.append((language, _plain(text_in(element))))
+                found.append((language, _plain(" ".join(_blocks(element)) or text_in(element))))
             return
         for child in element:
             visit(child, language)
 
     visit(article, language)
+    return found
+
+
+def _blocks(element: Element) -> list[str]:
+    """Return the headings and paragraphs of an abstract, but not the heading that calls it so."""
+    found: list[str] = []
+    for child in element:
+        if child.tag == "sec":
+            found += _blocks(child)
+        elif child.tag in ("p", "title") and text_in(child).lower() not in _SAID:
+            found.append(text_in(child))
     return found
 
 

@@ -56,8 +56,10 @@ def _page(part: Part, selector: str | None, _: Record) -> Record:
     if not highlights:
         raise UnwantedError("a page without highlights")
     headings = [element for element in tree.iter("h1") if _text(element) == title]
-    for element in (*found, *headings):  # the summary must not stand in what is summarized
-        element.drop_tree()
+    menus = [element for element in tree.iter("ul", "ol") if _is_furniture(element)]
+    for element in (*found, *headings, *menus):  # the summary must not stand in its article
+        if element.getparent() is not None:
+            element.drop_tree()
     article = _body(tree, part.name)
     if not article:
         raise UnwantedError("a page without the text of an article")
