@@ -53,6 +53,7 @@ def _heading(before: str, qualified: str, flags: str, after: str) -> str:
     )
 
 
+_CAPITALS = r"[A-Z][A-Z()/& ]{3,60}[ \t]*:"
 _HEADINGS = (
     _heading(r"^[ \t]*", _QUALIFIED, "i", r"[ \t]*:"),
     _heading(r"^[ \t]*", r"(?:[A-Z0-9/,&()\-]+ ){0,8}", "-i", r"[ \t]*$"),
@@ -157,7 +158,10 @@ def _sections(text: str) -> tuple[str, str]:
 
 def _headings(text: str) -> list[re.Match[str]]:
     """Return the headings in order; of two that overlap, the one that begins first."""
-    every = (match for pattern in _HEADINGS for match in re.finditer(pattern, text, re.M))
+    at_lines, alone, anywhere = (re.compile(pattern, re.M) for pattern in _HEADINGS)
+    every = [*at_lines.finditer(text), *alone.finditer(text)]
+    for capitals in re.finditer(_CAPITALS, text):  # a search that is fast where there are none
+        every += anywhere.finditer(text, *capitals.span())
     kept: list[re.Match[str]] = []
     for match in sorted(every, key=re.Match.start):
         if not kept or match.start() >= kept[-1].end():
