@@ -106,6 +106,13 @@ def test_latex_becomes_text(fragment: str, text: str) -> None:
     assert to_text(fragment, "x").replace("\u2009", " ") == text
 
 
+def test_what_the_parser_trips_over_is_one_error_and_prints_nothing(capfd: Any) -> None:
+    with pytest.raises(LorakitError, match=r"^x: LaTeX that cannot be read \(\w+\); mend"):
+        to_text(r"\begin#1\verb", "x")
+    to_text(r"\frac", "x")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_macros_are_expanded_with_their_arguments() -> None:
     macros = macros_of(
         r"\newcommand\a{A}\renewcommand{\b}[2][x]{#1-#2}\def\c#1{<#1>}\newcommand{\cite}{no}"
@@ -227,6 +234,22 @@ def test_hostile_xml_is_an_error_that_names_the_file(
         return
     with pytest.raises(LorakitError, match=r"a\.xml.*; "):
         built(recipe, save(tmp_path / "a.xml", content))
+
+
+def test_a_broken_file_among_many_is_skipped_and_counted(tmp_path: Path) -> None:
+    save(tmp_path / "a.xml", JATS)
+    save(tmp_path / "b.xml", "<article><title>x")
+    save(tmp_path / "c.xml", JATS)
+    made, tally = tallied("jstage", tmp_path)
+    assert (len(made), tally.skipped) == (2, 1)
+    with pytest.raises(LorakitError, match=r"b\.xml:1: not XML"):
+        built("jstage", tmp_path)
+
+
+def test_documents_of_one_name_in_several_folders_have_ids_of_their_own(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        save(tmp_path / folder / "main.tex", PAPER)
+    assert [record["id"] for record in built("latex", tmp_path)] == ["a/main.tex", "b/main.tex"]
 
 
 # — news —

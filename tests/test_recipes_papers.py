@@ -216,7 +216,8 @@ def test_mimic_reads_columns_and_folders_of_reports(tmp_path: Path) -> None:
     assert built("mimic", table)[0]["id"] == "7"
     for name in ("s2.txt", "p1/s1.txt"):
         save(tmp_path / "reports" / name, "FINDINGS: a, b, c\nIMPRESSION: d")
-    assert [record["id"] for record in built("mimic", tmp_path / "reports")] == ["s1.txt", "s2.txt"]
+    made = built("mimic", tmp_path / "reports")
+    assert [record["id"] for record in made] == ["p1/s1.txt", "s2.txt"]
 
 
 # — SciTLDR —

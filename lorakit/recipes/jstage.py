@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from lorakit.recipes.decoding import decoded
 from lorakit.recipes.filters import is_japanese
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.recipes.rows import converted, id_of
+from lorakit.recipes.rows import converted, id_of, survived
 from lorakit.recipes.sources import Part, parts
 from lorakit.recipes.xmltrees import elements, text_in
 from lorakit.records import Record
@@ -51,7 +51,7 @@ def jstage_rows(sources: Sequence[str], request: Request, tally: Tally) -> Itera
     """
     for part in parts(sources, tally, _FILES):
         rows = _page(part) if _is_page(part) else _xml(part)
-        yield from converted(rows, lambda row: _chosen(row, request.lang), tally)
+        yield from converted(survived(rows, tally), lambda row: _chosen(row, request.lang), tally)
 
 
 def _is_page(part: Part) -> bool:
@@ -131,7 +131,7 @@ def _page(part: Part) -> Iterator[Record]:
         return [(lang, _plain(text)) for name, lang, text in metas.found if name in names]
 
     ids = [text for _, text in named(*_IDS)]
-    fields = {"id": next(iter(ids), ""), "titles": named(*_META_TITLES)}
+    fields = {"id": next(iter(ids), part.inside), "titles": named(*_META_TITLES)}
     yield Record({**fields, "abstracts": named(*_META_ABSTRACTS)}, part.name)
 
 

@@ -18,7 +18,7 @@ from lorakit.errors import LorakitError
 from lorakit.recipes.decoding import decoded
 from lorakit.recipes.filters import is_japanese
 from lorakit.recipes.request import Request, Tally, UnwantedError, missing
-from lorakit.recipes.rows import converted, id_of
+from lorakit.recipes.rows import converted
 from lorakit.recipes.sources import Part, parts
 from lorakit.records import Record
 
@@ -37,6 +37,7 @@ _GLUE = (
 _WIDE = "\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
 _LARGEST = 1 << 20  # characters of an expanded field: macros that double themselves end here
 _PASSES = 20
+_TRIPPED = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # of pylatexenc's
 
 # What is removed with its arguments, by the arguments' form: * a star, [ optional, { required.
 _REMOVED = {
@@ -88,8 +89,7 @@ def _paper(part: Part, asked: str | None, _: Record) -> Record:
     if not title or not abstract:
         raise UnwantedError("a file without a title and an abstract")
     _check_language(title + abstract, asked)
-    row = Record({}, part.name)
-    return Record({"id": id_of(row), "article": abstract, "title": title}, part.name)
+    return Record({"id": part.inside, "article": abstract, "title": title}, part.name)
 
 
 def _check_language(text: str, lang: str | None) -> None:
@@ -212,6 +212,10 @@ def to_text(fragment: str, where: str) -> str:
         text = str(writer.nodelist_to_text(nodes))
     except RecursionError:
         raise LorakitError(f"{where}: braces nested too deeply; mend the file") from None
+    except _TRIPPED as error:
+        raise LorakitError(
+            f"{where}: LaTeX that cannot be read ({type(error).__name__}); mend the file"
+        ) from error
     return _tidied(text)
 
 
@@ -226,10 +230,13 @@ def _tidied(text: str) -> str:
 @functools.cache
 def _converter() -> tuple[Any, Any]:
     """Return what makes a walker of a fragment, and the writer of its nodes."""
+    import logging
+
     try:
         from pylatexenc import latex2text, latexwalker, macrospec
     except ImportError:
         raise missing("the recipe latex", "pylatexenc", "latex") from None
+    logging.getLogger("pylatexenc").setLevel(logging.CRITICAL)  # it prints what it cannot read
     forms = [(name, form) for form, names in _REMOVED.items() for name in names.split()]
     syntax = latexwalker.get_default_latex_context_db()
     specs = [macrospec.std_macro(name, form) for name, form in forms]

@@ -94,7 +94,7 @@ def _report_in(part: Part) -> Iterator[Record]:
         text = part.whole().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise LorakitError(f"{part.name}: not UTF-8 text; save the file as UTF-8") from None
-    yield Record({"TEXT": text}, part.name)
+    yield Record({"TEXT": text, "id": part.inside}, part.name)
 
 
 def _report(row: Record, ratio: float) -> Record:

@@ -15,7 +15,7 @@ from lorakit.errors import LorakitError
 from lorakit.recipes.decoding import decoded
 from lorakit.recipes.jstage import declared_encoding
 from lorakit.recipes.request import Request, Tally, UnwantedError, missing
-from lorakit.recipes.rows import converted, id_of
+from lorakit.recipes.rows import converted
 from lorakit.recipes.sources import Part, parts
 from lorakit.records import Record
 
@@ -64,7 +64,7 @@ def _page(part: Part, selector: str | None, _: Record) -> Record:
     if not article:
         raise UnwantedError("a page without the text of an article")
     url = _meta(tree, "og:url")
-    fields = {"id": url or id_of(Record({}, part.name)), "article": article, "url": url}
+    fields = {"id": url or part.inside, "article": article, "url": url}
     summary = "\n".join([title, *highlights] if title else highlights)
     return Record({**fields, "summary": summary, "title": title}, part.name)
 
@@ -164,10 +164,13 @@ def _is_furniture(element: Any) -> bool:
 
 def _body(tree: Any, where: str) -> str:
     """Return the text of the article, a paragraph a line."""
+    import logging
+
     try:
         import trafilatura
     except ImportError:
         raise missing("the recipe news-html", "trafilatura", "html") from None
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it prints what it cannot read
     try:
         text = trafilatura.extract(
             tree, include_comments=False, include_tables=False, deduplicate=False

@@ -37,6 +37,14 @@ def converted(
             yield made
 
 
+def survived(rows: Iterable[Record], tally: Tally) -> Iterator[Record]:
+    """Yield the rows of a file; where it breaks, its rest is what the tally is told of."""
+    try:
+        yield from rows
+    except LorakitError as error:
+        tally.bad(error)
+
+
 def split_parts(
     sources: Sequence[str], request: Request, tally: Tally, names: Mapping[str, Sequence[str]]
 ) -> Iterator[Part]:

@@ -28,12 +28,14 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 class Part(NamedTuple):
     """One file to read: its name for messages, and its bytes after decompression.
 
-    `path` is where these bytes lie on the disk, `-` where they do not lie there as they are.
+    `path` is where these bytes lie on the disk, `-` where they do not lie there as they are;
+    `inside` is the name within the folder or archive, the same wherever that lies.
     """
 
     name: str
     stream: io.BufferedReader
     path: str = STDIO
+    inside: str = ""
 
     @property
     def suffix(self) -> str:
@@ -107,7 +109,9 @@ def parts(
     for source in sources or (STDIO,):
         if source != STDIO and os.path.isdir(source):
             for path in _files_in(source, patterns, one, wanted):
-                yield from _file(path, tally, patterns, one, wanted)
+                inside = Path(path).relative_to(source).as_posix()
+                for part in _file(path, tally, patterns, one, wanted):
+                    yield part._replace(inside=inside)
         else:
             yield from _file(source, tally, patterns, one, wanted)
 
@@ -152,7 +156,8 @@ def _file(
         elif head[257:262] == b"ustar":
             members = _tar_members(stream, name, patterns)
         else:
-            yield Part(name, stream, path if stream is opened else STDIO)
+            plain = path if stream is opened else STDIO
+            yield Part(name, stream, plain, os.path.basename(name))
             return
         seen: list[str] = []
         for part in members:
@@ -257,7 +262,7 @@ def _zip_members(
                     continue
                 inside = f"{name}/{info.filename}"
                 member = _guarded(archive.open(info), inside, errors)
-                yield Part(inside, _decompressed(member, inside))
+                yield Part(inside, _decompressed(member, inside), STDIO, info.filename)
     except errors as error:
         raise LorakitError(f"{name}: not a zip archive to read ({error}); unpack it") from error
 
@@ -273,7 +278,8 @@ def _tar_members(stream: BinaryIO, name: str, patterns: Sequence[str]) -> Iterat
                 if content is None or not _kept(info.name, patterns):
                     continue
                 inside = f"{name}/{info.name}"
-                yield Part(inside, _decompressed(_guarded(content, inside, errors), inside))
+                member = _guarded(content, inside, errors)
+                yield Part(inside, _decompressed(member, inside), STDIO, info.name)
     except errors as error:
         raise LorakitError(f"{name}: damaged or cut short ({error}); fetch it again") from error
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.recipes.rows import converted, first_character, id_of, lines_in
+from lorakit.recipes.rows import converted, first_character, id_of, lines_in, survived
 from lorakit.recipes.sources import Part, parts
 from lorakit.recipes.xmltrees import elements, text_in
 from lorakit.records import Record
@@ -70,7 +70,7 @@ def _segments(sources: Sequence[str], source: str, target: str, tally: Tally) ->
         return
     for part in parts(sources, tally, ("*.xml", "*.tsv")):
         if first_character(part) == b"<":
-            yield from _xml(part, source, target)
+            yield from survived(_xml(part, source, target), tally)
         else:
             yield from _tsv(part, tally)
 
