@@ -160,3 +160,20 @@ def test_a_document_that_is_too_large_is_refused(
     path = save(tmp_path / "a.tex", "x" * 11)
     with pytest.raises(LorakitError, match="larger than"):
         built("latex", path)
+
+
+@pytest.mark.parametrize("recipe", ["jsonl", "csv", "jawikinews"])
+def test_a_line_without_end_is_an_error_and_not_all_memory(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakit.recipes.sources.LONGEST_LINE", 1000)
+    monkeypatch.setattr("lorakit.recipes.rows._LONGEST_CELL", 1000)
+    path = save(tmp_path / "a.gz", gzip.compress(b"x" * 10_000_000))
+    with pytest.raises(LorakitError, match=r"a\.gz:[01]: .*(more|larger) than"):
+        built(recipe, path)
+
+
+def test_zstandards_frames_are_read_one_after_the_other(tmp_path: Path) -> None:
+    compress = zstandard.ZstdCompressor().compress
+    halves = compress(ROWS[:1000].encode()) + compress(ROWS[1000:].encode())
+    assert [record["id"] for record in built("jsonl", save(tmp_path / "a", halves))] == IDS

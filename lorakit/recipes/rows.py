@@ -9,6 +9,7 @@ import codecs
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lorakit.errors import LorakitError
@@ -122,7 +123,7 @@ def objects_in(part: Part, tally: Tally) -> Iterator[Record]:
     if first_character(part) == b"[":
         yield from _array(part, tally)
         return
-    for number, line in enumerate(part.stream, 1):
+    for number, line in part.lines():
         if line.strip():
             where = f"{part.name}:{number}"
             try:
@@ -239,7 +240,7 @@ def _table(text: io.TextIOWrapper, name: str, delimiter: str, tally: Tally) -> I
     import csv
 
     csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    reader = csv.reader(_limited(text), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
         try:
@@ -259,6 +260,16 @@ def _table(text: io.TextIOWrapper, name: str, delimiter: str, tally: Tally) -> I
             tally.bad(error)
     if not header:
         raise LorakitError(f"{name} is empty; give a CSV file with a header line")
+
+
+def _limited(text: io.TextIOWrapper) -> Iterator[str]:
+    """Yield the lines of a table; one without end is no line that csv may ask for more of."""
+    import csv
+
+    for line in iter(partial(text.readline, _LONGEST_CELL), ""):
+        if len(line) == _LONGEST_CELL:
+            raise csv.Error(f"line larger than {_LONGEST_CELL} characters")
+        yield line
 
 
 def _bad_cells(where: str, error: Exception, tally: Tally, has_header: bool) -> None:
@@ -305,7 +316,7 @@ def rows_in(part: Part, tally: Tally) -> Iterator[Record]:
 
 def lines_in(part: Part, tally: Tally) -> Iterator[tuple[str, str | None]]:
     """Yield the place and the text of every line; a line that is not UTF-8 is told and None."""
-    for number, line in enumerate(part.stream, 1):
+    for number, line in part.lines():
         where = f"{part.name}:{number}"
         try:
             yield where, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")

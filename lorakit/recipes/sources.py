@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple, cast
 
@@ -21,6 +22,7 @@ from lorakit.recipes.request import Tally, missing
 
 _BUFFER = 1 << 18
 _ZST_FED = 1 << 10
+LONGEST_LINE = 1 << 26
 _LARGEST_WHOLE = 1 << 26  # bytes of a page, paper or report that is parsed as one
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -44,6 +46,13 @@ class Part(NamedTuple):
         for ending in COMPRESSED:
             name = name.removesuffix(ending)
         return PurePosixPath(name).suffix
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the lines with their numbers; LorakitError at one that no text can have."""
+        for number, line in enumerate(iter(partial(self.stream.readline, LONGEST_LINE), b""), 1):
+            if len(line) == LONGEST_LINE:
+                raise LorakitError(f"{self.name}:{number}: a line of more than 64 MiB; cut it")
+            yield number, line
 
     def whole(self) -> bytes:
         """Return all bytes; LorakitError where there are more than a document can have."""
@@ -222,20 +231,21 @@ class _Frames:
         self._stream, self._new = stream, new
         self._frame: Any = None
         self._rest = self._made = b""
+        self._place = 0
 
     def read1(self, size: int) -> bytes:
-        while not self._made:
+        while self._place >= len(self._made):
             data = self._rest or self._stream.read(_ZST_FED)
             if not data:
                 if self._frame is not None:
                     raise EOFError("the last frame does not end")
                 return b""
             self._frame = self._frame or self._new()
-            self._made, self._rest = self._frame.decompress(data), b""
+            self._made, self._rest, self._place = self._frame.decompress(data), b"", 0
             if self._frame.eof:
                 self._rest, self._frame = self._frame.unused_data, None
-        taken, self._made = self._made[:size], self._made[size:]
-        return taken
+        self._place += size
+        return bytes(self._made[self._place - size : self._place])
 
     def close(self) -> None:
         self._stream.close()
