@@ -23,7 +23,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "files", "settings"),
     "text": (
         *("answers", "metrics", "prompts", "records", "scoring", "segmentation"),
-        *("recipes", "recipes.articles", "recipes.dialogues", "recipes.filters"),
+        *(
+            "recipes",
+            "recipes.articles",
+            "recipes.compression",
+            "recipes.dialogues",
+            "recipes.filters",
+        ),
         *(
             "recipes.decoding",
             "recipes.hubdata",
@@ -33,7 +39,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         ),
         *("recipes.news", "recipes.parquet", "recipes.questions"),
         *("recipes.request", "recipes.rows", "recipes.samples"),
-        *("recipes.scitldr", "recipes.sources", "recipes.translations", "recipes.wikilingua"),
+        *("recipes.scitldr", "recipes.tables"),
+        *("recipes.sources", "recipes.translations", "recipes.wikilingua"),
         *("recipes.xmltrees", "recipes.microworld"),
         *("recipes.microworld_documents", "recipes.microworld_probes"),
         *("recipes.microworld_tasks", "recipes.microworld_words"),
@@ -73,7 +80,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "pyarrow": ("recipes.parquet",),
     "pylatexenc": ("recipes.latex",),
     "trafilatura": ("recipes.news",),
-    "zstandard": ("recipes.sources",),
+    "zstandard": ("recipes.compression",),
     "torch": (*LAYERS["models"], "pruning"),
     "numpy": (*LAYERS["tensors"], *LAYERS["models"]),
     "click": (*LAYERS["commands"], "cli"),

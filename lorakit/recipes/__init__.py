@@ -33,7 +33,7 @@ def _paper(
 
 RECIPES: dict[str, Recipe] = {
     "jsonl": Recipe("lines of JSON; --template names their fields", "rows.json_rows"),
-    "csv": Recipe("CSV or TSV with a header line; likewise", "rows.csv_rows", sample="sample.csv"),
+    "csv": Recipe("CSV or TSV with a header line; likewise", "tables.csv_rows", sample="a.csv"),
     "parquet": Recipe("Parquet files; likewise", "parquet.parquet_rows", shown_by="jsonl"),
     "hf": Recipe("a data set of the hub, hf://…; likewise", "hubdata.hub_rows", shown_by="jsonl"),
     "text-pairs": Recipe(

@@ -12,12 +12,12 @@ from lorakit.recipes.rows import (
     id_of,
     lines_in,
     rest_of,
-    rows_in,
     split_names,
     split_parts,
     stripped,
     text_of,
 )
+from lorakit.recipes.tables import rows_in
 from lorakit.records import Record
 
 _SUMMARIES = ("summary", "summary1", "summary2", "summary3")

@@ -15,8 +15,8 @@ from typing import Any
 from lorakit.errors import LorakitError
 from lorakit.recipes.parquet import parquet_in
 from lorakit.recipes.request import Request, Tally
-from lorakit.recipes.rows import rows_in
 from lorakit.recipes.sources import matches, parts
+from lorakit.recipes.tables import rows_in
 from lorakit.records import Record
 
 _ADDRESS = re.compile(

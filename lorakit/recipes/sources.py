@@ -10,21 +10,19 @@ import contextlib
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO, explain, open_input
-from lorakit.recipes.request import Tally, missing
+from lorakit.files import STDIO, open_input
+from lorakit.recipes.compression import COMPRESSED, decompressed, guarded
+from lorakit.recipes.request import Tally
 
-_BUFFER = 1 << 18
-_ZST_FED = 1 << 10
 LONGEST_LINE = 1 << 26
 _LARGEST_WHOLE = 1 << 26  # bytes of a page, paper or report that is parsed as one
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 class Part(NamedTuple):
@@ -60,45 +58,6 @@ class Part(NamedTuple):
         if len(content) > _LARGEST_WHOLE:
             raise LorakitError(f"{self.name}: larger than 64 MiB; this is no single document")
         return content
-
-
-class _Guarded(io.RawIOBase):
-    """A stream whose errors name the file and whose bytes are counted."""
-
-    def __init__(
-        self,
-        inner: IO[bytes],
-        name: str,
-        errors: tuple[type[Exception], ...] = (),
-        advance: Callable[[int], object] | None = None,
-    ) -> None:
-        self._inner, self._name, self._errors = inner, name, errors
-        self._advance = advance
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: object) -> int:
-        view = memoryview(cast(bytearray, buffer))
-        try:
-            data: bytes = self._inner.read1(len(view))  # type: ignore[attr-defined]
-        except self._errors as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise LorakitError(
-                f"{self._name}: damaged or cut short ({reason}); fetch it again"
-            ) from error
-        except OSError as error:
-            raise LorakitError(
-                f"cannot read {self._name}: {explain(error)}; check the path"
-            ) from error
-        view[: len(data)] = data
-        if self._advance is not None:
-            self._advance(len(data))
-        return len(data)
-
-    def close(self) -> None:
-        self._inner.close()
-        super().close()
 
 
 def parts(
@@ -156,9 +115,9 @@ def _file(
     path: str, tally: Tally, patterns: Sequence[str], one: bool, wanted: str
 ) -> Iterator[Part]:
     name = "stdin" if path == STDIO else path
-    stream = _guarded(open_input(path), name, advance=tally.advance)
+    stream = guarded(open_input(path), name, advance=tally.advance)
     with contextlib.closing(stream) as opened:
-        stream = _decompressed(opened, name)
+        stream = decompressed(opened, name)
         head = stream.peek(512)
         if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
             members = _zip_members(stream, path, name, patterns)
@@ -176,89 +135,6 @@ def _file(
         _check_count(name, seen, patterns, one, wanted)
 
 
-def _guarded(
-    inner: IO[bytes],
-    name: str,
-    errors: tuple[type[Exception], ...] = (),
-    advance: Callable[[int], object] | None = None,
-) -> io.BufferedReader:
-    return io.BufferedReader(_Guarded(inner, name, errors, advance), _BUFFER)
-
-
-def _decompressed(stream: io.BufferedReader, name: str) -> io.BufferedReader:
-    head = stream.peek(8)
-    for magic, opened in _MAGIC.items():
-        if head.startswith(magic):
-            return opened(stream, name)
-    return stream
-
-
-def _gunzip(stream: BinaryIO, name: str) -> io.BufferedReader:
-    import gzip
-
-    errors = (gzip.BadGzipFile, EOFError, zlib.error)
-    return _guarded(cast(IO[bytes], gzip.GzipFile(fileobj=stream)), name, errors)
-
-
-def _bunzip(stream: BinaryIO, name: str) -> io.BufferedReader:
-    import bz2
-
-    return _guarded(cast(IO[bytes], bz2.BZ2File(stream)), name, (OSError, EOFError, ValueError))
-
-
-def _unxz(stream: BinaryIO, name: str) -> io.BufferedReader:
-    import lzma
-
-    return _guarded(cast(IO[bytes], lzma.LZMAFile(stream)), name, (lzma.LZMAError, EOFError))
-
-
-def _unzst(stream: BinaryIO, name: str) -> io.BufferedReader:
-    try:
-        import zstandard
-    except ImportError:
-        raise missing(f"{name} is compressed by Zstandard: it", "zstandard", "zst") from None
-    opened = _Frames(stream, lambda: zstandard.ZstdDecompressor().decompressobj())
-    return _guarded(cast(IO[bytes], opened), name, (zstandard.ZstdError, EOFError))
-
-
-class _Frames:
-    """Zstandard's frames one after the other; unlike its own reader it knows a file cut short.
-
-    It feeds few bytes at a time, since each may stand for many times as many.
-    """
-
-    def __init__(self, stream: BinaryIO, new: Callable[[], Any]) -> None:
-        self._stream, self._new = stream, new
-        self._frame: Any = None
-        self._rest = self._made = b""
-        self._place = 0
-
-    def read1(self, size: int) -> bytes:
-        while self._place >= len(self._made):
-            data = self._rest or self._stream.read(_ZST_FED)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the last frame does not end")
-                return b""
-            self._frame = self._frame or self._new()
-            self._made, self._rest, self._place = self._frame.decompress(data), b"", 0
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-        self._place += size
-        return bytes(self._made[self._place - size : self._place])
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-_MAGIC: dict[bytes, Callable[[BinaryIO, str], io.BufferedReader]] = {
-    b"\x1f\x8b": _gunzip,
-    b"BZh": _bunzip,
-    b"\xfd7zXZ\x00": _unxz,
-    b"\x28\xb5\x2f\xfd": _unzst,
-}
-
-
 def _zip_members(
     stream: io.BufferedReader, path: str, name: str, patterns: Sequence[str]
 ) -> Iterator[Part]:
@@ -271,8 +147,8 @@ def _zip_members(
                 if info.is_dir() or not _kept(info.filename, patterns):
                     continue
                 inside = f"{name}/{info.filename}"
-                member = _guarded(archive.open(info), inside, errors)
-                yield Part(inside, _decompressed(member, inside), STDIO, info.filename)
+                member = guarded(archive.open(info), inside, errors)
+                yield Part(inside, decompressed(member, inside), STDIO, info.filename)
     except errors as error:
         raise LorakitError(f"{name}: not a zip archive to read ({error}); unpack it") from error
 
@@ -288,8 +164,8 @@ def _tar_members(stream: BinaryIO, name: str, patterns: Sequence[str]) -> Iterat
                 if content is None or not _kept(info.name, patterns):
                     continue
                 inside = f"{name}/{info.name}"
-                member = _guarded(content, inside, errors)
-                yield Part(inside, _decompressed(member, inside), STDIO, info.name)
+                member = guarded(content, inside, errors)
+                yield Part(inside, decompressed(member, inside), STDIO, info.name)
     except errors as error:
         raise LorakitError(f"{name}: damaged or cut short ({error}); fetch it again") from error
 
