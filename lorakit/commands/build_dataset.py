@@ -59,7 +59,7 @@ class RecipeName(Choice):
 @click.option(
     "--overlap", multiple=True, metavar="FILE", help="Count prompts that stand in these records."
 )
-@click.option("--drop-overlap", multiple=True, metavar="FILE", help="Remove them.")
+@click.option("--drop-overlap", multiple=True, metavar="FILE", help="Remove such prompts.")
 @click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
