@@ -6,11 +6,12 @@ library tells a Watcher what happens and prints nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, TypeVar
 
@@ -42,6 +43,21 @@ class Notes:
         from rich.progress import track
 
         yield from track(items, what, console=_console(), transient=True)
+
+    @contextlib.contextmanager
+    def bytes_read(self, paths: Sequence[str]) -> Iterator[Callable[[int], object]]:
+        """Yield what to tell the number of bytes read: a bar over the files, on a terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield int
+            return
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+        sizes = [os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths]
+        total = sum(sizes) if sizes and all(sizes) else None
+        columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=_console(), transient=True) as bar:
+            task = bar.add_task("reading", total=total)
+            yield lambda count: bar.advance(task, count)
 
 
 def _console() -> Any:

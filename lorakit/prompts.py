@@ -1,8 +1,8 @@
 """Prompts: the papers' wordings, and the small template language that users write their own in.
 
 A template is a text with `{{name}}` where a field of the raw row goes. To add a prompt: one line in
-PROMPTS. Wordings are those of the adaptive-merge paper's Appendix B (Table 6); the line breaks,
-which its text form lost, are ours.
+PROMPTS. Wordings are those of the adaptive-merge paper's Appendix B (Table 6) where it has the data
+set; the line breaks, which its text form lost, are ours.
 """
 
 from __future__ import annotations
@@ -13,13 +13,58 @@ from typing import Any, NamedTuple
 
 from lorakit.errors import LorakitError
 
+_TITLE = (
+    "Read the following Abstract of a scientific paper and create an appropriate title that "
+    "reflects the content. Please only output the Japanese title.\n"
+    "Abstract: {{article}}\n"
+    "Title:"
+)
+_DIALOGUE = "Summarize the following dialogue.\nDialogue: {{dialogue}}\nSummary:"
+
 PROMPTS: dict[str, str] = {
+    # Table 6
+    "xlsum": (
+        "Summarize the following Article in no more than three sentence.\n"
+        "Article: {{article}}\n"
+        "Summary:"
+    ),
+    "wikilingua": (
+        "Summarize the following How-to Guide and write a one-sentence summary for each step:\n"
+        "How-to Guide: {{article}}\n"
+        "Summary:"
+    ),
+    "news-html": (
+        "Summarize the following article in three sentences.\nArticle: {{article}}\nSummary:"
+    ),
+    "latex": _TITLE,
+    "jstage": _TITLE,
+    "mimic": ("Summarize the following radiology report.\nFindings: {{article}}\nImpression:"),
     "scitldr": (
         "Write a TLDR by summarizing the following scientific paper in one sentence based on its "
         "Key Sections (Abstract, Introduction, and Conclusion).\n"
         "Key Sections: {{article}}\n"
         "TLDR:"
     ),
+    # ours: the inference-necessity paper does not print its prompts
+    "hotpotqa": (
+        "Answer the question from the paragraphs.\n{{paragraphs}}\nQuestion: {{question}}\nAnswer:"
+    ),
+    "gsm8k": "Question: {{question}}\nAnswer:",
+    "samsum": _DIALOGUE,
+    "dialogsum": _DIALOGUE,
+    "wmt": (
+        "Translate from {{source_language}} to {{target_language}}.\n"
+        "{{source_language}}: {{source}}\n"
+        "{{target_language}}:"
+    ),
+    "ecommerce": (
+        "Does the response fit the dialogue? Answer Yes or No.\n"
+        "Dialogue:\n{{dialogue}}\n"
+        "Response: {{response}}\n"
+        "Answer:"
+    ),
+    "jemhopqa": "Answer the question in Japanese.\nQuestion: {{question}}\nAnswer:",
+    "jawikinews": "Write a headline for the article.\nArticle: {{article}}\nHeadline:",
 }
 
 # What judges are asked, by the name --template takes. `dialogue-summary` is the boundary-layer

@@ -7,6 +7,7 @@ It knows nothing of tokens or models.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -89,7 +90,7 @@ def _read(path: str, seen: Callable[[bytes], object] = bytes) -> Iterator[Record
         for number, line in enumerate(stream, 1):
             seen(line)
             if line.strip():
-                yield Record(_object(line, f"{name}:{number}"), f"{name}:{number}")
+                yield Record(parse_object(line, f"{name}:{number}"), f"{name}:{number}")
 
 
 def _checked(records: Iterable[Record], needed: Sequence[str]) -> Iterator[Record]:
@@ -115,7 +116,8 @@ def load_records(path: str, *needed: str) -> tuple[list[Record], str]:
     return records, digest.hexdigest()
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def parse_object(line: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object of a line; LorakitError, naming `where`, when it is none."""
     import jsonlines
 
     try:
@@ -145,6 +147,24 @@ def _loads(text: str | bytes) -> Any:
     except ValueError as error:  # Python refuses to convert whole numbers of thousands of digits
         long = "digits" in str(error)
         raise ValueError("a number with too many digits" if long else str(error)) from None
+
+
+def parse_json(text: str, start: int) -> tuple[Any, int, str]:
+    """Return the JSON value at `start`, where it ends, and why there is none (else empty)."""
+    try:
+        value, end = _decoder().raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        return None, start, f"not JSON ({error.msg})"
+    except RecursionError:
+        return None, start, "not JSON (nested too deeply)"
+    except ValueError as error:
+        return None, start, f"not JSON ({error})"
+    return value, end, ""
+
+
+@functools.cache
+def _decoder() -> json.JSONDecoder:
+    return json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
 
 
 def _refuse(name: str) -> None:

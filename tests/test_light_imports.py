@@ -87,6 +87,12 @@ def test_building_a_data_set_needs_no_model_library() -> None:
     }
 
 
+@pytest.mark.parametrize("recipe", ["csv", "gsm8k", "jstage", "mimic", "wikilingua", "wmt"])
+def test_recipes_of_plain_formats_need_no_parser(recipe: str) -> None:
+    packages = packages_of(imported("build-dataset", recipe, "--show"))
+    assert packages <= {"attr", "click", "jsonlines", "lorakit"}
+
+
 def test_scoring_needs_no_model_library() -> None:
     line = json.dumps({"prediction": "a 1", "completion": "b 1"})
     metrics = "rougeL,bleu,chrf,em,f1,contains,gsm8k"

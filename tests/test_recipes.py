@@ -10,28 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from building import built, run, save, tallied
 
-from lorakit.cli import lorakit
 from lorakit.errors import LorakitError
-from lorakit.recipes import RECIPES, Request, build_dataset, draw
+from lorakit.recipes import RECIPES, Request, Tally, build_dataset, draw, sample_record
 from lorakit.records import Record, read_records
 
 ROWS = [Record({"id": str(number)}, f"x:{number}") for number in range(100)]
 TEMPLATES = {"template": "{{text}} =>", "completion": " {{answer}}"}
-
-
-def built(recipe: str, *sources: object, **request: Any) -> list[dict[str, Any]]:
-    return list(build_dataset(recipe, list(map(str, sources)), Request(**request)))
-
-
-def save(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(lorakit, ["build-dataset", *map(str, arguments)], input=stdin)
 
 
 # — jsonl —
@@ -313,3 +299,225 @@ def test_a_task_of_the_microworld_is_a_source() -> None:
     for sources in ((), ("echo", "first")):
         with pytest.raises(LorakitError, match="microworld takes one task as SOURCE"):
             built("microworld", *sources)
+
+
+# — every recipe —
+
+
+QUOTED = ("hotpotqa", "ecommerce")  # the answer stands in the prompt
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_shows_a_record_of_its_documented_row(recipe: str) -> None:
+    record = sample_record(recipe, Request())
+    assert list(record)[:3] == ["id", "prompt", "completion"]
+    assert str(record["id"]).strip()
+    assert str(record["completion"]).startswith(" ")
+    assert "{{" not in str(record["prompt"])
+    assert str(record["completion"]).strip() not in str(record["prompt"]) or recipe in QUOTED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (("gsm8k",), "Natalia"),
+        (("jsonl", "FILE"), "The cat"),
+        (("hf",), "A long"),
+    ],
+    ids=repr,
+)
+def test_show_prints_one_record_of_a_source_or_of_the_sample(
+    arguments: tuple[str, ...], shown: str, records: Path
+) -> None:
+    result = run(*(str(records) if each == "FILE" else each for each in arguments), "--show")
+    assert (result.exit_code, result.stderr) == (0, "")
+    (line,) = result.stdout.splitlines()
+    assert shown in json.loads(line)["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option"),
+    [("jsonl", {"min_ratio": 2.0}), ("latex", {"highlights": "ul"}), ("mimic", {"source": "en"})],
+)
+def test_an_option_of_another_recipe_is_refused(recipe: str, option: dict[str, Any]) -> None:
+    with pytest.raises(LorakitError, match=rf"^{recipe} has no --.*; .* a recipe that has: "):
+        built(recipe, "x", **option)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "request_", "count"),
+    [
+        ("gsm8k", "gsm8k", {}, 7473),
+        ("gsm8k", "gsm8k", {"split": "test"}, 1319),
+        ("hotpotqa", "hotpotqa", {"split": "validation"}, 479),
+        ("wmt", "wmt23-en-zh", {}, 2074),
+        ("jawikinews", "jawikinews", {}, 3670),
+        ("jemhopqa", "jemhopqa", {}, 1059),
+        ("jemhopqa", "jemhopqa", {"split": "validation"}, 120),
+        ("dialogsum", "dialogsum", {"split": "validation"}, 500),
+        ("dialogsum", "dialogsum", {"split": "test"}, 500),
+    ],
+)
+def test_the_published_data_sets_come_out_whole(
+    recipe: str, name: str, request_: dict[str, Any], count: int, shared: Path
+) -> None:
+    made, tally = tallied(recipe, shared / "data" / name, **request_)
+    assert len(made) == len({record["id"] for record in made}) == count
+    assert (tally.skipped, tally.removed) == (0, {})
+    assert all(record["prompt"] and record["completion"].strip() for record in made)
+    end = RECIPES[recipe].prompt.rpartition("\n")[2].rpartition("}")[2]
+    assert all(record["prompt"].endswith(end) for record in made)
+
+
+def test_records_of_the_published_data_sets_are_pinned(shared: Path) -> None:
+    data = shared / "data"
+    first = {
+        "gsm8k": built("gsm8k", data / "gsm8k", split="test")[0],
+        "wmt": built("wmt", data / "wmt23-en-zh")[0],
+        "jawikinews": built("jawikinews", data / "jawikinews")[0],
+        "dialogsum": built("dialogsum", data / "dialogsum", split="test")[0],
+    }
+    assert first["gsm8k"]["id"] == "test.jsonl:1"
+    assert first["gsm8k"]["completion"].endswith("farmer’s market.\n#### 18")
+    assert first["wmt"]["prompt"].startswith(
+        "Translate from English to Chinese.\nEnglish: The hack"
+    )
+    assert first["wmt"]["completion"].startswith(" 绝地武士的破解版崩溃了，因为它")
+    assert "2011年4月7日午後11時32分頃(UTC+9)、日本の宮城県沖" in first["jawikinews"]["prompt"]
+    assert first["jawikinews"]["completion"].startswith(" 宮城県沖でマグニチュード7.4東北各地で")
+    assert len(first["dialogsum"]["references"]) == 3
+
+
+# — malformed rows —
+
+
+BROKEN = (
+    '{"prompt": "p", "completion": "c"}\nbad\n{"prompt": "p"}\n{"prompt": "q", "completion": 1}\n'
+)
+
+
+def test_malformed_rows_are_skipped_named_and_counted_when_asked_for() -> None:
+    result = run("jsonl", "--on-error", "skip", stdin=BROKEN)
+    assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == ["p", "q"]
+    named, missing, total = result.stderr.splitlines()
+    assert named.startswith("Note: skipped stdin:2: not JSON")
+    assert missing.startswith("Note: skipped stdin:3: no field 'completion'")
+    assert total == "Note: skipped 2 malformed rows in all."
+
+
+def test_only_the_first_malformed_rows_are_named(tmp_path: Path) -> None:
+    told: list[str] = []
+    tally = Tally(skip=True, say=told.append)
+    path = save(tmp_path / "a.jsonl", "bad\n" * 50)
+    assert list(build_dataset("jsonl", [str(path)], None, tally)) == []
+    assert (len(told), tally.skipped) == (10, 50)
+
+
+@pytest.mark.parametrize(
+    ("content", "kept", "skipped"),
+    [
+        pytest.param(b"a,b\n1,2\n3\n4,5\n", ["1", "4"], 1, id="short row"),
+        pytest.param(b'a,b\n1,2\n"x"y,2\n4,5\n', ["1", "4"], 1, id="bad quote"),
+        pytest.param(b"a,b\n\xff,2\n4,5\n", ["4"], 1, id="not UTF-8"),
+    ],
+)
+def test_rows_of_a_table_are_skipped(
+    content: bytes, kept: list[str], skipped: int, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "a.csv", content)
+    made, tally = tallied("csv", path, template="{{a}}", completion="{{b}}")
+    assert [record["prompt"] for record in made] == kept
+    assert tally.skipped == skipped
+
+
+def test_an_open_quote_that_takes_the_rest_of_a_table_is_never_skipped(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.csv", 'a,b\n1,"2\n3,4\n5,6\n')
+    with pytest.raises(LorakitError, match="unexpected end of data"):
+        tallied("csv", path, template="{{a}}", completion="{{b}}")
+
+
+# — JSON arrays —
+
+
+def test_an_array_is_read_as_lines_are_with_numbered_records(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{number}", "completion": "é" * 300} for number in range(9000)]
+    path = save(tmp_path / "a.json", "\ufeff " + json.dumps(rows, ensure_ascii=False, indent=1))
+    made = built("jsonl", path)
+    assert [record["prompt"] for record in made] == [row["prompt"] for row in rows]
+    assert made[8999]["id"] == f"{path}: record 9000"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", r"the end of the file where the JSON array needs|record 1: not JSON"),
+        ('[{"a": 1}', "the end of the file where the JSON array needs ','"),
+        ('[{"a": 1} {"a": 2}]', r"'\{' where the JSON array needs ','"),
+        ('[{"a": 1}] x', "text after the array's end"),
+        ('[{"a": }]', r"record 1: not JSON \(Expecting value"),
+        ("[1]", "record 1: not a JSON object"),
+        ("[" + "[" * 100_000, "record 1: not JSON"),
+        ('[{"a": NaN}]', r"record 1: not JSON \(NaN"),
+        (b'[{"a": "\xff"}]', "not UTF-8 text"),
+    ],
+    ids=repr,
+)
+def test_a_broken_array_names_file_and_record(
+    content: str | bytes, message: str, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "a.json", content)
+    with pytest.raises(LorakitError, match=rf"a\.json: (?:{message}).*; "):
+        built("jsonl", path, template="{{a}}", completion="{{a}}")
+
+
+# — filters —
+
+
+def write_prompts(path: Path, *prompts: str) -> Path:
+    rows = (json.dumps({"prompt": prompt, "completion": "c"}) for prompt in prompts)
+    return save(path, "\n".join(rows))
+
+
+def test_words_are_limited_and_what_is_removed_is_counted(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path / "a", "one", "one two", "one two three", "三つの字", "字 a 字")
+    made, tally = tallied("jsonl", path, min_words=2, max_words=3)
+    assert [record["prompt"] for record in made] == ["one two", "one two three", "字 a 字"]
+    assert tally.removed == {
+        "a prompt of fewer than 2 words": 1,
+        "a prompt of more than 3 words": 1,
+    }
+
+
+def test_a_sample_is_drawn_of_what_the_filters_keep(tmp_path: Path) -> None:
+    path = write_prompts(
+        tmp_path / "a", *("long text " * (number % 2) + "x" for number in range(20))
+    )
+    assert len(built("jsonl", path, min_words=2, sample=10)) == 10
+
+
+def test_overlap_and_repeated_prompts_are_counted_and_dropped_when_asked_for(
+    tmp_path: Path,
+) -> None:
+    train = write_prompts(tmp_path / "train", "a", "b", "a ", " c", "d")
+    test = write_prompts(tmp_path / "test", "c", "d", "e")
+    made, tally = tallied("jsonl", train, overlap=(str(test),))
+    assert len(made) == 5
+    assert tally.noticed == {
+        "prompts that an earlier record has": 1,
+        f"prompts that stand in {test}": 2,
+    }
+    made, tally = tallied("jsonl", train, drop_overlap=(str(test),))
+    assert [record["prompt"] for record in made] == ["a", "b", "a "]
+    assert tally.removed == {f"a prompt that stands in {test}": 2}
+
+
+def test_the_command_tells_every_count(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path / "a", "a", "a", "a b", "a b c")
+    other = write_prompts(tmp_path / "b", "a b")
+    result = run("jsonl", path, "--max-words", 2, "--drop-overlap", other)
+    assert result.stderr.splitlines() == [
+        f"Note: removed 1: a prompt that stands in {other}.",
+        "Note: removed 1: a prompt of more than 2 words.",
+        "Note: prompts that an earlier record has: 1.",
+    ]
+    assert run("jsonl", path, "--max-words", 2, "-q").stderr == ""

@@ -2,57 +2,113 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from lorakit import options
 from lorakit.files import STDIO
-from lorakit.recipes import RECIPES, Request
-from lorakit.recipes.rows import SPLITS
+from lorakit.recipes import RECIPES
+from lorakit.recipes.request import SPLITS, Request
 
+HUB = "hf://"
 _LIST = "\n".join(f"  {name:<12}{recipe.help}" for name, recipe in RECIPES.items())
 
 
+if TYPE_CHECKING:
+    Choice = click.Choice[str]
+else:
+    Choice = click.Choice  # not generic before click 8.2
+
+
+class RecipeName(Choice):
+    """A name in RECIPES, or the address of a data set on the hub."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if str(value).startswith(HUB):
+            return str(value)
+        return super().convert(value, param, ctx)
+
+
 @click.command("build-dataset", epilog=f"\b\nRecipes:\n{_LIST}")
-@click.argument("recipe", type=click.Choice(list(RECIPES)), metavar="RECIPE")
+@click.argument("recipe", type=RecipeName(list(RECIPES)), metavar="RECIPE")
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @click.option("--split", type=click.Choice(SPLITS), default=Request.split, show_default=True)
-@options.lang
+@click.option(
+    "--lang",
+    type=click.Choice(["en", "ja", "zh"]),
+    help="Take texts of this language. [default: what there is; of microworld, en]",
+)
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Draw N records.")
 @options.seed
 @click.option("--template", metavar="TEXT", help="The prompt, with {{field}} for a row's fields.")
 @click.option(
     "--completion", metavar="TEXT", help="The completion, likewise; joined to the prompt as is."
 )
+@click.option("--min-words", type=click.IntRange(min=1), metavar="N", help="Drop shorter prompts.")
+@click.option("--max-words", type=click.IntRange(min=1), metavar="N", help="Drop longer prompts.")
+@click.option(
+    "--min-ratio",
+    type=click.FloatRange(min=0),
+    metavar="R",
+    help="mimic: words of findings for each of the impression, at least. [default: 1.5]",
+)
+@click.option("--highlights", metavar="CSS", help="news-html: where the highlights stand.")
+@click.option("--source", metavar="LANG", help="wmt: language to translate from. [default: en]")
+@click.option("--target", metavar="LANG", help="wmt: language to translate to. [default: zh]")
+@click.option(
+    "--overlap", multiple=True, metavar="FILE", help="Count prompts that stand in these records."
+)
+@click.option("--drop-overlap", multiple=True, metavar="FILE", help="Remove such prompts.")
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="What to do at a malformed row; skipped ones are counted.",
+)
+@click.option("--show", is_flag=True, help="Print one record; without SOURCE of a sample row.")
 @options.output(STDIO, "the records")
 @options.quiet
 def build_dataset(
     recipe: str,
     sources: tuple[str, ...],
-    split: str,
-    lang: str,
-    sample: int | None,
-    seed: int,
-    template: str | None,
-    completion: str | None,
+    on_error: str,
+    show: bool,
     output: str,
     quiet: bool,
+    **asked: Any,
 ) -> None:
     """Turn raw data into records: lines of JSON with id, prompt and completion.
 
-    SOURCE is a file or a folder of the data set (jsonl, csv: stdin by default), or a task of
-    microworld.
+    SOURCE is a file, folder or archive of the data set, compressed or not, as it was downloaded
+    (stdin by default), or a task of microworld. RECIPE hf://owner/name[:config][@revision] reads a
+    data set of the hub.
 
     \b
     lorakit build-dataset scitldr SciTLDR-A --split train --sample 50 -o train.jsonl
     lorakit build-dataset csv a.csv --template 'Summarize: {{text}}' --completion ' {{summary}}'
+    lorakit build-dataset mimic --show
     """
-    options.one_pipe(*sources)
+    options.one_pipe(*sources, *asked["overlap"], *asked["drop_overlap"])
+    if recipe.startswith(HUB):
+        recipe, sources = "hf", (recipe, *sources)
+    from itertools import islice
+
     from lorakit import recipes
     from lorakit.files import open_text_output
+    from lorakit.progress import Notes
+    from lorakit.recipes.request import Tally
     from lorakit.records import write_records
 
-    request = Request(split, lang, seed, sample, template, completion)
-    with open_text_output(output) as stream:
-        count = write_records(recipes.build_dataset(recipe, sources, request), stream)
-    if sample is not None and count < sample and not quiet:
-        click.echo(f"Note: only {count} records for --sample {sample}.", err=True)
+    request, notes = Request(**asked), Notes(quiet=quiet)
+    with notes.bytes_read(sources) as advance, open_text_output(output) as stream:
+        tally = Tally(skip=on_error == "skip", say=notes.note, advance=advance)
+        made = recipes.build_dataset(recipe, sources, request, tally)
+        if show:
+            made = islice(made, 1) if sources else iter([recipes.sample_record(recipe, request)])
+        count = write_records(made, stream)
+    for line in tally.lines() if not show else ():
+        notes.note(line)
+    if request.sample is not None and count < request.sample:
+        notes.note(f"only {count} records for --sample {request.sample}.")

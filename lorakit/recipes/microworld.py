@@ -10,13 +10,15 @@ to TASKS.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from lorakit.errors import LorakitError
 from lorakit.recipes import microworld_probes as probes
 from lorakit.recipes import microworld_tasks as tasks
 from lorakit.recipes.microworld_words import LANGS, Draw
+from lorakit.recipes.request import Request, Tally
+from lorakit.records import Record
 
 
 class Task(NamedTuple):
@@ -70,6 +72,16 @@ def microworld(
     if task == "translate":
         _known("lang of task 'translate'", lang, ("en",))
     return (_record(task, lang, split, seed, index) for index in range(SIZES[split]))
+
+
+def microworld_rows(sources: Sequence[str], request: Request, _: Tally) -> Iterator[Record]:
+    """Yield the records of the one task that is named as the source; --lang is en by default."""
+    if len(sources) != 1:
+        raise LorakitError(f"microworld takes one task as SOURCE; choose from {', '.join(TASKS)}")
+    lang = request.lang or "en"
+    made = microworld(sources[0], lang=lang, split=request.split, seed=request.seed)
+    for number, fields in enumerate(made, 1):
+        yield Record(fields, f"microworld {sources[0]}:{number}")
 
 
 def _known(what: str, name: str, choices: object) -> None:

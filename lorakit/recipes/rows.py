@@ -1,93 +1,221 @@
-"""Raw rows of line-wise files, each with the place it was read from.
+"""Raw rows of JSON files and lines of text, each with the place it was read from.
 
 A row is a Record whose fields are the source's own; the recipes name them, the templates use them.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import codecs
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO, reading
-from lorakit.records import Record, read_objects
+from lorakit.recipes.request import Request, Tally, UnwantedError
+from lorakit.recipes.sources import Part, parts
+from lorakit.records import Record, parse_json, parse_object
 
-SPLITS = ("train", "validation", "test")
-_CSV_FIELD_LIMIT = 1 << 30
-
-
-def json_rows(sources: Sequence[str]) -> Iterator[Record]:
-    """Yield the objects of JSONL files (none given: stdin)."""
-    for source in sources or (STDIO,):
-        yield from read_objects(source)
+_SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
+_CHUNK = 1 << 20
+_LONGEST_VALUE = 1 << 26
 
 
-def csv_rows(sources: Sequence[str]) -> Iterator[Record]:
-    """Yield the rows of CSV files with a header line (`.tsv`: tab-separated; none given: stdin).
+def converted(
+    rows: Iterable[Record], convert: Callable[[Record], Record], tally: Tally
+) -> Iterator[Record]:
+    """Yield the converted rows; those that are malformed or unwanted go to the tally."""
+    for row in rows:
+        try:
+            made = convert(row)
+        except LorakitError as error:
+            tally.bad(error)
+        except UnwantedError as reason:
+            tally.remove(str(reason))
+        else:
+            yield made
 
-    Quoted fields may hold line breaks; a byte-order mark is dropped. Raises LorakitError naming
-    file and line for a row that is longer or shorter than the header.
+
+def survived(rows: Iterable[Record], tally: Tally) -> Iterator[Record]:
+    """Yield the rows of a file; where it breaks, its rest is what the tally is told of."""
+    try:
+        yield from rows
+    except LorakitError as error:
+        tally.bad(error)
+
+
+def split_parts(
+    sources: Sequence[str], request: Request, tally: Tally, names: Mapping[str, Sequence[str]]
+) -> Iterator[Part]:
+    """Yield the files to read, of folders and archives the one file of the split.
+
+    `names` has the patterns of each split's file; a data set may lack a split.
     """
-    for source in sources or (STDIO,):
-        name = "stdin" if source == STDIO else source
-        delimiter = "\t" if source.lower().endswith(".tsv") else ","
-        with reading(source) as stream:
-            text = io.TextIOWrapper(
-                stream, encoding="utf-8-sig", errors="surrogateescape", newline=""
-            )
+    patterns, wanted = names.get(request.split), f" for --split {request.split}"
+    if patterns is None:  # only files that are named themselves can be read
+        patterns, wanted = (f"{request.split} set",), f", only {' and '.join(names)}"
+    yield from parts(sources, tally, patterns, one=True, wanted=wanted)
+
+
+def split_names(*forms: str) -> dict[str, tuple[str, ...]]:
+    """Return the file names of every split: the forms, with the names that splits go by for {}."""
+    return {
+        split: tuple(form.format(name) for form in forms for name in names)
+        for split, names in _SPLIT_NAMES.items()
+    }
+
+
+# — fields —
+
+
+def text_of(row: Record, name: str, *others: str) -> str:
+    """Return the stripped text of the first of these fields that there is.
+
+    Raises LorakitError where there is none or it is no text, UnwantedError where it is empty.
+    """
+    for each in (name, *others):
+        found = row.fields.get(each)
+        if found is not None:
+            return stripped(found, f"{row.where}: {each!r}")
+    raise LorakitError(f"{row.where}: no field {name!r}; check that this is the recipe's data set")
+
+
+def stripped(found: object, what: str) -> str:
+    """Return a text without the space around it; LorakitError where `found` is none."""
+    if not isinstance(found, str):
+        raise LorakitError(f"{what} is not a text; check that this is the recipe's data set")
+    if not found.strip():
+        raise UnwantedError("an empty text where the data set has one")
+    return found.strip()
+
+
+def id_of(row: Record, *names: str) -> str:
+    """Return the row's own id, else its file's name and place, the same wherever the file lies."""
+    for name in names:
+        if row.fields.get(name) not in (None, ""):
+            return str(row.fields[name])
+    return os.path.basename(row.where).replace(": record ", ":")
+
+
+def rest_of(row: Record, *used: str) -> dict[str, Any]:
+    """Return the fields that a recipe does not use, to be passed through."""
+    return {name: value for name, value in row.fields.items() if name not in used}
+
+
+# — JSON —
+
+
+def json_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator[Record]:
+    """Yield the objects of JSONL files, or of files that hold one JSON array (none given: stdin).
+
+    A line:
+
+        {"id": "n1", "prompt": "Summarize: A long, long text.", "completion": " Short."}
+    """
+    for part in parts(sources, tally, ("*.jsonl", "*.json", "*.ndjson")):
+        yield from objects_in(part, tally)
+
+
+def objects_in(part: Part, tally: Tally) -> Iterator[Record]:
+    """Yield the objects of one file: of its lines or, where it begins with `[`, of the array."""
+    if first_character(part) == b"[":
+        yield from _array(part, tally)
+        return
+    for number, line in part.lines():
+        if line.strip():
+            where = f"{part.name}:{number}"
             try:
-                yield from _table(text, name, delimiter)
-            finally:
-                text.detach()
+                fields = parse_object(line, where)
+            except LorakitError as error:
+                tally.bad(error)
+            else:
+                yield Record(fields, where)
 
 
-def _table(text: io.TextIOWrapper, name: str, delimiter: str) -> Iterator[Record]:
-    import csv
-
-    csv.field_size_limit(_CSV_FIELD_LIMIT)
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    try:
-        header = next((_decoded(cells, f"{name}:1") for cells in reader), None)
-        if not header:
-            raise LorakitError(f"{name} is empty; give a CSV file with a header line")
-        _check_header(header, name)
-        for cells in reader:
-            if cells:
-                where = f"{name}:{reader.line_num}"
-                yield _row(header, _decoded(cells, where), where)
-    except csv.Error as error:
-        place = f"{name}:{reader.line_num}"
-        raise LorakitError(f"{place}: {error}; mend the row or its quotes") from error
+def first_character(part: Part) -> bytes:
+    """Return the first byte of a text file that is neither space nor byte-order mark."""
+    return part.stream.peek(512)[:512].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
 
 
-def _decoded(cells: list[str], where: str) -> list[str]:
-    """Return the cells, all of them UTF-8; the line of one that is not is known only here."""
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        raise LorakitError(f"{where}: not UTF-8 text; save the file as UTF-8") from None
-    return cells
+def _array(part: Part, tally: Tally) -> Iterator[Record]:
+    text = _Text(part)
+    text.take("[")
+    number = 0
+    while text.next_character() != "]":
+        number += 1
+        where = f"{part.name}: record {number}"
+        value = text.value(where)
+        if isinstance(value, dict):
+            yield Record(value, where)
+        else:
+            tally.bad(LorakitError(f"{where}: not a JSON object; each must be one record"))
+        if text.next_character() != "]":
+            text.take(",")
+    text.take("]")
+    if text.next_character():
+        raise LorakitError(f"{part.name}: text after the array's end; give one JSON array a file")
 
 
-def _check_header(header: list[str], name: str) -> None:
-    for column in header:
-        if header.count(column) > 1:
-            raise LorakitError(f"{name}:1: column {column!r} stands twice; rename one of them")
+class _Text:
+    """A JSON text that is decoded value by value, holding no more of it than a value needs."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._text, self._place, self._ended = "", 0, False
+
+    def _more(self, size: int = _CHUNK) -> None:
+        data = self._part.stream.read(size)
+        try:
+            new = self._decoder.decode(data, not data)
+        except UnicodeDecodeError:
+            raise LorakitError(f"{self._part.name}: not UTF-8 text; save it as UTF-8") from None
+        self._text, self._place = self._text[self._place :] + new, 0
+        self._ended = not data
+
+    def next_character(self) -> str:
+        """Return the next character that is no space, without taking it; empty at the end."""
+        while True:
+            rest = self._text
+            while self._place < len(rest) and rest[self._place] in " \t\r\n":
+                self._place += 1
+            if self._place < len(rest) or self._ended:
+                return rest[self._place : self._place + 1]
+            self._more()
+
+    def take(self, character: str) -> None:
+        found = self.next_character()
+        if found != character:
+            what = f"{found!r}" if found else "the end of the file"
+            raise LorakitError(
+                f"{self._part.name}: {what} where the JSON array needs {character!r}; "
+                "check that the file is whole"
+            )
+        self._place += 1
+
+    def value(self, where: str) -> Any:
+        """Return the next value; LorakitError where it is no JSON."""
+        self.next_character()
+        size = _CHUNK
+        while True:
+            value, end, reason = parse_json(self._text, self._place)
+            if not reason and (end < len(self._text) or self._ended):
+                self._place = end
+                return value
+            if self._ended or len(self._text) - self._place > _LONGEST_VALUE:
+                raise LorakitError(f"{where}: {reason}; check that the file is whole")
+            self._more(size)
+            size *= 2
 
 
-def _row(header: list[str], cells: list[str], where: str) -> Record:
-    if len(cells) != len(header):
-        raise LorakitError(
-            f"{where}: {len(cells)} cells where the header has {len(header)}; "
-            "mend the row, or quote the text that holds a separator"
-        )
-    return Record(dict(zip(header, cells, strict=True)), where)
+# — lines —
 
 
-def split_file(folder: str, split: str, names: dict[str, str]) -> str:
-    """Return the file of a split inside a data set's folder, whose file names are `names`."""
-    path = Path(folder) / names[split]
-    if not path.is_file():
-        raise LorakitError(f"{folder} has no {names[split]} for --split {split}; check the folder")
-    return str(path)
+def lines_in(part: Part, tally: Tally) -> Iterator[tuple[str, str | None]]:
+    """Yield the place and the text of every line; a line that is not UTF-8 is told and None."""
+    for number, line in part.lines():
+        where = f"{part.name}:{number}"
+        try:
+            yield where, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            tally.bad(LorakitError(f"{where}: not UTF-8 text; save the file as UTF-8"))
+            yield where, None

@@ -1,48 +1,62 @@
 """SciTLDR: scientific papers and their one-sentence summaries (Cachola et al., 2020).
 
-A line of the published JSONL files (train.jsonl, dev.jsonl, test.jsonl), shortened:
-
-    {"source": ["We study …", "Our model …"], "target": ["A model that …", "We show …"],
-     "paper_id": "rJlMBjAcYX", "title": "…"}
+The published forms A (abstract), AIC (abstract, introduction, conclusion: the adaptive-merge
+paper's) and FullText differ in what `source` holds; a test paper has several TLDRs.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.rows import json_rows, split_file
+from lorakit.recipes.request import Request, Tally
+from lorakit.recipes.rows import converted, objects_in, split_parts
 from lorakit.records import Record
 
-FILES = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
+FILES = {"train": ("train.jsonl",), "validation": ("dev.jsonl",), "test": ("test.jsonl",)}
 
 
-def scitldr_rows(sources: Sequence[str], split: str) -> Iterator[Record]:
+def scitldr_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
     """Yield rows with `id`, `article`, `tldr`, `references` (every TLDR) and `title`.
 
-    A source is the data set's folder, of which the split's file is read, or a file.
+    A source is the data set's folder, of which the split's file is read, or a file. A line:
+
+        {"source": ["We study the loss of linear networks.", "Our analysis is exact."],
+         "source_labels": [1, 0], "paper_id": "SysEexbRb",
+         "target": ["We give the critical points of linear networks' losses in closed form."],
+         "title": "Critical Points of Linear Neural Networks"}
     """
-    paths = [split_file(path, split, FILES) if os.path.isdir(path) else path for path in sources]
-    for row in json_rows(paths):
-        targets = _texts(row, "target")
-        fields = {
-            "id": str(row.fields.get("paper_id", row.where)),
-            "article": " ".join(_texts(row, "source")),
-            "tldr": targets[0],
-            "references": targets,
-            "title": row.fields.get("title", ""),
-        }
-        yield Record(fields, row.where)
+    if not sources:
+        raise LorakitError("scitldr needs its folder or a file as SOURCE; name one")
+    for part in split_parts(sources, request, tally, FILES):
+        yield from converted(objects_in(part, tally), _paper, tally)
+
+
+def _paper(row: Record) -> Record:
+    targets = _texts(row, "target")
+    fields = {
+        "id": str(row.fields.get("paper_id", row.where)),
+        "article": " ".join(_texts(row, "source")),
+        "tldr": targets[0],
+        "references": targets,
+        "title": row.fields.get("title", ""),
+    }
+    return Record(fields, row.where)
 
 
 def _texts(row: Record, name: str) -> list[str]:
+    """Return the texts of a list, or of a list of lists: the sentences of FullText's sections."""
     found = row.fields.get(name)
-    if not (isinstance(found, list) and all(isinstance(text, str) for text in found)):
+    listed = found if isinstance(found, list) else [None]
+    flat: list[Any] = [
+        text for item in listed for text in (item if isinstance(item, list) else [item])
+    ]
+    if not all(isinstance(text, str) for text in flat):
         raise LorakitError(
             f"{row.where}: {name!r} is not a list of texts; give SciTLDR's own JSONL file"
         )
-    texts = [text.strip() for text in found if text.strip()]
+    texts = [text.strip() for text in flat if text.strip()]
     if not texts:
         raise LorakitError(f"{row.where}: {name!r} holds no text; drop the record")
     return texts

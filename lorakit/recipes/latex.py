@@ -1,0 +1,249 @@
+r"""Journal papers in LaTeX: titles from abstracts.
+
+The adaptive-merge paper's NLP papers are from the LaTeX corpus of the Journal of Natural Language
+Processing (Appendix A.2.1): the title is `\jtitle` or `\title`, the abstract `\jabstract` or
+`abstract`, a macro or an environment. The author's own macros are expanded; pylatexenc then turns
+the LaTeX to text, without citations, references and spacing.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from lorakit.errors import LorakitError
+from lorakit.recipes.decoding import decoded
+from lorakit.recipes.filters import is_japanese
+from lorakit.recipes.request import Request, Tally, UnwantedError, missing
+from lorakit.recipes.rows import converted
+from lorakit.recipes.sources import Part, parts
+from lorakit.records import Record
+
+_TITLES = {"ja": ("jtitle", "title"), "en": ("etitle", "title")}
+_ABSTRACTS = {"ja": ("jabstract", "abstract"), "en": ("eabstract", "abstract")}
+_COMMENT = r"(?<!\\)((?:\\\\)*)%[^\n]*(?:\n[ \t]*|$)"
+_DEFINITION = (
+    r"\\(?:(?:re)?newcommand|providecommand|DeclareRobustCommand)\*?\s*\{?\s*\\([A-Za-z@]+)\s*\}?"
+    r"\s*(?:\[([0-9])\])?\s*(?:\[([^\]]*)\])?\s*(?=\{)"
+    r"|\\[gex]?def\s*\\([A-Za-z@]+)\s*((?:#[1-9])*)\s*(?=\{)"
+)
+_GLUE = (
+    r"\\(?:[vh]skip|[vh]glue|kern)\s*[-+]?[\d.]*\s*(?:true)?(?:\\[A-Za-z@]+|[A-Za-z]{1,2})"
+    r"(?:\s*(?:plus|minus)\s*[-+]?[\d.]+\s*(?:true)?[A-Za-z]{1,4})*"
+)
+_WIDE = "\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
+_LARGEST = 1 << 20  # characters of an expanded field: macros that double themselves end here
+_PASSES = 20
+_TRIPPED = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # of pylatexenc's
+
+# What is removed with its arguments, by the arguments' form: * a star, [ optional, { required.
+_REMOVED = {
+    "*[[{": "cite citep citet citeA citeB citealp citealt citeauthor citeyear citeyearpar nocite",
+    "*{": "vspace hspace ref pageref eqref label",
+    "[{": "footnote footnotetext",
+    "[": "footnotemark linebreak pagebreak",
+    "{": "thanks index bibliographystyle bibliography input include pagestyle thispagestyle",
+    "{{": "setlength addtolength setcounter",
+    "": "noindent protect maketitle newpage clearpage smallskip medskip bigskip par",
+}
+
+
+class Macro(NamedTuple):
+    """A user's macro: number of arguments, default of the first (None: required), and body."""
+
+    arguments: int
+    default: str | None
+    body: str
+
+
+def latex_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
+    r"""Yield rows with `article` (the abstract) and `title` of papers.
+
+    A source is a LaTeX file in UTF-8, EUC-JP, Shift_JIS or ISO-2022-JP, or a folder or archive of
+    them; --lang ja takes papers in Japanese only, --lang en English titles and abstracts. Files
+    without both are counted. A paper:
+
+        \documentclass{jnlp}
+        \newcommand{\model}[1]{モデル#1}
+        \jtitle{\model{A}による機械翻訳\thanks{本研究は助成を受けた。}}
+        \jabstract{% abstract
+        本稿では，{\bf 機械翻訳}の手法\cite{a2020}を提案する．\vspace{2mm}
+        実験の結果，\model{A}は精度が50\%向上した．
+        }
+        \begin{document}\maketitle\end{document}
+    """
+    for part in parts(sources, tally, ("*.tex", "*.ltx")):
+        yield from converted([Record({}, part.name)], partial(_paper, part, request.lang), tally)
+
+
+def _paper(part: Part, asked: str | None, _: Record) -> Record:
+    source = decoded(part.whole(), part.name).replace("\r\n", "\n").replace("\r", "\n")
+    source = re.sub(_COMMENT, r"\1", source)
+    macros = macros_of(source)
+    lang = asked if asked in _TITLES else "ja"
+    title = _first_field(source, _TITLES[lang], macros, part.name)
+    abstract = _first_field(source, _ABSTRACTS[lang], macros, part.name)
+    if not title or not abstract:
+        raise UnwantedError("a file without a title and an abstract")
+    _check_language(title + abstract, asked)
+    return Record({"id": part.inside, "article": abstract, "title": title}, part.name)
+
+
+def _check_language(text: str, lang: str | None) -> None:
+    if lang is not None and (lang == "ja") != is_japanese(text):
+        raise UnwantedError(f"a paper that is not in the language {lang}")
+
+
+def _first_field(source: str, names: Sequence[str], macros: dict[str, Macro], where: str) -> str:
+    """Return the text of the first field that there is, macro or environment."""
+    for name in names:
+        for content in _contents(source, name, where):
+            text = to_text(expanded(content, macros, where), where)
+            if text:
+                return text
+    return ""
+
+
+def _contents(source: str, name: str, where: str) -> Iterator[str]:
+    for match in re.finditer(rf"\\{name}(?![A-Za-z@])\s*(?:\[[^\]]*\]\s*)?(?=\{{)", source):
+        end = group_end(source, match.end())
+        if end < 0:
+            raise LorakitError(f"{where}: the braces of \\{name} do not close; mend the file")
+        yield source[match.end() + 1 : end - 1]
+    yield from re.findall(rf"\\begin\{{{name}\}}(.*?)\\end\{{{name}\}}", source, re.S)
+
+
+def group_end(text: str, start: int) -> int:
+    """Return the place after the group that opens at `start`; -1 where it does not close."""
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.end()
+    return -1
+
+
+def macros_of(source: str) -> dict[str, Macro]:
+    r"""Return the macros that a paper defines by \newcommand and its kin or by \def."""
+    found: dict[str, Macro] = {}
+    for match in re.finditer(_DEFINITION, source):
+        end = group_end(source, match.end())
+        if end < 0:
+            continue
+        body = source[match.end() + 1 : end - 1]
+        if match[4]:
+            found[match[4]] = Macro(len(match[5]) // 2, None, body)
+        else:
+            found[match[1]] = Macro(int(match[2] or 0), match[3], body)
+    return {name: macro for name, macro in found.items() if name not in _kept_names()}
+
+
+@functools.cache
+def _kept_names() -> frozenset[str]:
+    """Return the names whose meaning is known here, whatever a paper defines them as."""
+    fields = [name for table in (_TITLES, _ABSTRACTS) for names in table.values() for name in names]
+    return frozenset([*fields, *" ".join(_REMOVED.values()).split()])
+
+
+def expanded(text: str, macros: dict[str, Macro], where: str) -> str:
+    """Return a text with the user's macros replaced; LorakitError where they do not end."""
+    if not macros:
+        return text
+    names = "|".join(sorted(map(re.escape, macros), key=len, reverse=True))
+    used = re.compile(rf"\\({names})(?![A-Za-z@])[ \t]*")
+    for _ in range(_PASSES):
+        made = _expanded_once(text, used, macros)
+        if len(made) > _LARGEST:
+            raise LorakitError(f"{where}: macros that grow without end; define them plainly")
+        if made == text:
+            break
+        text = made
+    return text
+
+
+def _expanded_once(text: str, used: re.Pattern[str], macros: dict[str, Macro]) -> str:
+    made: list[str] = []
+    place = size = 0
+    while size <= _LARGEST and (match := used.search(text, place)):
+        body, end = _applied(macros[match[1]], text, match.end())
+        made += [text[place : match.start()], body]
+        size += len(made[-2]) + len(body)
+        place = end
+    return "".join([*made, text[place:]])
+
+
+def _applied(macro: Macro, text: str, place: int) -> tuple[str, int]:
+    """Return the body of a macro with its arguments, read from `place`, and where they end."""
+    given: list[str] = []
+    if macro.default is not None:
+        option = re.compile(r"\s*\[([^\]]*)\]").match(text, place)
+        given.append(option[1] if option else macro.default)
+        place = option.end() if option else place
+    while len(given) < macro.arguments:
+        argument, place = _argument(text, place)
+        given.append(argument)
+
+    def value(match: re.Match[str]) -> str:
+        number = int(match[1])
+        return given[number - 1] if number <= len(given) else ""
+
+    return re.sub(r"#([1-9])", value, macro.body), place
+
+
+def _argument(text: str, place: int) -> tuple[str, int]:
+    match = re.compile(r"\s*(\\[A-Za-z@]+|\\.|[^\s])", re.S).match(text, place)
+    if match is None:
+        return "", len(text)
+    end = group_end(text, match.start(1)) if match[1] == "{" else match.end()
+    if match[1] == "{" and end > 0:
+        return text[match.start(1) + 1 : end - 1], end
+    return match[1], match.end()
+
+
+def to_text(fragment: str, where: str) -> str:
+    """Return a piece of LaTeX as text in one line, without citations, references and spacing."""
+    walker, writer = _converter()
+    fragment = re.sub(_GLUE, " ", fragment)
+    try:
+        nodes, _, _ = walker(fragment).get_latex_nodes()
+        text = str(writer.nodelist_to_text(nodes))
+    except RecursionError:
+        raise LorakitError(f"{where}: braces nested too deeply; mend the file") from None
+    except _TRIPPED as error:
+        raise LorakitError(
+            f"{where}: LaTeX that cannot be read ({type(error).__name__}); mend the file"
+        ) from error
+    return _tidied(text)
+
+
+def _tidied(text: str) -> str:
+    """Fold space; a line's end after a Japanese character is none, nor is one between two."""
+    text = re.sub(rf"(?<=[{_WIDE}])[ \t]*\n\s*", "", text.strip())
+    text = " ".join(text.split())
+    text = re.sub(r"\(\s*\)|（\s*）|\[\s*\]", "", text)
+    return re.sub(rf"(?<=[{_WIDE}]) +(?=[{_WIDE}])", "", text)
+
+
+@functools.cache
+def _converter() -> tuple[Any, Any]:
+    """Return what makes a walker of a fragment, and the writer of its nodes."""
+    import logging
+
+    try:
+        from pylatexenc import latex2text, latexwalker, macrospec
+    except ImportError:
+        raise missing("the recipe latex", "pylatexenc", "latex") from None
+    logging.getLogger("pylatexenc").setLevel(logging.CRITICAL)  # it prints what it cannot read
+    forms = [(name, form) for form, names in _REMOVED.items() for name in names.split()]
+    syntax = latexwalker.get_default_latex_context_db()
+    specs = [macrospec.std_macro(name, form) for name, form in forms]
+    syntax.add_context_category("lorakit", prepend=True, macros=specs)
+    meaning = latex2text.get_default_latex_context_db()
+    empty = [latex2text.MacroTextSpec(name, simplify_repl=" ") for name, _ in forms]
+    empty.append(latex2text.MacroTextSpec("\\", simplify_repl="\n"))
+    meaning.add_context_category("lorakit", prepend=True, macros=empty)
+    walker = partial(latexwalker.LatexWalker, latex_context=syntax, tolerant_parsing=True)
+    return walker, latex2text.LatexNodes2Text(latex_context=meaning, math_mode="text")

@@ -1,0 +1,180 @@
+"""News pages: articles with the bullet list of highlights that stands before them.
+
+The adaptive-merge paper's Bloomberg set (Appendix A.1): the highlights, joined with the title, are
+the summary, the full text without them is the article. trafilatura takes the boilerplate off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from lorakit.errors import LorakitError
+from lorakit.recipes.decoding import decoded
+from lorakit.recipes.jstage import declared_encoding
+from lorakit.recipes.request import Request, Tally, UnwantedError, missing
+from lorakit.recipes.rows import converted
+from lorakit.recipes.sources import Part, parts
+from lorakit.records import Record
+
+_MOST_ITEMS = 8
+_SHORTEST_ITEM = 8  # characters
+_SHORTEST_PARAGRAPH = 40
+_ASIDE = frozenset({"nav", "footer", "aside", "form", "figure", "table", "button"})
+_FURNITURE = (
+    r"(?:^|[\s_-])(?:nav|menu|bread-?crumbs?|share|social|tags?|related|footer|toc)(?:$|[\s_-])"
+)
+
+
+def news_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
+    """Yield rows with `article`, `summary` (title and highlights, a line each), `title`, `url`.
+
+    A source is a page, or a folder or archive of them. The highlights are the items that the CSS
+    selector of --highlights finds or, without one, the first list between the heading and the first
+    paragraph. Pages without highlights or text are counted. A page:
+
+        <html><head><title>Markets rise - Daily News</title></head><body>
+        <nav><ul><li><a href="/">Home page</a></li><li><a href="/w">The world</a></li></ul></nav>
+        <article><h1>Markets rise</h1>
+        <ul><li>Shares rose by two percent on Monday</li><li>Exporters gained most</li></ul>
+        <p>Shares rose by two percent on Monday in the busiest session of the year so far.</p>
+        <p>Exporters gained most as the currency fell against all of its larger rivals.</p>
+        </article></body></html>
+    """
+    for part in parts(sources, tally, ("*.html", "*.htm", "*.xhtml")):
+        row = Record({}, part.name)
+        yield from converted([row], partial(_page, part, request.highlights), tally)
+
+
+def _page(part: Part, selector: str | None, _: Record) -> Record:
+    tree = _tree(part)
+    title = _title(tree)
+    found = _selected(tree, selector) if selector else _listed(tree)
+    highlights = [text for element in found for text in [_text(element)] if text]
+    if not highlights:
+        raise UnwantedError("a page without highlights")
+    headings = [element for element in tree.iter("h1") if _text(element) == title]
+    menus = [element for element in tree.iter("ul", "ol") if _is_furniture(element)]
+    for element in (*found, *headings, *menus):  # the summary must not stand in its article
+        if element.getparent() is not None:
+            element.drop_tree()
+    article = _body(tree, part.name)
+    if not article:
+        raise UnwantedError("a page without the text of an article")
+    url = _meta(tree, "og:url")
+    fields = {"id": url or part.inside, "article": article, "url": url}
+    summary = "\n".join([title, *highlights] if title else highlights)
+    return Record({**fields, "summary": summary, "title": title}, part.name)
+
+
+def _tree(part: Part) -> Any:
+    """Return the parsed page; no DTD or entity of its own is read, and nothing is fetched."""
+    try:
+        from lxml import etree, html
+    except ImportError:
+        raise missing("the recipe news-html", "trafilatura", "html") from None
+    content = part.whole()
+    text = decoded(content, part.name, declared_encoding(content))
+    text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text)
+    parser = html.HTMLParser(no_network=True, huge_tree=False)
+    try:
+        return html.document_fromstring(text, parser=parser)
+    except (etree.ParserError, ValueError) as error:
+        raise LorakitError(f"{part.name}: no page ({error}); check the file") from error
+
+
+def _text(element: Any) -> str:
+    return " ".join(str(element.text_content()).split())
+
+
+def _meta(tree: Any, name: str) -> str:
+    found = tree.xpath("//meta[@property=$name or @name=$name]/@content", name=name)
+    return " ".join(str(found[0]).split()) if found else ""
+
+
+def _title(tree: Any) -> str:
+    """Return the first heading, which lacks the paper's name that other titles end with."""
+    headings = [text for element in tree.iter("h1") for text in [_text(element)] if text]
+    if headings:
+        return headings[0]
+    return _meta(tree, "og:title") or next((_text(each) for each in tree.iter("title")), "")
+
+
+def _selected(tree: Any, selector: str) -> list[Any]:
+    """Return the elements of a CSS selector; of a list, its items."""
+    try:
+        from cssselect import SelectorError
+        from lxml.cssselect import CSSSelector
+    except ImportError:
+        raise missing("--highlights", "cssselect", "html") from None
+    try:
+        found = CSSSelector(selector, translator="html")(tree)
+    except SelectorError as error:
+        raise LorakitError(f"--highlights {selector!r}: {error}; mend the selector") from error
+    items = [item for each in found for item in (each.findall("li") or [each])]
+    return [item for item in dict.fromkeys(items) if not _inside(item, items)]
+
+
+def _inside(element: Any, others: Sequence[Any]) -> bool:
+    around = set(element.iterancestors())
+    return any(other in around for other in others)
+
+
+def _listed(tree: Any) -> list[Any]:
+    """Return the items of the first list of sentences between the heading and the body."""
+    started = not any(True for _ in tree.iter("h1"))
+    for element in tree.iter("h1", "ul", "ol", "p"):
+        if element.tag == "h1":
+            started = True
+        elif not started or _is_furniture(element):
+            continue
+        elif element.tag == "p":
+            if len(_text(element)) >= _SHORTEST_PARAGRAPH and not _in_item(element):
+                return []
+        elif _is_highlights(element):
+            return list(element.findall("li"))
+    return []
+
+
+def _in_item(element: Any) -> bool:
+    return any(around.tag == "li" for around in element.iterancestors())
+
+
+def _is_highlights(element: Any) -> bool:
+    items = element.findall("li")
+    if not 1 <= len(items) <= _MOST_ITEMS or element.xpath(".//ul|.//ol"):
+        return False
+    linked = sum(len(_text(link)) for link in element.iter("a"))
+    texts = [_text(item) for item in items]
+    return all(len(text) >= _SHORTEST_ITEM for text in texts) and 2 * linked < sum(map(len, texts))
+
+
+def _is_furniture(element: Any) -> bool:
+    """Return whether an element is part of a page's navigation, not of its article."""
+    for each in (element, *element.iterancestors()):
+        names = f"{each.get('class', '')} {each.get('id', '')} {each.get('role', '')}".lower()
+        if each.tag in _ASIDE or (each.tag == "header" and not each.xpath(".//h1")):
+            return True
+        if each.tag not in ("body", "html") and re.search(_FURNITURE, names):
+            return True
+    return False
+
+
+def _body(tree: Any, where: str) -> str:
+    """Return the text of the article, a paragraph a line."""
+    import logging
+
+    try:
+        import trafilatura
+    except ImportError:
+        raise missing("the recipe news-html", "trafilatura", "html") from None
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it prints what it cannot read
+    try:
+        text = trafilatura.extract(
+            tree, include_comments=False, include_tables=False, deduplicate=False
+        )
+    except RecursionError:
+        raise LorakitError(f"{where}: elements nested too deeply; check the file") from None
+    return str(text or "").strip()

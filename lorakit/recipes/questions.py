@@ -1,0 +1,97 @@
+"""Questions and answers: HotpotQA, GSM8K and JEMHopQA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lorakit.errors import LorakitError
+from lorakit.recipes.request import Request, Tally
+from lorakit.recipes.rows import (
+    converted,
+    id_of,
+    objects_in,
+    rest_of,
+    split_names,
+    split_parts,
+    text_of,
+)
+from lorakit.records import Record
+
+_HOTPOT_FILES = {
+    "train": ("hotpot_train*.json",),
+    "validation": ("hotpot_dev_distractor*.json",),
+}
+_GSM8K_FILES = {"train": ("train.jsonl",), "test": ("test.jsonl",)}
+
+
+def hotpotqa_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
+    """Yield HotpotQA's questions over paragraphs, the distractor setting (Yang et al., 2018).
+
+    A source is the JSON file, or the folder that has the split's (the published test set has no
+    answers; the inference-necessity paper tests on the validation set). A row:
+
+        {"_id": "5a7574e25542996c70cfaf01", "type": "comparison", "level": "hard",
+         "question": "Who was born first, Mahbub ul Haq or Ibn Arabi?", "answer": "Ibn Arabi",
+         "supporting_facts": [["Mahbub ul Haq", 0], ["Ibn Arabi", 0]],
+         "context": [["Mahbub ul Haq", ["Mahbub ul Haq (born 1934) was an economist."]],
+                     ["Ibn Arabi", ["Ibn Arabi (1165 – 1240) was a scholar.", " He wrote much."]]]}
+    """
+    for part in split_parts(sources, request, tally, _HOTPOT_FILES):
+        yield from converted(objects_in(part, tally), _hotpot, tally)
+
+
+def _hotpot(row: Record) -> Record:
+    fields = {
+        "id": id_of(row, "_id", "id"),
+        "paragraphs": _paragraphs(row.fields.get("context"), row.where),
+        "question": text_of(row, "question"),
+        "answer": text_of(row, "answer"),
+    }
+    rest = rest_of(row, "_id", "id", "context", "question", "answer")
+    return Record({**fields, **rest}, row.where)
+
+
+def _paragraphs(context: Any, where: str) -> str:
+    """Return the paragraphs, each its title and text in a line; both published forms are read."""
+    if isinstance(context, dict):
+        context = list(zip(context.get("title", ()), context.get("sentences", ()), strict=False))
+    try:
+        pairs = [(title, "".join(sentences)) for title, sentences in context]
+    except (TypeError, ValueError):
+        raise LorakitError(
+            f"{where}: 'context' is not a list of titles with sentences; give HotpotQA's own file"
+        ) from None
+    return "\n".join(f"{title}: {text.strip()}" for title, text in pairs)
+
+
+def gsm8k_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
+    """Yield GSM8K's word problems and worked answers, calculations kept (Cobbe et al., 2021).
+
+    A source is a JSONL file or the folder that has the split's. A line:
+
+        {"question": "Natalia sold 48 clips in April and half as many in May. How many in all?",
+         "answer": "In May she sold 48/2 = <<48/2=24>>24 clips.\\n#### 72"}
+    """
+    for part in split_parts(sources, request, tally, _GSM8K_FILES):
+        yield from converted(objects_in(part, tally), _answered, tally)
+
+
+def jemhopqa_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
+    """Yield JEMHopQA's Japanese multi-hop questions (Ishii et al., 2024); derivations pass through.
+
+    A source is a JSON file or the folder that has the split's. A row:
+
+        {"qid": "a6c300397ad4c16dd02702a32bf6ebd6", "type": "comparison", "answer": "YES",
+         "question": "奥州市と酒田市はどちらも東北地方の都市ですか？",
+         "derivations": [["奥州市", "地方", ["東北地方"]], ["酒田市", "地方", ["東北地方"]]]}
+    """
+    names = split_names("{}.json", "{}_ver*.json")
+    for part in split_parts(sources, request, tally, names):
+        yield from converted(objects_in(part, tally), _answered, tally)
+
+
+def _answered(row: Record) -> Record:
+    fields = {"question": text_of(row, "question"), "answer": text_of(row, "answer")}
+    rest = rest_of(row, "id", "qid", "question", "answer")
+    return Record({"id": id_of(row, "id", "qid"), **fields, **rest}, row.where)

@@ -1,0 +1,149 @@
+"""Pairs of texts: WMT's translations, and any two files whose lines belong together."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from lorakit.errors import LorakitError
+from lorakit.recipes.request import Request, Tally, UnwantedError
+from lorakit.recipes.rows import converted, first_character, id_of, lines_in, survived
+from lorakit.recipes.sources import Part, parts
+from lorakit.recipes.xmltrees import elements, text_in
+from lorakit.records import Record
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
+LANGUAGES = {
+    "cs": "Czech",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fr": "French",
+    "he": "Hebrew",
+    "hi": "Hindi",
+    "is": "Icelandic",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "ru": "Russian",
+    "uk": "Ukrainian",
+    "zh": "Chinese",
+}
+_EMPTY = "a segment without text on one side"
+
+
+def wmt_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
+    """Yield WMT's segments with their translations (Kocmi et al., 2023), --source en --target zh.
+
+    Sources are two files of a segment a line, first the source's; or a TSV file of pairs; or WMT's
+    XML; or a folder of generaltest2023.en-zh.src.en and …ref.refA.zh. Pairs in a TSV file:
+
+        They were glad.⇥他们很高兴。
+    """
+    source, target = request.source or "en", request.target or "zh"
+    names = {
+        "source_language": LANGUAGES.get(source, source),
+        "target_language": LANGUAGES.get(target, target),
+    }
+    for row in converted(_segments(sources, source, target, tally), _pair, tally):
+        yield Record({**row.fields, **names}, row.where)
+
+
+def text_pair_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator[Record]:
+    """Yield the lines of two files that belong together, or the pairs of a TSV file.
+
+    The templates name them {{source}} and {{target}}:
+
+        A long, long text.⇥Short.
+    """
+    yield from converted(_lines(sources, tally), _pair, tally)
+
+
+def _segments(sources: Sequence[str], source: str, target: str, tally: Tally) -> Iterator[Record]:
+    if len(sources) == 1 and os.path.isdir(sources[0]):
+        sources = _pair_in(sources[0], source, target)
+    if len(sources) == 2:
+        yield from _lines(sources, tally)
+        return
+    for part in parts(sources, tally, ("*.xml", "*.tsv")):
+        if first_character(part) == b"<":
+            yield from survived(_xml(part, source, target), tally)
+        else:
+            yield from _tsv(part, tally)
+
+
+def _pair_in(folder: str, source: str, target: str) -> Sequence[str]:
+    """Return the two files of a folder of parallel files, or the folder where there are none."""
+    names = sorted(os.listdir(folder))
+    pair = f".{source}-{target}."
+    left = [name for name in names if pair in name and f".src.{source}" in name]
+    right = [name for name in names if pair in name and ".ref." in name and f".{target}" in name]
+    if len(left) > 1 or len(right) > 1:
+        several = " and ".join((left if len(left) > 1 else right)[:2])
+        raise LorakitError(f"{folder} has {several}; name the two files")
+    return [os.path.join(folder, name) for name in (*left, *right)] if left and right else [folder]
+
+
+def _lines(sources: Sequence[str], tally: Tally) -> Iterator[Record]:
+    if len(sources) != 2:
+        for part in parts(sources, tally, ("*.tsv",)):
+            yield from _tsv(part, tally)
+        return
+    left, right = (
+        (line for part in parts([path], tally) for line in lines_in(part, tally))
+        for path in sources
+    )
+    for one, other in itertools.zip_longest(left, right):
+        if one is None or other is None:
+            where = (one or other or ("",))[0]
+            raise LorakitError(
+                f"{where}: {sources[one is not None]} has no line for it; give files of one length"
+            )
+        if one[1] is not None and other[1] is not None:
+            yield Record({"source": one[1], "target": other[1]}, one[0])
+
+
+def _tsv(part: Part, tally: Tally) -> Iterator[Record]:
+    for where, line in lines_in(part, tally):
+        cells = (line or "").split("\t")
+        if len(cells) >= 2:
+            yield Record({"source": cells[0], "target": cells[1]}, where)
+        elif line:
+            tally.bad(LorakitError(f"{where}: no tab between two texts; mend the row"))
+
+
+def _pair(row: Record) -> Record:
+    source, target = str(row.fields["source"]).strip(), str(row.fields["target"]).strip()
+    if not source or not target:
+        raise UnwantedError(_EMPTY)
+    fields = {**row.fields, "source": source, "target": target}
+    return Record({"id": id_of(row, "id"), **fields}, row.where)
+
+
+def _xml(part: Part, source: str, target: str) -> Iterator[Record]:
+    for where, document in elements(part, frozenset({"doc"}), frozenset({"hyp"})):
+        texts = _texts_of(document, "src", source)
+        references = [_segments_of(side) for side in _sides(document, "ref", target)]
+        name = document.get("id", "doc")
+        for number, text in texts.items():
+            given = [found[number] for found in references if found.get(number)]
+            several = {"references": given} if len(given) > 1 else {}
+            pair = {"source": text, "target": given[0] if given else ""}
+            yield Record({"id": f"{name}:{number}", **pair, **several}, where)
+
+
+def _sides(document: Element, kind: str, lang: str) -> list[Element]:
+    """Return the <src> or <ref> elements of a language; old files leave the language out."""
+    return [side for side in document.iter(kind) if side.get("lang", lang).split("_")[0] == lang]
+
+
+def _texts_of(document: Element, kind: str, lang: str) -> dict[str, str]:
+    found = _sides(document, kind, lang)
+    return _segments_of(found[0]) if found else {}
+
+
+def _segments_of(side: Element) -> dict[str, str]:
+    return {seg.get("id", ""): text_in(seg) for seg in side.iter("seg")}

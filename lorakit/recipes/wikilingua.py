@@ -1,0 +1,137 @@
+"""WikiLingua: how-to guides and the headings of their steps (Ladhak et al., 2020).
+
+The original files are pickles. A pickle can name any function of Python and have it called, so
+these are read by an unpickler that knows no names at all: what is left are lists, dicts and texts.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lorakit.errors import LorakitError
+from lorakit.recipes.request import Request, Tally, UnwantedError
+from lorakit.recipes.rows import (
+    converted,
+    id_of,
+    objects_in,
+    split_names,
+    split_parts,
+    stripped,
+)
+from lorakit.recipes.sources import Part
+from lorakit.records import Record
+
+_NAMES = split_names("*{}*.jsonl", "*{}*.json")
+_PICKLES = ("*.pkl", "*.pickle")
+_OTHER_LANGUAGE = "a guide in another language than --lang"
+_DAMAGED = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
+
+
+def wikilingua_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
+    """Yield a row for every method of a guide: its steps' texts, and their headings joined.
+
+    A source is a file of lines in the GEM form or one of the original pickles, or the folder that
+    has the split's (pickles have no splits: the folder's one is read whole). --lang keeps the GEM
+    rows in this language on both sides. A line:
+
+        {"gem_id": "wikilingua_multilingual-train-11", "source_language": "en",
+         "target_language": "en", "source": "Use a sharp knife. Cut away from yourself.",
+         "target": "Cut the stem.", "references": ["Cut the stem."]}
+    """
+    names = {split: (*patterns, *_PICKLES) for split, patterns in _NAMES.items()}
+    for part in split_parts(sources, request, tally, names):
+        if part.suffix in (".pkl", ".pickle") or part.stream.peek(1)[:1] == b"\x80":
+            yield from converted(_pickled(part), _method, tally)
+            continue
+        for row in objects_in(part, tally):
+            if isinstance(row.fields.get("article"), dict):
+                yield from converted(_sections(row), _method, tally)
+            else:
+                yield from converted([row], lambda row: _gem(row, request.lang), tally)
+
+
+def _gem(row: Record, lang: str | None) -> Record:
+    languages = (row.fields.get("source_language"), row.fields.get("target_language"))
+    if lang is not None and any(each not in (None, lang) for each in languages):
+        raise UnwantedError(_OTHER_LANGUAGE)
+    listed = row.fields.get("references") or [row.fields.get("target")]
+    references = [_joined(text, f"{row.where}: the target") for text in listed]
+    several = {"references": references} if len(references) > 1 else {}
+    article = _joined(row.fields.get("source"), f"{row.where}: 'source'")
+    fields = {"id": id_of(row, "gem_id", "id"), "article": article, "summary": references[0]}
+    return Record({**fields, **several}, row.where)
+
+
+def _joined(found: Any, what: str) -> str:
+    """Return a text, or the texts of a list (of steps, of their headings) joined by spaces."""
+    if isinstance(found, list | tuple):
+        return " ".join(stripped(text, what) for text in found)
+    return " ".join(stripped(found, what).split())
+
+
+def _sections(row: Record) -> Iterator[Record]:
+    """Yield the methods of a guide in the form of lists side by side, as the hub has it."""
+    article, url = row.fields["article"], row.fields.get("url", id_of(row))
+    columns = [article.get(name) for name in ("section_name", "document", "summary")]
+    if not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
+        raise LorakitError(f"{row.where}: 'article' is not three lists of one length; check it")
+    for name, document, summary in zip(*columns, strict=True):
+        fields = {"id": f"{url}#{name}", "document": document, "summary": summary}
+        yield Record(fields, row.where)
+
+
+def _method(row: Record) -> Record:
+    fields = {
+        "id": row.id,
+        "article": _joined(row.fields.get("document"), f"{row.where}: 'document'"),
+        "summary": _joined(row.fields.get("summary"), f"{row.where}: 'summary'"),
+    }
+    return Record(fields, row.where)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads containers, texts and numbers; whatever a pickle asks to import is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _pickled(part: Part) -> Iterator[Record]:
+    try:
+        guides = _PlainUnpickler(part.stream, encoding="utf-8").load()
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LorakitError(
+            f"{part.name}: not a pickle of plain dicts and texts ({reason}); "
+            "give WikiLingua's own file or the GEM form"
+        ) from error
+    yield from _methods(guides, part.name)
+
+
+def _methods(guides: Any, name: str) -> Iterator[Record]:
+    """Yield the methods of guides: {url: {section: {"document": …, "summary": …}}}."""
+    for url, sections in _items(guides, name):
+        for section, fields in _items(sections, f"{name}: {url}"):
+            where = f"{name}: {url}#{section}"
+            texts = dict(_items(fields, where))
+            wanted = {key: texts.get(key) for key in ("document", "summary")}
+            yield Record({"id": f"{url}#{section}", **wanted}, where)
+
+
+def _items(found: Any, where: str) -> list[tuple[str, Any]]:
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise LorakitError(f"{where}: not a dict by texts; give WikiLingua's own pickle")
+    return list(found.items())

@@ -1,0 +1,121 @@
+"""Elements of an XML file, one after the other, in memory of one; safe with files of strangers.
+
+No entity but the predefined ones and HTML's names is ever expanded: a file that declares its own is
+refused, and nothing outside the file, a DTD or an entity, is opened.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lorakit.errors import LorakitError
+from lorakit.recipes.sources import Part
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
+_CHUNK = 1 << 16
+_DEEPEST = 200
+_LONGEST = 1 << 24  # characters of one element
+
+Found = list[tuple[int, "Element"]]
+
+
+def elements(
+    part: Part, wanted: frozenset[str], ignored: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, Element]]:
+    """Yield the place and the tree of every outermost element whose local name is wanted.
+
+    Names lose their prefix (`dc:title` is `title`); what stands in `ignored` elements is left out.
+    Raises LorakitError naming the line where the file is no XML.
+    """
+    from xml.parsers import expat
+
+    builder = _Builder(part.name, wanted, ignored)
+    parser = expat.ParserCreate()
+    parser.buffer_text = True
+    parser.StartElementHandler = lambda name, attributes: builder.start(
+        name, attributes, parser.CurrentLineNumber
+    )
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.text
+    parser.DefaultHandlerExpand = builder.other
+    parser.EntityDeclHandler = builder.entity
+    data = b"start"
+    while data:
+        data = part.stream.read(_CHUNK)
+        try:
+            parser.Parse(data, not data)
+        except expat.ExpatError as error:
+            reason = expat.errors.messages[error.code]
+            raise LorakitError(
+                f"{part.name}:{error.lineno}: not XML ({reason}); check that the file is whole"
+            ) from error
+        for line, element in builder.taken():
+            yield f"{part.name}:{line}", element
+
+
+def text_in(element: Element) -> str:
+    """Return the text of an element and all in it, spaces folded."""
+    return " ".join("".join(element.itertext()).split())
+
+
+class _Builder:
+    """Builds the trees of wanted elements and nothing of what stands around them."""
+
+    def __init__(self, name: str, wanted: frozenset[str], ignored: frozenset[str]) -> None:
+        self._name, self._wanted, self._ignored = name, wanted, ignored
+        self._open: list[Element] = []
+        self._skipping = self._depth = self._size = self._line = 0
+        self._done: Found = []
+
+    def taken(self) -> Found:
+        done, self._done = self._done, []
+        return done
+
+    def start(self, name: str, attributes: dict[str, str], line: int) -> None:
+        from xml.etree.ElementTree import Element, SubElement
+
+        local = name.rpartition(":")[2]
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise LorakitError(f"{self._name}:{line}: elements nested too deeply; check the file")
+        if self._skipping or (self._open and local in self._ignored):
+            self._skipping += 1
+        elif self._open:
+            self._open.append(SubElement(self._open[-1], local, attributes))
+        elif local in self._wanted:
+            self._open, self._line, self._size = [Element(local, attributes)], line, 0
+
+    def end(self, _: str) -> None:
+        self._depth -= 1
+        if self._skipping:
+            self._skipping -= 1
+        elif self._open:
+            element = self._open.pop()
+            if not self._open:
+                self._done.append((self._line, element))
+
+    def text(self, text: str) -> None:
+        if self._skipping or not self._open:
+            return
+        self._size += len(text)
+        if self._size > _LONGEST:
+            raise LorakitError(f"{self._name}:{self._line}: an element of more than 16 MiB; cut it")
+        element = self._open[-1]
+        if len(element):
+            element[-1].tail = (element[-1].tail or "") + text
+        else:
+            element.text = (element.text or "") + text
+
+    def other(self, text: str) -> None:
+        if text.startswith("&"):
+            self.text(html.unescape(text))
+
+    def entity(self, name: str, *_: object) -> None:
+        raise LorakitError(
+            f"{self._name}: declares the entity {name!r}, which a bomb could hide in; "
+            "write out what it stands for"
+        )

@@ -1,0 +1,36 @@
+"""What the tests of recipes share: building records, writing sources, running the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+from lorakit.cli import lorakit
+from lorakit.recipes import Request, Tally, build_dataset
+
+
+def built(recipe: str, *sources: object, **request: Any) -> list[dict[str, Any]]:
+    return list(build_dataset(recipe, list(map(str, sources)), Request(**request)))
+
+
+def tallied(recipe: str, *sources: object, **request: Any) -> tuple[list[dict[str, Any]], Tally]:
+    """Return the records and the tally of a build that skips malformed rows."""
+    tally = Tally(skip=True)
+    made = build_dataset(recipe, list(map(str, sources)), Request(**request), tally)
+    return list(made), tally
+
+
+def pairs(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(record["prompt"], record["completion"]) for record in records]
+
+
+def save(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(lorakit, ["build-dataset", *map(str, arguments)], input=stdin)
