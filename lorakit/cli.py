@@ -9,6 +9,7 @@ import sys
 import click
 
 from lorakit.commands.build_dataset import build_dataset
+from lorakit.commands.find_boundary import find_boundary
 from lorakit.commands.generate import generate
 from lorakit.commands.inspect import inspect
 from lorakit.commands.merge import merge
@@ -30,7 +31,7 @@ def lorakit() -> None:
     """
 
 
-for _command in (build_dataset, train_adapter, merge, generate, score, inspect):
+for _command in (build_dataset, train_adapter, merge, find_boundary, generate, score, inspect):
     lorakit.add_command(_command)
 
 

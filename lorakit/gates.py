@@ -69,7 +69,8 @@ class Gates:
             low = linear(x.to(a.dtype), a)
             if number >= self._least:
                 low = low * self._gate(number, x.device)[: len(x)]
-            return (plain + linear(low, b) * scale).to(plain.dtype)
+            changed: torch.Tensor = plain + linear(low, b) * scale
+            return changed.to(plain.dtype)
 
         return forward
 

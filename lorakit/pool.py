@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from lorakit.drafts import Drafts
 from lorakit.gates import Gates
 from lorakit.model import Base
-from lorakit.slots import Slots
+from lorakit.slots import Slots, can_slot
 
 DRAFTED = 4  # tokens guessed a row and step
+_TRIED = 4  # boundaries on which a model is tried
+_UNLIKE = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
 
 
 @dataclass
@@ -33,7 +36,12 @@ class _Row:
     guessed: Sequence[int] = ()
 
 
-Written = tuple[int, int, list[int]]  # number of the prompt, boundary, tokens before the end
+class Written(NamedTuple):
+    """What was written for a prompt (its number) at a boundary: the tokens before the end."""
+
+    prompt: int
+    boundary: int
+    tokens: list[int]
 
 
 class Pool:
@@ -54,39 +62,38 @@ class Pool:
     def run(self, boundaries: Sequence[int]) -> Iterator[Written]:
         """Yield what is written for every prompt at every boundary, in the order it is done."""
         high, *others = sorted(boundaries, reverse=True)
-        order = sorted(range(len(self._prompts)), key=lambda n: -len(self._prompts[n]))
-        written: dict[int, list[int]] = {}
-        for number, boundary, tokens in self._alone(order, high):
-            written[number] = tokens
-            yield number, boundary, tokens
-        if others:
-            yield from self._fanned(order, others, written)
-
-    def _alone(self, order: Sequence[int], boundary: int) -> Iterator[Written]:
-        """Decode all prompts at one boundary."""
-        waiting = list(reversed(order))
-        while waiting or self._rows:
-            free = self._size - len(self._rows)
-            if waiting and free >= min(len(waiting), max(1, self._size // 2)):
-                joining = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                yield from self._join(joining, boundary)
+        numbers = sorted(range(len(self._prompts)), key=lambda n: len(self._prompts[n]))
+        drafted: list[tuple[int, list[int], list[int]]] = []
+        while numbers or drafted or self._rows:
+            if drafted and self._has_room(len(drafted[-1][1])):
+                done = self._fan_out(*self._taken(drafted))
+            elif numbers and self._has_room(len(numbers)):
+                done = self._join(
+                    [numbers.pop() for _ in range(min(self._free, len(numbers)))], high
+                )
             else:
-                yield from self._step()
+                done = self._step()
+            for written in done:
+                if written.boundary == high and others:
+                    drafted.append((written.prompt, others, written.tokens))
+                yield written
 
-    def _fanned(
-        self, order: Sequence[int], boundaries: Sequence[int], drafts: dict[int, list[int]]
-    ) -> Iterator[Written]:
-        """Decode all prompts at boundaries, highest first; `drafts` are outputs by prompt."""
-        waiting = [(number, boundaries) for number in reversed(order)]
-        while waiting or self._rows:
-            free = self._size - len(self._rows)
-            if waiting and free >= min(len(waiting[-1][1]), max(1, self._size // 2)):
-                number, left = waiting.pop()
-                if len(left) > free:
-                    waiting.append((number, left[free:]))
-                yield from self._fan_out(number, left[:free], drafts[number])
-            else:
-                yield from self._step()
+    @property
+    def _free(self) -> int:
+        return self._size - len(self._rows)
+
+    def _has_room(self, wanted: int) -> bool:
+        """Whether rows for all that is wanted are free, or half of all, which is enough."""
+        return self._free >= min(wanted, max(1, self._size // 2))
+
+    def _taken(
+        self, drafted: list[tuple[int, list[int], list[int]]]
+    ) -> tuple[int, list[int], list[int]]:
+        """Take from the list a prompt, as many of its boundaries as have room, and its draft."""
+        number, left, draft = drafted.pop()
+        if len(left) > self._free:
+            drafted.append((number, left[self._free :], draft))
+        return number, left[: self._free], draft
 
     def _join(self, numbers: Sequence[int], boundary: int) -> Iterator[Written]:
         first = len(self._rows)
@@ -96,7 +103,9 @@ class Pool:
         rows = [self._begin(number, boundary, ()) for number in numbers]
         yield from self._take(first, rows, found)
 
-    def _fan_out(self, number: int, boundaries: Sequence[int], draft: list[int]) -> Iterator[Written]:
+    def _fan_out(
+        self, number: int, boundaries: Sequence[int], draft: list[int]
+    ) -> Iterator[Written]:
         first, order = len(self._rows), [boundaries[0], *sorted(boundaries[1:])]
         self._gates.set(order)
         ids = [*self._prompts[number], *draft]
@@ -134,10 +143,10 @@ class Pool:
         for row in done:
             tokens = row.ids[row.start :]
             ended = tokens and tokens[-1] in self._ends
-            yield row.prompt, row.boundary, tokens[:-1] if ended else tokens
+            yield Written(row.prompt, row.boundary, tokens[:-1] if ended else tokens)
 
     def _accept(self, row: _Row, best: Sequence[int]) -> bool:
-        """Write tokens as long as the guess was the most probable, and one more; say if it ended."""
+        """Write tokens while the guess was the most probable, and one more; say if it ended."""
         for place, token in enumerate(best):
             row.ids.append(token)
             self._drafts[row.prompt].add(row.ids, len(row.ids) - 1)
@@ -146,3 +155,32 @@ class Pool:
             if place < len(row.guessed) and row.guessed[place] != token:
                 return False
         return False
+
+
+@torch.inference_mode()
+def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
+    """Say whether a model can be decoded so, by trying it on a prompt.
+
+    In two parts, and fanned out, it has to give the same most probable tokens as the whole prompt
+    in the model's own forward (in half precision: nearly all of them).
+    """
+    if not can_slot(base.model):
+        return False
+    top, half = base.layers, (len(prompt) + 1) // 2
+    gates.set([top])
+    plain = base.model(input_ids=torch.tensor([list(prompt)], device=base.device)).logits[0]
+    expected = plain.float().argmax(-1).tolist()
+    order = [top, *range(1, top)][:_TRIED]
+    slots = Slots(base.model, len(order), len(prompt))
+    try:
+        parts = [
+            (part, start) for part, start in ((prompt[:half], 0), (prompt[half:], half)) if part
+        ]
+        found = [t for part, start in parts for t in slots.extend([part], [start], 0, len(part))[0]]
+        gates.set(order)
+        fanned = slots.fan_out(prompt, order, 0, len(prompt))[0]
+    except _UNLIKE:
+        return False
+    alike: int = sum(a == b == c for a, b, c in zip(found, fanned, expected, strict=True))
+    needed = 1.0 if base.dtype == torch.float32 else 0.8
+    return alike >= needed * len(prompt)

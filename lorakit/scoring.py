@@ -56,14 +56,15 @@ def _load_pairs(path: str) -> tuple[list[str], list[list[str]]]:
     predictions, references = [], []
     for record in read_records(path, "prediction"):
         predictions.append(record.prediction)
-        references.append(_references_of(record))
+        references.append(references_of(record))
     if not predictions:
         name = "stdin" if path == STDIO else path
         raise LorakitError(f"{name} holds no records; check what wrote it")
     return predictions, references
 
 
-def _references_of(record: Record) -> list[str]:
+def references_of(record: Record) -> list[str]:
+    """Return what a prediction is compared with; LorakitError where the record has nothing."""
     if record.fields.get("references") is None and "completion" not in record.fields:
         raise LorakitError(
             f"{record.where}: the record has neither 'references' nor 'completion'; "

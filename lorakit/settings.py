@@ -142,4 +142,21 @@ class GenerationSettings:
     device: str = "auto"
 
 
+@dataclass(frozen=True)
+class BoundarySettings:
+    """How the boundary layer is looked for.
+
+    `sample` is in records; no `boundaries` means 1 … L. `metric` decides by evaluation; `tokens`
+    completion positions are read, and boundaries to `compare` drawn, by probability.
+    """
+
+    by: str = "evaluation"
+    metric: str = "rougeL"
+    lang: str = "en"
+    sample: int = 100
+    boundaries: tuple[int, ...] | None = None
+    tokens: int = 4
+    compare: tuple[int, ...] = ()
+
+
 HOLD_OUT = 0.2  # the share of --data that validates when --val is missing

@@ -22,7 +22,7 @@ FILES = {
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "files", "settings"),
     "text": (
-        "plots",
+        *("knee", "plots"),
         *("answers", "metrics", "prompts", "records", "scoring", "segmentation"),
         *("recipes", "recipes.rows", "recipes.scitldr", "recipes.microworld"),
         *("recipes.microworld_documents", "recipes.microworld_probes"),
@@ -36,9 +36,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("batch_loss", "importance", "joint", "lorahub", "pruners", "search", "selection"),
         *("adaptive", "batching", "calibration", "checkpoint", "devices", "encoding", "fitting"),
         *("forward", "generation", "lora", "model", "predictions", "training"),
+        *("boundary", "drafts", "gates", "lens", "pool", "slots"),
     ),
     "commands": (
         *("options", "progress", "commands", "commands.build_dataset", "commands.generate"),
+        "commands.find_boundary",
         *("commands.inspect", "commands.merge", "commands.opening", "commands.score"),
         "commands.train_adapter",
     ),
