@@ -9,6 +9,7 @@ import sys
 import click
 
 from lorakit.commands.build_dataset import build_dataset
+from lorakit.commands.find_boundary import find_boundary
 from lorakit.commands.generate import generate
 from lorakit.commands.inspect import inspect
 from lorakit.commands.judge import judge
@@ -32,7 +33,10 @@ def lorakit() -> None:
     """
 
 
-_COMMANDS = (build_dataset, train_adapter, merge, strip_layers, generate, score, judge, inspect)
+_COMMANDS = (
+    *(build_dataset, train_adapter, merge, find_boundary, strip_layers),
+    *(generate, score, judge, inspect),
+)
 for _command in _COMMANDS:
     lorakit.add_command(_command)
 

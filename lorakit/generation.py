@@ -58,7 +58,7 @@ def _window(base: Base, prompts: Sequence[Example], settings: GenerationSettings
         places = order[start : start + settings.batch_size]
         rows = [prompts[place].ids for place in places]
         for place, ids in zip(places, complete(base, rows, settings), strict=True):
-            texts[place] = _text(base, ids)
+            texts[place] = text_of(base, ids)
     return texts
 
 
@@ -87,7 +87,8 @@ def complete(
     return [_until(row, ends) for row in found[:, length:].tolist()]
 
 
-def _text(base: Base, ids: Sequence[int]) -> str:
+def text_of(base: Base, ids: Sequence[int]) -> str:
+    """Return the text of new tokens, without special tokens and outer white space."""
     text = base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text).strip()
 

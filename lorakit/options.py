@@ -107,6 +107,20 @@ class Layers(ParamType):
         return tuple(sorted(chosen))
 
 
+class Boundaries(Layers):
+    """A set of boundaries, written as layers are (`8-31`), none of them 0."""
+
+    name = "boundaries"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        found = super().convert(value, param, ctx)
+        if 0 in found:
+            self.fail("boundaries begin at 1; 0, the base model, is the baseline", param, ctx)
+        return found
+
+
 class Amounts(ParamType):
     """Ratios or thresholds, each kept as the decimal it is written as: one, a list, or `auto`."""
 
@@ -355,7 +369,7 @@ training = together(
     seed,
 )
 
-generation = together(
+decoding = together(
     click.option(
         "--max-new-tokens",
         type=click.IntRange(min=1),
@@ -370,6 +384,9 @@ generation = together(
         show_default=True,
         help="Records decoded together.",
     ),
+)
+generation = together(
+    decoding,
     click.option(
         "--temperature",
         type=click.FloatRange(min=0),

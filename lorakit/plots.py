@@ -34,8 +34,17 @@ def check_plot(output: str) -> None:
 
 
 @contextlib.contextmanager
-def _axes(output: str, rows: Rows, *, size: tuple[float, float] = (6.4, 4.0)) -> Iterator[Any]:
-    """Yield the axes of a new figure, and write it and the rows it shows when the block ends."""
+def _axes(
+    output: str,
+    rows: Rows,
+    *,
+    size: tuple[float, float] = (6.4, 4.0),
+    grid: tuple[int, int] = (1, 1),
+) -> Iterator[Any]:
+    """Yield the axes of a new figure, and write it and the rows it shows when the block ends.
+
+    Of a grid of several (down, across) they are an array.
+    """
     check_plot(output)
     import matplotlib
     from matplotlib.figure import Figure
@@ -43,7 +52,7 @@ def _axes(output: str, rows: Rows, *, size: tuple[float, float] = (6.4, 4.0)) ->
     path = Path(output)
     with matplotlib.rc_context({"svg.hashsalt": "lorakit", "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=size, dpi=150, layout="constrained")
-        yield figure.subplots()
+        yield figure.subplots(*grid)
         kind = path.suffix.lower().removeprefix(".")
         dated = {"svg": {"Date": None}, "png": {"Software": None}}[kind]
         with atomic_path(path) as side:
@@ -108,3 +117,63 @@ def plot_importance(rows: Rows, *, output: str) -> None:
         axes.set_yticks(range(len(lines)), [f"{block} {projection}" for block, projection in lines])
         axes.set_xlabel("layer")
         axes.figure.colorbar(image, label="mean importance")
+
+
+def plot_boundaries(rows: Rows, *, output: str) -> None:
+    """Draw the score of every boundary, the best marked, the base model dashed (Figure 4)."""
+    with _axes(output, rows) as axes:
+        _line(axes, 0, [row["boundary"] for row in rows], [row["score"] for row in rows], None)
+        axes.axhline(rows[0]["baseline"], color="0.5", linestyle="--", label="base model")
+        _mark_best(axes, rows)
+        axes.set_xlabel("boundary (layers that keep their LoRA)")
+        axes.set_ylabel(f"{rows[0]['metric']} on the sample")
+        axes.legend()
+
+
+def _mark_best(axes: Any, rows: Rows) -> None:
+    best = next(row for row in rows if row["best"])
+    place = (best["boundary"], best["score"])
+    axes.plot(*place, "*", color="black", markersize=14, label="best", zorder=3)
+
+
+def plot_probabilities(rows: Rows, *, output: str) -> None:
+    """Draw the gold token's probability by layer, a line a position, and their mean (Figure 1).
+
+    With curves to compare, a column of panels for each position: the gold token's and the largest
+    probability (Figure 2) of every adapter, and how the gold token's differs (Figure 5).
+    """
+    if "compared" in rows[0]:
+        _plot_compared(rows, output)
+        return
+    with _axes(output, rows) as axes:
+        layers = [row["boundary"] for row in rows]
+        for token in range(len(rows[0]["probabilities"])):
+            values = [row["probabilities"][token] for row in rows]
+            _line(axes, token + 1, layers, values, f"token {token + 1}")
+        _line(axes, 0, layers, [row["score"] for row in rows], "mean")
+        _mark_best(axes, rows)
+        axes.set_xlabel("layers")
+        axes.set_ylabel("probability of the gold token")
+        axes.legend()
+
+
+def _plot_compared(rows: Rows, output: str) -> None:
+    panels = {
+        "probabilities": "probability of the gold token",
+        "maximum_probabilities": "maximum probability",
+        "differences": "difference from the whole adapter",
+    }
+    layers, tokens = [row["boundary"] for row in rows], len(rows[0]["probabilities"])
+    with _axes(output, rows, size=(3.2 * tokens, 8.0), grid=(3, tokens)) as grid:
+        for down, (name, title) in enumerate(panels.items()):
+            for token in range(tokens):
+                axes = grid[down][token] if tokens > 1 else grid[down]
+                if name in rows[0]:
+                    _line(axes, 0, layers, [row[name][token] for row in rows], "all layers")
+                for number, k in enumerate(rows[0]["compared"], 1):
+                    values = [row["compared"][k][name][token] for row in rows]
+                    _line(axes, number, layers, values, f"bottom {k}")
+                axes.set_xlabel(f"layers (token {token + 1})")
+                if token == 0:
+                    axes.set_ylabel(title)
+                    axes.legend()

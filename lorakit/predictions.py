@@ -45,7 +45,7 @@ def write_predictions(
     Raises LorakitError naming file and line for a record that cannot be used; what was written
     until then stays beside the output for `resume`.
     """
-    chat = _chat(settings, adapter)
+    chat = chat_choice(settings.chat, adapter)
     encoder = base.encoder(chat=chat, max_length=settings.max_length, truncate=settings.truncate)
     if adapter is not None:
         attach(base, adapter)
@@ -69,10 +69,10 @@ def _tallied(record: Record, prompt: Example, tally: CutTally) -> Mapping[str, A
     return record.fields
 
 
-def _chat(settings: GenerationSettings, adapter: Adapter | None) -> str:
+def chat_choice(asked: str, adapter: Adapter | None) -> str:
     """Return the choice asked for, else the one the adapter was trained with."""
     stored = adapter.header.get("chat") if adapter is not None else None
-    return stored if settings.chat == "auto" and stored else settings.chat
+    return stored if asked == "auto" and stored else asked
 
 
 def _key(base: Base, adapter: Adapter | None, settings: GenerationSettings, chat: str) -> str:

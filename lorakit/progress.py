@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, TypeVar
@@ -35,14 +36,32 @@ class Notes:
             prefix = "" if text.startswith("Warning:") else "Note: "
             click.echo(f"{prefix}{text}", err=True)
 
-    def tracked(self, items: Iterable[T], what: str) -> Iterator[T]:
-        """Yield items under a bar, where stderr is a terminal."""
+    def tracked(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+        """Yield items, `total` where that is known, under a bar, where stderr is a terminal."""
         if self.quiet or not sys.stderr.isatty():
             yield from items
             return
         from rich.progress import track
 
-        yield from track(items, what, console=_console(), transient=True)
+        yield from track(items, what, total=total, console=_console(), transient=True)
+
+    def timed(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
+        """Yield `total` items under a bar, or with a line for each fifth, and the time left."""
+        if self.quiet or sys.stderr.isatty():
+            yield from self.tracked(items, what, total)
+            return
+        started, fifth = time.monotonic(), max(1, -(-total // 5))
+        for count, item in enumerate(items, 1):
+            yield item
+            if count % fifth == 0 or count == total:
+                left = (time.monotonic() - started) / count * (total - count)
+                click.echo(f"{what}: {count} of {total}, {left:.0f} s left", err=True)
+
+    def sketch(self, lines: Sequence[str]) -> None:
+        """Show a curve drawn in text, where stderr is a terminal."""
+        if not self.quiet and sys.stderr.isatty():
+            for line in lines:
+                click.echo(line, err=True)
 
     @contextlib.contextmanager
     def bytes_read(self, paths: Sequence[str]) -> Iterator[Callable[[int], object]]:

@@ -30,7 +30,7 @@ def load_texts(path: str, group_by: str | None = None) -> Texts:
     texts = Texts(path, [], [], [], [], [])
     for record in read_records(path, "prediction"):
         texts.predictions.append(record.prediction)
-        texts.references.append(_references_of(record))
+        texts.references.append(references_of(record))
         texts.ids.append(record.id if "id" in record.fields else None)
         texts.places.append(record.where)
         if group_by is not None:
@@ -68,7 +68,8 @@ def check_alike(texts: Texts, other: Texts) -> None:
             )
 
 
-def _references_of(record: Record) -> list[str]:
+def references_of(record: Record) -> list[str]:
+    """Return what a prediction is compared with; LorakitError where the record has nothing."""
     if record.fields.get("references") is None and "completion" not in record.fields:
         raise LorakitError(
             f"{record.where}: the record has neither 'references' nor 'completion'; "

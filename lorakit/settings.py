@@ -173,3 +173,20 @@ class SignificanceSettings:
 
     trials: int = 10_000
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class BoundarySettings:
+    """How the boundary layer is looked for.
+
+    `sample` is in records; no `boundaries` means 1 … L. `metric` decides by evaluation; `tokens`
+    completion positions are read, and boundaries to `compare` drawn, by probability.
+    """
+
+    by: str = "evaluation"
+    metric: str = "rougeL"
+    lang: str = "en"
+    sample: int = 100
+    boundaries: tuple[int, ...] | None = None
+    tokens: int = 4
+    compare: tuple[int, ...] = ()

@@ -11,11 +11,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 VOCABULARY = 300
 CONTEXT = 128
+LAYERS = 3
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
@@ -34,7 +35,7 @@ FAMILIES: dict[str, Any] = {
         vocab_size=VOCABULARY,
         n_positions=CONTEXT,
         n_embd=32,
-        n_layer=3,
+        n_layer=LAYERS,
         n_head=4,
         bos_token_id=1,
         eos_token_id=2,

@@ -22,7 +22,16 @@ FILES = {
 LAYERS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "files", "settings", "versions"),
     "text": (
-        *("answers", "asking", "bertscore", "boundaries", "corpus_values", "endpoint", "judging"),
+        *(
+            "answers",
+            "asking",
+            "bertscore",
+            "boundaries",
+            "corpus_values",
+            "endpoint",
+            "judging",
+            "knee",
+        ),
         *("metrics", "panel", "plots", "prompts", "records", "score_table", "score_texts"),
         *("scoring", "segmentation", "significance"),
         *("recipes", "recipes.articles", "recipes.compression", "recipes.decoding"),
@@ -44,11 +53,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("embedding", "encoding", "fitting", "importance", "joint", "lorahub", "pruners"),
         *("search", "selection"),
         *("forward", "generation", "lora", "model", "predictions", "training"),
+        *("boundary", "drafts", "gates", "lens", "pool", "slots"),
     ),
     "commands": (
         *("options", "progress", "commands", "commands.build_dataset", "commands.generate"),
-        *("commands.inspect", "commands.judge", "commands.merge", "commands.methods"),
-        *("commands.opening", "commands.score", "commands.strip_layers", "commands.systems"),
+        *("commands.find_boundary", "commands.inspect", "commands.judge", "commands.merge"),
+        *("commands.methods", "commands.opening", "commands.score", "commands.strip_layers"),
+        "commands.systems",
         "commands.train_adapter",
     ),
     "program": ("cli", "__main__"),

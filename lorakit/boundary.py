@@ -1,0 +1,235 @@
+"""The boundary layer by evaluation: which bottom k layers' LoRA alone scores best.
+
+Every boundary's outputs are, in float32, those of greedy decoding with the adapter stripped there,
+and their scores those of `score`. How they are decoded together is in pool.py; models that it
+cannot treat so are decoded one boundary after the other.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from lorakit.adapter import Adapter
+from lorakit.encoding import CutTally, Encoder, Example
+from lorakit.errors import LorakitError
+from lorakit.files import open_text_output
+from lorakit.gates import Gates, layers_on
+from lorakit.generation import complete, text_of
+from lorakit.lora import attach
+from lorakit.metrics import METRICS, Score, score
+from lorakit.model import Base
+from lorakit.pool import Pool, Written, can_pool
+from lorakit.predictions import chat_choice
+from lorakit.records import Record, load_records, write_records
+from lorakit.score_texts import references_of
+from lorakit.scoring import find_cautions
+from lorakit.settings import BoundarySettings, GenerationSettings
+
+T = TypeVar("T")
+Prompt = Sequence[int]
+
+
+class Notes(Protocol):
+    """Whoever passes notes and progress on to the user."""
+
+    def note(self, text: str) -> None: ...
+    def timed(self, items: Iterable[T], what: str, total: int) -> Iterator[T]: ...
+
+
+def draw_sample(data: str, *needed: str, sample: int, seed: int) -> list[Record]:
+    """Return a seeded random sample of a file's records, in their order; all where there are fewer.
+
+    Raises LorakitError naming file and line for a record that cannot be used.
+    """
+    records, _ = load_records(data, *needed)
+    chosen = random.Random(f"sample:{seed}").sample(range(len(records)), min(sample, len(records)))
+    return [records[place] for place in sorted(chosen)]
+
+
+def pick_boundaries(asked: Sequence[int] | None, layers: int) -> list[int]:
+    """Return the boundaries asked for, or 1 … L; LorakitError for one the model does not have."""
+    chosen = sorted(asked or range(1, layers + 1))
+    if chosen[0] < 1 or chosen[-1] > layers:
+        raise LorakitError(
+            f"the model has no boundary {chosen[-1]}; give boundaries within 1-{layers}"
+        )
+    return chosen
+
+
+def encoder_of(base: Base, adapter: Adapter, settings: GenerationSettings) -> Encoder:
+    """Return the encoder that `generate` would use."""
+    chat = chat_choice(settings.chat, adapter)
+    return base.encoder(chat=chat, max_length=settings.max_length, truncate=settings.truncate)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outputs and the score of every boundary, 0 (the base model) among them."""
+
+    records: Sequence[Record]
+    outputs: Mapping[int, Sequence[str]]
+    scores: Mapping[int, Score]
+
+    @property
+    def best(self) -> int:
+        """The boundary, never 0, that scores best; of equal ones the smallest."""
+        sign = 1 if METRICS[self.scores[0].name].higher_is_better else -1
+        return max((k for k in sorted(self.scores) if k), key=lambda k: sign * self.scores[k].value)
+
+    def as_records(self) -> list[dict[str, Any]]:
+        """Return a record for each boundary in order; `baseline` is the base model's score."""
+        return [
+            {
+                "boundary": k,
+                "score": one.value,
+                "metric": one.name,
+                "count": one.count,
+                "baseline": self.scores[0].value,
+                "signature": one.signature,
+                "best": k == self.best,
+            }
+            for k, one in sorted(self.scores.items())
+            if k
+        ]
+
+    def predictions(self) -> Iterator[dict[str, Any]]:
+        """Yield the records of every boundary, 0 first, each with its `prediction`."""
+        for k, texts in sorted(self.outputs.items()):
+            for record, text in zip(self.records, texts, strict=True):
+                fields = {"id": record.id, **record.fields, "prediction": text}
+                yield {"boundary": k, **fields}
+
+    @property
+    def baseline_note(self) -> str:
+        """What is to be said of the base model beside the best boundary."""
+        base, best = self.scores[0], self.scores[self.best]
+        told = f"baseline: the base model (boundary 0) scores {base.value:.2f} {base.name}"
+        wins = base.value > best.value
+        if not METRICS[base.name].higher_is_better:
+            wins = base.value < best.value
+        if not wins:
+            return f"{told}, boundary {self.best} scores {best.value:.2f}"
+        return f"{told}, better than every boundary ({best.value:.2f}): the adapter does not help"
+
+
+def evaluate(
+    base: Base,
+    adapter: Adapter,
+    data: str,
+    *,
+    settings: BoundarySettings,
+    generation: GenerationSettings,
+    notes: Notes,
+    predictions: str | None = None,
+) -> Evaluation:
+    """Decode a sample of `data` at every boundary and score it; write the outputs if asked to.
+
+    Raises LorakitError naming file and line for a record that cannot be used, and for an adapter or
+    a boundary that does not fit the base.
+    """
+    boundaries = [0, *pick_boundaries(settings.boundaries, base.layers)]
+    records = draw_sample(data, "prompt", sample=settings.sample, seed=generation.seed)
+    references = [references_of(record) for record in records]
+    for line in find_cautions(references, metrics=[settings.metric], lang=settings.lang):
+        notes.note(f"Warning: {line}")
+    encoder, tally = encoder_of(base, adapter, generation), CutTally()
+    prompts = [tally.add(encoder.prompt(r, generation.max_new_tokens)) for r in records]
+    if tally.note:
+        notes.note(tally.note)
+    outputs = decode(base, adapter, prompts, boundaries, generation, notes)
+    scores = {
+        k: score(texts, references, metric=settings.metric, lang=settings.lang)
+        for k, texts in outputs.items()
+    }
+    found = Evaluation(records, outputs, scores)
+    if predictions:
+        with open_text_output(predictions) as stream:
+            write_records(found.predictions(), stream)
+    notes.note(found.baseline_note)
+    return found
+
+
+def decode(
+    base: Base,
+    adapter: Adapter,
+    prompts: Sequence[Example],
+    boundaries: Sequence[int],
+    settings: GenerationSettings,
+    notes: Notes,
+) -> dict[int, list[str]]:
+    """Return the greedy output for every prompt at every boundary, each boundary's in order.
+
+    Boundaries that leave the same layers on are decoded once.
+    """
+    layers = attach(base, adapter)
+    same = {layers_on(layers, k): k for k in sorted(boundaries, reverse=True)}
+    apart, rows = list(same.values()), [prompt.ids for prompt in prompts]
+    texts: dict[int, list[str]] = {k: [""] * len(prompts) for k in apart}
+    sampled: dict[tuple[int, int], list[int]] = {}
+    with Gates(layers).standing() as gates:
+        made = _written(base, gates, rows, apart, settings)
+        for one in notes.timed(made, "decoding", len(apart) * len(prompts)):
+            texts[one.boundary][one.prompt] = text_of(base, one.tokens)
+            sampled[one.boundary, one.prompt] = one.tokens
+        if base.dtype != torch.float32:
+            notes.note(_differing(base, gates, rows, settings, sampled))
+    return {k: texts[same[layers_on(layers, k)]] for k in boundaries}
+
+
+def _written(
+    base: Base,
+    gates: Gates,
+    prompts: Sequence[Prompt],
+    boundaries: Sequence[int],
+    settings: GenerationSettings,
+) -> Iterator[Written]:
+    if can_pool(base, gates, prompts[0]):
+        pool = Pool(base, gates, prompts, settings.max_new_tokens, settings.batch_size)
+        yield from pool.run(boundaries)
+        return
+    for boundary in boundaries:
+        for number, tokens in _alone(base, gates, prompts, boundary, settings):
+            yield Written(number, boundary, tokens)
+
+
+def _alone(
+    base: Base,
+    gates: Gates,
+    prompts: Sequence[Prompt],
+    boundary: int,
+    settings: GenerationSettings,
+) -> Iterator[tuple[int, list[int]]]:
+    """Decode prompts at one boundary as `generate` does; yield their numbers and new tokens."""
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    for start in range(0, len(order), settings.batch_size):
+        numbers = order[start : start + settings.batch_size]
+        gates.set([boundary])
+        found = complete(base, [prompts[number] for number in numbers], settings)
+        yield from zip(numbers, found, strict=True)
+
+
+def _differing(
+    base: Base,
+    gates: Gates,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+    written: Mapping[tuple[int, int], list[int]],
+) -> str:
+    """Decode a batch of prompts at a few boundaries alone; say how many outputs are others."""
+    boundaries = sorted({k for k, _ in written})
+    few = boundaries[:: max(1, len(boundaries) // 4)][:4]
+    first = prompts[: settings.batch_size]
+    differ = sum(
+        tokens != written[k, number]
+        for k in few
+        for number, tokens in _alone(base, gates, first, k, settings)
+    )
+    return (
+        f"in {str(base.dtype).removeprefix('torch.')} other batches round otherwise: {differ} of "
+        f"{len(few) * len(first)} outputs differ from those of their boundary decoded alone"
+    )

@@ -1,0 +1,186 @@
+"""Greedy decoding of the same prompts at many boundaries, in batches whose rows come and go.
+
+Exactly what each boundary alone would write (in float32; other batches round half precision
+otherwise), for less work: a prompt goes through the layers below a boundary once for all boundaries
+above it, together with a draft, the output of a boundary done before, which the same pass verifies
+for all of them. Rows for which the draft was wrong are decoded on, several drafted tokens a step,
+and the row of a finished one goes to the next. There are never more than `batch_size` rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from lorakit.drafts import Drafts
+from lorakit.gates import Gates
+from lorakit.model import Base
+from lorakit.slots import Slots, can_slot
+
+DRAFTED = 4  # tokens guessed a row and step
+_TRIED = 4  # boundaries on which a model is tried
+_UNLIKE = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
+
+
+@dataclass
+class _Row:
+    """A prompt at a boundary: `ids` are the prompt's tokens and those written so far."""
+
+    prompt: int
+    boundary: int
+    ids: list[int]
+    start: int
+    guessed: Sequence[int] = ()
+
+
+class Written(NamedTuple):
+    """What was written for a prompt (its number) at a boundary: the tokens before the end."""
+
+    prompt: int
+    boundary: int
+    tokens: list[int]
+
+
+class Pool:
+    """The decoding of `prompts` (tokens) at boundaries; LoRA is on the base, its gates stand."""
+
+    def __init__(
+        self, base: Base, gates: Gates, prompts: Sequence[Sequence[int]], new: int, batch_size: int
+    ) -> None:
+        self._gates, self._new, self._size = gates, new, batch_size
+        self._ends = frozenset(base.end_tokens)
+        self._end = base.end_tokens[0]
+        self._prompts = [list(prompt) for prompt in prompts]
+        self._drafts = [Drafts(prompt) for prompt in self._prompts]
+        self._slots = Slots(base.model, batch_size, max(map(len, prompts)) + new)
+        self._rows: list[_Row] = []
+
+    @torch.inference_mode()
+    def run(self, boundaries: Sequence[int]) -> Iterator[Written]:
+        """Yield what is written for every prompt at every boundary, in the order it is done."""
+        high, *others = sorted(boundaries, reverse=True)
+        numbers = sorted(range(len(self._prompts)), key=lambda n: len(self._prompts[n]))
+        drafted: list[tuple[int, list[int], list[int]]] = []
+        while numbers or drafted or self._rows:
+            if drafted and self._has_room(len(drafted[-1][1])):
+                done = self._fan_out(*self._taken(drafted))
+            elif numbers and self._has_room(len(numbers)):
+                done = self._join(
+                    [numbers.pop() for _ in range(min(self._free, len(numbers)))], high
+                )
+            else:
+                done = self._step()
+            for written in done:
+                if written.boundary == high and others:
+                    drafted.append((written.prompt, others, written.tokens))
+                yield written
+
+    @property
+    def _free(self) -> int:
+        return self._size - len(self._rows)
+
+    def _has_room(self, wanted: int) -> bool:
+        """Whether rows for all that is wanted are free, or half of all, which is enough."""
+        return self._free >= min(wanted, max(1, self._size // 2))
+
+    def _taken(
+        self, drafted: list[tuple[int, list[int], list[int]]]
+    ) -> tuple[int, list[int], list[int]]:
+        """Take from the list a prompt, as many of its boundaries as have room, and its draft."""
+        number, left, draft = drafted.pop()
+        if len(left) > self._free:
+            drafted.append((number, left[self._free :], draft))
+        return number, left[: self._free], draft
+
+    def _join(self, numbers: Sequence[int], boundary: int) -> Iterator[Written]:
+        first = len(self._rows)
+        prompts = [self._prompts[number] for number in numbers]
+        self._gates.set([boundary])
+        found = self._slots.extend(prompts, [0] * len(prompts), first, 1)
+        rows = [self._begin(number, boundary, ()) for number in numbers]
+        yield from self._take(first, rows, found)
+
+    def _fan_out(
+        self, number: int, boundaries: Sequence[int], draft: list[int]
+    ) -> Iterator[Written]:
+        first, order = len(self._rows), [boundaries[0], *sorted(boundaries[1:])]
+        self._gates.set(order)
+        ids = [*self._prompts[number], *draft]
+        found = self._slots.fan_out(ids, order, first, len(draft) + 1)
+        rows = [self._begin(number, boundary, draft) for boundary in order]
+        yield from self._take(first, rows, found)
+
+    def _begin(self, number: int, boundary: int, guessed: Sequence[int]) -> _Row:
+        prompt = self._prompts[number]
+        return _Row(number, boundary, list(prompt), len(prompt), guessed)
+
+    def _step(self) -> Iterator[Written]:
+        for row in self._rows:
+            most = min(DRAFTED, self._new - (len(row.ids) - row.start) - 1)
+            row.guessed = self._drafts[row.prompt].guess(row.ids, most)
+        tokens = [[row.ids[-1], *row.guessed] for row in self._rows]
+        self._gates.set([row.boundary for row in self._rows])
+        starts = [len(row.ids) - 1 for row in self._rows]
+        found = self._slots.extend(tokens, starts, 0, max(map(len, tokens)))
+        rows, self._rows = self._rows, []
+        yield from self._take(0, rows, found)
+
+    def _take(
+        self, first: int, rows: Sequence[_Row], found: Sequence[Sequence[int]]
+    ) -> Iterator[Written]:
+        """Add to rows `first` … what was found after their guesses; yield and drop the finished."""
+        done = []
+        for place, (row, best) in enumerate(zip(rows, found, strict=True), first):
+            if self._accept(row, best[len(best) - len(row.guessed) - 1 :]):
+                done.append(row)
+            else:
+                if len(self._rows) != place:
+                    self._slots.move(place, len(self._rows))
+                self._rows.append(row)
+        for row in done:
+            tokens = row.ids[row.start :]
+            ended = tokens and tokens[-1] in self._ends
+            yield Written(row.prompt, row.boundary, tokens[:-1] if ended else tokens)
+
+    def _accept(self, row: _Row, best: Sequence[int]) -> bool:
+        """Write tokens while the guess was the most probable, and one more; say if it ended."""
+        for place, token in enumerate(best):
+            row.ids.append(token)
+            self._drafts[row.prompt].add(row.ids, len(row.ids) - 1)
+            if token in self._ends or len(row.ids) - row.start == self._new:
+                return True
+            if place < len(row.guessed) and row.guessed[place] != token:
+                return False
+        return False
+
+
+@torch.inference_mode()
+def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
+    """Say whether a model can be decoded so, by trying it on a prompt.
+
+    In two parts, and fanned out, it has to give the same most probable tokens as the whole prompt
+    in the model's own forward (in half precision: nearly all of them).
+    """
+    if not can_slot(base.model):
+        return False
+    top, half = base.layers, (len(prompt) + 1) // 2
+    gates.set([top])
+    plain = base.model(input_ids=torch.tensor([list(prompt)], device=base.device)).logits[0]
+    expected = plain.float().argmax(-1).tolist()
+    order = [top, *range(1, top)][:_TRIED]
+    slots = Slots(base.model, len(order), len(prompt))
+    try:
+        parts = [
+            (part, start) for part, start in ((prompt[:half], 0), (prompt[half:], half)) if part
+        ]
+        found = [t for part, start in parts for t in slots.extend([part], [start], 0, len(part))[0]]
+        gates.set(order)
+        fanned = slots.fan_out(prompt, order, 0, len(prompt))[0]
+    except _UNLIKE:
+        return False
+    alike: int = sum(a == b == c for a, b, c in zip(found, fanned, expected, strict=True))
+    needed = 1.0 if base.dtype == torch.float32 else 0.8
+    return alike >= needed * len(prompt)

@@ -1,0 +1,68 @@
+"""Random adapters, and what each boundary of one writes when it is stripped and run alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorakit.adapter import Adapter
+from lorakit.generation import generate
+from lorakit.layers import layer_of
+from lorakit.lora import attach, default_targets, is_transposed, pick_modules, projections
+from lorakit.merging import peft_config, tensors_of
+from lorakit.model import Base, load_base
+from lorakit.records import Record
+from lorakit.settings import GenerationSettings
+
+
+def open_base(name: str, dtype: torch.dtype = torch.float32) -> Base:
+    return load_base(name, device=torch.device("cpu"), dtype=dtype)
+
+
+def random_adapter(
+    base: Base,
+    *,
+    seed: int = 0,
+    size: float = 1.0,
+    layers: Sequence[int] | None = None,
+    targets: Sequence[str] | None = None,
+    below: int | None = None,
+) -> Any:
+    """Return an adapter of random weights.
+
+    With `below`, as it is stripped at that boundary (None: nothing left).
+    """
+    draw = np.random.default_rng(seed)
+    shapes = projections(base.model)
+    factors = {}
+    for name in pick_modules(base, targets or default_targets(base)[0], layers):
+        d_out, d_in = shapes[name]
+        a = draw.normal(size=(4, d_in)).astype(np.float32) * np.float32(size / d_in**0.5)
+        b = draw.normal(size=(d_out, 4)).astype(np.float32) * np.float32(size)
+        if below is None or (layer_of(name) or 0) < below:
+            factors[name] = (a, b)
+    if not factors:
+        return None
+    told = peft_config(
+        dict.fromkeys(factors, 4),
+        base=base.name,
+        alpha=4,
+        transposed=is_transposed(base, list(factors)),
+    )
+    return Adapter(tensors_of(factors), told)
+
+
+def alone(
+    base: Base,
+    adapter: Adapter | None,
+    records: Sequence[Record],
+    settings: GenerationSettings,
+) -> list[str]:
+    """Return what `generate` writes with this adapter, or with the base alone."""
+    if adapter is not None:
+        attach(base, adapter)
+    found = generate(base, base.encoder(chat="off"), records, settings)
+    return [record.prediction for record, _ in found]
