@@ -1,6 +1,7 @@
 #!/bin/sh
 # The main job, end to end, on a laptop: adapters trained on two related tasks and one on 50 target
-# examples, merged without and with pruning; every system generates and is scored. Sets up .venv.
+# examples, merged without and with pruning; every system generates and is scored; then the layers
+# above which the merged LoRA does no good are found and dropped. Sets up .venv.
 #
 #     sh examples/quickstart.sh [FOLDER]        # results go to FOLDER, by default ./quickstart
 
@@ -69,3 +70,10 @@ echo "== scores; what is in a merged file: lorakit inspect $out/xs+wl+tgt.pruned
 lorakit score --metric rougeL,em --format table --baseline tgt.jsonl \
     zero-shot.jsonl xs.jsonl wl.jsonl tgt.jsonl xs+wl.jsonl xs+wl.pruned.jsonl xs+wl+tgt.jsonl \
     xs+wl+tgt.pruned.jsonl
+
+echo "== the score by the number of bottom layers that keep their LoRA; the best is cut there" >&2
+lorakit find-boundary xs+wl+tgt.pruned.safetensors --data val.jsonl --max-new-tokens 40 \
+    --batch-size 50 | tee boundary.jsonl |
+    lorakit strip-layers xs+wl+tgt.pruned.safetensors --boundary - -o final.safetensors
+sed 's/.*"boundary": \([0-9]*\), "score": \([0-9.]*\).*"best": \([a-z]*\).*/boundary \1: \2 \3/' \
+    boundary.jsonl | sed 's/false$//; s/true$/best/'
