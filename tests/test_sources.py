@@ -81,7 +81,9 @@ def test_a_file_cut_short_is_an_error_that_names_it(form: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "content", [b"PK\x03\x04 no zip", FORMS["zip"][:500], b"\x1f\x8b no gzip"], ids=repr
+    "content",
+    [b"PK\x03\x04 no zip", FORMS["zip"][:500], b"\x1f\x8b no gzip"],
+    ids=["no zip", "zip cut short", "no gzip"],
 )
 def test_a_damaged_archive_is_an_error(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(LorakitError, match=r"; (unpack it|fetch it again)$"):
