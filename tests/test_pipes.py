@@ -236,3 +236,30 @@ def test_a_merge_goes_on_as_bytes_and_its_words_to_stderr(llama: str, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("merged.safetensors", "wl.safetensors", "xs.safetensors"),
     ]
+
+
+def test_both_papers_go_together_in_two_lines(llama: str, tmp_path: Path) -> None:
+    """Merge with a searched ratio, find the boundary of what comes by the pipe, and cut there."""
+    for seed, name in enumerate(("xs", "wl")):
+        llama_adapter(tmp_path / f"{name}.safetensors", seed)
+    few = {"device": "cpu", "epochs": "5", "batch-size": "4"}
+    options = " ".join(f"--{name} {value}" for name, value in few.items())
+    done = shell(
+        f'printf %s "$ROWS" | lorakit build-dataset jsonl {TEMPLATES} -o train.jsonl\n'
+        "lorakit merge xs.safetensors wl.safetensors --data train.jsonl --prune-ratio auto"
+        f' --model "$MODEL" {options} -q -o - | tee merged.safetensors'
+        " | lorakit find-boundary --data train.jsonl --max-new-tokens 4 --device cpu"
+        " | tee found.jsonl"
+        " | lorakit strip-layers merged.safetensors --boundary - -o final.safetensors\n"
+        "cat found.jsonl",
+        tmp_path,
+        MODEL=llama,
+        ROWS=ROWS,
+    )
+    found = lines_of(done)
+    assert [record["boundary"] for record in found] == [1, 2, 3]
+    (best,) = [record["boundary"] for record in found if record["best"]]
+    kept = {module.layer for module in load_adapter(str(tmp_path / "final.safetensors")).modules()}
+    assert kept == set(range(best))
+    history = load_adapter(str(tmp_path / "final.safetensors")).header["history"]
+    assert [entry["command"] for entry in history] == ["merge", "strip-layers"]
