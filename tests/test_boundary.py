@@ -179,7 +179,8 @@ def data(tmp_path: Path) -> str:
 
 @pytest.fixture
 def adapter(llama: str) -> Adapter:
-    return random_adapter(open_base(llama))
+    made: Adapter = random_adapter(open_base(llama))
+    return made
 
 
 def look(base: Base, adapter: Adapter, data: str, notes: Notes | None = None, **more: Any) -> Any:
