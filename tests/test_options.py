@@ -10,7 +10,13 @@ import pytest
 
 from lorakit import options
 from lorakit.cli import lorakit
-from lorakit.settings import GenerationSettings, LoraSettings, PruningSettings, TrainingSettings
+from lorakit.settings import (
+    BoundarySettings,
+    GenerationSettings,
+    LoraSettings,
+    PruningSettings,
+    TrainingSettings,
+)
 
 
 def convert(kind: click.ParamType[Any], text: str) -> Any:
@@ -124,6 +130,7 @@ def test_settings_take_their_own_fields_out_of_the_arguments() -> None:
         pytest.param("merge", TrainingSettings(), id="merge"),
         pytest.param("merge", PruningSettings(), id="merge's pruning"),
         pytest.param("generate", GenerationSettings(), id="generate"),
+        pytest.param("find-boundary", BoundarySettings(), id="find-boundary"),
     ],
 )
 def test_a_command_without_options_has_the_defaults_of_the_settings(
