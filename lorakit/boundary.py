@@ -172,7 +172,7 @@ def decode(
     texts: dict[int, list[str]] = {k: [""] * len(prompts) for k in apart}
     sampled: dict[tuple[int, int], list[int]] = {}
     with Gates(layers).standing() as gates:
-        made = _written(base, gates, rows, apart, settings)
+        made = _written(base, gates, rows, apart, settings, notes)
         for one in notes.timed(made, "decoding", len(apart) * len(prompts)):
             texts[one.boundary][one.prompt] = text_of(base, one.tokens)
             sampled[one.boundary, one.prompt] = one.tokens
@@ -187,11 +187,13 @@ def _written(
     prompts: Sequence[Prompt],
     boundaries: Sequence[int],
     settings: GenerationSettings,
+    notes: Notes,
 ) -> Iterator[Written]:
     if can_pool(base, gates, prompts[0]):
         pool = Pool(base, gates, prompts, settings.max_new_tokens, settings.batch_size)
         yield from pool.run(boundaries)
         return
+    notes.note(f"{base.name} cannot decode boundaries together: one after the other")
     for boundary in boundaries:
         for number, tokens in _alone(base, gates, prompts, boundary, settings):
             yield Written(number, boundary, tokens)

@@ -164,6 +164,7 @@ def _plot_compared(rows: Rows, output: str) -> None:
         "differences": "difference from the whole adapter",
     }
     layers, tokens = [row["boundary"] for row in rows], len(rows[0]["probabilities"])
+    best = next(row["boundary"] for row in rows if row["best"])
     with _axes(output, rows, size=(3.2 * tokens, 8.0), grid=(3, tokens)) as grid:
         for down, (name, title) in enumerate(panels.items()):
             for token in range(tokens):
@@ -173,6 +174,7 @@ def _plot_compared(rows: Rows, output: str) -> None:
                 for number, k in enumerate(rows[0]["compared"], 1):
                     values = [row["compared"][k][name][token] for row in rows]
                     _line(axes, number, layers, values, f"bottom {k}")
+                axes.axvline(best, color="0.5", linewidth=0.8, label="best")
                 axes.set_xlabel(f"layers (token {token + 1})")
                 if token == 0:
                     axes.set_ylabel(title)

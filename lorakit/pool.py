@@ -9,6 +9,7 @@ and the row of a finished one goes to the next. There are never more than `batch
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from lorakit.gates import Gates
 from lorakit.model import Base
 from lorakit.slots import Slots, can_slot
 
+FANNED = 4  # boundaries that share a pass over a prompt and its draft
 DRAFTED = 4  # tokens guessed a row and step
 _TRIED = 4  # boundaries on which a model is tried
 _UNLIKE = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
@@ -60,40 +62,34 @@ class Pool:
 
     @torch.inference_mode()
     def run(self, boundaries: Sequence[int]) -> Iterator[Written]:
-        """Yield what is written for every prompt at every boundary, in the order it is done."""
+        """Yield what is written for every prompt at every boundary, in the order it is done.
+
+        A prompt begins at the highest boundary; when the lowest of a few is done, its output is the
+        draft of the few below it.
+        """
         high, *others = sorted(boundaries, reverse=True)
+        fans = self._fans(others)
+        below = dict(zip([high, *(fan[-1] for fan in fans)], fans, strict=False))
         numbers = sorted(range(len(self._prompts)), key=lambda n: len(self._prompts[n]))
-        drafted: list[tuple[int, list[int], list[int]]] = []
+        drafted: deque[Written] = deque()
         while numbers or drafted or self._rows:
-            if drafted and self._has_room(len(drafted[-1][1])):
-                done = self._fan_out(*self._taken(drafted))
-            elif numbers and self._has_room(len(numbers)):
-                done = self._join(
-                    [numbers.pop() for _ in range(min(self._free, len(numbers)))], high
-                )
+            free = self._size - len(self._rows)
+            if numbers and free >= min(len(numbers), max(1, self._size // 2)):
+                done = self._join([numbers.pop() for _ in range(min(free, len(numbers)))], high)
+            elif drafted and free >= len(below[drafted[0].boundary]):
+                draft = drafted.popleft()
+                done = self._fan_out(draft, below[draft.boundary])
             else:
                 done = self._step()
             for written in done:
-                if written.boundary == high and others:
-                    drafted.append((written.prompt, others, written.tokens))
+                if written.boundary in below:
+                    drafted.append(written)
                 yield written
 
-    @property
-    def _free(self) -> int:
-        return self._size - len(self._rows)
-
-    def _has_room(self, wanted: int) -> bool:
-        """Whether rows for all that is wanted are free, or half of all, which is enough."""
-        return self._free >= min(wanted, max(1, self._size // 2))
-
-    def _taken(
-        self, drafted: list[tuple[int, list[int], list[int]]]
-    ) -> tuple[int, list[int], list[int]]:
-        """Take from the list a prompt, as many of its boundaries as have room, and its draft."""
-        number, left, draft = drafted.pop()
-        if len(left) > self._free:
-            drafted.append((number, left[self._free :], draft))
-        return number, left[: self._free], draft
+    def _fans(self, boundaries: Sequence[int]) -> list[Sequence[int]]:
+        """Cut boundaries, highest first, into the few that share a pass over a prompt."""
+        size = min(FANNED, self._size)
+        return [boundaries[first : first + size] for first in range(0, len(boundaries), size)]
 
     def _join(self, numbers: Sequence[int], boundary: int) -> Iterator[Written]:
         first = len(self._rows)
@@ -103,14 +99,12 @@ class Pool:
         rows = [self._begin(number, boundary, ()) for number in numbers]
         yield from self._take(first, rows, found)
 
-    def _fan_out(
-        self, number: int, boundaries: Sequence[int], draft: list[int]
-    ) -> Iterator[Written]:
+    def _fan_out(self, draft: Written, boundaries: Sequence[int]) -> Iterator[Written]:
         first, order = len(self._rows), [boundaries[0], *sorted(boundaries[1:])]
         self._gates.set(order)
-        ids = [*self._prompts[number], *draft]
-        found = self._slots.fan_out(ids, order, first, len(draft) + 1)
-        rows = [self._begin(number, boundary, draft) for boundary in order]
+        ids = [*self._prompts[draft.prompt], *draft.tokens]
+        found = self._slots.fan_out(ids, order, first, len(draft.tokens) + 1)
+        rows = [self._begin(draft.prompt, boundary, draft.tokens) for boundary in order]
         yield from self._take(first, rows, found)
 
     def _begin(self, number: int, boundary: int, guessed: Sequence[int]) -> _Row:

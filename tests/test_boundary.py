@@ -113,8 +113,10 @@ def test_a_model_that_cannot_be_pooled_is_decoded_a_boundary_at_a_time(
     base, given = open_base(llama), records(5)
     monkeypatch.setattr(boundary, "can_pool", lambda *arguments: False)
     monkeypatch.delattr(pool.Pool, "run")
-    found = decode(base, random_adapter(base), prompts(base, given), EVERY, SETTINGS, Notes())
+    notes = Notes()
+    found = decode(base, random_adapter(base), prompts(base, given), EVERY, SETTINGS, notes)
     assert [found[k] for k in EVERY] == naive(llama, base.end_tokens, given)
+    assert notes.notes == [f"{llama} cannot decode boundaries together: one after the other"]
 
 
 def test_boundaries_with_the_same_layers_on_are_decoded_once(

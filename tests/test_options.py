@@ -11,6 +11,7 @@ import pytest
 from lorakit import options
 from lorakit.cli import lorakit
 from lorakit.settings import (
+    BoundarySettings,
     GenerationSettings,
     JudgeSettings,
     LoraSettings,
@@ -164,6 +165,7 @@ def test_settings_take_their_own_fields_out_of_the_arguments() -> None:
         pytest.param("generate", GenerationSettings(), id="generate"),
         pytest.param("score", SignificanceSettings(), id="score"),
         pytest.param("judge", JudgeSettings(), id="judge"),
+        pytest.param("find-boundary", BoundarySettings(), id="find-boundary"),
     ],
 )
 def test_a_command_without_options_has_the_defaults_of_the_settings(

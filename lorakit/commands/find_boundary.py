@@ -58,6 +58,7 @@ from lorakit.settings import BoundarySettings, GenerationSettings
 @click.option(
     "--compare",
     type=options.Boundaries(),
+    default=BoundarySettings.compare,
     metavar="K",
     help="By probability: boundaries whose curves are compared with the whole adapter's: 10,20,25.",
 )
@@ -116,7 +117,6 @@ def _find(
     from lorakit.plots import plot_boundaries, plot_probabilities
     from lorakit.progress import Notes
 
-    given["compare"] = given["compare"] or ()
     notes = Notes(quiet=given["quiet"])
     settings = options.settings_of(BoundarySettings, given)
     generation = options.settings_of(GenerationSettings, given)

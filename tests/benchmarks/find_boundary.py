@@ -1,4 +1,4 @@
-"""find-boundary against the plain way: each boundary's adapter in PEFT, one generate after another.
+"""find-boundary against the plain way: PEFT on every stripped adapter, `generate` for each.
 
 An adapter is trained on a task of the microworld, by default titles on `tiny`; then a sample is
 decoded greedily in float32 at every boundary, once by PEFT and transformers' `generate` on the

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from boundary_models import open_base, random_adapter
+from models import FAMILIES, LAYERS, save_model
+from program import run
+from test_boundary import SETTINGS, Notes
+from training_data import rows, save_rows
+
+from lorakit.adapter import Adapter, save_adapter
+from lorakit.knee import knee, sketch
+from lorakit.lens import read_probabilities
+from lorakit.lora import attach
+from lorakit.model import Base
+from lorakit.records import Record
+from lorakit.settings import BoundarySettings
+
+COUNT, TOKENS = 6, 4
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return save_rows(tmp_path / "val.jsonl", rows(COUNT))
+
+
+def look(base: Base, adapter: Adapter, data: str, **settings: Any) -> list[dict[str, Any]]:
+    told: dict[str, Any] = {"settings": BoundarySettings(**settings), "notes": Notes()}
+    return read_probabilities(base, adapter, data, generation=SETTINGS, **told)
+
+
+FINAL_NORM = {"phi": "final_layernorm", "gpt2": "ln_f"}
+
+
+def by_hand(base: Base, family: str) -> list[list[list[float]]]:
+    """Gold and largest probabilities by layer and position, one record at a time.
+
+    From `output_hidden_states`, of which all but the last lack the final norm; the head, its bias
+    and soft-capping written out.
+    """
+    model = base.model
+    norm = getattr(model.get_decoder(), FINAL_NORM.get(family, "norm"))
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    encoder = base.encoder(chat="off")
+    gold: list[list[list[float]]] = [[[] for _ in range(TOKENS)] for _ in range(LAYERS)]
+    most: list[list[list[float]]] = [[[] for _ in range(TOKENS)] for _ in range(LAYERS)]
+    for row in rows(COUNT):
+        example = encoder.example(Record(row, row["id"]))
+        ids = torch.tensor([example.ids])
+        with torch.no_grad():
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states
+            for layer in range(1, LAYERS + 1):
+                state = states[layer] if layer == LAYERS else norm(states[layer])
+                logits = model.get_output_embeddings()(state)
+                if cap:
+                    logits = cap * torch.tanh(logits / cap)
+                chances = logits[0].softmax(-1)
+                for token in range(min(TOKENS, example.targets)):
+                    place = example.start + token
+                    gold[layer - 1][token].append(float(chances[place - 1, example.ids[place]]))
+                    most[layer - 1][token].append(float(chances[place - 1].max()))
+    return [[[sum(t) / len(t) for t in layer] for layer in table] for table in (gold, most)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probabilities_are_those_of_the_hidden_states(
+    family: str, data: str, tmp_path: Path
+) -> None:
+    name = save_model(tmp_path / family, family)
+    base = open_base(name)
+    if family == "phi":
+        torch.nn.init.normal_(base.model.lm_head.bias)
+    adapter = random_adapter(base, size=0.3)
+    found = look(base, adapter, data)
+    gold, most = by_hand(base, family)
+    for row, expected, largest in zip(found, gold, most, strict=True):
+        assert row["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+        assert row["maximum_probabilities"] == pytest.approx(largest, rel=1e-3)
+        assert row["score"] == pytest.approx(sum(expected) / TOKENS, rel=1e-3)
+    assert [row["boundary"] for row in found] == [1, 2, 3]
+    assert sum(row["best"] for row in found) == 1
+
+
+def test_compared_curves_are_those_of_the_stripped_adapter(llama: str, data: str) -> None:
+    adapter = random_adapter(open_base(llama))
+    found = look(open_base(llama), adapter, data, compare=(1, 2))
+    for k in (1, 2):
+        base = open_base(llama)
+        alone = look(base, random_adapter(base, below=k), data)
+        for row, stripped in zip(found, alone, strict=True):
+            told = row["compared"][str(k)]
+            assert told["probabilities"] == pytest.approx(stripped["probabilities"])
+            assert told["maximum_probabilities"] == pytest.approx(stripped["maximum_probabilities"])
+            expected = torch.tensor(told["probabilities"]) - torch.tensor(row["probabilities"])
+            assert told["differences"] == pytest.approx(expected.tolist(), abs=1e-7)
+
+
+def test_completions_shorter_than_the_tokens_asked_for_count_where_they_reach(
+    llama: str, tmp_path: Path
+) -> None:
+    made = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "bcdefg"}]
+    data = save_rows(tmp_path / "short.jsonl", made)
+    found = look(open_base(llama), random_adapter(open_base(llama)), data, tokens=9)
+    assert {len(row["probabilities"]) for row in found} == {7}  # six letters and the end
+
+
+def test_the_model_is_as_it_was_afterwards(llama: str, data: str) -> None:
+    base = open_base(llama)
+    adapter = random_adapter(base)
+    ids = torch.tensor([[1, 5, 9]])
+    look(base, adapter, data)
+    after = base.model(input_ids=ids).logits
+    fresh = open_base(llama)
+    attach(fresh, adapter)
+    assert torch.equal(after, fresh.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ([0.0, 0.0, 0.0, 0.1, 0.9, 1.0], 3),
+        ([0.1, 0.1, 0.1, 0.1, 0.9], 3),
+        ([0.0, 0.9, 1.0], 2),
+        ([0.0, 1.0, 2.0, 3.0], 3),
+        ([0.5], 0),
+        ([1.0, 0.0, 0.0, 1.0], 1),
+    ],
+    ids=["convex", "late jump", "concave", "straight", "one", "equal"],
+)
+def test_the_knee_is_farthest_below_the_chord(values: list[float], place: int) -> None:
+    assert knee(values) == place
+
+
+def test_a_sketch_has_a_bar_for_each_value_and_marks_the_best() -> None:
+    lines = sketch([8, 9, 10], [0.0, 0.5, 1.0], 9, height=2)
+    assert lines == [
+        "       1     ▁▁ ██",
+        "       0  ▁▁ ██ ██",
+        "           8  9 10",
+        "    best      ▲",
+    ]
+
+
+@pytest.mark.parametrize("more", [[], ["--compare", "1,2"]], ids=["alone", "compared"])
+def test_the_command_draws_a_line_for_each_token(
+    more: list[str], llama: str, data: str, tmp_path: Path
+) -> None:
+    path = save_adapter(random_adapter(open_base(llama)), str(tmp_path / "a.safetensors"))
+    plot = tmp_path / "curve.png"
+    done = run(
+        *("find-boundary", path, "--data", data, "--by", "probability", "--tokens", "2"),
+        *("--model", llama, "--plot", str(plot), *more),
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [len(row["probabilities"]) for row in found] == [2, 2, 2]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "curve.png.jsonl").read_text() == done.stdout
