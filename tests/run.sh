@@ -9,4 +9,4 @@ export OMP_NUM_THREADS=1
 ruff format --check .
 ruff check .
 mypy
-pytest -n auto --dist loadfile "$@"
+pytest -n auto --dist worksteal "$@"
