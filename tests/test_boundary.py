@@ -137,13 +137,14 @@ def test_boundaries_with_the_same_layers_on_are_decoded_once(
     assert [found[k] for k in EVERY] == naive(llama, base.end_tokens, given, layers=[1])
 
 
-def test_every_projection_of_a_layer_can_have_lora(llama: str) -> None:
-    base, given = open_base(llama), records(5)
+@pytest.mark.parametrize("family", ["llama", "phi", "gpt2"])
+def test_every_projection_of_a_layer_can_have_lora(family: str, tmp_path: Path) -> None:
+    name = save_model(tmp_path, family)
+    base, given = open_base(name), records(5)
     told: dict[str, Any] = {"targets": ["all-linear"], "size": 0.5}
-    found = decode(
-        base, random_adapter(base, **told), prompts(base, given), EVERY, SETTINGS, Notes()
-    )
-    assert [found[k] for k in EVERY] == naive(llama, base.end_tokens, given, **told)
+    adapter = random_adapter(base, **told)
+    found = decode(base, adapter, prompts(base, given), EVERY, SETTINGS, Notes())
+    assert [found[k] for k in EVERY] == naive(name, base.end_tokens, given, **told)
 
 
 def test_no_more_rows_than_the_batch_size_go_through_a_layer(llama: str) -> None:
