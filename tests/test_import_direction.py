@@ -56,6 +56,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("boundary", "drafts", "gates", "lens", "pool", "slots"),
     ),
     "commands": (
+        "option_types",
         *("options", "progress", "commands", "commands.build_dataset", "commands.generate"),
         *("commands.find_boundary", "commands.inspect", "commands.judge", "commands.merge"),
         *("commands.methods", "commands.opening", "commands.score", "commands.strip_layers"),

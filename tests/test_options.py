@@ -8,7 +8,7 @@ from typing import Any
 import click
 import pytest
 
-from lorakit import options
+from lorakit import option_types, options
 from lorakit.cli import lorakit
 from lorakit.settings import (
     BoundarySettings,
@@ -41,7 +41,7 @@ def convert(kind: click.ParamType[Any], text: str) -> Any:
     ],
 )
 def test_layers_are_numbers_and_ranges_sorted_each_once(text: str, layers: tuple[int, ...]) -> None:
-    assert convert(options.Layers(), text) == layers
+    assert convert(option_types.Layers(), text) == layers
 
 
 @pytest.mark.parametrize(
@@ -50,21 +50,21 @@ def test_layers_are_numbers_and_ranges_sorted_each_once(text: str, layers: tuple
 )
 def test_what_is_no_set_of_layers_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a layer or a range of layers"):
-        convert(options.Layers(), text)
+        convert(option_types.Layers(), text)
 
 
 def test_a_range_that_runs_backwards_is_refused() -> None:
     with pytest.raises(click.BadParameter, match="'3-1' runs backwards"):
-        convert(options.Layers(), "0,3-1")
+        convert(option_types.Layers(), "0,3-1")
 
 
 @pytest.mark.parametrize("text", ["0", "0.1", ".5", "0.30", "1e-3", "0.999999999999999999999"])
 def test_a_ratio_is_the_exact_decimal_it_was_written_as(text: str) -> None:
-    assert convert(options.Amounts("ratio", below=1), text) == (Decimal(text),)
+    assert convert(option_types.Amounts("ratio", below=1), text) == (Decimal(text),)
 
 
 def test_a_ratio_is_not_rounded_through_a_float() -> None:
-    (ratio,) = convert(options.Amounts("ratio", below=1), "0.29")
+    (ratio,) = convert(option_types.Amounts("ratio", below=1), "0.29")
     assert int(ratio * 100) == 29
     assert int(float("0.29") * 100) == 28
 
@@ -87,45 +87,45 @@ def test_a_ratio_is_not_rounded_through_a_float() -> None:
 )
 def test_what_is_no_ratio_is_refused(text: str, reason: str) -> None:
     with pytest.raises(click.BadParameter, match=reason):
-        convert(options.Amounts("ratio", below=1), text)
+        convert(option_types.Amounts("ratio", below=1), text)
 
 
 def test_several_ratios_are_a_list_and_auto_is_itself() -> None:
-    assert convert(options.Amounts("ratio", below=1), "0.1, 0.3") == (
+    assert convert(option_types.Amounts("ratio", below=1), "0.1, 0.3") == (
         Decimal("0.1"),
         Decimal("0.3"),
     )
-    assert convert(options.Amounts("ratio", below=1), "auto") == "auto"
+    assert convert(option_types.Amounts("ratio", below=1), "auto") == "auto"
 
 
 def test_a_threshold_may_be_any_number_from_zero_up() -> None:
-    assert convert(options.Amounts("threshold"), "1e9") == (Decimal("1e9"),)
+    assert convert(option_types.Amounts("threshold"), "1e9") == (Decimal("1e9"),)
     with pytest.raises(click.BadParameter, match=r"-1 is not in 0 ≤ threshold$"):
-        convert(options.Amounts("threshold"), "-1")
+        convert(option_types.Amounts("threshold"), "-1")
 
 
 @pytest.mark.parametrize("text", ["1", "0.2", "1e-9", "1.0"])
 def test_a_density_is_the_exact_decimal_it_was_written_as(text: str) -> None:
-    assert convert(options.Density(), text) == Decimal(text)
+    assert convert(option_types.Density(), text) == Decimal(text)
 
 
 @pytest.mark.parametrize("text", ["", "x", "nan", "0", "-0.1", "1.0000000000000000000001", "inf"])
 def test_what_is_no_density_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match=r"is not a number|is not in 0 < density ≤ 1"):
-        convert(options.Density(), text)
+        convert(option_types.Density(), text)
 
 
 @pytest.mark.parametrize(
     ("text", "numbers"), [("1", (1.0,)), ("-0.5, 2e-1", (-0.5, 0.2)), ("0,0", (0.0, 0.0))]
 )
 def test_numbers_are_separated_by_commas(text: str, numbers: tuple[float, ...]) -> None:
-    assert convert(options.Numbers(), text) == numbers
+    assert convert(option_types.Numbers(), text) == numbers
 
 
 @pytest.mark.parametrize("text", ["", ",", "1,", "a", "1;2", "nan", "inf", "1e999"])
 def test_what_are_no_numbers_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a number"):
-        convert(options.Numbers(), text)
+        convert(option_types.Numbers(), text)
 
 
 @pytest.mark.parametrize(
@@ -133,16 +133,18 @@ def test_what_are_no_numbers_is_refused(text: str) -> None:
     [("q_proj", ("q_proj",)), ("q_proj, v_proj", ("q_proj", "v_proj")), ("a.b", ("a.b",))],
 )
 def test_names_are_separated_by_commas(text: str, names: tuple[str, ...]) -> None:
-    assert convert(options.Names(), text) == names
+    assert convert(option_types.Names(), text) == names
 
 
 @pytest.mark.parametrize("text", ["", ",", "a,,b", "a, ", " "])
 def test_an_empty_name_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="has an empty name"):
-        convert(options.Names(), text)
+        convert(option_types.Names(), text)
 
 
-@pytest.mark.parametrize("kind", [options.Names(), options.Layers(), options.Numbers()])
+@pytest.mark.parametrize(
+    "kind", [option_types.Names(), option_types.Layers(), option_types.Numbers()]
+)
 def test_a_value_that_is_read_already_stays(kind: click.ParamType[Any]) -> None:
     assert kind.convert((1, 2), None, None) == (1, 2)
 

@@ -9,6 +9,7 @@ import click
 
 from lorakit import options
 from lorakit.files import STDIO
+from lorakit.option_types import Layers
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
@@ -20,9 +21,7 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
     metavar="K",
     help="Keep LoRA on the bottom K layers: a number, or find-boundary's records (a file or `-`).",
 )
-@click.option(
-    "--keep", type=options.Layers(), metavar="LAYERS", help="Keep LoRA on these layers: 0-9,12."
-)
+@click.option("--keep", type=Layers(), metavar="LAYERS", help="Keep LoRA on these layers: 0-9,12.")
 @options.output("stripped.safetensors", "the stripped adapter")
 @options.quiet
 def strip_layers(

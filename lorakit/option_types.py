@@ -1,0 +1,143 @@
+"""What options can be besides text and numbers: lists of names, layers, ratios, metrics.
+
+Each is a type of click's, whose failures are usage errors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lorakit.metrics import METRICS
+from lorakit.settings import LOSS
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # not generic before click 8.4
+
+_LAYER_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
+
+
+class Names(ParamType):
+    """A list of names, separated by commas."""
+
+    name = "names"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(name.strip() for name in value.split(","))
+        if not all(names):
+            self.fail(f"{value!r} has an empty name", param, ctx)
+        return names
+
+
+class Layers(ParamType):
+    """A set of layers: numbers and ranges, separated by commas (`0-19,24`)."""
+
+    name = "layers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        chosen: set[int] = set()
+        for part in value.split(","):
+            match = _LAYER_RANGE.fullmatch(part.strip())
+            if match is None:
+                self.fail(f"{part!r} is not a layer or a range of layers, such as 0-19", param, ctx)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                self.fail(f"{part!r} runs backwards", param, ctx)
+            chosen.update(range(first, last + 1))
+        return tuple(sorted(chosen))
+
+
+class Amounts(ParamType):
+    """Ratios or thresholds, each kept as the decimal it is written as: one, a list, or `auto`."""
+
+    def __init__(self, name: str, *, below: int | None = None) -> None:
+        self.name = name
+        self._below = below
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Decimal, ...] | str:
+        if isinstance(value, tuple) or value == "auto":
+            return value  # type: ignore[no-any-return]
+        return tuple(self._amount(part.strip(), param, ctx) for part in value.split(","))
+
+    def _amount(
+        self, text: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Decimal:
+        try:
+            amount = Decimal(text)
+        except InvalidOperation:
+            amount = Decimal("NaN")
+        if not amount.is_finite():
+            self.fail(f"{text!r} is not a number", param, ctx)
+        if amount < 0 or (self._below is not None and amount >= self._below):
+            top = "" if self._below is None else f" < {self._below}"
+            self.fail(f"{text} is not in 0 ≤ {self.name}{top}", param, ctx)
+        return amount
+
+
+class Density(ParamType):
+    """A share above 0 and up to 1, kept as the decimal it is written as."""
+
+    name = "density"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Decimal:
+        try:
+            density = Decimal(value)
+        except InvalidOperation:
+            density = Decimal("NaN")
+        if density.is_nan():
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not 0 < density <= 1:
+            self.fail(f"{value} is not in 0 < density ≤ 1", param, ctx)
+        return density
+
+
+class Numbers(ParamType):
+    """A list of numbers, separated by commas (`0.5,-0.3`); none is infinite."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self._number(part.strip(), param, ctx) for part in value.split(","))
+
+    def _number(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{text!r} is not a number", param, ctx)
+        return number
+
+
+class MetricName(ParamType):
+    """`loss` or the name of a metric of `score` that needs predictions and references alone."""
+
+    name = "metric"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        names = [LOSS, *(name for name, metric in METRICS.items() if metric.is_alone)]
+        if value not in names:
+            self.fail(f"{value!r} is not one of {', '.join(names)}.", param, ctx)
+        return str(value)
