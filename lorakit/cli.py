@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 
 import click
 
-from lorakit.commands.build_dataset import build_dataset
-from lorakit.commands.find_boundary import find_boundary
-from lorakit.commands.generate import generate
-from lorakit.commands.inspect import inspect
-from lorakit.commands.judge import judge
-from lorakit.commands.merge import merge
-from lorakit.commands.score import score
-from lorakit.commands.strip_layers import strip_layers
-from lorakit.commands.train_adapter import train_adapter
 from lorakit.errors import LorakitError
 from lorakit.files import explain
 
@@ -24,21 +16,61 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+# Each command with the first sentence of its help; its module and its function have its name.
+COMMANDS = {
+    "build-dataset": "Turn raw data into records: lines of JSON with id, prompt and completion.",
+    "train-adapter": (
+        "Train a LoRA adapter on records; the best epoch on the validation set is kept."
+    ),
+    "merge": (
+        "Merge adapters into one: trained jointly on a few target examples, or "
+        "from the files alone."
+    ),
+    "find-boundary": "Find the layer above which an adapter's LoRA can be dropped.",
+    "strip-layers": "Take the LoRA off all layers from --boundary on, tensors and config together.",
+    "generate": (
+        "Write a completion for every record, greedily by default, as its field `prediction`."
+    ),
+    "score": "Score records that hold a prediction: one line per file or --system.",
+    "judge": (
+        "Let language models rate predictions from 0 to 10 (GPT-Score), or choose (--against)."
+    ),
+    "inspect": "Show what is in an adapter: config, layers, blocks and history.",
+}
+
+
+def load_command(name: str) -> click.Command:
+    """Import a command; the others stay where they are, which is what keeps help quick."""
+    function = name.replace("-", "_")
+    found: click.Command = getattr(
+        importlib.import_module(f"lorakit.commands.{function}"), function
+    )
+    return found
+
+
+class _Program(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = formatter.width - 6 - max(map(len, COMMANDS))
+        lines = {name: click.Command(name, help=text) for name, text in COMMANDS.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, line.get_short_help_str(width)) for name, line in lines.items()]
+            )
+
+
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="lorakit", message="%(version)s")
 def lorakit() -> None:
     """Merge, prune and trim LoRA adapters where target data is scarce.
 
     Every command reads and writes safetensors or JSONL; `-` is a pipe.
     """
-
-
-_COMMANDS = (
-    *(build_dataset, train_adapter, merge, find_boundary, strip_layers),
-    *(generate, score, judge, inspect),
-)
-for _command in _COMMANDS:
-    lorakit.add_command(_command)
 
 
 def main() -> None:

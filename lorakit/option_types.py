@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.metrics import METRICS
 from lorakit.settings import LOSS
 
 if TYPE_CHECKING:
@@ -137,6 +136,8 @@ class MetricName(ParamType):
     name = "metric"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from lorakit.metrics import METRICS
+
         names = [LOSS, *(name for name, metric in METRICS.items() if metric.is_alone)]
         if value not in names:
             self.fail(f"{value!r} is not one of {', '.join(names)}.", param, ctx)

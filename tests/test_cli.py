@@ -17,7 +17,7 @@ from adapters import tiny
 from program import ENVIRONMENT, PROGRAM, run, shell
 
 from lorakit.adapter import save_adapter
-from lorakit.cli import lorakit
+from lorakit.cli import COMMANDS, load_command
 
 ROW = '{"prompt": "p", "completion": "c", "prediction": "c"}\n'
 JUDGE = ("--endpoint", "http://127.0.0.1:1/v1", "--judge-model", "x")
@@ -280,7 +280,7 @@ def test_the_version_is_that_of_the_package() -> None:
 def test_the_help_names_every_command_with_a_line_about_it(flag: str) -> None:
     done = run(flag)
     assert done.returncode == 0
-    for name, command in lorakit.commands.items():
+    for name, command in ((name, load_command(name)) for name in COMMANDS):
         assert f"\n  {name} " in done.stdout
         assert command.help, name
 
@@ -325,3 +325,10 @@ def test_data_alone_goes_to_stdout_and_notes_go_to_stderr(tmp_path: Path) -> Non
     done = run("inspect", path)
     assert json.loads(done.stdout)["adapter"] == path
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_the_list_of_commands_has_the_first_sentence_of_each(name: str) -> None:
+    command = load_command(name)
+    assert command.name == name
+    assert COMMANDS[name] == command.get_short_help_str(limit=1000)

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from lorakit import option_types, options
-from lorakit.cli import lorakit
+from lorakit.cli import COMMANDS, load_command
 from lorakit.settings import (
     BoundarySettings,
     GenerationSettings,
@@ -178,7 +178,7 @@ def test_a_command_without_options_has_the_defaults_of_the_settings(
         "score": ["x"],
         "judge": ["a", "--endpoint", "http://x/v1", "--judge-model", "x"],
     }.get(command, ["--data", "x"])
-    context = lorakit.commands[command].make_context(command, arguments)
+    context = load_command(command).make_context(command, arguments)
     given = dict(context.params)
     if command == "merge":  # a list of ratios: none is the settings' own
         assert given["prune_ratio"] is None
@@ -197,14 +197,14 @@ def test_one_input_from_a_pipe_is_none() -> None:
     options.one_pipe("-", "a", None, "a")
 
 
-@pytest.mark.parametrize("command", sorted(lorakit.commands))
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_option_has_a_help_text_and_one_name_in_all_commands(command: str) -> None:
     known: dict[str, set[str | None]] = {}
-    for other in lorakit.commands.values():
+    for other in map(load_command, COMMANDS):
         for parameter in other.params:
             for flag in parameter.opts if isinstance(parameter, click.Option) else ():
                 known.setdefault(flag, set()).add(parameter.name)
-    for parameter in lorakit.commands[command].params:
+    for parameter in load_command(command).params:
         if isinstance(parameter, click.Option):
             assert all(known[flag] == {parameter.name} for flag in parameter.opts)
             assert parameter.help or parameter.name in UNEXPLAINED, parameter.name

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from program import shell
 
-from lorakit.cli import lorakit
+from lorakit.cli import COMMANDS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 OWN_MODEL = "Your own model and data"
@@ -28,7 +28,7 @@ def sections_with_examples() -> list[str]:
 
 def test_every_command_is_documented() -> None:
     table = README.split("## Commands")[1]
-    for name in lorakit.commands:
+    for name in COMMANDS:
         assert re.search(rf"^\| `{name}[ `]", table, flags=re.M), name
 
 
