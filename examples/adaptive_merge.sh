@@ -120,8 +120,8 @@ ablations() { # of XS+WL+TGT, Japanese; the eighth, input-parameter-zero, is xs+
         done
     done
 }
-# About the tenth of the modules that --prune-threshold auto printed for seed 0 of the titles.
-T_INPUT=${T_INPUT:-0.1} T_GRADIENT=${T_GRADIENT:-1e-9}
+# Near the lowest tenth that --prune-threshold auto printed for XS+WL on the Japanese titles, seed 0.
+T_INPUT=${T_INPUT:-2.2} T_GRADIENT=${T_GRADIENT:-5e-9}
 
 outputs() {
     for adapter in tgt lorahub.xs+wl lorahub.xs+wl+tgt xs+wl xs+wl.pruned xs+wl+tgt xs+wl+tgt.pruned \
