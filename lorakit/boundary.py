@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from lorakit.adapter import Adapter
-from lorakit.encoding import CutTally, Encoder, Example
+from lorakit.encoding import Example, encode_all
 from lorakit.errors import LorakitError
 from lorakit.files import open_text_output
 from lorakit.gates import Gates, layers_on
@@ -24,7 +24,7 @@ from lorakit.lora import attach
 from lorakit.metrics import METRICS, Score, score
 from lorakit.model import Base
 from lorakit.pool import Pool, Written, can_pool
-from lorakit.predictions import chat_choice
+from lorakit.predictions import encoder_of
 from lorakit.records import Record, load_records, write_records
 from lorakit.score_texts import references_of
 from lorakit.scoring import find_cautions
@@ -59,12 +59,6 @@ def pick_boundaries(asked: Sequence[int] | None, layers: int) -> list[int]:
             f"the model has no boundary {chosen[-1]}; give boundaries within 1-{layers}"
         )
     return chosen
-
-
-def encoder_of(base: Base, adapter: Adapter, settings: GenerationSettings) -> Encoder:
-    """Return the encoder that `generate` would use."""
-    chat = chat_choice(settings.chat, adapter)
-    return base.encoder(chat=chat, max_length=settings.max_length, truncate=settings.truncate)
 
 
 @dataclass(frozen=True)
@@ -137,10 +131,8 @@ def evaluate(
     references = [references_of(record) for record in records]
     for line in find_cautions(references, metrics=[settings.metric], lang=settings.lang):
         notes.note(f"Warning: {line}")
-    encoder, tally = encoder_of(base, adapter, generation), CutTally()
-    prompts = [tally.add(encoder.prompt(r, generation.max_new_tokens)) for r in records]
-    if tally.note:
-        notes.note(tally.note)
+    encoder, room = encoder_of(base, adapter, generation), generation.max_new_tokens
+    prompts = encode_all(records, lambda record: encoder.prompt(record, room), notes.note)
     outputs = decode(base, adapter, prompts, boundaries, generation, notes)
     scores = {
         k: score(texts, references, metric=settings.metric, lang=settings.lang)

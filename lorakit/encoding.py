@@ -6,7 +6,7 @@ It works on whatever fast tokenizer it is given and does not load one; model.py 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,3 +183,14 @@ class CutTally:
             f"{self.cut} of {self.records} records were too long: --truncate cut "
             f"{100 * self.lost / self.tokens:.1f} % of their tokens"
         )
+
+
+def encode_all(
+    records: Iterable[Record], encode: Callable[[Record], Example], note: Callable[[str], None]
+) -> list[Example]:
+    """Encode the records, in order, and note how much `--truncate` cut off them, if anything."""
+    tally = CutTally()
+    examples = [tally.add(encode(record)) for record in records]
+    if tally.note:
+        note(tally.note)
+    return examples

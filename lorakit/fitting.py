@@ -16,7 +16,7 @@ import torch
 from lorakit.adapter import Adapter, save_adapter
 from lorakit.batch_loss import new_accelerator
 from lorakit.checkpoint import Checkpoint, checkpoint_of
-from lorakit.encoding import CHAT_DATE, CutTally, Encoder, Example
+from lorakit.encoding import CHAT_DATE, Encoder, Example, encode_all
 from lorakit.errors import LorakitError
 from lorakit.header import joined_history
 from lorakit.lora import default_targets, inject, is_transposed, pick_modules, projections
@@ -59,13 +59,9 @@ def load_corpus(
     else:
         training = records
         validation, hashes["val"] = load_records(val, "prompt", "completion")
-    tally = CutTally()
-    encoded = [
-        [tally.add(encoder.example(record)) for record in part] for part in (training, validation)
-    ]
-    if tally.note:
-        watcher.note(tally.note)
-    return Corpus(encoded[0], encoded[1], validation, hashes)
+    encoded = encode_all([*training, *validation], encoder.example, watcher.note)
+    held = len(training)
+    return Corpus(encoded[:held], encoded[held:], validation, hashes)
 
 
 def hold_out(records: Sequence[Record], seed: int) -> tuple[list[Record], list[Record]]:
@@ -128,9 +124,7 @@ def train_adapter(
     """
     selection = selection or SelectionSettings()
     settings = settle(settings, (), base)
-    encoder = base.encoder(
-        chat=settings.chat, max_length=settings.max_length, truncate=settings.truncate
-    )
+    encoder = base.encoder_for(settings)
     targets = _targets(base, lora, watcher)
     modules = pick_modules(base, targets, lora.layers)
     corpus = load_corpus(data, val, encoder, seed=settings.seed, watcher=watcher)

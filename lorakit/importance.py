@@ -17,6 +17,7 @@ from lorakit.layers import layer_of
 from lorakit.lora import check_fits
 from lorakit.merging import Block, Slice, Stack, stack
 from lorakit.model import Base
+from lorakit.predictions import encoder_of
 from lorakit.pruners import Pruner
 from lorakit.records import load_records
 from lorakit.settings import PruningSettings, TrainingSettings
@@ -30,10 +31,7 @@ def measure_importance(
     Raises LorakitError for records that cannot be used and an adapter that does not fit the base.
     """
     check_fits(base, adapter)
-    chat = settings.chat
-    if chat == "auto":
-        chat = adapter.header.get("chat") or chat
-    encoder = base.encoder(chat=chat, max_length=settings.max_length, truncate=settings.truncate)
+    encoder = encoder_of(base, adapter, settings)
     records, _ = load_records(data, "prompt", "completion")
     examples = [encoder.example(record) for record in records]
     stacked = unstack(adapter)

@@ -115,9 +115,7 @@ def prepare(
 ) -> Merge:
     """Read the data, and put the adapters, stacked, on their base."""
     settings = settle(settings, adapters, base)
-    encoder = base.encoder(
-        chat=settings.chat, max_length=settings.max_length, truncate=settings.truncate
-    )
+    encoder = base.encoder_for(settings)
     for adapter in adapters:
         check_fits(base, adapter)
     stacked = stack(adapters)

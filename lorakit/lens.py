@@ -16,14 +16,15 @@ import torch
 
 from lorakit.adapter import Adapter
 from lorakit.batching import IGNORED, MicroBatch, lay_out
-from lorakit.boundary import Notes, draw_sample, encoder_of, pick_boundaries
-from lorakit.encoding import CutTally, Example
+from lorakit.boundary import Notes, draw_sample, pick_boundaries
+from lorakit.encoding import Example, encode_all
 from lorakit.errors import LorakitError
 from lorakit.forward import completion_logits
 from lorakit.gates import Gates
 from lorakit.knee import knee
 from lorakit.lora import attach
 from lorakit.model import Base
+from lorakit.predictions import encoder_of
 from lorakit.settings import BoundarySettings, GenerationSettings
 from lorakit.slots import decoder_layers
 
@@ -49,10 +50,8 @@ def read_probabilities(
     boundaries = pick_boundaries(settings.boundaries, base.layers)
     compared = pick_boundaries(settings.compare, base.layers) if settings.compare else []
     sample = draw_sample(data, "prompt", "completion", sample=settings.sample, seed=generation.seed)
-    encoder, tally = encoder_of(base, adapter, generation), CutTally()
-    examples = [tally.add(encoder.example(record)) for record in sample]
-    if tally.note:
-        notes.note(tally.note)
+    encoder = encoder_of(base, adapter, generation)
+    examples = encode_all(sample, encoder.example, notes.note)
     batches = _batches(examples, generation.batch_size)
     curves: dict[int, _Curves] = {}
     with Gates(attach(base, adapter)).standing() as gates:

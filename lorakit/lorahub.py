@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lorakit.adapter import Adapter, save_adapter
 from lorakit.batch_loss import BatchLoss, new_accelerator
-from lorakit.encoding import CutTally
+from lorakit.encoding import encode_all
 from lorakit.errors import LorakitError
 from lorakit.fitting import header, settle, versions
 from lorakit.lora import attach, set_factors
@@ -61,14 +61,9 @@ def merge_lorahub(
     """
     settings = settle(settings, adapters, base)
     check_alike(adapters, watcher.note)
-    encoder = base.encoder(
-        chat=settings.chat, max_length=settings.max_length, truncate=settings.truncate
-    )
+    encoder = base.encoder_for(settings)
     records, digest = load_records(data, "prompt", "completion")
-    tally = CutTally()
-    examples = [tally.add(encoder.example(record)) for record in records]
-    if tally.note:
-        watcher.note(tally.note)
+    examples = encode_all(records, encoder.example, watcher.note)
     layers = attach(base, adapters[0])
     losses = BatchLoss(
         *(base, []),

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from lorakit.encoding import Encoder
 from lorakit.errors import LorakitError
 from lorakit.model_choice import TINY
+from lorakit.settings import GenerationSettings, TrainingSettings
 
 ADAPTER = "default"
 Conv1D = transformers.pytorch_utils.Conv1D
@@ -97,6 +98,16 @@ class Base:
         if choice == "on" and not self.tokenizer.chat_template:
             raise LorakitError(f"the tokenizer of {self.name} has no chat template; use --chat off")
         return choice == "on" or (choice == "auto" and bool(self.tokenizer.chat_template))
+
+    def encoder_for(
+        self, settings: GenerationSettings | TrainingSettings, *, chat: str | None = None
+    ) -> Encoder:
+        """Return the encoder that the settings ask for; `chat` in the place of theirs."""
+        return self.encoder(
+            chat=settings.chat if chat is None else chat,
+            max_length=settings.max_length,
+            truncate=settings.truncate,
+        )
 
     def encoder(
         self, *, chat: str, max_length: int | None = None, truncate: bool = False

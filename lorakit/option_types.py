@@ -60,6 +60,20 @@ class Layers(ParamType):
         return tuple(sorted(chosen))
 
 
+class Boundaries(Layers):
+    """A set of boundaries, written as layers are (`8-31`), none of them 0."""
+
+    name = "boundaries"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        found = super().convert(value, param, ctx)
+        if 0 in found:
+            self.fail("boundaries begin at 1; 0, the base model, is the baseline", param, ctx)
+        return found
+
+
 class Amounts(ParamType):
     """Ratios or thresholds, each kept as the decimal it is written as: one, a list, or `auto`."""
 
@@ -77,16 +91,21 @@ class Amounts(ParamType):
     def _amount(
         self, text: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> Decimal:
-        try:
-            amount = Decimal(text)
-        except InvalidOperation:
-            amount = Decimal("NaN")
+        amount = _decimal(text)
         if not amount.is_finite():
             self.fail(f"{text!r} is not a number", param, ctx)
         if amount < 0 or (self._below is not None and amount >= self._below):
             top = "" if self._below is None else f" < {self._below}"
             self.fail(f"{text} is not in 0 ≤ {self.name}{top}", param, ctx)
         return amount
+
+
+def _decimal(text: str) -> Decimal:
+    """Return the decimal as it is written, not a number where it is none."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return Decimal("NaN")
 
 
 class Density(ParamType):
@@ -97,10 +116,7 @@ class Density(ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Decimal:
-        try:
-            density = Decimal(value)
-        except InvalidOperation:
-            density = Decimal("NaN")
+        density = _decimal(value)
         if density.is_nan():
             self.fail(f"{value!r} is not a number", param, ctx)
         if not 0 < density <= 1:

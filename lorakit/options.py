@@ -58,20 +58,6 @@ def output(default: str, what: str) -> Callable[[F], F]:
     )
 
 
-class Boundaries(Layers):
-    """A set of boundaries, written as layers are (`8-31`), none of them 0."""
-
-    name = "boundaries"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        found = super().convert(value, param, ctx)
-        if 0 in found:
-            self.fail("boundaries begin at 1; 0, the base model, is the baseline", param, ctx)
-        return found
-
-
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors on stderr.")
 data = click.option("--data", required=True, metavar="FILE", help="Records (JSONL); `-` is stdin.")
 val = click.option(

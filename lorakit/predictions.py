@@ -13,14 +13,14 @@ from dataclasses import asdict
 from typing import IO, Any, Protocol
 
 from lorakit.adapter import Adapter
-from lorakit.encoding import CutTally, Example
+from lorakit.encoding import CutTally, Encoder, Example
 from lorakit.errors import LorakitError
 from lorakit.files import Resumable, is_stream, open_text_output
 from lorakit.generation import generate, window_size
 from lorakit.lora import attach
 from lorakit.model import Base
 from lorakit.records import Record, read_records, write_records
-from lorakit.settings import GenerationSettings
+from lorakit.settings import GenerationSettings, TrainingSettings
 
 
 class Notes(Protocol):
@@ -46,7 +46,7 @@ def write_predictions(
     until then stays beside the output for `resume`.
     """
     chat = chat_choice(settings.chat, adapter)
-    encoder = base.encoder(chat=chat, max_length=settings.max_length, truncate=settings.truncate)
+    encoder = encoder_of(base, adapter, settings)
     if adapter is not None:
         attach(base, adapter)
     records = notes.tracked(read_records(data, "prompt"), "generating")
@@ -67,6 +67,13 @@ def write_predictions(
 def _tallied(record: Record, prompt: Example, tally: CutTally) -> Mapping[str, Any]:
     tally.add(prompt)
     return record.fields
+
+
+def encoder_of(
+    base: Base, adapter: Adapter | None, settings: GenerationSettings | TrainingSettings
+) -> Encoder:
+    """Return the encoder for outputs of an adapter: as asked, else as it was trained."""
+    return base.encoder_for(settings, chat=chat_choice(settings.chat, adapter))
 
 
 def chat_choice(asked: str, adapter: Adapter | None) -> str:

@@ -9,6 +9,7 @@ import click
 from lorakit import options
 from lorakit.files import STDIO
 from lorakit.metrics import METRICS
+from lorakit.option_types import Boundaries
 from lorakit.settings import BoundarySettings, GenerationSettings
 
 
@@ -24,7 +25,7 @@ from lorakit.settings import BoundarySettings, GenerationSettings
 )
 @click.option(
     "--boundaries",
-    type=options.Boundaries(),
+    type=Boundaries(),
     metavar="K",
     help="Those to try: 8-31. [default: all]",
 )
@@ -57,7 +58,7 @@ from lorakit.settings import BoundarySettings, GenerationSettings
 )
 @click.option(
     "--compare",
-    type=options.Boundaries(),
+    type=Boundaries(),
     default=BoundarySettings.compare,
     metavar="K",
     help="By probability: boundaries whose curves are compared with the whole adapter's: 10,20,25.",
