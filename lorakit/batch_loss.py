@@ -1,8 +1,8 @@
 """The exact mean loss of a batch, and its gradient, in micro-batches and over several processes.
 
-A batch is cut into micro-batches of a fixed number of tokens; their summed losses over the tokens
-of the whole batch give its mean loss and gradient, on one process or shared out over several. It
-knows nothing of optimisers, epochs or pruning.
+A batch is cut into micro-batches of a fixed number of tokens, packed without padding where the base
+can be; their summed losses over the tokens of the whole batch give its mean loss and gradient, on
+one process or shared out over several. It knows nothing of optimisers, epochs or pruning.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import accelerate
 import torch
 
 from lorakit.batching import IGNORED, lay_out, micro_batches
+from lorakit.cross_entropy import cross_entropy
 from lorakit.encoding import Example
 from lorakit.errors import LorakitError
 from lorakit.forward import completion_logits
 from lorakit.model import Base
+from lorakit.packing import pack, packs, target_logits
 
 
 def new_accelerator(device: str) -> accelerate.Accelerator:
@@ -48,6 +50,7 @@ class BatchLoss:
         self.parameters = parameters
         self.tokens = tokens
         self.accelerator = accelerator
+        self.packed = base.packs
         self.note: Callable[[str], None] = lambda text: None
         self.watch: Callable[[torch.Tensor | None], None] = lambda mask: None
 
@@ -70,7 +73,7 @@ class BatchLoss:
     def mean(self, examples: Sequence[Example]) -> float:
         """Return the mean loss over all completion tokens of the examples."""
         total = torch.zeros((), dtype=torch.float64)
-        for rows in self._own(micro_batches(examples, self.tokens)):
+        for rows in self._own(self._cut(examples)):
             total += self._loss(rows).cpu()
         summed = self.summed(total.to(torch.float32).to(self.base.device))
         return float(summed) / sum(row.targets for row in examples)
@@ -79,9 +82,8 @@ class BatchLoss:
     def of_each(self, examples: Sequence[Example]) -> list[float]:
         """Return the mean loss over the completion tokens of each example, in their order."""
         found: dict[int, torch.Tensor] = {}
-        for rows in micro_batches(examples, self.tokens):
-            losses = self._losses(rows)
-            for row, loss in zip(rows, losses.sum(1), strict=True):
+        for rows in self._cut(examples):
+            for row, loss in zip(rows, self._losses(rows), strict=True):
                 found[id(row)] = loss / row.targets
         return [float(found[id(example)]) for example in examples]
 
@@ -95,7 +97,7 @@ class BatchLoss:
     def _add_gradients(self, batch: Sequence[Example]) -> torch.Tensor:
         targets = sum(row.targets for row in batch)
         total = torch.zeros((), device=self.base.device)
-        for rows in self._own(micro_batches(batch, self.tokens)):
+        for rows in self._own(self._cut(batch)):
             loss = self._loss(rows) / targets
             loss.backward()
             total += loss.detach()
@@ -112,23 +114,33 @@ class BatchLoss:
         self.tokens //= 2
         self.note(f"out of memory: micro-batches of {self.tokens} tokens, bytes may differ")
 
+    def _cut(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Return the examples in micro-batches, at least one for every process where packed."""
+        if self.packed:
+            return packs(examples, self.tokens, at_least=self.accelerator.num_processes)
+        return micro_batches(examples, self.tokens)
+
     def _own(self, runs: list[list[Example]]) -> list[list[Example]]:
         """Return this process's share of the micro-batches."""
         return runs[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _loss(self, rows: Sequence[Example]) -> torch.Tensor:
         """Return the summed cross-entropy of the rows' completion tokens, in float32."""
-        return self._losses(rows, reduction="sum")
+        return self._losses(rows).sum()
 
-    def _losses(self, rows: Sequence[Example], *, reduction: str = "none") -> torch.Tensor:
-        """Return the cross-entropy of each of the last positions, 0 where no loss is due."""
+    def _losses(self, rows: Sequence[Example]) -> torch.Tensor:
+        """Return the summed cross-entropy of each row's completion tokens: (rows,) float32."""
+        if self.packed:
+            packed = pack(rows, self.base.device)
+            self.watch(None)
+            logits = target_logits(self.base.model, packed)
+            found = cross_entropy(logits, packed.labels, ignored=IGNORED)
+            return torch.stack([own.sum() for own in found.split([row.targets for row in rows])])
         batch = lay_out(rows, self.base.device)
         self.watch(batch.mask)
-        logits = completion_logits(self.base.model, batch).float()
-        found = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction=reduction
-        )
-        return found if reduction == "sum" else found.view_as(batch.labels)
+        logits = completion_logits(self.base.model, batch).flatten(0, 1)
+        found = cross_entropy(logits, batch.labels.flatten(), ignored=IGNORED)
+        return found.view_as(batch.labels).sum(1)
 
     def _sum_gradients(self) -> None:
         for parameter in self.parameters:  # a module no token came through has none

@@ -17,9 +17,16 @@ from lorakit.adapter import Adapter
 from lorakit.batch_loss import new_accelerator
 from lorakit.encoding import Encoder
 from lorakit.fitting import Corpus, header, load_corpus, settle, versions
-from lorakit.lora import check_fits, inject, is_transposed, projections, set_factors
+from lorakit.lora import (
+    check_fits,
+    inject,
+    is_transposed,
+    projections,
+    set_factors,
+    set_rank_scales,
+)
 from lorakit.merging import Factors, Stack, fold, peft_config, share_of_zeros, stack, tensors_of
-from lorakit.model import ADAPTER, Base
+from lorakit.model import Base
 from lorakit.portable import make_portable
 from lorakit.pruners import Pruner
 from lorakit.selection import Measured, measure_of
@@ -30,21 +37,13 @@ from lorakit.training import Trainer, Watcher
 def attach_stack(base: Base, stacked: Stack, *, dropout: float) -> dict[str, Any]:
     """Put a stack on its base with A and B as they were loaded; return PEFT's layers by module.
 
-    The scale of each rank multiplies A·x, float32 (rank,), in a forward hook on PEFT's lora_A.
+    The scale of each rank multiplies A·x.
     """
     layers = inject(base, stacked.ranks, dropout=dropout)
     for name, (a, b) in stacked.factors.items():
         set_factors(layers[name], a, b)
-        scales = torch.tensor(stacked.scales(name), device=base.device)
-        layers[name].lora_A[ADAPTER].register_forward_hook(_multiply_by(scales))
+        set_rank_scales(layers[name], torch.tensor(stacked.scales(name), device=base.device))
     return layers
-
-
-def _multiply_by(scales: torch.Tensor) -> Any:
-    def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * scales
-
-    return hook
 
 
 @dataclass(frozen=True)

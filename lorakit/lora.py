@@ -176,6 +176,22 @@ def factors(layer: PeftLayer) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
+def set_rank_scales(layer: PeftLayer, scales: torch.Tensor) -> None:
+    """Multiply A·x by a scale for each rank, float32 (rank,), in a hook on PEFT's lora_A."""
+    a = layer.lora_A[ADAPTER]
+    a.register_buffer("rank_scales", scales, persistent=False)
+    a.register_forward_hook(lambda module, inputs, output: output * module.rank_scales)
+
+
+def rank_scales(layer: PeftLayer) -> torch.Tensor:
+    """Return what multiplies each rank of a PEFT layer, its scaling included: (rank,) or ()."""
+    weight = layer.lora_A[ADAPTER].weight
+    whole = weight.new_tensor(layer.scaling[ADAPTER])
+    own = getattr(layer.lora_A[ADAPTER], "rank_scales", None)
+    scales: torch.Tensor = whole if own is None else own * whole
+    return scales
+
+
 def check_fits(base: Base, adapter: Adapter) -> None:
     """Raise LorakitError naming the first module the base lacks or has in another shape."""
     there = projections(base.model)

@@ -1,4 +1,4 @@
-"""Base models: the only file that names transformers and peft.
+"""Base models: the only file that names peft and, but for attention.py, transformers.
 
 It loads a base and its tokenizer by name and tells what the rest needs to know of them, and the
 encoder that BERTScore asks for; adapters are put on a base by lora.py.
@@ -7,6 +7,7 @@ encoder that BERTScore asks for; adapters are put on a base by lora.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -23,9 +24,11 @@ from huggingface_hub.errors import StrictDataclassError
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 
+from lorakit.attention import attend_by_row
 from lorakit.encoding import Encoder
 from lorakit.errors import LorakitError
 from lorakit.model_choice import TINY
+from lorakit.packing import can_pack
 from lorakit.settings import GenerationSettings, TrainingSettings
 
 ADAPTER = "default"
@@ -75,6 +78,11 @@ class Base:
     @property
     def layers(self) -> int:
         return int(self.model.config.get_text_config().num_hidden_layers)
+
+    @functools.cached_property
+    def packs(self) -> bool:
+        """Whether rows may be packed into one sequence; found by trial, when first asked."""
+        return can_pack(self.model)
 
     @property
     def fingerprint(self) -> str:
@@ -152,8 +160,8 @@ def load_base(
     model.generation_config = transformers.GenerationConfig()  # its habits are not the user's wish
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_contiguous)
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        _attend_in_float32(model)
+    if device.type == "cpu":
+        attend_by_row(model)
     return Base(model, tokenizer, name, ends, dtype, revision)
 
 
@@ -173,29 +181,6 @@ def _naming(what: str, name: str) -> Iterator[None]:
 def _contiguous(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Lay the head's input out in one piece: a slice of it is multiplied with a copied weight."""
     return tuple(tensor.contiguous() for tensor in inputs)
-
-
-def _attend_in_float32(model: Any) -> None:
-    """Let PyTorch's attention compute in float32: on CPUs its bfloat16 backward is slower."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(_FLOAT32)
-
-
-def _float32_attention(
-    module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any
-) -> tuple[torch.Tensor, None]:
-    wide = (query.float(), key.float(), value.float())
-    if mask is not None and mask.is_floating_point():
-        mask = mask.float()
-    out, _ = transformers.AttentionInterface()["sdpa"](module, *wide, mask, **settings)
-    return out.to(query.dtype), None
-
-
-_FLOAT32 = "sdpa_float32"
-transformers.AttentionInterface.register(_FLOAT32, _float32_attention)
-transformers.AttentionMaskInterface.register(
-    _FLOAT32, transformers.AttentionMaskInterface()["sdpa"]
-)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class TrainingSettings:
     epochs: int = 20
     patience: int = 3
     batch_size: int = 8
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int = 2048
     max_length: int | None = None
     truncate: bool = False
     dropout: float = 0.05

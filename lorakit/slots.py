@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from lorakit.attention import BY_ROW
+
 _KINDS = {"full_attention", "sliding_attention"}
-_ATTENTIONS = {"eager", "sdpa", "sdpa_float32"}
+_ATTENTIONS = {"eager", "sdpa", BY_ROW}
 
 
 def can_slot(model: Any) -> bool:

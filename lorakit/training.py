@@ -24,6 +24,7 @@ from lorakit.encoding import Example
 from lorakit.errors import LorakitError
 from lorakit.forward import activation_checkpointing
 from lorakit.lora import factors
+from lorakit.lowrank import standing
 from lorakit.model import Base
 from lorakit.pruners import Pruner
 from lorakit.settings import TrainingSettings
@@ -297,6 +298,7 @@ class Trainer:
             if self.settings.gradient_checkpointing:
                 stack.enter_context(activation_checkpointing(self.base.model))
             stack.enter_context(self._dropout(True))
+            stack.enter_context(standing(self.layers))
             yield
 
     @contextlib.contextmanager

@@ -49,10 +49,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("static_merge", "stripping", "taskvectors", "tensorfile"),
     ),
     "models": (
-        *("adaptive", "batch_loss", "batching", "calibration", "checkpoint", "devices"),
+        *("adaptive", "attention", "batch_loss", "batching", "calibration", "checkpoint"),
+        *("cross_entropy", "devices", "lowrank"),
         *("embedding", "encoding", "fitting", "importance", "joint", "lorahub", "pruners"),
         *("search", "selection"),
-        *("forward", "generation", "lora", "model", "predictions", "training"),
+        *("forward", "generation", "lora", "model", "packing", "predictions", "training"),
         *("boundary", "drafts", "gates", "lens", "pool", "slots"),
     ),
     "commands": (
@@ -77,7 +78,7 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 
 # Packages that only some modules may import, wherever in the file.
 ONLY: dict[str, tuple[str, ...]] = {
-    "transformers": ("model",),
+    "transformers": ("attention", "model"),
     "peft": ("model",),
     "accelerate": ("batch_loss", "joint", "training"),
     "matplotlib": ("plots",),

@@ -99,12 +99,10 @@ def batches_of(folder: Path, encoder: Any, steps: int) -> list[list[Example]]:
 
 
 class Memory:
-    """The peak, above the moment of `start`, of what this process (or the GPU) holds, in MB."""
+    """The peak, from here on, of what this process (or the GPU) holds above its present: MB."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-
-    def start(self) -> None:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
@@ -122,10 +120,8 @@ def _status(name: str) -> int:
     return 1024 * int(text.split(f"{name}:")[1].split()[0])
 
 
-def timed(steps: Sequence[Any], device: torch.device) -> dict[str, Any]:
+def timed(steps: Sequence[Any], memory: Memory, device: torch.device) -> dict[str, Any]:
     """Run the steps (the first to warm up); return each one's seconds, and the peak of memory."""
-    memory = Memory(device)
-    memory.start()
     seconds, processor = [], []
     for step in steps:
         started, used = time.perf_counter(), time.process_time()
@@ -149,12 +145,13 @@ def run_lorakit(folder: Path, steps: int, device: torch.device, tokens: int) -> 
         base, layers, settings, accelerator=new_accelerator(device.type), pruner=pruner
     )
     batches = batches_of(folder, base.encoder(chat="off"), steps + 1)
-    trainer.validate(batches[0])
     losses: list[float] = []
+    memory = Memory(device)
+    trainer.validate(batches[0])
     with trainer._training_mode():
         found = timed(
             [lambda b=b: losses.append(trainer._step(b, 10**6)["train_loss"]) for b in batches],
-            device,
+            *(memory, device),
         )
     pruning = statistics.median(pruner.seconds[1:]) / statistics.median(found["seconds"])
     return {
@@ -219,7 +216,8 @@ def run_peft(folder: Path, steps: int, device: torch.device) -> dict[str, Any]:
         losses.append(float(loss.detach()))
 
     batches = batches_of(folder, encoder, steps + 1)
-    return {**timed([lambda b=b: step(b) for b in batches], device), "losses": losses}
+    told = timed([lambda b=b: step(b) for b in batches], Memory(device), device)
+    return {**told, "losses": losses}
 
 
 def matmul_rate(device: torch.device, size: int = 2048) -> float:

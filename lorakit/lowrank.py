@@ -1,0 +1,93 @@
+"""What a LoRA layer adds to its base while it trains, as one function that keeps little for later.
+
+PEFT's layers keep a float32 copy of their input for the backward pass; here the input stays as it
+came, which neighbouring projections share, and the mask of the dropout is kept as booleans.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from lorakit.lora import PeftLayer, factors, rank_scales
+from lorakit.model import ADAPTER
+
+_Forward = Callable[..., torch.Tensor]
+
+
+@contextlib.contextmanager
+def standing(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
+    """Let PEFT's layers compute W0·x + B·(s·A·x) as one function wherever gradients are wanted."""
+    try:
+        for layer in layers.values():
+            layer.forward = _trained(layer)
+        yield
+    finally:
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)
+
+
+def _trained(layer: PeftLayer) -> _Forward:
+    whole, base_layer, dropout = layer.forward, layer.get_base_layer(), layer.lora_dropout[ADAPTER]
+    a, b = factors(layer)
+    scales = rank_scales(layer)
+
+    def forward(x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            found: torch.Tensor = whole(x, *rest, **more)
+            return found
+        share = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
+        plain = base_layer(x, *rest, **more)
+        added: torch.Tensor = _Added.apply(plain, x, a, b, scales, share)  # type: ignore[no-untyped-call]
+        return added
+
+    return forward
+
+
+class _Added(torch.autograd.Function):
+    """plain + B·(s·A·dropout(x)), computed in the dtype of A and B, in the dtype of `plain`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plain: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scales: torch.Tensor,
+        share: float,
+    ) -> torch.Tensor:
+        read, kept = _dropped(x.to(a.dtype), share)
+        low = linear(read, a) * scales
+        ctx.save_for_backward(x, a, b, scales, low, kept)
+        ctx.share = share
+        return (plain + linear(low, b)).to(plain.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, a, b, scales, low, kept = ctx.saved_tensors
+        wide = grad.to(a.dtype).flatten(0, -2)
+        low_grad = (wide @ b) * scales
+        x_grad = None
+        if ctx.needs_input_grad[1]:
+            x_grad = (low_grad @ a).view_as(x)
+            if kept is not None:
+                x_grad = x_grad * kept / (1 - ctx.share)
+            x_grad = x_grad.to(x.dtype)
+        read = x.to(a.dtype)
+        if kept is not None:
+            read = read * kept / (1 - ctx.share)
+        a_grad = low_grad.t() @ read.flatten(0, -2)
+        b_grad = wide.t() @ low.flatten(0, -2)
+        return grad, x_grad, a_grad, b_grad, None, None
+
+
+def _dropped(x: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if not share:
+        return x, None
+    found, kept = torch.native_dropout(x, share, True)
+    return found, kept

@@ -1,0 +1,107 @@
+"""The one function of a LoRA layer in training against PEFT's own forward and backward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import save_model
+
+from lorakit.lora import default_targets, factors, inject, pick_modules, set_rank_scales
+from lorakit.lowrank import _Added, standing
+from lorakit.model import load_base
+
+
+def lora_on(name: str, dtype: torch.dtype, *, dropout: float = 0.0, scaled: bool = False) -> Any:
+    base = load_base(name, device=torch.device("cpu"), dtype=dtype)
+    modules = pick_modules(base, default_targets(base)[0], None)
+    layers = inject(base, dict.fromkeys(modules, 4), alpha=6, dropout=dropout)
+    torch.manual_seed(1)
+    for layer in layers.values():
+        for weight in factors(layer):
+            torch.nn.init.normal_(weight, std=0.2)
+            weight.requires_grad_(True)
+        if scaled:
+            set_rank_scales(layer, torch.tensor([2.0, 0.5, 0.5, 1.25]))
+        layer.lora_dropout.train(dropout > 0)
+    return base, layers
+
+
+def logits_and_gradients(base: Any, layers: Any, seed: int = 5) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    ids = torch.randint(3, 250, (3, 11), generator=torch.Generator().manual_seed(0))
+    logits = base.model(input_ids=ids).logits.float()
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    (logits * weight).mean().backward()
+    found = [logits.detach()]
+    for layer in layers.values():
+        for parameter in factors(layer):
+            assert parameter.grad is not None
+            found.append(parameter.grad.clone())
+            parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_logits_and_gradients_are_those_of_pefts_layers(
+    family: str, scaled: bool, tmp_path: Path
+) -> None:
+    base, layers = lora_on(save_model(tmp_path, family), torch.float32, scaled=scaled)
+    plain = logits_and_gradients(base, layers)
+    with standing(layers):
+        found = logits_and_gradients(base, layers)
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    again = logits_and_gradients(base, layers)  # and PEFT's layers are as they were
+    for one, other in zip(again, plain, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_dropout_falls_on_the_same_inputs_as_pefts(llama: str) -> None:
+    base, layers = lora_on(llama, torch.float32, dropout=0.4)
+    plain = logits_and_gradients(base, layers)
+    with standing(layers):
+        found = logits_and_gradients(base, layers)
+        other_draw = logits_and_gradients(base, layers, seed=6)
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], other_draw[0], rtol=1e-3)
+
+
+def test_a_bfloat16_base_is_added_to_in_float32(llama: str) -> None:
+    base, layers = lora_on(llama, torch.bfloat16)
+    plain = logits_and_gradients(base, layers)
+    with standing(layers):
+        found = logits_and_gradients(base, layers)
+    for one, other in zip(found, plain, strict=True):
+        assert float((one - other).norm()) <= 0.03 * float(other.norm())
+
+
+def test_without_gradients_pefts_own_layers_compute_and_their_hooks_see_it(llama: str) -> None:
+    base, layers = lora_on(llama, torch.float32)
+    seen: list[str] = []
+    for name, layer in layers.items():
+        layer.lora_A["default"].register_forward_hook(lambda *_, name=name: seen.append(name))
+    with standing(layers), torch.no_grad():
+        base.model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert sorted(seen) == sorted(layers)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_gradient_is_the_numerical_one(share: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    plain, x, a, b, scales = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64)
+        for shape in ((2, 3, 6), (2, 3, 5), (4, 5), (6, 4), (4,))
+    )
+
+    def added(*given: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(7)
+        found: torch.Tensor = _Added.apply(*given, scales, share)  # type: ignore[no-untyped-call]
+        return found
+
+    given = [tensor.requires_grad_(True) for tensor in (plain, x, a, b)]
+    assert torch.autograd.gradcheck(added, given)
