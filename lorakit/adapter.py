@@ -15,7 +15,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -92,29 +92,26 @@ class LoraModule:
 class Adapter:
     """An adapter: tensors by PEFT's names, PEFT's config, and lorakit's header ({} for others').
 
-    `name` is what messages call it. Operations return a new one; nothing here is changed in place.
+    `name` is what messages call it, `hashes` are the SHA-256 of the tensors where they are known.
+    Operations return a new one; nothing here is changed in place.
     """
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
     header: Mapping[str, Any] = field(default_factory=dict)
     name: str = "the adapter"
+    hashes: Mapping[str, str] | None = field(default=None, compare=False, repr=False)
 
     @functools.cached_property
     def sha256(self) -> str:
         """The SHA-256 of what the adapter computes: its config's text, its tensors' own SHA-256.
 
         Header, file layout and the order of keys are left out, so that the single file and the
-        folder of one adapter have one hash, and so has an adapter written again. Tensors are hashed
-        side by side, one on each core: of all that is done to an adapter it takes the longest.
+        folder of one adapter have one hash, and so has an adapter written again.
         """
-        from concurrent.futures import ThreadPoolExecutor
-
-        tensors = [self.tensors[key] for key in sorted(self.tensors)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            hashes = list(pool.map(Tensor.sha256, tensors))
-        listed = zip(sorted(self.tensors), tensors, hashes, strict=True)
-        told = [[key, tensor.dtype, tensor.shape, inner] for key, tensor, inner in listed]
+        hashes = self.hashes or _check_finite(self.tensors, self.name)
+        listed = sorted(self.tensors.items())
+        told = [[key, tensor.dtype, tensor.shape, hashes[key]] for key, tensor in listed]
         return hashlib.sha256((config_text(self.config) + json.dumps(told)).encode()).hexdigest()
 
     def modules(self) -> list[LoraModule]:
@@ -194,9 +191,10 @@ def _load(source: bytes | Path, name: str, config_file: Path | None) -> Adapter:
     else:
         raise LorakitError(f"{name} has no config; put PEFT's {CONFIG_FILE} beside it")
     _check_tensors(tensors, config, name)
+    hashes = _check_finite(tensors, name)
     ranks = {module: tensors[lora_name(module, "A")].shape[0] for module in _names(tensors)}
     header = parse_header(metadata.get("lorakit", "{}"), ranks, name)
-    return Adapter(tensors, config, header, name)
+    return Adapter(tensors, config, header, name, hashes)
 
 
 def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
@@ -225,9 +223,26 @@ def _check_tensor(tensor: Tensor, where: str) -> None:
         raise LorakitError(
             f"{where} has {len(tensor.shape)} dimensions; lorakit reads LoRA on linear layers only"
         )
-    if not tensor.finite():
-        raise LorakitError(f"{where} holds values that are not finite; train it again")
-    tensor.release()
+
+
+def _check_finite(tensors: Mapping[str, Tensor], name: str) -> dict[str, str]:
+    """Return the SHA-256 of every tensor; all have finite values.
+
+    Tensors are looked at and hashed in one pass, side by side, one on each core: of all that is
+    done to an adapter it takes the longest.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    keys = sorted(tensors)
+    hashes: dict[str, str] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(Tensor.finite_sha256, (tensors[key] for key in keys))
+        for key, digest in zip(keys, found, strict=True):
+            if digest is None:
+                where = f"{name}: tensor {quote(key)}"
+                raise LorakitError(f"{where} holds values that are not finite; train it again")
+            hashes[key] = digest
+    return hashes
 
 
 def _check_module(
@@ -249,42 +264,33 @@ def _check_module(
         )
 
 
-def save_adapter(
-    adapter: Adapter, output: str, *, late: Callable[[], Adapter] | None = None
-) -> str:
+def save_adapter(adapter: Adapter, output: str) -> str:
     """Write `adapter` as one file, to stdout (`-`) or as a PEFT folder; return `output`.
 
     A folder is meant by a trailing slash or one that exists. Files are replaced whole. In a folder
     the old config goes before the new tensors come, so that a kill between the two never leaves
     one adapter's tensors beside another's config; the tensor file's own header still has its own.
-    `late` gives the adapter once more with its header complete, no longer than before: it is asked
-    while the tensors are on their way to a file, and first of all where they go to a pipe.
     """
     if output == STDIO:
         refuse_terminal("an adapter")
-        _write_stream(late() if late else adapter, output)
+        _write_stream(adapter, output)
     elif output.endswith(("/", os.sep)) or Path(output).is_dir():
-        _save_folder(adapter, Path(output), late)
+        _save_folder(adapter, Path(output))
     elif Path(output).exists() and not Path(output).is_file():
         # a device or a named pipe has no side file
-        _write_stream(late() if late else adapter, output)
+        _write_stream(adapter, output)
     else:
         with atomic_path(output) as side, open(side, "wb") as stream:
-            _write(adapter, stream, late)
+            _write(adapter, stream)
     return output
 
 
-def _write(adapter: Adapter, stream: BinaryIO, late: Callable[[], Adapter] | None = None) -> None:
-    metadata = (lambda: _metadata(late())) if late else None
-    write_tensors(adapter.tensors, _metadata(adapter), stream, late=metadata)
-    stream.flush()
-
-
-def _metadata(adapter: Adapter) -> dict[str, str]:
+def _write(adapter: Adapter, stream: BinaryIO) -> None:
     metadata = {"adapter_config": config_text(adapter.config), "format": "pt"}
     if adapter.header:
         metadata["lorakit"] = header_text(adapter.header)
-    return metadata
+    write_tensors(adapter.tensors, metadata, stream)
+    stream.flush()
 
 
 def _write_stream(adapter: Adapter, output: str) -> None:
@@ -299,7 +305,7 @@ def _write_stream(adapter: Adapter, output: str) -> None:
         raise LorakitError(f"cannot write {output}: {explain(error)}; choose another -o") from error
 
 
-def _save_folder(adapter: Adapter, folder: Path, late: Callable[[], Adapter] | None) -> None:
+def _save_folder(adapter: Adapter, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -309,7 +315,7 @@ def _save_folder(adapter: Adapter, folder: Path, late: Callable[[], Adapter] | N
     with atomic_path(config) as config_side, atomic_path(folder / TENSOR_FILE) as tensor_side:
         config_side.write_bytes(text)
         with open(tensor_side, "wb") as stream:
-            _write(adapter, stream, late)
+            _write(adapter, stream)
             os.fsync(stream.fileno())
         if config.is_file() and config.read_bytes() != text:
             config.unlink()

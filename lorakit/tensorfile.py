@@ -12,8 +12,8 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn, cast
 
@@ -53,18 +53,22 @@ _EXPONENTS: Mapping[str, tuple[str, int]] = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
-_CHUNK = 1 << 17  # values looked at together: they and what is computed of them stay in the cache
+_PIECE = 1 << 19  # bytes looked at together: they and what is computed of them stay in the cache
 _ALIGNMENT = 8
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One array as it stands in the file: C order, little-endian, possibly a view into the file."""
+    """One array as it stands in the file: C order, little-endian, possibly a view into the file.
+
+    `offset` is where it begins in the file that is mapped.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
+    offset: int = field(default=0, compare=False)
 
     def array(self) -> FloatArray:
         """Return the values as float32: read-only and without a copy for F32, else widened exactly.
@@ -93,13 +97,23 @@ class Tensor:
             raise LorakitError(f"cannot write {dtype}; use one of {', '.join(FLOATS)}")
         return cls(dtype, values.shape, memoryview(values.tobytes()))
 
-    def finite(self) -> bool:
-        """Return whether every value of an F32, F16 or BF16 is neither NaN nor infinite."""
+    def pieces(self) -> Iterator[memoryview]:
+        """Yield the data in pieces, giving the memory of each back once the next is asked for."""
+        for first in range(0, len(self.data), _PIECE):
+            piece = self.data[first : first + _PIECE]
+            yield piece
+            self._release(first, len(piece))
+
+    def finite_sha256(self) -> str | None:
+        """Return the SHA-256 of the data of an F32, F16 or BF16; None for a NaN or an infinity."""
         kind, mask = _EXPONENTS[self.dtype]
-        bits = np.frombuffer(self.data, dtype=kind)
-        exponent = bits.dtype.type(mask)
-        chunks = (bits[first : first + _CHUNK] for first in range(0, bits.size, _CHUNK))
-        return all((chunk & exponent).max() < exponent for chunk in chunks)
+        exponent = np.dtype(kind).type(mask)
+        digest = hashlib.sha256()
+        for piece in self.pieces():
+            if (np.frombuffer(piece, dtype=kind) & exponent).max() >= exponent:
+                return None
+            digest.update(piece)
+        return digest.hexdigest()
 
     def zeros(self) -> int:
         """Return how many values are exactly zero."""
@@ -108,15 +122,14 @@ class Tensor:
 
     def release(self) -> None:
         """Give the memory of a mapped file back; whoever looks at its data again reads it again."""
-        source = self.data.obj
-        if isinstance(source, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            source.madvise(mmap.MADV_DONTNEED)
+        self._release(0, len(self.data))
 
-    def sha256(self) -> str:
-        """Return the SHA-256 of the data, and release it."""
-        digest = hashlib.sha256(self.data).hexdigest()
-        self.release()
-        return digest
+    def _release(self, first: int, length: int) -> None:
+        source = self.data.obj
+        if length and isinstance(source, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            start = self.offset + first
+            before = start % mmap.PAGESIZE
+            source.madvise(mmap.MADV_DONTNEED, start - before, length + before)
 
 
 def _to_bfloat16(values: FloatArray) -> NDArray[Any]:
@@ -142,7 +155,7 @@ def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], di
     spans = {key: _check_entry(key, entry, name) for key, entry in header.items()}
     _check_layout(spans, len(body), name)
     tensors = {
-        key: Tensor(dtype, shape, body[first:last])
+        key: Tensor(dtype, shape, body[first:last], start + first)
         for key, (dtype, shape, first, last) in spans.items()
     }
     return tensors, metadata
@@ -254,28 +267,17 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     stream: BinaryIO,
-    *,
-    late: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Write safetensors bytes, one tensor at a time; equal input gives equal bytes.
 
     The header's keys are sorted and it is padded to 8 bytes; the tensors stand in the order of
     falling item size, then name, which keeps each aligned, as safetensors' own writer has it.
-    `late` is asked for the true metadata once the tensors are written, for a stream that can go
-    back; `metadata` stands in for it until then and has to be as long.
     """
     order = sorted(tensors, key=lambda key: (-ITEM_SIZES[tensors[key].dtype], key))
-    head = _head(tensors, order, metadata)
-    stream.write(head)
+    stream.write(_head(tensors, order, metadata))
     for key in order:
-        stream.write(tensors[key].data)
-        tensors[key].release()
-    if late is not None:
-        final = _head(tensors, order, late())
-        if len(final) != len(head):
-            raise ValueError(f"late metadata needs {len(final)} bytes, not {len(head)}")
-        stream.seek(0)
-        stream.write(final)
+        for piece in tensors[key].pieces():
+            stream.write(piece)
 
 
 def _head(tensors: Mapping[str, Tensor], order: list[str], metadata: Mapping[str, str]) -> bytes:

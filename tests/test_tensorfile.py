@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import tracemalloc
@@ -18,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorakit import tensorfile
 from lorakit.errors import LorakitError
 from lorakit.tensorfile import Tensor, read_tensors, write_tensors
 
@@ -118,9 +120,29 @@ def test_every_half_precision_value_survives_widening_and_rounding(dtype: str) -
 def test_a_nan_stays_a_nan_and_is_found(dtype: str) -> None:
     values = np.array([1, np.nan], np.float32)
     assert np.isnan(Tensor.from_array(values, dtype).array()[1])
-    assert not Tensor.from_array(values, dtype).finite()
-    assert not Tensor.from_array(np.array([np.inf]), dtype).finite()
-    assert Tensor.from_array(np.array([1.0]), dtype).finite()
+    assert not Tensor.from_array(values, dtype).finite_sha256()
+    assert not Tensor.from_array(np.array([np.inf]), dtype).finite_sha256()
+    one = Tensor.from_array(np.array([1.0]), dtype)
+    assert one.finite_sha256() == hashlib.sha256(one.data).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", TORCH)
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 30])
+def test_pieces_are_the_whole_in_order_and_so_is_their_hash(
+    dtype: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorfile, "_PIECE", 16)
+    values = np.arange(1, count + 1, dtype=np.float32)
+    made = {"a": Tensor.from_array(values, dtype), "b": Tensor.from_array(values[:3], dtype)}
+    with open(tmp_path / "x", "wb") as stream:
+        write_tensors(made, {}, stream)
+    (read, _) = read_tensors(tmp_path / "x", "x")
+    for name, tensor in made.items():
+        assert b"".join(read[name].pieces()) == bytes(tensor.data)
+        assert read[name].finite_sha256() == hashlib.sha256(tensor.data).hexdigest()
+        assert read[name] == tensor
+    values[-1:] = np.nan
+    assert (Tensor.from_array(values, dtype).finite_sha256() is None) == (count > 0)
 
 
 def test_zeros_of_either_sign_count_as_zeros() -> None:
