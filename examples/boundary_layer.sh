@@ -3,7 +3,7 @@
 # summaries, translation and yes/no answers. Table 1: an adapter of all layers (fine-tuned), the same
 # adapter cut at the boundary that 50 validation records choose (ours), and one trained on the bottom
 # five layers only (partial, as the paper's 20 of 32). Table 6: ranks. Table 7: the boundary found on
-# questions, kept for other tasks' records.
+# questions, kept for other tasks' records. Figures 4 and 1: scores and probabilities by layer.
 #
 #     sh examples/boundary_layer.sh [FOLDER]    # work goes to FOLDER, by default ./boundary
 #
@@ -67,6 +67,7 @@ boundaries() {
         make $name.boundary.jsonl find-boundary $name.safetensors --data val.jsonl --batch-size 50 \
             --metric "$(metric_of "$task")" --lang "$(lang_of "$task")" --max-new-tokens 48 -q
     done
+    make tuned.probability.jsonl find-boundary tuned.safetensors --data val.jsonl --by probability -q
     predict tuned test.jsonl
     predict partial test.jsonl
     for name in $(ranked); do predict $name test.jsonl; done
@@ -116,7 +117,4 @@ for task in $tasks; do
     fi
 done > "$out/scores.jsonl"
 cd "$root"
-for task in $tasks; do
-    grep -h '"best": true' "$out/$task/tuned.boundary.jsonl" | sed "s/^/boundary of $task: /"
-done
-python examples/boundary_table.py "$out/scores.jsonl"
+python examples/boundary_table.py "$out"

@@ -1,13 +1,15 @@
-"""Print the boundary-layer paper's tables from the scores that boundary_layer.sh has saved.
+"""Print the boundary-layer paper's curves and tables from what boundary_layer.sh has saved.
 
-python examples/boundary_table.py boundary/scores.jsonl
+python examples/boundary_table.py boundary/
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lorakit.records import read_objects
 
@@ -18,15 +20,49 @@ TITLES = {
     3: "Outputs that contain the uncut adapter's output: of all, and of those with a lower F1",
 }
 SYSTEMS = {"tuned": "fine-tuned", "partial": "partial", "tuned.ours": "ours"}
+CURVES = {
+    "boundary": "Figure 4: the score when only the bottom k layers keep their LoRA (best in bold)",
+    "probability": "Figure 1: mean probability of the first tokens after k layers (knee in bold)",
+}
 NOT_METRICS = {"table", "task", "file", "count", "lang", "signatures", "significance"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("scores")
-    given = parser.parse_args()
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    for kind, title in CURVES.items():
+        print_curves(folder, kind, title)
+    print_tables(folder)
+
+
+def print_curves(folder: Path, kind: str, title: str) -> None:
+    """Print a row of scores by boundary for every task that has them."""
+    rows = {}
+    for file in sorted(folder.glob(f"*/tuned.{kind}.jsonl")):
+        records = [record.fields for record in read_objects(str(file))]
+        name = (
+            f"{file.parent.name} {records[0]['metric']}" if kind == "boundary" else file.parent.name
+        )
+        rows[name] = {r["boundary"]: cell(r, kind) for r in records}
+    boundaries = sorted({boundary for row in rows.values() for boundary in row})
+    print(f"{title}\n")
+    print(f"| k | {' | '.join(map(str, boundaries))} |\n|---|{'---|' * len(boundaries)}")
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(row.get(boundary, '–') for boundary in boundaries)} |")
+    print()
+
+
+def cell(record: Mapping[str, Any], kind: str) -> str:
+    """Return a record's score as text, the best in bold."""
+    text = f"{record['score']:.1f}" if kind == "boundary" else f"{record['score']:.2f}"
+    return f"**{text}**" if record.get("best") else text
+
+
+def print_tables(folder: Path) -> None:
+    """Print every table for which there are scores."""
     tables: dict[int, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for record in read_objects(given.scores):
+    for record in read_objects(str(folder / "scores.jsonl")):
         fields = record.fields
         name = Path(fields["file"]).stem
         for metric in fields.keys() - NOT_METRICS:

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -144,34 +144,35 @@ def _names(tensors: Mapping[str, Tensor]) -> set[str]:
     return {match["module"] for match in matches if match}
 
 
-def load_adapter(source: str) -> Adapter:
+def load_adapter(source: str, *, check_values: bool = True) -> Adapter:
     """Return the adapter in a file, a PEFT folder, `-` (stdin) or `hf://owner/name[@revision]`.
 
     A tensor file beside an adapter_config.json is read with it where it is named as PEFT names it
     or has no config of its own. Where the two configs differ the folder's counts, as in PEFT: it
-    is the one people edit. Raises LorakitError for all that cannot be kept exactly.
+    is the one people edit. Raises LorakitError for all that cannot be kept exactly; for values that
+    are not finite only when the hash is asked for, where `check_values` is false.
     """
     if source == STDIO:
-        return _load(open_input(STDIO).read(), "stdin", None)
+        return _load(open_input(STDIO).read(), "stdin", None, check_values)
     if source.startswith(HUB):
         from lorakit.hub import fetch_adapter
 
-        return _load_folder(fetch_adapter(source, CONFIG_FILE, TENSOR_FILE), source)
+        return _load_folder(fetch_adapter(source, CONFIG_FILE, TENSOR_FILE), source, check_values)
     path = Path(source)
     if path.is_dir():
-        return _load_folder(path, source or ".")
+        return _load_folder(path, source or ".", check_values)
     sibling = path.parent / CONFIG_FILE
-    return _load(path, source, sibling if sibling.is_file() else None)
+    return _load(path, source, sibling if sibling.is_file() else None, check_values)
 
 
-def _load_folder(folder: Path, name: str) -> Adapter:
+def _load_folder(folder: Path, name: str, check_values: bool) -> Adapter:
     tensors, config = folder / TENSOR_FILE, folder / CONFIG_FILE
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if TENSOR_FILE not in found:
         if CONFIG_FILE in found:
             parse_config(_read(config), str(config))  # its fault is the better message
         refuse_folder(found, name)
-    return _load(tensors, name, config if CONFIG_FILE in found else None)
+    return _load(tensors, name, config if CONFIG_FILE in found else None, check_values)
 
 
 def _read(path: Path) -> bytes:
@@ -179,7 +180,7 @@ def _read(path: Path) -> bytes:
         return stream.read()
 
 
-def _load(source: bytes | Path, name: str, config_file: Path | None) -> Adapter:
+def _load(source: bytes | Path, name: str, config_file: Path | None, check_values: bool) -> Adapter:
     tensors, metadata = read_tensors(source, name)
     _check_names(tensors, name)
     inner = metadata.get("adapter_config")
@@ -191,7 +192,7 @@ def _load(source: bytes | Path, name: str, config_file: Path | None) -> Adapter:
     else:
         raise LorakitError(f"{name} has no config; put PEFT's {CONFIG_FILE} beside it")
     _check_tensors(tensors, config, name)
-    hashes = _check_finite(tensors, name)
+    hashes = _check_finite(tensors, name) if check_values else None
     ranks = {module: tensors[lora_name(module, "A")].shape[0] for module in _names(tensors)}
     header = parse_header(metadata.get("lorakit", "{}"), ranks, name)
     return Adapter(tensors, config, header, name, hashes)
@@ -264,33 +265,48 @@ def _check_module(
         )
 
 
-def save_adapter(adapter: Adapter, output: str) -> str:
+def save_adapter(
+    adapter: Adapter, output: str, *, late: Callable[[], Adapter] | None = None
+) -> str:
     """Write `adapter` as one file, to stdout (`-`) or as a PEFT folder; return `output`.
 
     A folder is meant by a trailing slash or one that exists. Files are replaced whole. In a folder
     the old config goes before the new tensors come, so that a kill between the two never leaves
     one adapter's tensors beside another's config; the tensor file's own header still has its own.
+    `late` gives the adapter once more with its header complete, no longer than before: it is asked
+    while the tensors are on their way to a file, and first of all where they go to a pipe.
     """
     if output == STDIO:
         refuse_terminal("an adapter")
-        _write_stream(adapter, output)
+        _write_stream(late() if late else adapter, output)
     elif output.endswith(("/", os.sep)) or Path(output).is_dir():
-        _save_folder(adapter, Path(output))
+        _save_folder(adapter, Path(output), late)
     elif Path(output).exists() and not Path(output).is_file():
         # a device or a named pipe has no side file
-        _write_stream(adapter, output)
+        _write_stream(late() if late else adapter, output)
     else:
         with atomic_path(output) as side, open(side, "wb") as stream:
-            _write(adapter, stream)
+            _write(adapter, stream, late)
     return output
 
 
-def _write(adapter: Adapter, stream: BinaryIO) -> None:
+def _write(adapter: Adapter, stream: BinaryIO, late: Callable[[], Adapter] | None = None) -> None:
+    def metadata_at_last() -> dict[str, str]:
+        stream.flush()
+        os.fsync(stream.fileno())  # the disk works while the rest of the header comes about
+        return _metadata(late() if late else adapter)
+
+    write_tensors(
+        adapter.tensors, _metadata(adapter), stream, late=metadata_at_last if late else None
+    )
+    stream.flush()
+
+
+def _metadata(adapter: Adapter) -> dict[str, str]:
     metadata = {"adapter_config": config_text(adapter.config), "format": "pt"}
     if adapter.header:
         metadata["lorakit"] = header_text(adapter.header)
-    write_tensors(adapter.tensors, metadata, stream)
-    stream.flush()
+    return metadata
 
 
 def _write_stream(adapter: Adapter, output: str) -> None:
@@ -305,7 +321,7 @@ def _write_stream(adapter: Adapter, output: str) -> None:
         raise LorakitError(f"cannot write {output}: {explain(error)}; choose another -o") from error
 
 
-def _save_folder(adapter: Adapter, folder: Path) -> None:
+def _save_folder(adapter: Adapter, folder: Path, late: Callable[[], Adapter] | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -315,7 +331,7 @@ def _save_folder(adapter: Adapter, folder: Path) -> None:
     with atomic_path(config) as config_side, atomic_path(folder / TENSOR_FILE) as tensor_side:
         config_side.write_bytes(text)
         with open(tensor_side, "wb") as stream:
-            _write(adapter, stream)
+            _write(adapter, stream, late)
             os.fsync(stream.fileno())
         if config.is_file() and config.read_bytes() != text:
             config.unlink()

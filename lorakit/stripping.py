@@ -8,9 +8,10 @@ the zeros of blocks. How many layers the model has is not written in an adapter,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from lorakit.adapter import Adapter, LoraModule, lora_name
+from lorakit.adapter import Adapter, LoraModule, lora_name, save_adapter
 from lorakit.errors import LorakitError
 from lorakit.foreign import quote
 from lorakit.header import FORMAT
@@ -18,7 +19,30 @@ from lorakit.layers import layer_of, stack_of
 from lorakit.merging import block_names
 from lorakit.peft_config import Config, is_targeted, pattern_of
 
+_PENDING = "0" * 64  # stands for a hash until it is known
 _BASE_ADVICE = "use the base model without an adapter"
+
+
+def write_stripped(
+    adapter: Adapter,
+    output: str,
+    *,
+    boundary: int | None = None,
+    keep: Collection[int] | None = None,
+) -> Adapter:
+    """Strip the adapter as strip_layers does, write the result to `output` and return it.
+
+    To look at all values of a large adapter and hash them takes longer than all else: that is done
+    while the tensors are written, and its place in the header is filled in afterwards. Values that
+    are not finite are an error then, and nothing is put in place.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    stripped = strip_layers(adapter, boundary=boundary, keep=keep, sha256=_PENDING)
+    with ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(lambda: adapter.sha256)
+        save_adapter(stripped, output, late=lambda: _with_parent(stripped, hashed.result()))
+    return _with_parent(stripped, hashed.result())
 
 
 def strip_layers(
@@ -26,11 +50,13 @@ def strip_layers(
     *,
     boundary: int | None = None,
     keep: Collection[int] | None = None,
+    sha256: str | None = None,
 ) -> Adapter:
     """Return the adapter without LoRA on layers from `boundary` on, or on those not in `keep`.
 
     Give one of the two. Modules outside the decoder layers (an output head) are kept: neither
-    option names them. Where nothing goes, tensors and config are the same.
+    option names them. Where nothing goes, tensors and config are the same. `sha256` is that of the
+    adapter, for the history, where it is known.
     Raises LorakitError where boundary is 0 or no module is left, which is the base model, and where
     the adapter has layers in two places (an encoder and a decoder), so that a number means two.
     """
@@ -49,7 +75,7 @@ def strip_layers(
     }
     config = stripped_config(adapter, names)
     settings: Mapping[str, Any] = {"boundary": boundary} if keep is None else {"keep": sorted(keep)}
-    header = _header(adapter, kept, settings)
+    header = _header(adapter, kept, settings, sha256 or adapter.sha256)
     return Adapter(tensors, config, header, adapter.name)
 
 
@@ -112,7 +138,7 @@ def _short_form(config: Config, kept: Collection[str]) -> dict[str, Any] | None:
 
 
 def _header(
-    adapter: Adapter, kept: Sequence[LoraModule], settings: Mapping[str, Any]
+    adapter: Adapter, kept: Sequence[LoraModule], settings: Mapping[str, Any], sha256: str
 ) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -121,12 +147,20 @@ def _header(
         "command": "strip-layers",
         "versions": {"lorakit": version("lorakit")},
         "settings": dict(settings),
-        "parents": {name: adapter.sha256},
+        "parents": {name: sha256},
     }
     header = {"format": FORMAT, **adapter.header}
     if header.get("blocks"):
         header["blocks"] = list(_blocks(header["blocks"], kept))
     return {**header, "history": [*(header.get("history") or []), entry]}
+
+
+def _with_parent(stripped: Adapter, sha256: str) -> Adapter:
+    """Return the adapter with the hash of its parent in the last entry of its history."""
+    *earlier, entry = stripped.header["history"]
+    parents = dict.fromkeys(entry["parents"], sha256)
+    header = {**stripped.header, "history": [*earlier, {**entry, "parents": parents}]}
+    return replace(stripped, header=header)
 
 
 def _blocks(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn, cast
@@ -54,6 +54,7 @@ _EXPONENTS: Mapping[str, tuple[str, int]] = {
     "BF16": ("<u2", 0x7F80),
 }
 _PIECE = 1 << 19  # bytes looked at together: they and what is computed of them stay in the cache
+_AROUND = 1 << 16  # bytes that Linux may map on either side of what is read
 _ALIGNMENT = 8
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
 
@@ -127,9 +128,9 @@ class Tensor:
     def _release(self, first: int, length: int) -> None:
         source = self.data.obj
         if length and isinstance(source, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            start = self.offset + first
-            before = start % mmap.PAGESIZE
-            source.madvise(mmap.MADV_DONTNEED, start - before, length + before)
+            end = self.offset + first + length
+            start = max(self.offset + first - _AROUND, 0) // mmap.PAGESIZE * mmap.PAGESIZE
+            source.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def _to_bfloat16(values: FloatArray) -> NDArray[Any]:
@@ -267,17 +268,28 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     stream: BinaryIO,
+    *,
+    late: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Write safetensors bytes, one tensor at a time; equal input gives equal bytes.
 
     The header's keys are sorted and it is padded to 8 bytes; the tensors stand in the order of
     falling item size, then name, which keeps each aligned, as safetensors' own writer has it.
+    `late` is asked for the true metadata once the tensors are written, for a stream that can go
+    back; `metadata` stands in for it until then and has to be as long.
     """
     order = sorted(tensors, key=lambda key: (-ITEM_SIZES[tensors[key].dtype], key))
-    stream.write(_head(tensors, order, metadata))
+    head = _head(tensors, order, metadata)
+    stream.write(head)
     for key in order:
         for piece in tensors[key].pieces():
             stream.write(piece)
+    if late is not None:
+        final = _head(tensors, order, late())
+        if len(final) != len(head):
+            raise ValueError(f"late metadata needs {len(final)} bytes, not {len(head)}")
+        stream.seek(0)
+        stream.write(final)
 
 
 def _head(tensors: Mapping[str, Tensor], order: list[str], metadata: Mapping[str, str]) -> bytes:

@@ -30,6 +30,18 @@ def run(
     )
 
 
+def run_over(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `lorakit` in one process, or in several by torchrun, on the CPU."""
+    launch = ["torch.distributed.run", "--nproc-per-node", str(processes), "-m", "--"]
+    return subprocess.run(
+        [sys.executable, "-m", *(launch if processes > 1 else []), "lorakit", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def shell(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a script by /bin/sh in a folder, with `lorakit` on the path; its code is the last's."""
     path = os.pathsep.join([str(Path(PROGRAM).parent), os.environ.get("PATH", "")])

@@ -272,7 +272,7 @@ KILLED = """
     from lorakit import adapter as library
     loaded = library.load_adapter(sys.argv[1])
     write, place = library.write_tensors, int(sys.argv[3])
-    def half(tensors, metadata, stream):
+    def half(tensors, metadata, stream, late):
         write(dict(list(tensors.items())[: len(tensors) // 2]), metadata, stream)
         stream.flush()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from models import FAMILIES, save_model
+from program import run_over
 from training_data import Silent, rows, save_rows
 
 from lorakit.adapter import Adapter, load_adapter, save_adapter
@@ -293,6 +294,33 @@ def test_a_resumed_merge_gives_the_bytes_of_an_unbroken_one(
     )
     assert resumed.header["history"][-1]["settings"]["prune_ratio"] == 0.3
     assert (tmp_path / "broken").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("how", [[], ["--importance", "gradient"]])
+def test_two_processes_merge_to_the_weights_of_one(
+    llama: str, data: str, adapters: list[Adapter], how: list[str], tmp_path: Path
+) -> None:
+    """Under torchrun the norms and gradients that pruning reads are those of all the data."""
+    paths = []
+    for name, adapter in zip(SHAPES, adapters, strict=True):
+        paths.append(save_adapter(adapter, str(tmp_path / f"{name}.safetensors")))
+    command = [
+        *("merge", *paths, "--model", llama, "--data", data, "--epochs", "2", "--lr", "1e-3"),
+        *("--dropout", "0", "--batch-size", "6", "--micro-batch-tokens", "60"),
+        *("--dtype", "float32", "--device", "cpu", "--prune-ratio", "0.3", *how),
+    ]
+    merged = []
+    for processes in (1, 2):
+        output = str(tmp_path / f"{processes}.safetensors")
+        done = run_over(processes, *command, "-o", output)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("wrote") == 1
+        merged.append(load_adapter(output))
+    one, two = (np.concatenate([t.array().ravel() for t in m.tensors.values()]) for m in merged)
+    assert 0.2 < (one == 0).mean() < 0.8
+    same = (one == 0) == (two == 0)  # rounding may exchange a pair at the edge of the share
+    assert same.mean() > 0.99
+    np.testing.assert_allclose(one[same], two[same], rtol=1e-3, atol=1e-5)
 
 
 def test_a_merged_file_in_a_folder_gives_the_same_logits_in_peft(

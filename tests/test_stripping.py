@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from adapters import tiny
+from program import run
 from test_peft_adapters import KINDS, logits, random_model, with_lora
 
 from lorakit.adapter import Adapter, load_adapter, lora_name, save_adapter
@@ -20,7 +21,7 @@ from lorakit.errors import LorakitError
 from lorakit.header import parse_header
 from lorakit.layers import layer_of
 from lorakit.merging import fold, peft_config, share_of_zeros, stack, tensors_of
-from lorakit.stripping import strip_layers
+from lorakit.stripping import strip_layers, write_stripped
 from lorakit.tensorfile import Tensor, read_tensors
 
 torch.set_num_threads(1)
@@ -82,7 +83,7 @@ def test_peft_gives_the_logits_of_the_model_whose_other_lora_is_off(
         with pytest.raises(LorakitError, match="use the base model"):
             strip_layers(adapter, keep=kept)
         return
-    save_adapter(strip_layers(adapter, keep=kept), f"{tmp_path / 'stripped'}/")
+    write_stripped(adapter, f"{tmp_path / 'stripped'}/", keep=kept)
     again = loaded_by_peft(base, tmp_path / "stripped")
     whole = logits(model)
     expected = logits(switched_off(model, kept))
@@ -108,7 +109,7 @@ def test_a_merged_adapter_is_stripped_with_its_blocks(boundary: int, tmp_path: P
     config = peft_config(stacked.ranks, base=None)
     merged = Adapter(tensors_of(factors), config, {"format": 1, "blocks": blocks}, "merged")
     save_adapter(merged, f"{tmp_path / 'merged'}/")
-    save_adapter(strip_layers(merged, boundary=boundary), f"{tmp_path / 'out'}/")
+    write_stripped(merged, f"{tmp_path / 'out'}/", boundary=boundary)
     model = loaded_by_peft(copy.deepcopy(base), tmp_path / "merged")
     again = loaded_by_peft(base, tmp_path / "out")
     assert torch.equal(logits(again), logits(switched_off(model, set(range(boundary)))))
@@ -146,7 +147,7 @@ def test_where_nothing_goes_tensors_and_config_are_the_same(chosen: Any) -> None
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_kept_tensors_stay_byte_for_byte(dtype: str, tmp_path: Path) -> None:
     adapter = tiny(layers=4, dtype=dtype)
-    save_adapter(strip_layers(adapter, boundary=3), str(tmp_path / "out"))
+    write_stripped(adapter, str(tmp_path / "out"), boundary=3)
     tensors, _ = read_tensors(tmp_path / "out", "out")
     expected = {key: one for key, one in adapter.tensors.items() if "layers.3." not in key}
     assert tensors == expected
@@ -215,8 +216,9 @@ def test_patterns_that_fit_no_module_any_more_go_and_the_others_keep_their_order
 def test_the_history_goes_on_and_names_the_parent(tmp_path: Path) -> None:
     earlier = {"command": "merge", "settings": {"lr": 1.0}}
     adapter = Adapter(tiny().tensors, tiny().config, {"history": [earlier], "chat": "on"}, "d/m.st")
-    save_adapter(strip_layers(adapter, boundary=1), str(tmp_path / "out"))
+    returned = write_stripped(adapter, str(tmp_path / "out"), boundary=1)
     loaded = load_adapter(str(tmp_path / "out"))
+    assert loaded.header == returned.header
     assert loaded.header["chat"] == "on"
     first, entry = loaded.header["history"]
     assert first == earlier
@@ -225,6 +227,26 @@ def test_the_history_goes_on_and_names_the_parent(tmp_path: Path) -> None:
     assert entry["parents"] == {"m": adapter.sha256}
     assert loaded.header == strip_layers(adapter, boundary=1).header
     assert parse_header(json.dumps(loaded.header), {}, "x")
+
+
+@pytest.mark.parametrize("place", ["kept", "dropped"])
+@pytest.mark.parametrize("output", ["out", "folder/", "-"])
+def test_values_that_are_not_finite_are_found_wherever_they_are(
+    place: str, output: str, tmp_path: Path
+) -> None:
+    adapter = tiny(layers=3)
+    name = lora_name(adapter.modules()[0 if place == "kept" else -1].name, "A")
+    values = adapter.tensors[name].array().copy()
+    values[-1, -1] = np.inf
+    tensors = {**adapter.tensors, name: Tensor.from_array(values)}
+    save_adapter(Adapter(tensors, adapter.config), str(tmp_path / "bad"))
+    done = run("strip-layers", "bad", "--boundary", "1", "-o", output, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"Error: bad: tensor '{name}' holds values that are not finite; train it again\n"
+    )
+    assert done.stdout == ""
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "bad"]
 
 
 def test_stripping_twice_is_stripping_once_but_for_the_history() -> None:
@@ -239,7 +261,7 @@ def test_stripping_twice_is_stripping_once_but_for_the_history() -> None:
 def test_an_adapter_may_be_stripped_in_its_own_place(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_adapter(tiny(layers=3), str(path))
-    save_adapter(strip_layers(load_adapter(str(path)), boundary=2), str(path))
+    write_stripped(load_adapter(str(path)), str(path), boundary=2)
     assert {module.layer for module in load_adapter(str(path)).modules()} == {0, 1}
 
 
@@ -251,6 +273,6 @@ def test_the_gpt2_adapter_found_is_stripped(shared: Path, tmp_path: Path) -> Non
     adapter = load_adapter(str(source))
     layers = {module.layer for module in adapter.modules()}
     assert len(layers) > 5
-    save_adapter(strip_layers(adapter, boundary=5), f"{tmp_path / 'out'}/")
+    write_stripped(adapter, f"{tmp_path / 'out'}/", boundary=5)
     again = loaded_by_peft(base, tmp_path / "out")
     assert torch.equal(logits(again), logits(switched_off(model, set(range(5)))))

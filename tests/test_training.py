@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from program import run_over
 from training_data import Silent, rows, save_rows
 
 from lorakit.adapter import load_adapter
@@ -331,27 +329,9 @@ def test_two_processes_train_the_weights_of_one(llama: str, data: str, tmp_path:
         *("--dropout", "0", "--batch-size", "6", "--micro-batch-tokens", "60"),
         *("--dtype", "float32", "--device", "cpu", "--rank", "4"),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     log = tmp_path / "log.jsonl"
-    for name, start, dashes in (("one", [sys.executable], []), ("two", launch, ["--"])):
-        done = subprocess.run(
-            [
-                *start,
-                "-m",
-                *dashes,
-                "lorakit",
-                *command,
-                "-o",
-                str(tmp_path / name),
-                "--log",
-                str(log),
-            ],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    for name, processes in (("one", 1), ("two", 2)):
+        done = run_over(processes, *command, "-o", str(tmp_path / name), "--log", str(log))
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("wrote") == 1
         assert len(log.read_text().splitlines()) == 2 * 3 + 2

@@ -45,11 +45,11 @@ def strip_layers(
         raise click.BadParameter(f"{boundary} is below 0.", param_hint="'--boundary'")
     source = _source(adapter)
     options.one_pipe(source, boundary)
-    from lorakit.adapter import load_adapter, save_adapter
+    from lorakit.adapter import load_adapter
     from lorakit.boundaries import read_boundary
     from lorakit.files import refuse_terminal
     from lorakit.progress import Notes
-    from lorakit.stripping import strip_layers as stripped_of
+    from lorakit.stripping import write_stripped
 
     if output == STDIO:
         refuse_terminal("an adapter")
@@ -57,9 +57,8 @@ def strip_layers(
     number = None
     if boundary is not None:
         number = int(boundary) if _NUMBER.fullmatch(boundary) else read_boundary(boundary)
-    loaded = load_adapter(source)
-    stripped = stripped_of(loaded, boundary=number, keep=keep)
-    save_adapter(stripped, output)
+    loaded = load_adapter(source, check_values=False)
+    stripped = write_stripped(loaded, output, boundary=number, keep=keep)
     notes.note(_account(len(loaded.modules()), len(stripped.modules())))
     if any(module.layer is None for module in stripped.modules()):
         notes.note("modules outside the layers keep their LoRA")
