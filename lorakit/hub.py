@@ -1,8 +1,10 @@
-"""Adapters on the Hugging Face hub, or in its cache: the two files and nothing else is fetched."""
+"""Files on the Hugging Face hub, or in its cache: an adapter's two, and what a failure means."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.errors import LorakitError
@@ -30,11 +32,27 @@ def _fetch(repo: str, file: str, revision: str | None, address: str) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
     try:
-        return Path(hf_hub_download(repo, file, revision=revision))
-    except errors.LocalEntryNotFoundError:
-        reason = f"{file} is neither cached nor within reach; go online, or check the address"
+        with explained(address, revision):
+            return Path(hf_hub_download(repo, file, revision=revision))
     except errors.RemoteEntryNotFoundError:
         reason = f"it has no {file}; lorakit reads no pickles: ask its author for safetensors"
+    raise LorakitError(f"cannot fetch {address}: {reason}")
+
+
+@contextlib.contextmanager
+def explained(address: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub's library raises inside the block into one line about `address`.
+
+    But for RemoteEntryNotFoundError, a file that the repository lacks: that stays.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.LocalEntryNotFoundError:
+        reason = "it is neither cached nor within reach; go online, or check the address"
+    except errors.RemoteEntryNotFoundError:
+        raise
     except errors.GatedRepoError:
         reason = "it is gated; ask for access on its page and log in with `hf auth login`"
     except errors.RepositoryNotFoundError:
@@ -43,4 +61,6 @@ def _fetch(repo: str, file: str, revision: str | None, address: str) -> Path:
         reason = f"it has no revision {revision}; check what stands after the @"
     except (OSError, errors.HFValidationError) as error:
         reason = f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; try again"
+    else:
+        return
     raise LorakitError(f"cannot fetch {address}: {reason}")

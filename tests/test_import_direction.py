@@ -20,7 +20,7 @@ FILES = {
 
 # Every module stands here once: a new file is given its layer by adding it.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "ground": ("errors", "files", "settings", "versions"),
+    "ground": ("errors", "files", "hub", "settings", "versions"),
     "text": (
         *(
             "answers",
@@ -44,7 +44,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("recipes.microworld_tasks", "recipes.microworld_words"),
     ),
     "tensors": (
-        *("adapter", "foreign", "header", "hub", "inspection", "layers", "merging"),
+        *("adapter", "foreign", "header", "inspection", "layers", "merging"),
         *("model_choice", "peft_config", "peft_keys", "portable", "pruning", "refit", "static"),
         *("static_merge", "stripping", "taskvectors", "tensorfile"),
     ),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
+from lorakit.hub import explained
 from lorakit.recipes.parquet import parquet_in
 from lorakit.recipes.request import Request, Tally
 from lorakit.recipes.sources import matches, parts
@@ -67,23 +68,12 @@ def split_paths(address: str, split: str) -> list[str]:
 
 
 def _fetch(repo: str, revision: str | None, patterns: list[str], address: str) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    try:
+    with explained(address, revision):
         return Path(
             snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
         )
-    except errors.LocalEntryNotFoundError:
-        reason = "it is neither cached nor within reach; go online, or check the address"
-    except errors.GatedRepoError:
-        reason = "it is gated; ask for access on its page and log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        reason = "there is no such data set, or it is private; check the name or log in"
-    except errors.RevisionNotFoundError:
-        reason = f"it has no revision {revision}; check what stands after the @"
-    except (OSError, errors.HFValidationError) as error:
-        reason = f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; try again"
-    raise LorakitError(f"cannot fetch {address}: {reason}")
 
 
 def _card_patterns(folder: Path, config: str | None, split: str, address: str) -> list[str]:
