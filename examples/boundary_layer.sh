@@ -25,7 +25,7 @@ training="--data train.jsonl --val val.jsonl --lr 3e-3 --epochs 4 --dtype float3
 
 metric_of() {
     case $1 in
-        qa) echo contains ;; count | yesno) echo accuracy ;; summary) echo rougeL ;;
+        qa) echo contains ;; count) echo gsm8k ;; yesno) echo accuracy ;; summary) echo rougeL ;;
         translate) echo bleu ;;
     esac
 }
