@@ -144,14 +144,14 @@ system() { # system NAME: its files over the seeds, as score takes them
     for seed in $seeds; do files="$files,$seed/$1.jsonl"; done
     echo "--system $1=${files#,}"
 }
-compare() { # compare TABLE BASELINE SYSTEM…: scores of systems with seeds, and of files without
+compare() { # compare TABLE BASELINE SYSTEM…: ask for scores of systems with seeds, of files without
     table=$1 baseline=$2 asked=""
     shift 2
     for name in "$@"; do
         case $name in *.jsonl) asked="$asked $name" ;; *) asked="$asked $(system $name)" ;; esac
     done
-    (cd "$out/$lang/$task" && lorakit score $asked --baseline $baseline --lang $lang \
-        --metric rougeL,bleu,em --format json -o $table.scores.jsonl)
+    echo "$out/$lang/$task lorakit score $asked --baseline $baseline --lang $lang" \
+        "--metric rougeL,bleu,em --format json -q -o $table.scores.jsonl"
 }
 for lang in $langs; do
     for task in $tasks; do
@@ -159,6 +159,6 @@ for lang in $langs; do
             xs+wl xs+wl.pruned xs+wl+tgt xs+wl+tgt.pruned
         [ $lang != ja ] || compare table4 xs+wl+tgt xs+wl+tgt xs+wl+tgt.pruned $(ablated)
     done
-done
+done | python examples/forks.py
 python examples/table.py "$out" --table 2
 python examples/table.py "$out" --table 4
