@@ -16,7 +16,7 @@ from lorakit.attention import BY_ROW, packed
 from lorakit.encoding import Example
 
 _NEEDED = {"position_ids", "logits_to_keep"}
-_REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+_REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Pack(NamedTuple):

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.answers import final_number
 from lorakit.errors import LorakitError
-from lorakit.metrics import METRICS, Score, Statistics, statistics
+from lorakit.metrics import METRICS, Score, statistics
 from lorakit.score_texts import Texts, check_alike, load_texts
 from lorakit.segmentation import LANGUAGES, script_of
 from lorakit.settings import SignificanceSettings
+from lorakit.sufficient import Statistics
 
 if TYPE_CHECKING:  # imports numpy
     from lorakit.bertscore import Embedder

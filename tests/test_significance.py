@@ -18,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 
 from lorakit.errors import LorakitError
-from lorakit.metrics import METRICS, Statistics, statistics
+from lorakit.metrics import METRICS, statistics
 from lorakit.settings import SignificanceSettings
 from lorakit.significance import bootstrap, compare, interval_of, p_values
+from lorakit.sufficient import Statistics
 
 SEED = 12345
 FEW = SignificanceSettings(trials=500, seed=SEED)
