@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.settings import LOSS
-
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
 else:
@@ -147,14 +145,17 @@ class Numbers(ParamType):
 
 
 class MetricName(ParamType):
-    """`loss` or the name of a metric of `score` that needs predictions and references alone."""
+    """The name of a metric of `score` that needs predictions and references alone, or `others`."""
 
     name = "metric"
+
+    def __init__(self, *others: str) -> None:
+        self._others = others
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from lorakit.metrics import METRICS
 
-        names = [LOSS, *(name for name, metric in METRICS.items() if metric.is_alone)]
+        names = [*self._others, *(name for name, metric in METRICS.items() if metric.is_alone)]
         if value not in names:
             self.fail(f"{value!r} is not one of {', '.join(names)}.", param, ctx)
         return str(value)

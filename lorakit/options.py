@@ -166,7 +166,9 @@ pruning = together(
 
 
 def _selection(name: str, text: str, **more: Any) -> Callable[[F], F]:
-    return click.option(f"--{name}", type=MetricName(), metavar=f"{LOSS}|METRIC", help=text, **more)
+    return click.option(
+        f"--{name}", type=MetricName(LOSS), metavar=f"{LOSS}|METRIC", help=text, **more
+    )
 
 
 selection = together(

@@ -229,6 +229,7 @@ def wait_for(condition: Any, seconds: float = 30) -> None:
         (("merge", "a", "--data", "x", "--plot", "a.png"), "--plot needs several ratios"),
         (("merge", "a", "--data", "x", "--metric", "em"), "--metric needs several ratios"),
         (("merge", "a", "--data", "x", "--select-by", "bertscore"), "is not one of loss, rouge1"),
+        (("find-boundary", "a", "--data", "x", "--metric", "loss"), "'loss' is not one of rouge1"),
         (
             ("merge", "a", "--data", "x", "--method", "lorahub", "--epochs", "3"),
             "--epochs does not belong to --method lorahub, but to adaptive",

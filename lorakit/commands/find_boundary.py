@@ -8,8 +8,7 @@ import click
 
 from lorakit import options
 from lorakit.files import STDIO
-from lorakit.metrics import METRICS
-from lorakit.option_types import Boundaries
+from lorakit.option_types import Boundaries, MetricName
 from lorakit.settings import BoundarySettings, GenerationSettings
 
 
@@ -38,7 +37,7 @@ from lorakit.settings import BoundarySettings, GenerationSettings
 )
 @click.option(
     "--metric",
-    type=click.Choice([name for name, one in METRICS.items() if one.is_alone]),
+    type=MetricName(),
     default=BoundarySettings.metric,
     show_default=True,
     metavar="METRIC",
