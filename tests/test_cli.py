@@ -149,7 +149,11 @@ def test_ctrl_c_exits_with_130_and_leaves_the_old_file(tmp_path: Path) -> None:
         cwd=tmp_path,
         env=ENVIRONMENT,
     ) as child:
-        wait_for(lambda: len(list(tmp_path.iterdir())) == 2)  # the side file is open
+        assert child.stdin is not None
+        child.stdin.write(ROW.encode())
+        child.stdin.flush()
+        # a record that has reached the side file: the command is in the middle of its work
+        wait_for(lambda: any(path.stat().st_size for path in tmp_path.glob(".out.*")))
         child.send_signal(signal.SIGINT)
         assert child.wait(30) == 130
         assert child.stderr is not None
