@@ -92,24 +92,23 @@ class LoraModule:
 class Adapter:
     """An adapter: tensors by PEFT's names, PEFT's config, and lorakit's header ({} for others').
 
-    `name` is what messages call it, `hashes` are the SHA-256 of the tensors where they are known.
-    Operations return a new one; nothing here is changed in place.
+    `name` is what messages call it. Operations return a new one; nothing here is changed in place.
     """
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
     header: Mapping[str, Any] = field(default_factory=dict)
     name: str = "the adapter"
-    hashes: Mapping[str, str] | None = field(default=None, compare=False, repr=False)
 
     @functools.cached_property
     def sha256(self) -> str:
         """The SHA-256 of what the adapter computes: its config's text, its tensors' own SHA-256.
 
         Header, file layout and the order of keys are left out, so that the single file and the
-        folder of one adapter have one hash, and so has an adapter written again.
+        folder of one adapter have one hash, and so has an adapter written again. Raises
+        LorakitError for a value that is not finite.
         """
-        hashes = self.hashes or _check_finite(self.tensors, self.name)
+        hashes = _finite_hashes(self.tensors, self.name)
         listed = sorted(self.tensors.items())
         told = [[key, tensor.dtype, tensor.shape, hashes[key]] for key, tensor in listed]
         return hashlib.sha256((config_text(self.config) + json.dumps(told)).encode()).hexdigest()
@@ -152,27 +151,34 @@ def load_adapter(source: str, *, check_values: bool = True) -> Adapter:
     is the one people edit. Raises LorakitError for all that cannot be kept exactly; for values that
     are not finite only when the hash is asked for, where `check_values` is false.
     """
+    adapter = _open(source)
+    if check_values:
+        _ = adapter.sha256  # looks at every value
+    return adapter
+
+
+def _open(source: str) -> Adapter:
     if source == STDIO:
-        return _load(open_input(STDIO).read(), "stdin", None, check_values)
+        return _load(open_input(STDIO).read(), "stdin", None)
     if source.startswith(HUB):
         from lorakit.hub import fetch_adapter
 
-        return _load_folder(fetch_adapter(source, CONFIG_FILE, TENSOR_FILE), source, check_values)
+        return _load_folder(fetch_adapter(source, CONFIG_FILE, TENSOR_FILE), source)
     path = Path(source)
     if path.is_dir():
-        return _load_folder(path, source or ".", check_values)
+        return _load_folder(path, source or ".")
     sibling = path.parent / CONFIG_FILE
-    return _load(path, source, sibling if sibling.is_file() else None, check_values)
+    return _load(path, source, sibling if sibling.is_file() else None)
 
 
-def _load_folder(folder: Path, name: str, check_values: bool) -> Adapter:
+def _load_folder(folder: Path, name: str) -> Adapter:
     tensors, config = folder / TENSOR_FILE, folder / CONFIG_FILE
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if TENSOR_FILE not in found:
         if CONFIG_FILE in found:
             parse_config(_read(config), str(config))  # its fault is the better message
         refuse_folder(found, name)
-    return _load(tensors, name, config if CONFIG_FILE in found else None, check_values)
+    return _load(tensors, name, config if CONFIG_FILE in found else None)
 
 
 def _read(path: Path) -> bytes:
@@ -180,7 +186,7 @@ def _read(path: Path) -> bytes:
         return stream.read()
 
 
-def _load(source: bytes | Path, name: str, config_file: Path | None, check_values: bool) -> Adapter:
+def _load(source: bytes | Path, name: str, config_file: Path | None) -> Adapter:
     tensors, metadata = read_tensors(source, name)
     _check_names(tensors, name)
     inner = metadata.get("adapter_config")
@@ -192,10 +198,9 @@ def _load(source: bytes | Path, name: str, config_file: Path | None, check_value
     else:
         raise LorakitError(f"{name} has no config; put PEFT's {CONFIG_FILE} beside it")
     _check_tensors(tensors, config, name)
-    hashes = _check_finite(tensors, name) if check_values else None
     ranks = {module: tensors[lora_name(module, "A")].shape[0] for module in _names(tensors)}
     header = parse_header(metadata.get("lorakit", "{}"), ranks, name)
-    return Adapter(tensors, config, header, name, hashes)
+    return Adapter(tensors, config, header, name)
 
 
 def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
@@ -226,7 +231,7 @@ def _check_tensor(tensor: Tensor, where: str) -> None:
         )
 
 
-def _check_finite(tensors: Mapping[str, Tensor], name: str) -> dict[str, str]:
+def _finite_hashes(tensors: Mapping[str, Tensor], name: str) -> dict[str, str]:
     """Return the SHA-256 of every tensor; all have finite values.
 
     Tensors are looked at and hashed in one pass, side by side, one on each core: of all that is
@@ -291,14 +296,13 @@ def save_adapter(
 
 
 def _write(adapter: Adapter, stream: BinaryIO, late: Callable[[], Adapter] | None = None) -> None:
-    def metadata_at_last() -> dict[str, str]:
+    def metadata_of(late: Callable[[], Adapter]) -> dict[str, str]:
         stream.flush()
         os.fsync(stream.fileno())  # the disk works while the rest of the header comes about
-        return _metadata(late() if late else adapter)
+        return _metadata(late())
 
-    write_tensors(
-        adapter.tensors, _metadata(adapter), stream, late=metadata_at_last if late else None
-    )
+    at_last = functools.partial(metadata_of, late) if late else None
+    write_tensors(adapter.tensors, _metadata(adapter), stream, late=at_last)
     stream.flush()
 
 

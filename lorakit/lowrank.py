@@ -74,13 +74,8 @@ class _Added(torch.autograd.Function):
         low_grad = (wide @ b) * scales
         x_grad = None
         if ctx.needs_input_grad[1]:
-            x_grad = (low_grad @ a).view_as(x)
-            if kept is not None:
-                x_grad = x_grad * kept / (1 - ctx.share)
-            x_grad = x_grad.to(x.dtype)
-        read = x.to(a.dtype)
-        if kept is not None:
-            read = read * kept / (1 - ctx.share)
+            x_grad = _masked((low_grad @ a).view_as(x), kept, ctx.share).to(x.dtype)
+        read = _masked(x.to(a.dtype), kept, ctx.share)
         a_grad = low_grad.t() @ read.flatten(0, -2)
         b_grad = wide.t() @ low.flatten(0, -2)
         return grad, x_grad, a_grad, b_grad, None, None
@@ -91,3 +86,8 @@ def _dropped(x: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor 
         return x, None
     found, kept = torch.native_dropout(x, share, True)
     return found, kept
+
+
+def _masked(values: torch.Tensor, kept: torch.Tensor | None, share: float) -> torch.Tensor:
+    """Return what a dropout that has kept these values makes of them."""
+    return values if kept is None else values * kept / (1 - share)
