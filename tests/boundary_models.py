@@ -6,20 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from lorakit.adapter import Adapter
 from lorakit.generation import generate
 from lorakit.layers import layer_of
 from lorakit.lora import attach, default_targets, is_transposed, pick_modules, projections
 from lorakit.merging import peft_config, tensors_of
-from lorakit.model import Base, load_base
+from lorakit.model import Base
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings
-
-
-def open_base(name: str, dtype: torch.dtype = torch.float32) -> Base:
-    return load_base(name, device=torch.device("cpu"), dtype=dtype)
 
 
 def random_adapter(

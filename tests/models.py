@@ -9,6 +9,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from lorakit.model import Base, load_base
+
 VOCABULARY = 300
 CONTEXT = 128
 LAYERS = 3
@@ -53,6 +55,11 @@ def save_model(folder: Path, family: str = "llama", seed: int = 0) -> str:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def open_base(name: str, dtype: torch.dtype = torch.float32) -> Base:
+    """Load a base on the CPU."""
+    return load_base(name, device=torch.device("cpu"), dtype=dtype)
 
 
 def byte_tokenizer() -> Any:

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import FAMILIES, save_model
+from models import FAMILIES, open_base, save_model
 from program import run_over
 from training_data import Silent, rows, save_rows
 
@@ -27,7 +27,6 @@ from lorakit.generation import complete
 from lorakit.joint import attach_stack
 from lorakit.lora import attach, factors
 from lorakit.merging import stack
-from lorakit.model import Base, load_base
 from lorakit.pruners import Pruner
 from lorakit.pruning import prune_count
 from lorakit.records import Record
@@ -42,10 +41,6 @@ SHAPES = {
     "wl": LoraSettings(rank=2, alpha=6, target_modules=("q_proj", "up_proj"), layers=(0, 2)),
     "tgt": LoraSettings(rank=3, alpha=3, layers=(1,)),
 }
-
-
-def open_base(name: str) -> Base:
-    return load_base(name, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from boundary_models import alone, open_base, random_adapter
-from models import FAMILIES, LAYERS, save_model
+from boundary_models import alone, random_adapter
+from models import FAMILIES, LAYERS, open_base, save_model
 from program import run
 from training_data import rows, save_rows
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import open_base
 from program import run
 from training_data import Silent, rows, save_rows
 
@@ -15,15 +16,10 @@ from lorakit.adaptive import merge_adaptively
 from lorakit.fitting import train_adapter
 from lorakit.importance import measure_importance, unstack
 from lorakit.merging import stack
-from lorakit.model import Base, load_base
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
 
 SETTINGS = TrainingSettings(lr=2e-2, epochs=1, batch_size=4, dropout=0.0)
-
-
-def open_base(name: str) -> Base:
-    return load_base(name, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from boundary_models import open_base, random_adapter
-from models import FAMILIES, LAYERS, save_model
+from boundary_models import random_adapter
+from models import FAMILIES, LAYERS, open_base, save_model
 from program import run
 from test_boundary import SETTINGS, Notes
 from training_data import rows, save_rows

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import open_base
 from training_data import Silent, rows, save_rows
 
 from lorakit import lorahub
@@ -17,15 +18,10 @@ from lorakit.batching import micro_batches
 from lorakit.errors import LorakitError
 from lorakit.fitting import train_adapter
 from lorakit.lorahub import Point, bounded, compose, merge_lorahub, search_weights
-from lorakit.model import Base, load_base
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings
 
 SETTINGS = TrainingSettings(lr=5e-2, epochs=3, batch_size=4, dropout=0.0)
-
-
-def open_base(name: str) -> Base:
-    return load_base(name, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

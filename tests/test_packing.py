@@ -9,13 +9,13 @@ import models
 import pytest
 import torch
 import transformers
-from models import FAMILIES, save_model
+from models import FAMILIES, open_base, save_model
 from training_data import rows
 
 from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.encoding import Example
 from lorakit.lora import default_targets, factors, inject, pick_modules
-from lorakit.model import Base, load_base
+from lorakit.model import Base
 from lorakit.packing import can_pack, pack, packs, target_logits
 from lorakit.records import Record
 
@@ -47,10 +47,6 @@ LEAKY: dict[str, Any] = {
         vocab_size=models.VOCABULARY, hidden_size=32, n_layer=2, n_head=4
     ),
 }
-
-
-def open_base(name: str, dtype: torch.dtype = torch.float32) -> Base:
-    return load_base(name, device=CPU, dtype=dtype)
 
 
 def examples(base: Base, count: int, longest: int = 6) -> list[Example]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import open_base
 from training_data import Silent, rows, save_rows
 
 from lorakit.adapter import Adapter, load_adapter
@@ -20,7 +21,7 @@ from lorakit.fitting import train_adapter
 from lorakit.joint import attach_stack
 from lorakit.lora import factors
 from lorakit.merging import Stack, stack
-from lorakit.model import Base, load_base
+from lorakit.model import Base
 from lorakit.pruners import Pruner
 from lorakit.pruning import CRITERIA, VALUES
 from lorakit.records import Record
@@ -29,10 +30,6 @@ from lorakit.training import Trainer
 
 SETTINGS = TrainingSettings(lr=5e-2, epochs=2, batch_size=4, dropout=0.0, max_grad_norm=0.05)
 COMBINATIONS = list(itertools.product(CRITERIA, ["parameter", "module"], VALUES))
-
-
-def open_base(name: str) -> Base:
-    return load_base(name, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from models import open_base
 from training_data import Silent, rows, save_rows
 
 from lorakit.adapter import Adapter, load_adapter
@@ -15,16 +15,11 @@ from lorakit.adaptive import merge_adaptively
 from lorakit.checkpoint import Checkpoint
 from lorakit.errors import LorakitError
 from lorakit.fitting import train_adapter
-from lorakit.model import Base, load_base
 from lorakit.settings import LoraSettings, PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training import Trainer
 
 SETTINGS = TrainingSettings(lr=3e-2, epochs=6, patience=6, batch_size=4, dropout=0.1)
 Merge = Callable[..., tuple[Silent, list[dict[str, Any]]]]
-
-
-def open_base(name: str) -> Base:
-    return load_base(name, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

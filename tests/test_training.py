@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import open_base
 from program import run_over
 from training_data import Silent, rows, save_rows
 
@@ -18,7 +19,7 @@ from lorakit.errors import LorakitError
 from lorakit.fitting import hold_out, train_adapter
 from lorakit.forward import completion_logits
 from lorakit.lora import factors, inject, pick_modules
-from lorakit.model import Base, load_base
+from lorakit.model import Base
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings
 from lorakit.training import Trainer, learning_rate_factor
@@ -26,10 +27,6 @@ from lorakit.training import Trainer, learning_rate_factor
 SETTINGS = TrainingSettings(
     lr=1e-2, epochs=4, batch_size=6, dropout=0.0, device="cpu", dtype="float32"
 )
-
-
-def open_base(name: str, dtype: torch.dtype = torch.float32) -> Base:
-    return load_base(name, device=torch.device("cpu"), dtype=dtype)
 
 
 def new_trainer(base: Base, **changes: Any) -> Trainer:
