@@ -38,7 +38,7 @@ data() { # data OUTPUT TASK SPLIT SEED COUNT
     make "$1" build-dataset microworld "$2" --lang "$lang" --split "$3" --seed "$4" --sample "$5" -q
 }
 predict() { # predict NAME [ADAPTER]
-    make "$1.jsonl" generate ${2:+"$2"} --data "$test" --max-new-tokens 48 --batch-size 50 -q
+    make "$1.jsonl" generate ${2:+"$2"} --data "$test" --max-new-tokens 48 --batch-size 60 -q
 }
 
 ask() { # every command of the experiments, in the order of what they need
