@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from lorakit.adapter import Adapter, save_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import save_adapter
 from lorakit.checkpoint import Checkpoint, checkpoint_of
 from lorakit.files import is_stream
 from lorakit.fitting import fit

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lorakit.adapter import Adapter, save_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import save_adapter
 from lorakit.batch_loss import new_accelerator
 from lorakit.checkpoint import Checkpoint, checkpoint_of
 from lorakit.encoding import CHAT_DATE, Encoder, Example, encode_all

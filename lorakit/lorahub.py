@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapter import Adapter, save_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import save_adapter
 from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.encoding import encode_all
 from lorakit.errors import LorakitError

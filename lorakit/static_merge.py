@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.adapter import Adapter, Factor, LoraModule, lora_name, save_adapter
+from lorakit.adapter import Adapter, Factor, LoraModule, lora_name
+from lorakit.adapterfile import save_adapter
 from lorakit.errors import LorakitError
 from lorakit.header import joined_history
 from lorakit.layers import natural_key

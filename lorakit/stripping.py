@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorakit.adapter import Adapter, LoraModule, lora_name, save_adapter
+from lorakit.adapter import Adapter, LoraModule, lora_name
+from lorakit.adapterfile import save_adapter
 from lorakit.errors import LorakitError
 from lorakit.foreign import quote
 from lorakit.header import FORMAT

@@ -16,7 +16,8 @@ from models import FAMILIES, open_base, save_model
 from program import run_over
 from training_data import Silent, rows, save_rows
 
-from lorakit.adapter import Adapter, load_adapter, save_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.adaptive import merge_adaptively
 from lorakit.batch_loss import new_accelerator
 from lorakit.batching import epoch_batches

@@ -15,7 +15,8 @@ from program import run
 from training_data import rows, save_rows
 
 from lorakit import boundary, pool
-from lorakit.adapter import Adapter, save_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import save_adapter
 from lorakit.boundary import Evaluation, decode, draw_sample, evaluate
 from lorakit.encoding import Example
 from lorakit.errors import LorakitError

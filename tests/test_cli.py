@@ -16,7 +16,7 @@ import pytest
 from adapters import tiny
 from program import ENVIRONMENT, PROGRAM, run, shell
 
-from lorakit.adapter import save_adapter
+from lorakit.adapterfile import save_adapter
 from lorakit.cli import COMMANDS, load_command
 
 ROW = '{"prompt": "p", "completion": "c", "prediction": "c"}\n'

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from adapters import save_tensors, tiny
 
-from lorakit.adapter import load_adapter
+from lorakit.adapterfile import load_adapter
 from lorakit.errors import LorakitError
 
 HEADERS = {

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from adapters import run_python, tiny
 
-from lorakit.adapter import load_adapter, save_adapter
+from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.errors import LorakitError
 
 LOAD = """
     import sys
-    from lorakit.adapter import load_adapter
+    from lorakit.adapterfile import load_adapter
     from lorakit.errors import LorakitError
     try:
         print(load_adapter(sys.argv[1]).sha256)

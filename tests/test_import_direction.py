@@ -46,7 +46,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("recipes.microworld_tasks", "recipes.microworld_words"),
     ),
     "tensors": (
-        *("adapter", "foreign", "header", "inspection", "layers", "merging"),
+        *("adapter", "adapterfile", "foreign", "header", "inspection", "layers", "merging"),
         *("model_choice", "peft_config", "peft_keys", "portable", "pruning", "refit", "static"),
         *("static_merge", "stripping", "taskvectors", "tensorfile"),
     ),

@@ -11,7 +11,8 @@ from models import open_base
 from program import run
 from training_data import Silent, rows, save_rows
 
-from lorakit.adapter import Adapter, load_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import load_adapter
 from lorakit.adaptive import merge_adaptively
 from lorakit.fitting import train_adapter
 from lorakit.importance import measure_importance, unstack

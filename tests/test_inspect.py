@@ -18,7 +18,8 @@ import pytest
 from adapters import ROOT, run_python, tiny
 from click.testing import CliRunner
 
-from lorakit.adapter import Adapter, lora_name, save_adapter
+from lorakit.adapter import Adapter, lora_name
+from lorakit.adapterfile import save_adapter
 from lorakit.commands.inspect import inspect
 from lorakit.errors import LorakitError
 from lorakit.inspection import inspect_adapter, write_table
@@ -238,7 +239,7 @@ def test_inspecting_imports_no_torch(tmp_path: Path) -> None:
     save_adapter(merged(), str(tmp_path / "x.safetensors"))
     heavy = "import sys; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     whole = (
-        "from lorakit.adapter import load_adapter, save_adapter\n"
+        "from lorakit.adapterfile import load_adapter, save_adapter\n"
         "from lorakit.inspection import inspect_adapter\n"
         f"inspect_adapter(load_adapter({str(tmp_path / 'x.safetensors')!r}))\n"
     )

@@ -12,7 +12,8 @@ from program import run
 from test_boundary import SETTINGS, Notes
 from training_data import rows, save_rows
 
-from lorakit.adapter import Adapter, save_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import save_adapter
 from lorakit.knee import knee, sketch
 from lorakit.lens import read_probabilities
 from lorakit.lora import attach

@@ -13,7 +13,7 @@ from adapters import tiny
 from endpoints import serving
 from program import ENVIRONMENT
 
-from lorakit.adapter import save_adapter
+from lorakit.adapterfile import save_adapter
 from lorakit.cli import COMMANDS
 from lorakit.static import METHODS
 

@@ -12,7 +12,8 @@ from models import open_base
 from training_data import Silent, rows, save_rows
 
 from lorakit import lorahub
-from lorakit.adapter import Adapter, load_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import load_adapter
 from lorakit.batch_loss import BatchLoss
 from lorakit.batching import micro_batches
 from lorakit.errors import LorakitError

@@ -17,7 +17,8 @@ import torch
 import transformers
 from adapters import save_tensors, tiny
 
-from lorakit.adapter import Adapter, load_adapter, lora_name, save_adapter
+from lorakit.adapter import Adapter, lora_name
+from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.errors import LorakitError
 from lorakit.tensorfile import Tensor, read_tensors
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from program import ENVIRONMENT, PROGRAM, run, shell
 
-from lorakit.adapter import Adapter, load_adapter, lora_name, save_adapter
+from lorakit.adapter import Adapter, lora_name
+from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.cli import lorakit
 from lorakit.errors import LorakitError
 from lorakit.tensorfile import Tensor

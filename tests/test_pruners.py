@@ -12,7 +12,8 @@ import torch
 from models import open_base
 from training_data import Silent, rows, save_rows
 
-from lorakit.adapter import Adapter, load_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import load_adapter
 from lorakit.adaptive import merge_adaptively
 from lorakit.batch_loss import new_accelerator
 from lorakit.calibration import InputNorms

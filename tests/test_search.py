@@ -10,7 +10,8 @@ import pytest
 from models import open_base
 from training_data import Silent, rows, save_rows
 
-from lorakit.adapter import Adapter, load_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import load_adapter
 from lorakit.adaptive import merge_adaptively
 from lorakit.checkpoint import Checkpoint
 from lorakit.errors import LorakitError

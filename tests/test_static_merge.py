@@ -13,7 +13,8 @@ import pytest
 from adapters import tiny
 from program import run, shell
 
-from lorakit.adapter import Adapter, load_adapter, lora_name, save_adapter
+from lorakit.adapter import Adapter, lora_name
+from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.errors import LorakitError
 from lorakit.merging import peft_config, tensors_of
 from lorakit.peft_config import is_targeted, rank_of

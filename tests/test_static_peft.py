@@ -17,7 +17,8 @@ import pytest
 import torch
 from test_peft_adapters import logits, random_model
 
-from lorakit.adapter import Adapter, load_adapter, save_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.settings import StaticSettings
 from lorakit.static import METHODS
 from lorakit.static_merge import merge_adapters

@@ -16,7 +16,8 @@ from adapters import tiny
 from program import run
 from test_peft_adapters import KINDS, logits, random_model, with_lora
 
-from lorakit.adapter import Adapter, load_adapter, lora_name, save_adapter
+from lorakit.adapter import Adapter, lora_name
+from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.errors import LorakitError
 from lorakit.header import parse_header
 from lorakit.layers import layer_of

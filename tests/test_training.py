@@ -12,7 +12,7 @@ from models import open_base
 from program import run_over
 from training_data import Silent, rows, save_rows
 
-from lorakit.adapter import load_adapter
+from lorakit.adapterfile import load_adapter
 from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.batching import lay_out, micro_batches
 from lorakit.errors import LorakitError

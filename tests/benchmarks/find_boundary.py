@@ -25,7 +25,8 @@ import peft
 import torch
 import transformers
 
-from lorakit.adapter import Adapter, load_adapter, save_adapter
+from lorakit.adapter import Adapter
+from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.fitting import train_adapter
 from lorakit.gates import Gates
 from lorakit.layers import layer_of

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lorakit.adapter import Adapter, lora_name, save_adapter
+from lorakit.adapter import Adapter, lora_name
+from lorakit.adapterfile import save_adapter
 from lorakit.tensorfile import Tensor
 
 LAYERS, RANK, PIECE = 32, 64, 1 << 20

@@ -1,0 +1,207 @@
+"""Adapters in files: single files, PEFT folders, pipes and the hub, read, checked and written.
+
+It reads only what it can keep exactly: whatever else is in a file is refused by name, never
+dropped. The bytes are in tensorfile.py, the config in peft_config.py, lorakit's own header in
+header.py, the hub in hub.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lorakit.adapter import Adapter, Factor, lora_name, lora_parts, module_names
+from lorakit.errors import LorakitError
+from lorakit.files import STDIO, atomic_path, explain, open_input, refuse_terminal
+from lorakit.foreign import quote, refuse_folder, refuse_tensor
+from lorakit.header import header_text, parse_header
+from lorakit.peft_config import config_text, is_targeted, parse_config, rank_of
+from lorakit.tensorfile import FLOATS, Tensor, read_tensors, write_tensors
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+HUB = "hf://"
+
+
+def load_adapter(source: str, *, check_values: bool = True) -> Adapter:
+    """Return the adapter in a file, a PEFT folder, `-` (stdin) or `hf://owner/name[@revision]`.
+
+    A tensor file beside an adapter_config.json is read with it where it is named as PEFT names it
+    or has no config of its own. Where the two configs differ the folder's counts, as in PEFT: it
+    is the one people edit. Raises LorakitError for all that cannot be kept exactly; for values that
+    are not finite only when the hash is asked for, where `check_values` is false.
+    """
+    adapter = _open(source)
+    if check_values:
+        _ = adapter.sha256  # looks at every value
+    return adapter
+
+
+def _open(source: str) -> Adapter:
+    if source == STDIO:
+        return _load(open_input(STDIO).read(), "stdin", None)
+    if source.startswith(HUB):
+        from lorakit.hub import fetch_adapter
+
+        return _load_folder(fetch_adapter(source, CONFIG_FILE, TENSOR_FILE), source)
+    path = Path(source)
+    if path.is_dir():
+        return _load_folder(path, source or ".")
+    sibling = path.parent / CONFIG_FILE
+    return _load(path, source, sibling if sibling.is_file() else None)
+
+
+def _load_folder(folder: Path, name: str) -> Adapter:
+    tensors, config = folder / TENSOR_FILE, folder / CONFIG_FILE
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if TENSOR_FILE not in found:
+        if CONFIG_FILE in found:
+            parse_config(_read(config), str(config))  # its fault is the better message
+        refuse_folder(found, name)
+    return _load(tensors, name, config if CONFIG_FILE in found else None)
+
+
+def _read(path: Path) -> bytes:
+    with open_input(str(path)) as stream:
+        return stream.read()
+
+
+def _load(source: bytes | Path, name: str, config_file: Path | None) -> Adapter:
+    tensors, metadata = read_tensors(source, name)
+    _check_names(tensors, name)
+    inner = metadata.get("adapter_config")
+    standard = isinstance(source, Path) and source.name == TENSOR_FILE
+    if config_file is not None and (standard or inner is None):
+        config = parse_config(_read(config_file), str(config_file))
+    elif inner is not None:
+        config = parse_config(inner, f"{name}: its adapter_config")
+    else:
+        raise LorakitError(f"{name} has no config; put PEFT's {CONFIG_FILE} beside it")
+    _check_tensors(tensors, config, name)
+    ranks = {module: tensors[lora_name(module, "A")].shape[0] for module in module_names(tensors)}
+    header = parse_header(metadata.get("lorakit", "{}"), ranks, name)
+    return Adapter(tensors, config, header, name)
+
+
+def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
+    if not tensors:
+        raise LorakitError(f"{name} holds no tensors; check what wrote it")
+    for key in sorted(tensors):
+        parts = lora_parts(key)
+        if parts is None:
+            refuse_tensor(key, name)
+        module, factor = parts
+        other: Factor = "B" if factor == "A" else "A"
+        if lora_name(module, other) not in tensors:
+            raise LorakitError(f"{name}: tensor {quote(key)} has no {other}; take a new copy")
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> None:
+    for key in sorted(tensors):
+        _check_tensor(tensors[key], f"{name}: tensor {quote(key)}")
+    for module in module_names(tensors):
+        _check_module(module, tensors, config, name)
+
+
+def _check_tensor(tensor: Tensor, where: str) -> None:
+    if tensor.dtype not in FLOATS:
+        raise LorakitError(f"{where} is {tensor.dtype}; cast it to float32, float16 or bfloat16")
+    if len(tensor.shape) != 2:
+        raise LorakitError(
+            f"{where} has {len(tensor.shape)} dimensions; lorakit reads LoRA on linear layers only"
+        )
+
+
+def _check_module(
+    module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str
+) -> None:
+    key_a, key_b = lora_name(module, "A"), lora_name(module, "B")
+    a, b, rank = tensors[key_a].shape, tensors[key_b].shape, rank_of(config, module)
+    if a[0] != rank or b[1] != rank:
+        raise LorakitError(
+            f"{name}: {quote(module)} has A of shape {a} and B of shape {b}, but the config gives "
+            f"it rank {rank}; mend r or rank_pattern"
+        )
+    if 0 in a + b:
+        raise LorakitError(f"{name}: {quote(module)} has A of shape {a}, B of {b}; check them")
+    if not is_targeted(config, module):
+        raise LorakitError(
+            f"{name}: tensor {quote(key_a)} is not targeted by the config, and PEFT would drop it; "
+            "mend target_modules"
+        )
+
+
+def save_adapter(
+    adapter: Adapter, output: str, *, late: Callable[[], Adapter] | None = None
+) -> str:
+    """Write `adapter` as one file, to stdout (`-`) or as a PEFT folder; return `output`.
+
+    A folder is meant by a trailing slash or one that exists. Files are replaced whole. In a folder
+    the old config goes before the new tensors come, so that a kill between the two never leaves
+    one adapter's tensors beside another's config; the tensor file's own header still has its own.
+    `late` gives the adapter once more with its header complete, no longer than before: it is asked
+    while the tensors are on their way to a file, and first of all where they go to a pipe.
+    """
+    if output == STDIO:
+        refuse_terminal("an adapter")
+        _write_stream(late() if late else adapter, output)
+    elif output.endswith(("/", os.sep)) or Path(output).is_dir():
+        _save_folder(adapter, Path(output), late)
+    elif Path(output).exists() and not Path(output).is_file():
+        # a device or a named pipe has no side file
+        _write_stream(late() if late else adapter, output)
+    else:
+        with atomic_path(output) as side, open(side, "wb") as stream:
+            _write(adapter, stream, late)
+    return output
+
+
+def _write(adapter: Adapter, stream: BinaryIO, late: Callable[[], Adapter] | None = None) -> None:
+    def metadata_of(late: Callable[[], Adapter]) -> dict[str, str]:
+        stream.flush()
+        os.fsync(stream.fileno())  # the disk works while the rest of the header comes about
+        return _metadata(late())
+
+    at_last = functools.partial(metadata_of, late) if late else None
+    write_tensors(adapter.tensors, _metadata(adapter), stream, late=at_last)
+    stream.flush()
+
+
+def _metadata(adapter: Adapter) -> dict[str, str]:
+    metadata = {"adapter_config": config_text(adapter.config), "format": "pt"}
+    if adapter.header:
+        metadata["lorakit"] = header_text(adapter.header)
+    return metadata
+
+
+def _write_stream(adapter: Adapter, output: str) -> None:
+    try:
+        with contextlib.ExitStack() as stack:
+            to_stdout = output == STDIO
+            stream = sys.stdout.buffer if to_stdout else stack.enter_context(open(output, "wb"))
+            _write(adapter, stream)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise LorakitError(f"cannot write {output}: {explain(error)}; choose another -o") from error
+
+
+def _save_folder(adapter: Adapter, folder: Path, late: Callable[[], Adapter] | None) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LorakitError(f"cannot write {folder}: {explain(error)}; choose another -o") from error
+    config = folder / CONFIG_FILE
+    text = (config_text(adapter.config) + "\n").encode()
+    with atomic_path(config) as config_side, atomic_path(folder / TENSOR_FILE) as tensor_side:
+        config_side.write_bytes(text)
+        with open(tensor_side, "wb") as stream:
+            _write(adapter, stream, late)
+            os.fsync(stream.fileno())
+        if config.is_file() and config.read_bytes() != text:
+            config.unlink()
