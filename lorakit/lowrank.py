@@ -1,7 +1,9 @@
 """What a LoRA layer adds to its base while it trains, as one function that keeps little for later.
 
 PEFT's layers keep a float32 copy of their input for the backward pass; here the input stays as it
-came, which neighbouring projections share, and the mask of the dropout is kept as booleans.
+came, which neighbouring projections share, and the mask of the dropout takes a byte a value. On a
+CPU bytes multiply several times faster than booleans, and 16 random bits a value come several times
+faster than torch's own dropout, which took a sixth of a step on a small model.
 """
 
 from __future__ import annotations
@@ -61,10 +63,10 @@ class _Added(torch.autograd.Function):
         scales: torch.Tensor,
         share: float,
     ) -> torch.Tensor:
-        read, kept = _dropped(x.to(a.dtype), share)
-        low = linear(read, a) * scales
+        kept = mask(x, share) if share else None
+        scales = scales / (1 - share)
+        low = linear(_masked(x.to(a.dtype), kept), a) * scales
         ctx.save_for_backward(x, a, b, scales, low, kept)
-        ctx.share = share
         return (plain + linear(low, b)).to(plain.dtype)
 
     @staticmethod
@@ -74,20 +76,26 @@ class _Added(torch.autograd.Function):
         low_grad = (wide @ b) * scales
         x_grad = None
         if ctx.needs_input_grad[1]:
-            x_grad = _masked((low_grad @ a).view_as(x), kept, ctx.share).to(x.dtype)
-        read = _masked(x.to(a.dtype), kept, ctx.share)
-        a_grad = low_grad.t() @ read.flatten(0, -2)
+            x_grad = _masked((low_grad @ a).view_as(x), kept).to(x.dtype)
+        a_grad = low_grad.t() @ _masked(x.to(a.dtype), kept).flatten(0, -2)
         b_grad = wide.t() @ low.flatten(0, -2)
         return grad, x_grad, a_grad, b_grad, None, None
 
 
-def _dropped(x: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if not share:
-        return x, None
-    found, kept = torch.native_dropout(x, share, True)
-    return found, kept
+def mask(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Draw which values of `x` a dropout keeps: bytes of 1 and 0 in its shape.
+
+    The share that goes is `share` to the nearest 1/65,536.
+    """
+    lowest = -(2**15)
+    first_kept = min(lowest + round(share * 2**16), -lowest - 1)
+    if x.device.type == "cpu":  # four values of 16 bits from one draw of 64
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    else:
+        bits = torch.randint(lowest, -lowest, x.shape, dtype=torch.int16, device=x.device)
+    return bits.ge_(first_kept).to(torch.uint8)
 
 
-def _masked(values: torch.Tensor, kept: torch.Tensor | None, share: float) -> torch.Tensor:
-    """Return what a dropout that has kept these values makes of them."""
-    return values if kept is None else values * kept / (1 - share)
+def _masked(values: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    return values if kept is None else values * kept

@@ -10,7 +10,7 @@ import torch
 from models import save_model
 
 from lorakit.lora import default_targets, factors, inject, pick_modules, set_rank_scales
-from lorakit.lowrank import _Added, standing
+from lorakit.lowrank import _Added, mask, standing
 from lorakit.model import load_base
 
 
@@ -60,15 +60,38 @@ def test_logits_and_gradients_are_those_of_pefts_layers(
         assert torch.equal(one, other)
 
 
-def test_dropout_falls_on_the_same_inputs_as_pefts(llama: str) -> None:
+def test_dropout_is_pefts_with_our_mask(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base, layers = lora_on(llama, torch.float32, dropout=0.4)
-    plain = logits_and_gradients(base, layers)
     with standing(layers):
         found = logits_and_gradients(base, layers)
         other_draw = logits_and_gradients(base, layers, seed=6)
-    for one, other in zip(found, plain, strict=True):
+    monkeypatch.setattr(
+        torch.nn.Dropout, "forward", lambda self, x: x * mask(x, self.p) / (1 - self.p)
+    )
+    for one, other in zip(found, logits_and_gradients(base, layers), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0], other_draw[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.95])
+def test_a_mask_drops_its_share_of_values_each_by_itself(share: float) -> None:
+    torch.manual_seed(3)
+    rows, columns = 999, 1001  # not a multiple of the four values of a draw
+    dropped = 1 - mask(torch.empty(rows, columns), share).double()
+    assert dropped.shape == (rows, columns)
+    expected = share * dropped.numel()
+    assert abs(float(dropped.sum()) - expected) < 5 * (expected * (1 - share)) ** 0.5
+    for step in (1, 2, 3, 4, columns):  # neighbours, those of one draw too, go independently
+        both = dropped.flatten()[:-step] * dropped.flatten()[step:]
+        variance = share**2 * (1 - share**2) + 2 * share**3 * (1 - share)  # pairs share values
+        expected = share**2 * both.numel()
+        assert abs(float(both.sum()) - expected) < 5 * (variance * both.numel()) ** 0.5
+    assert set(mask(torch.empty(4000), share).tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize("share", [1e-6, 1 - 1e-6])
+def test_a_share_near_its_ends_drops_almost_nothing_or_almost_all(share: float) -> None:
+    assert abs(float(mask(torch.empty(10_000), share).double().mean()) - (1 - share)) < 1e-3
 
 
 def test_a_bfloat16_base_is_added_to_in_float32(llama: str) -> None:
