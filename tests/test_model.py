@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,3 +195,30 @@ def test_a_folder_lorakit_noted_as_one_is_looked_for_whatever_its_name(
     monkeypatch.delenv("LORAKIT_MODEL")
     with pytest.raises(LorakitError, match="models/mine is not there"):
         choose_model(None, [adapter])
+
+
+FREED = """
+import resource, sys
+import numpy
+from lorakit.devices import keep_freed_memory
+if sys.argv[1:]:
+    keep_freed_memory()
+def work():
+    blocks = [numpy.ones(2**20) for _ in range(12)]  # 8 MiB each
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+before = faults()
+for _ in range(5):
+    work()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+def test_freed_memory_is_used_again_without_asking_the_system() -> None:
+    def faults(*arguments: str) -> int:
+        command = [sys.executable, "-c", FREED, *arguments]
+        return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+    assert faults("keep") < faults() / 10

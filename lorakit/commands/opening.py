@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lorakit.adapter import Adapter
-from lorakit.devices import pick_device, pick_dtype
+from lorakit.devices import keep_freed_memory, pick_device, pick_dtype
 from lorakit.files import STDIO, check_adapter_output
 from lorakit.model import Base, load_base
 from lorakit.model_choice import base_revision, check_fingerprint, choose_model
@@ -30,6 +30,8 @@ def open_base(
     if remark:
         note(remark)
     place = pick_device(device)
+    if place.type == "cpu":
+        keep_freed_memory()
     base = load_base(
         name,
         device=place,
