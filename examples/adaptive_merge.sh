@@ -24,7 +24,7 @@ export OMP_NUM_THREADS=1 LORAKIT_MODEL=tiny
 tasks=${TASKS:-title impression highlights} langs=${LANGS:-en ja} seeds=${SEEDS:-0 1 2}
 related="--lr 6e-3 --batch-size 16 --epochs 3 --dtype float32 --resume -q"
 few="--data train.jsonl --val val.jsonl"
-target="$few --epochs 10 --patience 2 --dtype float32 --resume -q"
+target="$few --batch-size 2 --epochs 6 --patience 2 --dtype float32 --resume -q"
 merging="$target --lr 3e-3 --prune-ratio"
 
 stage=""
@@ -120,8 +120,8 @@ ablations() { # of XS+WL+TGT, Japanese; the eighth, input-parameter-zero, is xs+
         done
     done
 }
-# Near the lowest tenth that --prune-threshold auto printed for XS+WL on the Japanese titles, seed 0.
-T_INPUT=${T_INPUT:-2.2} T_GRADIENT=${T_GRADIENT:-5e-9}
+# The lowest tenth that --prune-threshold auto printed for XS+WL on the Japanese titles, seed 0.
+T_INPUT=${T_INPUT:-2.3} T_GRADIENT=${T_GRADIENT:-1e-8}
 
 outputs() {
     for adapter in tgt lorahub.xs+wl lorahub.xs+wl+tgt xs+wl xs+wl.pruned xs+wl+tgt xs+wl+tgt.pruned \

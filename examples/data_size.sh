@@ -21,7 +21,8 @@ export OMP_NUM_THREADS=1 LORAKIT_MODEL=tiny
 task=${TASK:-title} lang=${LANG_:-en} sizes=${SIZES:-10 20 50 100 200} seeds=${SEEDS:-0 1 2}
 root=$out/$lang top=$out/$lang/$task/sizes
 related="--lr 6e-3 --batch-size 16 --epochs 3 --dtype float32 --resume -q"
-target="--data train.jsonl --val val.jsonl --epochs 10 --patience 2 --dtype float32 --resume -q"
+few="--data train.jsonl --val val.jsonl"
+target="$few --batch-size 2 --epochs 6 --patience 2 --dtype float32 --resume -q"
 mkdir -p "$top"
 
 stage=""
