@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,8 +100,8 @@ def test_texts_without_a_token_that_counts_score_0() -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_values_are_those_of_bert_score(bert: str, layer: int) -> None:
-    """Of the package, which needs pandas and matplotlib, where a developer has installed it."""
-    bert_score = pytest.importorskip("bert_score", reason="bert-score is not installed")
+    import bert_score
+
     _, _, theirs = bert_score.score(PREDICTIONS, REFERENCES, model_type=bert, num_layers=layer)
     ours = best_f1s(PREDICTIONS, REFERENCES, embedder(bert, layer))
     assert ours == pytest.approx(theirs.tolist(), abs=1e-5)
@@ -206,3 +208,40 @@ def test_without_a_model_it_says_so() -> None:
     assert METRICS["bertscore"].embedded is not None
     with pytest.raises(LorakitError, match="needs a model"):
         statistics(["a"], [["a"]], metric="bertscore")
+
+
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, *rest):
+        if name == {0!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+from lorakit.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers", "peft"])
+def test_a_missing_library_is_named_with_the_extra(missing: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "c", "prediction": "c"}\n')
+
+    def run(metric: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-c",
+            WITHOUT.format(missing),
+            "score",
+            "a.jsonl",
+            "--metric",
+            metric,
+        ]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    found = run("bertscore")
+    assert found.returncode == 1
+    assert found.stderr == (
+        f"Error: --metric bertscore needs {missing}; install it by pip install "
+        "'lorakit[bertscore]'\n"
+    )
+    assert run("rougeL").returncode == 0
