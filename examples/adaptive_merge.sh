@@ -120,7 +120,7 @@ ablations() { # of XS+WL+TGT, Japanese; the eighth, input-parameter-zero, is xs+
         done
     done
 }
-# The lowest tenth that --prune-threshold auto printed for XS+WL on the Japanese titles, seed 0.
+# Near the lowest tenth that --prune-threshold auto printed for XS+WL on the Japanese titles, seed 0.
 T_INPUT=${T_INPUT:-2.3} T_GRADIENT=${T_GRADIENT:-1e-8}
 
 outputs() {

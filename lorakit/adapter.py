@@ -124,7 +124,7 @@ def lora_parts(key: str) -> tuple[str, Factor] | None:
 
 
 def module_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the modules that have a pair among `tensors`, by layer, then name."""
+    """Return the names of the modules that have a tensor here, by layer, then name."""
     parts = (lora_parts(key) for key in tensors)
     return sorted({found[0] for found in parts if found}, key=natural_key)
 

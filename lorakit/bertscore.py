@@ -11,12 +11,15 @@ Source: Zhang et al. 2020, BERTScore: Evaluating text generation with BERT.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lorakit.errors import LorakitError
 
 _EXAMPLES_AT_ONCE = 64
 
@@ -35,6 +38,15 @@ TUNED_LAYERS = {
     "xlm-roberta-base": 9,
     "xlm-roberta-large": 17,
 }
+
+
+def check_libraries() -> None:
+    """Raise LorakitError where a library that embeds texts is not installed; imports none."""
+    for name in ("torch", "transformers", "peft"):
+        if importlib.util.find_spec(name) is None:
+            raise LorakitError(
+                f"--metric bertscore needs {name}; install it by pip install 'lorakit[bertscore]'"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ import torch
 
 from lorakit.errors import LorakitError
 
-# glibc's malloc.h; blocks above the first are always given back, and 32 MiB is the most it takes
+# From glibc's malloc.h. Blocks above _LARGEST_KEPT are always given back; it takes 32 MiB at most.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT, _MOST_KEPT = 32 * 2**20, 2**30
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 1 GiB that was freed for what is asked for next; elsewhere do nothing.
+    """Let glibc keep what was freed for what is asked for next; elsewhere do nothing.
 
+    It keeps blocks of up to 32 MiB, and gives the end of its heap back once 1 GiB of it is free.
     A pass through a model frees every tensor soon after it is made. Giving the memory back to the
     system and getting it anew, page by page, took a third of the time of LoRAHub on a small model.
     It is for programs: malloc's settings belong to the whole process.

@@ -83,17 +83,23 @@ class _Added(torch.autograd.Function):
 
 
 def mask(x: torch.Tensor, share: float) -> torch.Tensor:
-    """Draw which values of `x` a dropout keeps: bytes of 1 and 0 in its shape.
+    """Draw which values of `x` a dropout keeps: bytes of 1 and 0 in its shape."""
+    return _mask_of_bits(x, share) if x.device.type == "cpu" else _plain_mask(x, share)
 
-    The share that goes is `share` to the nearest 1/65,536.
+
+def _plain_mask(x: torch.Tensor, share: float) -> torch.Tensor:
+    return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - share)
+
+
+def _mask_of_bits(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Take four values of 16 bits from each draw of 64.
+
+    The share that goes is `share` to the nearest 1/65,536, and at least one such part is kept.
     """
     lowest = -(2**15)
     first_kept = min(lowest + round(share * 2**16), -lowest - 1)
-    if x.device.type == "cpu":  # four values of 16 bits from one draw of 64
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
-    else:
-        bits = torch.randint(lowest, -lowest, x.shape, dtype=torch.int16, device=x.device)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
     return bits.ge_(first_kept).to(torch.uint8)
 
 

@@ -10,7 +10,7 @@ import torch
 from models import save_model
 
 from lorakit.lora import default_targets, factors, inject, pick_modules, set_rank_scales
-from lorakit.lowrank import _Added, mask, standing
+from lorakit.lowrank import _Added, _mask_of_bits, _plain_mask, mask, standing
 from lorakit.model import load_base
 
 
@@ -73,12 +73,15 @@ def test_dropout_is_pefts_with_our_mask(llama: str, monkeypatch: pytest.MonkeyPa
     assert not torch.allclose(found[0], other_draw[0], rtol=1e-3)
 
 
+@pytest.mark.parametrize("draw", [_mask_of_bits, _plain_mask], ids=["CPU", "other devices"])
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.95])
-def test_a_mask_drops_its_share_of_values_each_by_itself(share: float) -> None:
+def test_a_mask_drops_its_share_of_values_each_by_itself(share: float, draw: Any) -> None:
     torch.manual_seed(3)
     rows, columns = 999, 1001  # not a multiple of the four values of a draw
-    dropped = 1 - mask(torch.empty(rows, columns), share).double()
-    assert dropped.shape == (rows, columns)
+    kept = draw(torch.empty(rows, columns), share)
+    assert (kept.shape, kept.dtype) == ((rows, columns), torch.uint8)
+    assert set(kept.unique().tolist()) == {0, 1}
+    dropped = 1 - kept.double()
     expected = share * dropped.numel()
     assert abs(float(dropped.sum()) - expected) < 5 * (expected * (1 - share)) ** 0.5
     for step in (1, 2, 3, 4, columns):  # neighbours, those of one draw too, go independently
@@ -86,7 +89,6 @@ def test_a_mask_drops_its_share_of_values_each_by_itself(share: float) -> None:
         variance = share**2 * (1 - share**2) + 2 * share**3 * (1 - share)  # pairs share values
         expected = share**2 * both.numel()
         assert abs(float(both.sum()) - expected) < 5 * (variance * both.numel()) ** 0.5
-    assert set(mask(torch.empty(4000), share).tolist()) <= {0, 1}
 
 
 @pytest.mark.parametrize("share", [1e-6, 1 - 1e-6])

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from lorakit import options
 from lorakit.commands.systems import parse_systems, systems_of
-from lorakit.errors import LorakitError
 from lorakit.files import STDIO
 from lorakit.metrics import METRICS
 from lorakit.settings import SignificanceSettings
-
-if TYPE_CHECKING:
-    from lorakit.bertscore import Embedder
 
 _METRIC_LIST = "\b\nMetrics, in percent:\n" + "\n".join(
     f"  {name:<10} {metric.help}" for name, metric in METRICS.items()
@@ -31,16 +27,6 @@ def _parse_metrics(
         if name not in METRICS:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(METRICS)}.")
     return list(dict.fromkeys(names))
-
-
-def _open_embedder(lang: str, model: str | None, layer: int | None) -> Embedder:
-    try:
-        from lorakit.embedding import open_embedder
-    except ModuleNotFoundError as error:
-        raise LorakitError(
-            f"--metric bertscore needs {error.name}; install it by pip install 'lorakit[bertscore]'"
-        ) from error
-    return open_embedder(lang, model, layer)
 
 
 @click.command(epilog=_METRIC_LIST)
@@ -140,7 +126,12 @@ def score(
     settings = options.settings_of(SignificanceSettings, given) if several else None
     embedder = None
     if any(METRICS[name].embedded for name in metric):
-        embedder = _open_embedder(lang, bertscore_model, bertscore_layer)
+        from lorakit.bertscore import check_libraries
+
+        check_libraries()
+        from lorakit.embedding import open_embedder
+
+        embedder = open_embedder(lang, bertscore_model, bertscore_layer)
     scored = score_systems(
         systems,
         metrics=metric,
