@@ -12,6 +12,7 @@ from models import save_model
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapter import Adapter
+from lorakit.commands import opening
 from lorakit.devices import pick_device, pick_dtype
 from lorakit.errors import LorakitError
 from lorakit.lora import default_targets, inject, pick_modules, projections
@@ -222,3 +223,16 @@ def test_freed_memory_is_used_again_without_asking_the_system() -> None:
         return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
     assert faults("keep") < faults() / 10
+
+
+@pytest.mark.parametrize(("device", "times"), [("cpu", 1), ("cuda", 0)])
+def test_commands_keep_freed_memory_where_they_compute_on_a_cpu(
+    device: str, times: int, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(opening, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(opening, "pick_device", torch.device)
+    monkeypatch.setattr(opening, "load_base", lambda *_, **__: base)
+    given = {"model": "any", "revision": None, "trust_remote_code": False}
+    opening.open_base(given, [], device, "float32", pytest.fail, training=False)
+    assert len(kept) == times
