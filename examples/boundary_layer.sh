@@ -21,7 +21,8 @@ root=$PWD
 . tests/setup.sh
 export OMP_NUM_THREADS=1 LORAKIT_MODEL=tiny
 tasks=${TASKS:-qa count summary translate yesno} ranks=${RANKS:-4 16} train=${TRAIN:-300}
-training="--data train.jsonl --val val.jsonl --lr 3e-3 --epochs 4 --dtype float32 --resume -q"
+fit="--lr 6e-3 --batch-size 4 --epochs 6 --patience 2 --dtype float32"
+training="--data train.jsonl --val val.jsonl $fit --resume -q"
 
 metric_of() {
     case $1 in
