@@ -82,6 +82,8 @@ ask() { # every command of the experiments, in the order of what they need
     done
     stage="###"
     for lang in $langs; do each_seed outputs; done
+    stage="####"
+    scores
 }
 
 each_seed() { # each_seed FUNCTION
@@ -137,8 +139,6 @@ ablated() {
     echo input-parameter-init
 }
 
-ask | python examples/forks.py
-
 system() { # system NAME: its files over the seeds, as score takes them
     files=""
     for seed in $seeds; do files="$files,$seed/$1.jsonl"; done
@@ -150,15 +150,19 @@ compare() { # compare TABLE BASELINE SYSTEM…: ask for scores of systems with s
     for name in "$@"; do
         case $name in *.jsonl) asked="$asked $name" ;; *) asked="$asked $(system $name)" ;; esac
     done
-    echo "$out/$lang/$task lorakit score $asked --baseline $baseline --lang $lang" \
+    echo "$stage$out/$lang/$task lorakit score $asked --baseline $baseline --lang $lang" \
         "--metric rougeL,bleu,em --format json -q -o $table.scores.jsonl"
 }
-for lang in $langs; do
-    for task in $tasks; do
-        compare table2 tgt zero-shot.jsonl xs.jsonl wl.jsonl tgt lorahub.xs+wl lorahub.xs+wl+tgt \
-            xs+wl xs+wl.pruned xs+wl+tgt xs+wl+tgt.pruned
-        [ $lang != ja ] || compare table4 xs+wl+tgt xs+wl+tgt xs+wl+tgt.pruned $(ablated)
+scores() {
+    for lang in $langs; do
+        for task in $tasks; do
+            compare table2 tgt zero-shot.jsonl xs.jsonl wl.jsonl tgt lorahub.xs+wl lorahub.xs+wl+tgt \
+                xs+wl xs+wl.pruned xs+wl+tgt xs+wl+tgt.pruned
+            [ $lang != ja ] || compare table4 xs+wl+tgt xs+wl+tgt xs+wl+tgt.pruned $(ablated)
+        done
     done
-done | python examples/forks.py
+}
+
+ask | python examples/forks.py
 python examples/table.py "$out" --table 2
 python examples/table.py "$out" --table 4
