@@ -17,7 +17,15 @@ from typing import Any, BinaryIO
 
 from lorakit.adapter import Adapter, Factor, lora_name, lora_parts, module_names
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO, atomic_path, explain, open_input, refuse_terminal
+from lorakit.files import (
+    STDIO,
+    atomic_path,
+    explain,
+    is_stream,
+    names_folder,
+    open_input,
+    refuse_terminal,
+)
 from lorakit.foreign import quote, refuse_folder, refuse_tensor
 from lorakit.header import header_text, parse_header
 from lorakit.peft_config import config_text, is_targeted, parse_config, rank_of
@@ -149,11 +157,9 @@ def save_adapter(
     """
     if output == STDIO:
         refuse_terminal("an adapter")
-        _write_stream(late() if late else adapter, output)
-    elif output.endswith(("/", os.sep)) or Path(output).is_dir():
+    if output != STDIO and names_folder(output):
         _save_folder(adapter, Path(output), late)
-    elif Path(output).exists() and not Path(output).is_file():
-        # a device or a named pipe has no side file
+    elif is_stream(output):
         _write_stream(late() if late else adapter, output)
     else:
         with atomic_path(output) as side, open(side, "wb") as stream:

@@ -63,6 +63,11 @@ def refuse_terminal(what: str) -> None:
         raise LorakitError(f"{what} would go to the terminal; give -o FILE or pipe it on")
 
 
+def names_folder(output: str) -> bool:
+    """Return whether an adapter's `output` is a folder: it is there, or ends in a slash."""
+    return output.endswith(("/", os.sep)) or os.path.isdir(output)
+
+
 def check_adapter_output(output: str) -> None:
     """Refuse, before the work, an adapter's output that could not be written after it.
 
@@ -70,7 +75,7 @@ def check_adapter_output(output: str) -> None:
     """
     if output == STDIO:
         refuse_terminal("an adapter")
-    elif not output.endswith(("/", os.sep)) and not os.path.isdir(output):
+    elif not names_folder(output):
         check_output(output)
 
 

@@ -8,13 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from adapters import tiny
-from program import ENVIRONMENT, PROGRAM, run, shell
+from program import ENVIRONMENT, PROGRAM, run, shell, wait_for
 
 from lorakit.adapterfile import save_adapter
 from lorakit.cli import COMMANDS, load_command
@@ -160,13 +159,6 @@ def test_ctrl_c_exits_with_130_and_leaves_the_old_file(tmp_path: Path) -> None:
         assert b"Traceback" not in child.stderr.read()
     assert (tmp_path / "out").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def wait_for(condition: Any, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.01)
 
 
 # — wrong usage: 2 —

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from models import open_base
 from training_data import rows, save_rows
 
 from lorakit import predictions
 from lorakit.errors import LorakitError
 from lorakit.generation import complete, generate, window_size
-from lorakit.model import Base, load_base
+from lorakit.model import Base
 from lorakit.predictions import write_predictions
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings
@@ -23,7 +24,7 @@ SETTINGS = GenerationSettings(max_new_tokens=6, batch_size=4, device="cpu", dtyp
 
 @pytest.fixture(scope="module")
 def base(llama: str) -> Base:
-    return load_base(llama, device=torch.device("cpu"), dtype=torch.float32)
+    return open_base(llama)
 
 
 class Notes:

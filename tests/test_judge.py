@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from endpoints import Reply, serving
-from program import ENVIRONMENT, PROGRAM
+from program import ENVIRONMENT, PROGRAM, wait_for
 
 import lorakit
 from lorakit.asking import AnswerFile, ask_all
@@ -181,13 +181,6 @@ def test_a_killed_run_goes_on_without_asking_again(tmp_path: Path) -> None:
     assert len(prompts) == 5 + 2
     assert len(set(prompts)) == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
-
-
-def wait_for(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)
 
 
 def test_an_error_keeps_the_answers_and_the_key(tmp_path: Path) -> None:

@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import save_model
+from models import open_base, save_model
 
 from lorakit.lora import default_targets, factors, inject, pick_modules, set_rank_scales
 from lorakit.lowrank import _Added, _mask_of_bits, _plain_mask, mask, standing
-from lorakit.model import load_base
 
 
 def lora_on(name: str, dtype: torch.dtype, *, dropout: float = 0.0, scaled: bool = False) -> Any:
-    base = load_base(name, device=torch.device("cpu"), dtype=dtype)
+    base = open_base(name, dtype)
     modules = pick_modules(base, default_targets(base)[0], None)
     layers = inject(base, dict.fromkeys(modules, 4), alpha=6, dropout=dropout)
     torch.manual_seed(1)

@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from program import ENVIRONMENT, PROGRAM, run, shell
+from program import ENVIRONMENT, PROGRAM, run, shell, wait_for
 
 from lorakit.adapter import Adapter, lora_name
 from lorakit.adapterfile import load_adapter, save_adapter
@@ -151,12 +150,13 @@ def test_a_killed_command_leaves_no_half_file_under_the_final_name(
         child.stdin.write('{"prompt": "p", "completion": "c"}\n')
         child.stdin.write('{"prompt": "q", "completion": "')
         child.stdin.flush()
+
         # the first record must reach the side file, so that the kill comes in the middle of it
-        end = time.monotonic() + 30
-        while not any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*")):
+        def is_written() -> bool:
             assert child.poll() is None
-            assert time.monotonic() < end, "nothing was written"
-            time.sleep(0.01)
+            return any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*"))
+
+        wait_for(is_written)
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
     assert (target.read_text() if target.exists() else None) == old
