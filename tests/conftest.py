@@ -40,7 +40,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny random Llama and its tokenizer."""
-    from models import save_model
+    from tests.support.models import save_model
 
     return save_model(tmp_path_factory.mktemp("llama"))
 

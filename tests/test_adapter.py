@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapters import run_python, save_tensors, tiny
 
 from lorakit.adapter import Adapter
 from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.errors import LorakitError
 from lorakit.tensorfile import Tensor, read_tensors
+from tests.support.adapters import run_python, save_tensors, tiny
 
 
 def content(adapter: Adapter) -> dict[str, Any]:

@@ -12,9 +12,6 @@ import peft
 import pytest
 import torch
 import transformers
-from models import FAMILIES, open_base, save_model
-from program import run_over
-from training_data import Silent, rows, save_rows
 
 from lorakit.adapter import Adapter
 from lorakit.adapterfile import load_adapter, save_adapter
@@ -33,6 +30,9 @@ from lorakit.pruning import prune_count
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings, LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training import Trainer
+from tests.support.models import FAMILIES, open_base, save_model
+from tests.support.program import run_over
+from tests.support.training_data import Silent, rows, save_rows
 
 SETTINGS = TrainingSettings(
     lr=1e-2, epochs=3, batch_size=6, dropout=0.0, device="cpu", dtype="float32"

@@ -2,17 +2,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
-from boundary_models import alone, random_adapter
-from models import FAMILIES, LAYERS, open_base, save_model
-from program import run
-from training_data import rows, save_rows
 
 from lorakit import boundary, pool
 from lorakit.adapter import Adapter
@@ -27,24 +22,13 @@ from lorakit.model import Base
 from lorakit.pool import can_pool
 from lorakit.records import Record, load_records
 from lorakit.scoring import System, score_systems
-from lorakit.settings import BoundarySettings, GenerationSettings
+from lorakit.settings import BoundarySettings
+from tests.support.boundary_models import SETTINGS, Notes, alone, random_adapter
+from tests.support.models import FAMILIES, LAYERS, open_base, save_model
+from tests.support.program import run
+from tests.support.training_data import rows, save_rows
 
-T = TypeVar("T")
-SETTINGS = GenerationSettings(max_new_tokens=12, device="cpu", dtype="float32")
 EVERY = list(range(LAYERS + 1))
-
-
-class Notes:
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def timed(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
-        made = list(items)
-        assert len(made) == total
-        yield from made
 
 
 def records(count: int, seed: int = 0) -> list[Record]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import tiny
-from program import ENVIRONMENT, PROGRAM, run, shell, wait_for
 
 from lorakit.adapterfile import save_adapter
 from lorakit.cli import COMMANDS, load_command
+from tests.support.adapters import tiny
+from tests.support.program import ENVIRONMENT, PROGRAM, run, shell, wait_for
 
 ROW = '{"prompt": "p", "completion": "c", "prediction": "c"}\n'
 JUDGE = ("--endpoint", "http://127.0.0.1:1/v1", "--judge-model", "x")

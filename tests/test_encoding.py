@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import byte_tokenizer
 
 from lorakit.encoding import CHAT_DATE, CutTally, Encoder
 from lorakit.errors import LorakitError
 from lorakit.records import Record
+from tests.support.models import byte_tokenizer
 
 END = 2
 CHAT = (

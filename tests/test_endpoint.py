@@ -7,11 +7,11 @@ import time
 from typing import Any
 
 import pytest
-from endpoints import completion, serving
 
 from lorakit import endpoint
 from lorakit.endpoint import Endpoint, check_key, check_url, retry_after
 from lorakit.errors import LorakitError
+from tests.support.endpoints import completion, serving
 
 KEY = "sk-secret-0123456789"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "é日"}]}

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import open_base
-from training_data import rows, save_rows
 
 from lorakit import predictions
 from lorakit.errors import LorakitError
@@ -18,6 +16,8 @@ from lorakit.model import Base
 from lorakit.predictions import write_predictions
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings
+from tests.support.models import open_base
+from tests.support.training_data import rows, save_rows
 
 SETTINGS = GenerationSettings(max_new_tokens=6, batch_size=4, device="cpu", dtype="float32")
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from adapters import save_tensors, tiny
 
 from lorakit.adapterfile import load_adapter
 from lorakit.errors import LorakitError
+from tests.support.adapters import save_tensors, tiny
 
 HEADERS = {
     "not JSON": ("{", "is not JSON"),

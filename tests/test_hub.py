@@ -10,10 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from adapters import run_python, tiny
 
 from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.errors import LorakitError
+from tests.support.adapters import run_python, tiny
 
 LOAD = """
     import sys

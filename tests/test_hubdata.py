@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from building import built, pairs, run, save
-from program import ENVIRONMENT
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.hubdata import _patterns_of
+from tests.support.building import built, pairs, run, save
+from tests.support.program import ENVIRONMENT
 
 TEMPLATES = {"template": "{{q}}", "completion": "{{a}}"}
 FLAGS = ("--template", "{{q}}", "--completion", "{{a}}")

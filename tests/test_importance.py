@@ -7,9 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import open_base
-from program import run
-from training_data import Silent, rows, save_rows
 
 from lorakit.adapter import Adapter
 from lorakit.adapterfile import load_adapter
@@ -19,6 +16,9 @@ from lorakit.importance import measure_importance, unstack
 from lorakit.merging import stack
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
+from tests.support.models import open_base
+from tests.support.program import run
+from tests.support.training_data import Silent, rows, save_rows
 
 SETTINGS = TrainingSettings(lr=2e-2, epochs=1, batch_size=4, dropout=0.0)
 

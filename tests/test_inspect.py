@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapters import ROOT, run_python, tiny
 from click.testing import CliRunner
 
 from lorakit.adapter import Adapter, lora_name
@@ -25,6 +24,7 @@ from lorakit.errors import LorakitError
 from lorakit.inspection import inspect_adapter, write_table
 from lorakit.layers import layer_of
 from lorakit.tensorfile import Tensor
+from tests.support.adapters import ROOT, run_python, tiny
 
 Q, V = (f"model.layers.1.self_attn.{last}" for last in ("q_proj", "v_proj"))
 HISTORY = [

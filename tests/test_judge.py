@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoints import Reply, serving
-from program import ENVIRONMENT, PROGRAM, wait_for
 
 import lorakit
 from lorakit.asking import AnswerFile, ask_all
 from lorakit.errors import LorakitError
+from tests.support.endpoints import Reply, serving
+from tests.support.program import ENVIRONMENT, PROGRAM, wait_for
 
 KEY = "sk-secret-0123456789"
 ENV = {**ENVIRONMENT, "OPENAI_API_KEY": KEY, "no_proxy": "127.0.0.1"}

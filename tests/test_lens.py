@@ -6,11 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from boundary_models import random_adapter
-from models import FAMILIES, LAYERS, open_base, save_model
-from program import run
-from test_boundary import SETTINGS, Notes
-from training_data import rows, save_rows
 
 from lorakit.adapter import Adapter
 from lorakit.adapterfile import save_adapter
@@ -20,6 +15,10 @@ from lorakit.lora import attach
 from lorakit.model import Base
 from lorakit.records import Record
 from lorakit.settings import BoundarySettings
+from tests.support.boundary_models import SETTINGS, Notes, random_adapter
+from tests.support.models import FAMILIES, LAYERS, open_base, save_model
+from tests.support.program import run
+from tests.support.training_data import rows, save_rows
 
 COUNT, TOKENS = 6, 4
 

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from adapters import tiny
-from endpoints import serving
-from program import ENVIRONMENT
 
 from lorakit.adapterfile import save_adapter
 from lorakit.cli import COMMANDS
 from lorakit.static import METHODS
+from tests.support.adapters import tiny
+from tests.support.endpoints import serving
+from tests.support.program import ENVIRONMENT
 
 # Parts of the standard library that cost as much as a package.
 SLOW_PARTS = ("asyncio", "email", "importlib.metadata", "multiprocessing", "tempfile", "unittest")

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import open_base
-from training_data import Silent, rows, save_rows
 
 from lorakit import lorahub
 from lorakit.adapter import Adapter
@@ -21,6 +19,8 @@ from lorakit.fitting import train_adapter
 from lorakit.lorahub import Point, bounded, compose, merge_lorahub, search_weights
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings
+from tests.support.models import open_base
+from tests.support.training_data import Silent, rows, save_rows
 
 SETTINGS = TrainingSettings(lr=5e-2, epochs=3, batch_size=4, dropout=0.0)
 

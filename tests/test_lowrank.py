@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import open_base, save_model
 
 from lorakit.lora import default_targets, factors, inject, pick_modules, set_rank_scales
 from lorakit.lowrank import _Added, _mask_of_bits, _plain_mask, mask, standing
+from tests.support.models import open_base, save_model
 
 
 def lora_on(name: str, dtype: torch.dtype, *, dropout: float = 0.0, scaled: bool = False) -> Any:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import save_model
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapter import Adapter
@@ -18,6 +17,7 @@ from lorakit.errors import LorakitError
 from lorakit.lora import default_targets, inject, pick_modules, projections
 from lorakit.model import Base, load_base
 from lorakit.model_choice import check_fingerprint, choose_model
+from tests.support.models import save_model
 
 CPU = torch.device("cpu")
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
 import transformers
-from models import FAMILIES, open_base, save_model
-from training_data import rows
 
 from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.encoding import Example
@@ -18,6 +15,9 @@ from lorakit.lora import default_targets, factors, inject, pick_modules
 from lorakit.model import Base
 from lorakit.packing import can_pack, pack, packs, target_logits
 from lorakit.records import Record
+from tests.support import models
+from tests.support.models import FAMILIES, open_base, save_model
+from tests.support.training_data import rows
 
 CPU = torch.device("cpu")
 _SMALL: dict[str, Any] = {

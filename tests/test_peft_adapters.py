@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from adapters import save_tensors, tiny
 
 from lorakit.adapter import Adapter, lora_name
 from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.errors import LorakitError
 from lorakit.tensorfile import Tensor, read_tensors
+from tests.support.adapters import save_tensors, tiny
+from tests.support.peft_models import KINDS, logits, random_model, with_lora
 
 FOUND = Path(__file__).parents[2] / "shared" / "adapters"
 CONFIGS = sorted((FOUND / "configs").glob("*.json"))
@@ -31,40 +32,6 @@ torch.set_num_threads(1)
 # PEFT's own use of a name transformers renamed. Any other warning, such as PEFT's of a key or a
 # tensor it does not know, is an error here: what lorakit writes loads without one.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "vocab_size": 50,
-}
-MODELS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "llama": lambda: transformers.LlamaConfig(**SIZES, intermediate_size=48),
-    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50),
-    "opt": lambda: transformers.OPTConfig(
-        **SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64
-    ),
-    "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_layer=3, n_head=4, vocab_size=50),
-}
-TOKENS = torch.tensor([[1, 5, 7, 9, 11, 3, 2, 4]])
-
-
-def random_model(family: str) -> Any:
-    torch.manual_seed(0)
-    config = MODELS[family]()
-    config.eos_token_id = config.bos_token_id = config.pad_token_id = None
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-def with_lora(base: Any, config: peft.LoraConfig | Mapping[str, Any]) -> Any:
-    """Return PEFT's own adapter on `base`, its B random."""
-    given = config if isinstance(config, peft.LoraConfig) else peft.LoraConfig(**config)
-    model = peft.get_peft_model(base, given).eval()
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn_like(parameter)
-    return model
 
 
 def deltas(model: Any) -> dict[str, torch.Tensor]:
@@ -82,11 +49,6 @@ def deltas(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.as_tensor(model(TOKENS).logits)
-
-
 def check_same_deltas(adapter: Adapter, model: Any) -> None:
     theirs = deltas(model)
     ours = {module.name: module for module in adapter.modules()}
@@ -97,52 +59,6 @@ def check_same_deltas(adapter: Adapter, model: Any) -> None:
         error = np.linalg.norm(module.delta() - expected) / np.linalg.norm(expected)
         assert error < 1e-6
         assert module.norm() == pytest.approx(float(np.linalg.norm(module.delta())), rel=1e-9)
-
-
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
-    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "rslora": ("llama", {"target_modules": ["q_proj"], "use_rslora": True, "r": 3}),
-    "rank pattern": (
-        "llama",
-        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2, "1.*q_proj": 5}},
-    ),
-    "alpha pattern": (
-        "llama",
-        {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"layers.1.*": 3}},
-    ),
-    "patterns under rslora": (
-        "llama",
-        {
-            "target_modules": ["q_proj", "v_proj"],
-            "rank_pattern": {"v_proj": 2},
-            "alpha_pattern": {"q_proj": 5},
-            "use_rslora": True,
-        },
-    ),
-    "layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}),
-    "one layer": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1}),
-    "layers of a family": (
-        "gpt2",
-        {
-            "target_modules": ["c_attn"],
-            "layers_to_transform": [1],
-            "layers_pattern": "h",
-            "fan_in_fan_out": True,
-        },
-    ),
-    "all-linear": ("llama", {"target_modules": "all-linear"}),
-    "the family's own": ("llama", {}),
-    "regular expression": ("llama", {"target_modules": r".*\.[02]\..*(q|v)_proj"}),
-    "excluded": (
-        "llama",
-        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*v_proj"},
-    ),
-    "gaussian": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
-    "orthogonal": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
-    "mica": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
-    "output head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
-}
 
 
 @pytest.mark.parametrize(("family", "fields"), KINDS.values(), ids=KINDS.keys())

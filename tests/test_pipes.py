@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from program import ENVIRONMENT, PROGRAM, run, shell, wait_for
 
 from lorakit.adapter import Adapter, lora_name
 from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.cli import lorakit
 from lorakit.errors import LorakitError
 from lorakit.tensorfile import Tensor
+from tests.support.program import ENVIRONMENT, PROGRAM, run, shell, wait_for
 
 ROWS = "".join(f'{{"text": "row {n}", "answer": "said {n}"}}\n' for n in range(20))
 TEMPLATES = "--template '{{text}} =' --completion ' {{answer}}'"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from adapters import tiny
 
 from lorakit.adapter import Adapter
 from lorakit.merging import peft_config, tensors_of
 from lorakit.portable import make_portable
+from tests.support.adapters import tiny
 
 
 def two_ranks() -> Adapter:

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import open_base
-from training_data import Silent, rows, save_rows
 
 from lorakit.adapter import Adapter
 from lorakit.adapterfile import load_adapter
@@ -28,6 +26,8 @@ from lorakit.pruning import CRITERIA, VALUES
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training import Trainer
+from tests.support.models import open_base
+from tests.support.training_data import Silent, rows, save_rows
 
 SETTINGS = TrainingSettings(lr=5e-2, epochs=2, batch_size=4, dropout=0.0, max_grad_norm=0.05)
 COMBINATIONS = list(itertools.product(CRITERIA, ["parameter", "module"], VALUES))

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from program import shell
 
 from lorakit.cli import COMMANDS
+from tests.support.program import shell
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 OWN_MODEL = "Your own model and data"

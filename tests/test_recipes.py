@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from building import built, run, save, tallied
 
 from lorakit.errors import LorakitError
 from lorakit.recipes import RECIPES, Request, Tally, build_dataset, draw, sample_record
 from lorakit.records import Record, read_records
+from tests.support.building import built, run, save, tallied
 
 ROWS = [Record({"id": str(number)}, f"x:{number}") for number in range(100)]
 TEMPLATES = {"template": "{{text}} =>", "completion": " {{answer}}"}

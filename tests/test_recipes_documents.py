@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from building import built, save, tallied
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.decoding import decoded
 from lorakit.recipes.latex import expanded, group_end, macros_of, to_text
+from tests.support.building import built, save, tallied
 
 
 def article_of(record: dict[str, Any]) -> str:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from building import built, pairs, run, save, tallied
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.filters import count_words, unspaced
 from lorakit.recipes.mimic import sections_of
+from tests.support.building import built, pairs, run, save, tallied
 
 
 def lines(*rows: dict[str, Any]) -> str:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import open_base
-from training_data import Silent, rows, save_rows
 
 from lorakit.adapter import Adapter
 from lorakit.adapterfile import load_adapter
@@ -18,6 +16,8 @@ from lorakit.errors import LorakitError
 from lorakit.fitting import train_adapter
 from lorakit.settings import LoraSettings, PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training import Trainer
+from tests.support.models import open_base
+from tests.support.training_data import Silent, rows, save_rows
 
 SETTINGS = TrainingSettings(lr=3e-2, epochs=6, patience=6, batch_size=4, dropout=0.1)
 Merge = Callable[..., tuple[Silent, list[dict[str, Any]]]]

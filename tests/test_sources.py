@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from building import built, save
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.request import Tally
 from lorakit.recipes.sources import parts
+from tests.support.building import built, save
 
 ROWS = "".join(f'{{"id": "{n}", "prompt": "p{n}", "completion": "c"}}\n' for n in range(3000))
 IDS = [str(number) for number in range(3000)]

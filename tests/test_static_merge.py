@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapters import tiny
-from program import run, shell
 
 from lorakit.adapter import Adapter, lora_name
 from lorakit.adapterfile import load_adapter, save_adapter
@@ -22,6 +20,8 @@ from lorakit.settings import StaticSettings
 from lorakit.static import METHODS
 from lorakit.static_merge import merge_adapters
 from lorakit.tensorfile import Tensor
+from tests.support.adapters import tiny
+from tests.support.program import run, shell
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

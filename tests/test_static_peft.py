@@ -15,13 +15,13 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_peft_adapters import logits, random_model
 
 from lorakit.adapter import Adapter
 from lorakit.adapterfile import load_adapter, save_adapter
 from lorakit.settings import StaticSettings
 from lorakit.static import METHODS
 from lorakit.static_merge import merge_adapters
+from tests.support.peft_models import logits, random_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 

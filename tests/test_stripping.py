@@ -12,9 +12,6 @@ import peft
 import pytest
 import torch
 import transformers
-from adapters import tiny
-from program import run
-from test_peft_adapters import KINDS, logits, random_model, with_lora
 
 from lorakit.adapter import Adapter, lora_name
 from lorakit.adapterfile import load_adapter, save_adapter
@@ -24,6 +21,9 @@ from lorakit.layers import layer_of
 from lorakit.merging import fold, peft_config, share_of_zeros, stack, tensors_of
 from lorakit.stripping import strip_layers, write_stripped
 from lorakit.tensorfile import Tensor, read_tensors
+from tests.support.adapters import tiny
+from tests.support.peft_models import KINDS, logits, random_model, with_lora
+from tests.support.program import run
 
 torch.set_num_threads(1)
 

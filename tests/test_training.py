@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import open_base
-from program import run_over
-from training_data import Silent, rows, save_rows
 
 from lorakit.adapterfile import load_adapter
 from lorakit.batch_loss import BatchLoss, new_accelerator
@@ -23,6 +20,9 @@ from lorakit.model import Base
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings
 from lorakit.training import Trainer, learning_rate_factor
+from tests.support.models import open_base
+from tests.support.program import run_over
+from tests.support.training_data import Silent, rows, save_rows
 
 SETTINGS = TrainingSettings(
     lr=1e-2, epochs=4, batch_size=6, dropout=0.0, device="cpu", dtype="float32"

@@ -15,7 +15,7 @@ import numpy as np
 from lorakit.adapter import Adapter, lora_name
 from lorakit.tensorfile import Tensor, write_tensors
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def tiny(rank: int = 2, layers: int = 2, dtype: str = "F32", **config: Any) -> Adapter:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,22 @@ from lorakit.merging import peft_config, tensors_of
 from lorakit.model import Base
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings
+
+T = TypeVar("T")
+SETTINGS = GenerationSettings(max_new_tokens=12, device="cpu", dtype="float32")
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def timed(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
+        made = list(items)
+        assert len(made) == total
+        yield from made
 
 
 def random_adapter(
