@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import save_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.storage import save_adapter
 from lorakit.checkpoint import Checkpoint, checkpoint_of
 from lorakit.files import is_stream
 from lorakit.fitting import fit

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.adapter import Adapter
 from lorakit.encoding import Example, encode_all
 from lorakit.errors import LorakitError
 from lorakit.files import open_text_output

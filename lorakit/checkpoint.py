@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from lorakit.adapters.tensors import Tensor, read_tensors, write_tensors
 from lorakit.errors import LorakitError
 from lorakit.files import atomic_path, is_stream
 from lorakit.lora import factors
-from lorakit.tensorfile import Tensor, read_tensors, write_tensors
 from lorakit.training import Progress, Trainer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")

@@ -1,6 +1,6 @@
 """Opening what a command reads and writes: `-` for the pipes, whole files replaced at once.
 
-It knows nothing of what is in the files; records.py and adapterfile.py do.
+It knows nothing of what is in the files; records.py and storage.py do.
 """
 
 from __future__ import annotations

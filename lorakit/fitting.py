@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import save_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.history import joined_history
+from lorakit.adapters.storage import save_adapter
 from lorakit.batch_loss import new_accelerator
 from lorakit.checkpoint import Checkpoint, checkpoint_of
 from lorakit.encoding import CHAT_DATE, Encoder, Example, encode_all
 from lorakit.errors import LorakitError
-from lorakit.header import joined_history
 from lorakit.lora import default_targets, inject, is_transposed, pick_modules, projections
 from lorakit.merging import Factors, peft_config, tensors_of
 from lorakit.model import Base

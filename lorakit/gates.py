@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from lorakit.layers import layer_of
+from lorakit.adapters.names import layer_of
 from lorakit.lora import PeftLayer, factors
 from lorakit.model import ADAPTER
 

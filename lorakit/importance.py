@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.names import layer_of
 from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.calibration import InputNorms
 from lorakit.joint import attach_stack
-from lorakit.layers import layer_of
 from lorakit.lora import check_fits
 from lorakit.merging import Block, Slice, Stack, stack
 from lorakit.model import Base

@@ -13,7 +13,8 @@ from typing import Any
 import accelerate
 import torch
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.portable import make_portable
 from lorakit.batch_loss import new_accelerator
 from lorakit.encoding import Encoder
 from lorakit.fitting import Corpus, header, load_corpus, settle, versions
@@ -27,7 +28,6 @@ from lorakit.lora import (
 )
 from lorakit.merging import Factors, Stack, fold, peft_config, share_of_zeros, stack, tensors_of
 from lorakit.model import Base
-from lorakit.portable import make_portable
 from lorakit.pruners import Pruner
 from lorakit.selection import Measured, measure_of
 from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.adapter import Adapter
 from lorakit.batching import IGNORED, MicroBatch, lay_out
 from lorakit.boundary import Notes, draw_sample, pick_boundaries
 from lorakit.encoding import Example, encode_all

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.names import layer_of
 from lorakit.errors import LorakitError
-from lorakit.layers import layer_of
 from lorakit.model import ADAPTER, FAMILY_TARGETS, Base, Conv1D, put_lora
 
 PeftLayer = Any  # peft.tuners.lora.LoraLayer, whose attributes torch types too widely

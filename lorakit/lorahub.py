@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import save_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.portable import make_portable
+from lorakit.adapters.storage import save_adapter
 from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.encoding import encode_all
 from lorakit.errors import LorakitError
@@ -24,7 +25,6 @@ from lorakit.fitting import header, settle, versions
 from lorakit.lora import attach, set_factors
 from lorakit.merging import FloatArray, block_names, tensors_of
 from lorakit.model import Base
-from lorakit.portable import make_portable
 from lorakit.records import load_records
 from lorakit.settings import TrainingSettings
 from lorakit.training import Watcher

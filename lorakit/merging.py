@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapter import Adapter, LoraModule, lora_name
+from lorakit.adapters.adapter import Adapter, LoraModule, lora_name
+from lorakit.adapters.names import layer_of, natural_key
+from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
-from lorakit.layers import layer_of, natural_key
-from lorakit.tensorfile import Tensor
 
 FloatArray = NDArray[np.float32]
 Factors = Mapping[

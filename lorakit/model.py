@@ -24,10 +24,10 @@ from huggingface_hub.errors import StrictDataclassError
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 
+from lorakit.adapters.base_model import TINY
 from lorakit.attention import attend_by_row
 from lorakit.encoding import Encoder
 from lorakit.errors import LorakitError
-from lorakit.model_choice import TINY
 from lorakit.packing import can_pack
 from lorakit.settings import GenerationSettings, TrainingSettings
 

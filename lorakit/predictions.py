@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import IO, Any, Protocol
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.adapter import Adapter
 from lorakit.encoding import CutTally, Encoder, Example
 from lorakit.errors import LorakitError
 from lorakit.files import Resumable, is_stream, open_text_output

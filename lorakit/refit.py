@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.tensorfile import FloatArray
+from lorakit.adapters.tensors import FloatArray
 
 Pair = tuple[FloatArray, FloatArray]  # A (r × d_in) and B (d_out × r)
 Matrix = NDArray[np.float64]

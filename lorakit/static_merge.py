@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.adapter import Adapter, Factor, LoraModule, lora_name
-from lorakit.adapterfile import save_adapter
+from lorakit.adapters.adapter import Adapter, Factor, LoraModule, lora_name
+from lorakit.adapters.base_model import base_name, check_fingerprint
+from lorakit.adapters.history import joined_history
+from lorakit.adapters.names import natural_key
+from lorakit.adapters.portable import make_portable
+from lorakit.adapters.storage import save_adapter
+from lorakit.adapters.tensors import FloatArray, Tensor
 from lorakit.errors import LorakitError
-from lorakit.header import joined_history
-from lorakit.layers import natural_key
 from lorakit.merging import (
     Block,
     Slice,
@@ -27,12 +30,9 @@ from lorakit.merging import (
     plain_name,
     unique_names,
 )
-from lorakit.model_choice import base_name, check_fingerprint
-from lorakit.portable import make_portable
 from lorakit.settings import StaticSettings
 from lorakit.static import METHODS
 from lorakit.taskvectors import Part
-from lorakit.tensorfile import FloatArray, Tensor
 from lorakit.versions import version_of
 
 Note = Callable[[str], None]

@@ -11,14 +11,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorakit.adapter import Adapter, LoraModule, lora_name
-from lorakit.adapterfile import save_adapter
+from lorakit.adapters.adapter import Adapter, LoraModule, lora_name
+from lorakit.adapters.config import Config, is_targeted, pattern_of
+from lorakit.adapters.foreign import quote
+from lorakit.adapters.history import FORMAT
+from lorakit.adapters.names import layer_of, stack_of
+from lorakit.adapters.storage import save_adapter
 from lorakit.errors import LorakitError
-from lorakit.foreign import quote
-from lorakit.header import FORMAT
-from lorakit.layers import layer_of, stack_of
 from lorakit.merging import block_names
-from lorakit.peft_config import Config, is_targeted, pattern_of
 
 _PENDING = "0" * 64  # stands for a hash until it is known
 _BASE_ADVICE = "use the base model without an adapter"

@@ -14,8 +14,8 @@ from decimal import Decimal
 
 import numpy as np
 
-from lorakit.adapter import LoraModule
-from lorakit.tensorfile import FloatArray
+from lorakit.adapters.adapter import LoraModule
+from lorakit.adapters.tensors import FloatArray
 
 Pair = tuple[FloatArray, FloatArray]  # A (r × d_in) and B (d_out × r)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import load_adapter, save_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adaptive import merge_adaptively
 from lorakit.batch_loss import new_accelerator
 from lorakit.batching import epoch_batches

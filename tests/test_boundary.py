@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lorakit import boundary, pool
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import save_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.storage import save_adapter
 from lorakit.boundary import Evaluation, decode, draw_sample, evaluate
 from lorakit.encoding import Example
 from lorakit.errors import LorakitError

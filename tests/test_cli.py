@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.adapterfile import save_adapter
+from lorakit.adapters.storage import save_adapter
 from lorakit.cli import COMMANDS, load_command
 from tests.support.adapters import tiny
 from tests.support.program import ENVIRONMENT, PROGRAM, run, shell, wait_for

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.adapterfile import load_adapter, save_adapter
+from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.errors import LorakitError
 from tests.support.adapters import run_python, tiny
 
 LOAD = """
     import sys
-    from lorakit.adapterfile import load_adapter
+    from lorakit.adapters.storage import load_adapter
     from lorakit.errors import LorakitError
     try:
         print(load_adapter(sys.argv[1]).sha256)

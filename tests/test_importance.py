@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import load_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.storage import load_adapter
 from lorakit.adaptive import merge_adaptively
 from lorakit.fitting import train_adapter
 from lorakit.importance import measure_importance, unstack

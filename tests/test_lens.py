@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import save_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.storage import save_adapter
 from lorakit.knee import knee, sketch
 from lorakit.lens import read_probabilities
 from lorakit.lora import attach

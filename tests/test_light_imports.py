@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.adapterfile import save_adapter
+from lorakit.adapters.storage import save_adapter
 from lorakit.cli import COMMANDS
 from lorakit.static import METHODS
 from tests.support.adapters import tiny
@@ -64,7 +64,7 @@ def test_help_imports_no_part_of_the_library_that_no_option_reads() -> None:
     assert "lorakit.recipes" in modules
     assert "lorakit.commands.merge" not in modules
     assert not [name for name in modules if name.startswith("lorakit.recipes.microworld")]
-    assert "lorakit.adapter" not in modules
+    assert "lorakit.adapters.adapter" not in modules
 
 
 def test_a_usage_error_is_found_before_anything_heavy_is_imported() -> None:

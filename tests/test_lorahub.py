@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lorakit import lorahub
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import load_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.storage import load_adapter
 from lorakit.batch_loss import BatchLoss
 from lorakit.batching import micro_batches
 from lorakit.errors import LorakitError

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.adapter import Adapter
 from lorakit.errors import LorakitError
 from lorakit.merging import (
     block_names,

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.base_model import check_fingerprint, choose_model
 from lorakit.commands import opening
 from lorakit.devices import pick_device, pick_dtype
 from lorakit.errors import LorakitError
 from lorakit.lora import default_targets, inject, pick_modules, projections
 from lorakit.model import Base, load_base
-from lorakit.model_choice import check_fingerprint, choose_model
 from tests.support.models import save_model
 
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.adapter import Adapter, lora_name
-from lorakit.adapterfile import load_adapter, save_adapter
+from lorakit.adapters.adapter import Adapter, lora_name
+from lorakit.adapters.storage import load_adapter, save_adapter
+from lorakit.adapters.tensors import Tensor
 from lorakit.cli import lorakit
 from lorakit.errors import LorakitError
-from lorakit.tensorfile import Tensor
 from tests.support.program import ENVIRONMENT, PROGRAM, run, shell, wait_for
 
 ROWS = "".join(f'{{"text": "row {n}", "answer": "said {n}"}}\n' for n in range(20))

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from lorakit.adapters.tensors import FloatArray
 from lorakit.refit import fit, refit
-from lorakit.tensorfile import FloatArray
 
 
 def draw(*shape: int, seed: int = 0) -> FloatArray:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import load_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.storage import load_adapter
 from lorakit.adaptive import merge_adaptively
 from lorakit.checkpoint import Checkpoint
 from lorakit.errors import LorakitError

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit import taskvectors
-from lorakit.adapter import LoraModule
+from lorakit.adapters.adapter import LoraModule
+from lorakit.adapters.tensors import FloatArray, Tensor
 from lorakit.settings import StaticSettings
 from lorakit.static import METHODS
 from lorakit.taskvectors import Part, combined, dropping, elected, total, trimming
-from lorakit.tensorfile import FloatArray, Tensor
 
 ONE = [[4, -1], [0.5, -3]]
 TWO = [[2, 5], [-1, -2]]

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.adapter import Adapter, lora_name
-from lorakit.adapterfile import load_adapter, save_adapter
+from lorakit.adapters.adapter import Adapter, lora_name
+from lorakit.adapters.config import is_targeted, rank_of
+from lorakit.adapters.storage import load_adapter, save_adapter
+from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from lorakit.merging import peft_config, tensors_of
-from lorakit.peft_config import is_targeted, rank_of
 from lorakit.settings import StaticSettings
 from lorakit.static import METHODS
 from lorakit.static_merge import merge_adapters
-from lorakit.tensorfile import Tensor
 from tests.support.adapters import tiny
 from tests.support.program import run, shell
 

@@ -16,8 +16,8 @@ import peft
 import pytest
 import torch
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import load_adapter, save_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.settings import StaticSettings
 from lorakit.static import METHODS
 from lorakit.static_merge import merge_adapters

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.adapterfile import load_adapter
+from lorakit.adapters.storage import load_adapter
 from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.batching import lay_out, micro_batches
 from lorakit.errors import LorakitError

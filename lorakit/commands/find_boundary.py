@@ -109,7 +109,7 @@ def _check(given: dict[str, Any], predictions: str | None) -> None:
 def _find(
     source: str, data: str, predictions: str | None, plot: str | None, given: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    from lorakit.adapterfile import load_adapter
+    from lorakit.adapters.storage import load_adapter
     from lorakit.boundary import evaluate
     from lorakit.commands.opening import open_base
     from lorakit.knee import sketch

@@ -30,7 +30,7 @@ def generate(adapter: str | None, data: str, output: str, **given: Any) -> None:
     options.one_pipe(adapter, data)
     if given["resume"] and output == STDIO:
         raise click.UsageError("--resume needs -o FILE: a pipe keeps nothing to go on from.")
-    from lorakit.adapterfile import load_adapter
+    from lorakit.adapters.storage import load_adapter
     from lorakit.commands.opening import open_base
     from lorakit.predictions import write_predictions
     from lorakit.progress import Notes

@@ -49,9 +49,9 @@ def inspect(
             "--importance needs --data, and --data and --plot need --importance."
         )
     options.one_pipe(adapter, data)
-    from lorakit.adapterfile import load_adapter
+    from lorakit.adapters.describe import inspect_adapter, write_table
+    from lorakit.adapters.storage import load_adapter
     from lorakit.files import STDIO, open_text_output
-    from lorakit.inspection import inspect_adapter, write_table
     from lorakit.records import write_records
 
     if data is not None:
@@ -72,7 +72,7 @@ def inspect(
 def _importance(
     source: str, data: str, plot: str | None, quiet: bool, given: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    from lorakit.adapterfile import load_adapter
+    from lorakit.adapters.storage import load_adapter
     from lorakit.commands.opening import open_base
     from lorakit.importance import measure_importance
     from lorakit.plots import check_plot, plot_importance

@@ -85,7 +85,7 @@ def _merge_adaptively(
         if value and not several:
             raise click.UsageError(f"{name} needs several ratios or thresholds, or auto.")
     from lorakit import adaptive
-    from lorakit.adapterfile import load_adapter
+    from lorakit.adapters.storage import load_adapter
     from lorakit.commands.opening import open_base, watching
     from lorakit.plots import check_plot, plot_search
 
@@ -121,7 +121,7 @@ def _merge_lorahub(
     adapters: tuple[str, ...], data: str, output: str, given: dict[str, Any]
 ) -> None:
     from lorakit import lorahub
-    from lorakit.adapterfile import load_adapter
+    from lorakit.adapters.storage import load_adapter
     from lorakit.commands.opening import open_base, watching
 
     settings = options.settings_of(TrainingSettings, given)
@@ -159,7 +159,7 @@ def _merge_statically(
     adapters: tuple[str, ...], method: str, output: str, given: dict[str, Any]
 ) -> None:
     from lorakit import static_merge
-    from lorakit.adapterfile import load_adapter
+    from lorakit.adapters.storage import load_adapter
     from lorakit.files import check_adapter_output
     from lorakit.progress import Notes
 

@@ -45,7 +45,7 @@ def strip_layers(
         raise click.BadParameter(f"{boundary} is below 0.", param_hint="'--boundary'")
     source = _source(adapter)
     options.one_pipe(source, boundary)
-    from lorakit.adapterfile import load_adapter
+    from lorakit.adapters.storage import load_adapter
     from lorakit.boundaries import read_boundary
     from lorakit.files import refuse_terminal
     from lorakit.progress import Notes

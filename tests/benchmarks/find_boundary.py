@@ -25,11 +25,11 @@ import peft
 import torch
 import transformers
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import load_adapter, save_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.names import layer_of
+from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.fitting import train_adapter
 from lorakit.gates import Gates
-from lorakit.layers import layer_of
 from lorakit.lora import attach, pick_modules, projections
 from lorakit.merging import peft_config, tensors_of
 from lorakit.model import Base, load_base

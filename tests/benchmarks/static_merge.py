@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import load_adapter, save_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.merging import peft_config, tensors_of
 from lorakit.settings import StaticSettings
 from lorakit.static_merge import merge_statically

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lorakit.adapter import Adapter, lora_name
-from lorakit.adapterfile import save_adapter
-from lorakit.tensorfile import Tensor
+from lorakit.adapters.adapter import Adapter, lora_name
+from lorakit.adapters.storage import save_adapter
+from lorakit.adapters.tensors import Tensor
 
 LAYERS, RANK, PIECE = 32, 64, 1 << 20
 

@@ -31,8 +31,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import load_adapter, save_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.batch_loss import new_accelerator
 from lorakit.batching import epoch_batches
 from lorakit.encoding import Example

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.adapter import Adapter, lora_name
-from lorakit.tensorfile import Tensor, write_tensors
+from lorakit.adapters.adapter import Adapter, lora_name
+from lorakit.adapters.tensors import Tensor, write_tensors
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.names import layer_of
 from lorakit.generation import generate
-from lorakit.layers import layer_of
 from lorakit.lora import attach, default_targets, is_transposed, pick_modules, projections
 from lorakit.merging import peft_config, tensors_of
 from lorakit.model import Base

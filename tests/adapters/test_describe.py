@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from lorakit.adapter import Adapter, lora_name
-from lorakit.adapterfile import save_adapter
+from lorakit.adapters.adapter import Adapter, lora_name
+from lorakit.adapters.describe import inspect_adapter, write_table
+from lorakit.adapters.names import layer_of
+from lorakit.adapters.storage import save_adapter
+from lorakit.adapters.tensors import Tensor
 from lorakit.commands.inspect import inspect
 from lorakit.errors import LorakitError
-from lorakit.inspection import inspect_adapter, write_table
-from lorakit.layers import layer_of
-from lorakit.tensorfile import Tensor
 from tests.support.adapters import ROOT, run_python, tiny
 
 Q, V = (f"model.layers.1.self_attn.{last}" for last in ("q_proj", "v_proj"))
@@ -239,8 +239,8 @@ def test_inspecting_imports_no_torch(tmp_path: Path) -> None:
     save_adapter(merged(), str(tmp_path / "x.safetensors"))
     heavy = "import sys; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     whole = (
-        "from lorakit.adapterfile import load_adapter, save_adapter\n"
-        "from lorakit.inspection import inspect_adapter\n"
+        "from lorakit.adapters.storage import load_adapter, save_adapter\n"
+        "from lorakit.adapters.describe import inspect_adapter\n"
         f"inspect_adapter(load_adapter({str(tmp_path / 'x.safetensors')!r}))\n"
     )
     assert run_python(whole + heavy).stdout == b"[]\n"

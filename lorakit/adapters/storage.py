@@ -1,8 +1,8 @@
 """Adapters in files: single files, PEFT folders, pipes and the hub, read, checked and written.
 
 It reads only what it can keep exactly: whatever else is in a file is refused by name, never
-dropped. The bytes are in tensorfile.py, the config in peft_config.py, lorakit's own header in
-header.py, the hub in hub.py.
+dropped. The bytes are in tensors.py, the config in config.py, lorakit's own header in
+history.py, the hub in hub.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lorakit.adapter import Adapter, Factor, lora_name, lora_parts, module_names
+from lorakit.adapters.adapter import Adapter, Factor, lora_name, lora_parts, module_names
+from lorakit.adapters.config import config_text, is_targeted, parse_config, rank_of
+from lorakit.adapters.foreign import quote, refuse_folder, refuse_tensor
+from lorakit.adapters.history import header_text, parse_header
+from lorakit.adapters.tensors import FLOATS, Tensor, read_tensors, write_tensors
 from lorakit.errors import LorakitError
 from lorakit.files import (
     STDIO,
@@ -26,10 +30,6 @@ from lorakit.files import (
     open_input,
     refuse_terminal,
 )
-from lorakit.foreign import quote, refuse_folder, refuse_tensor
-from lorakit.header import header_text, parse_header
-from lorakit.peft_config import config_text, is_targeted, parse_config, rank_of
-from lorakit.tensorfile import FLOATS, Tensor, read_tensors, write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lorakit.adapter import Adapter, LoraModule, lora_name
-from lorakit.tensorfile import FloatArray, Tensor
+from lorakit.adapters.adapter import Adapter, LoraModule, lora_name
+from lorakit.adapters.tensors import FloatArray, Tensor
 
 
 def make_portable(adapter: Adapter) -> Adapter:

@@ -1,6 +1,6 @@
 """What a PEFT `adapter_config.json` means: rank and scale of a module, which modules it targets.
 
-Which keys there may be is in peft_keys.py; here is what they say of a module, as PEFT reads them,
+Which keys there may be is in config_keys.py; here is what they say of a module, as PEFT reads them,
 and how a config is written. It imports no PEFT; the tests compare the two.
 """
 
@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from lorakit.adapters.config_keys import FORMER, HARMLESS_INITS, KEPT, PLAIN, REFUSED, TRAINING_ONLY
+from lorakit.adapters.foreign import quote
+from lorakit.adapters.tensors import parse_json
 from lorakit.errors import LorakitError
-from lorakit.foreign import quote
-from lorakit.peft_keys import FORMER, HARMLESS_INITS, KEPT, PLAIN, REFUSED, TRAINING_ONLY
-from lorakit.tensorfile import parse_json
 
 Config = Mapping[str, Any]
 

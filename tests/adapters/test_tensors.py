@@ -19,9 +19,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit import tensorfile
+from lorakit.adapters import tensors as tensorfile
+from lorakit.adapters.tensors import Tensor, read_tensors, write_tensors
 from lorakit.errors import LorakitError
-from lorakit.tensorfile import Tensor, read_tensors, write_tensors
 
 quick = settings(deadline=None, max_examples=60)
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -16,14 +16,14 @@ import safetensors.torch
 import torch
 import transformers
 
-from lorakit.adapter import Adapter, lora_name
-from lorakit.adapterfile import load_adapter, save_adapter
+from lorakit.adapters.adapter import Adapter, lora_name
+from lorakit.adapters.storage import load_adapter, save_adapter
+from lorakit.adapters.tensors import Tensor, read_tensors
 from lorakit.errors import LorakitError
-from lorakit.tensorfile import Tensor, read_tensors
 from tests.support.adapters import save_tensors, tiny
 from tests.support.peft_models import KINDS, logits, random_model, with_lora
 
-FOUND = Path(__file__).parents[2] / "shared" / "adapters"
+FOUND = Path(__file__).parents[3] / "shared" / "adapters"
 CONFIGS = sorted((FOUND / "configs").glob("*.json"))
 needs_found = pytest.mark.skipif(not FOUND.is_dir(), reason="the adapters found are not here")
 

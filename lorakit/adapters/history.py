@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lorakit.adapters.foreign import quote
+from lorakit.adapters.tensors import parse_json
 from lorakit.errors import LorakitError
-from lorakit.foreign import quote
-from lorakit.tensorfile import parse_json
 
 FORMAT = 1
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.portable import make_portable
 from lorakit.merging import peft_config, tensors_of
-from lorakit.portable import make_portable
 from tests.support.adapters import tiny
 
 

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, Literal, NoReturn, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.adapters.foreign import quote, refuse_other_bytes
 from lorakit.errors import LorakitError
 from lorakit.files import explain
-from lorakit.foreign import quote, refuse_other_bytes
 
 FloatArray = NDArray[np.float32]
 

@@ -15,8 +15,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from lorakit.errors import LorakitError
-from lorakit.peft_config import (
+from lorakit.adapters.config import (
     alpha_of,
     check_config,
     config_text,
@@ -25,7 +24,8 @@ from lorakit.peft_config import (
     rank_of,
     scale_of,
 )
-from lorakit.peft_keys import FORMER, HARMLESS_INITS, KEPT, REFUSED
+from lorakit.adapters.config_keys import FORMER, HARMLESS_INITS, KEPT, REFUSED
+from lorakit.errors import LorakitError
 
 MODULES = [
     "model.layers.0.self_attn.q_proj",

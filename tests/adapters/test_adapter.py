@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.adapter import Adapter
-from lorakit.adapterfile import load_adapter, save_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.storage import load_adapter, save_adapter
+from lorakit.adapters.tensors import Tensor, read_tensors
 from lorakit.errors import LorakitError
-from lorakit.tensorfile import Tensor, read_tensors
 from tests.support.adapters import run_python, save_tensors, tiny
 
 
@@ -60,8 +60,8 @@ def test_an_adapter_can_replace_the_file_it_was_read_from(tmp_path: Path) -> Non
 def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     script = """
         import sys
-        from lorakit.adapter import Adapter
-        from lorakit.adapterfile import load_adapter, save_adapter
+        from lorakit.adapters.adapter import Adapter
+        from lorakit.adapters.storage import load_adapter, save_adapter
         adapter = load_adapter(sys.argv[1])
         config = {**adapter.config, "target_modules": {"v_proj", "q_proj", "k_proj", "o_proj"}}
         save_adapter(Adapter(adapter.tensors, config, adapter.header), "-")
@@ -271,7 +271,7 @@ def test_folders_without_a_tensor_file_are_refused(
 
 KILLED = """
     import os, signal, sys
-    from lorakit import adapterfile as library
+    from lorakit.adapters import storage as library
     loaded = library.load_adapter(sys.argv[1])
     write, place = library.write_tensors, int(sys.argv[3])
     def half(tensors, metadata, stream, late):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorakit.adapter import Adapter
+from lorakit.adapters.adapter import Adapter
 from lorakit.errors import LorakitError
 
 TINY = "tiny"

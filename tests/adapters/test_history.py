@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.adapterfile import load_adapter
+from lorakit.adapters.storage import load_adapter
 from lorakit.errors import LorakitError
 from tests.support.adapters import save_tensors, tiny
 

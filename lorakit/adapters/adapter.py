@@ -1,7 +1,7 @@
 """LoRA adapters in memory: one A and one B for each module they change, by PEFT's names.
 
-It knows no files: adapterfile.py reads, checks and writes them. What the config means is in
-peft_config.py, what a tensor is in tensorfile.py.
+It knows no files: storage.py reads, checks and writes them. What the config means is in
+config.py, what a tensor is in tensors.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.adapters.config import config_text, scale_of
+from lorakit.adapters.foreign import quote
+from lorakit.adapters.names import layer_of, natural_key
+from lorakit.adapters.tensors import FloatArray, Tensor
 from lorakit.errors import LorakitError
-from lorakit.foreign import quote
-from lorakit.layers import layer_of, natural_key
-from lorakit.peft_config import config_text, scale_of
-from lorakit.tensorfile import FloatArray, Tensor
 
 Factor = Literal["A", "B"]
 

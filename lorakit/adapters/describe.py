@@ -13,10 +13,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from lorakit.adapter import Adapter, LoraModule, product_norm
-from lorakit.foreign import printable
-from lorakit.peft_config import alpha_of
-from lorakit.tensorfile import FloatArray
+from lorakit.adapters.adapter import Adapter, LoraModule, product_norm
+from lorakit.adapters.config import alpha_of
+from lorakit.adapters.foreign import printable
+from lorakit.adapters.tensors import FloatArray
 
 
 @dataclass(frozen=True)

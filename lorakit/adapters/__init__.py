@@ -1,0 +1,1 @@
+"""A LoRA in memory and on disk, with numpy alone."""
