@@ -27,7 +27,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorakit.recipes.microworld import TASKS, microworld
+from lorakit.recipes.microworld.world import TASKS, microworld
 
 BASE = [name for name, task in TASKS.items() if task.kind == "base"]
 LANGS = ("en", "ja")

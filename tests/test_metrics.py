@@ -27,7 +27,7 @@ from lorakit.errors import LorakitError
 from lorakit.metrics import METRICS, score, statistics
 from lorakit.segmentation import LANGUAGES, normalise, script_of, words
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROUGE = [name for name in METRICS if name.startswith("rouge")]
 TEXT_METRICS = [name for name, metric in METRICS.items() if metric.is_alone]
 SACREBLEU = ["bleu", "chrf"]

@@ -9,7 +9,7 @@ import pytest
 
 from lorakit.errors import LorakitError
 from lorakit.prompts import PROMPTS, fields_of, fill
-from lorakit.recipes import RECIPES
+from lorakit.recipes.table import RECIPES
 
 ROW: dict[str, Any] = {
     "text": "A {{title}} & \\1 \\g<0>",

@@ -132,7 +132,7 @@ def test_a_terminal_gets_the_table() -> None:
 
 
 def environment() -> dict[str, str]:
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     return {**os.environ, "PYTHONPATH": root, "TERM": "xterm", "COLUMNS": "100"}
 
 

@@ -8,8 +8,8 @@ import click
 
 from lorakit import options
 from lorakit.files import STDIO
-from lorakit.recipes import RECIPES
 from lorakit.recipes.request import SPLITS, Request
+from lorakit.recipes.table import RECIPES
 
 HUB = "hf://"
 _LIST = "\n".join(f"  {name:<12}{recipe.help}" for name, recipe in RECIPES.items())
@@ -95,9 +95,9 @@ def build_dataset(
         recipe, sources = "hf", (recipe, *sources)
     from itertools import islice
 
-    from lorakit import recipes
     from lorakit.files import open_text_output
     from lorakit.progress import Notes
+    from lorakit.recipes import table as recipes
     from lorakit.recipes.request import Tally
     from lorakit.records import write_records
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.filters import unspaced
-from lorakit.recipes.request import Request, Tally
-from lorakit.recipes.rows import (
+from lorakit.recipes.readers.rows import (
     converted,
     id_of,
     lines_in,
@@ -18,7 +17,8 @@ from lorakit.recipes.rows import (
     stripped,
     text_of,
 )
-from lorakit.recipes.sources import parts
+from lorakit.recipes.readers.sources import parts
+from lorakit.recipes.request import Request, Tally
 from lorakit.records import Record
 
 _LANGUAGES = {"en": "english", "ja": "japanese", "zh": "chinese_simplified"}

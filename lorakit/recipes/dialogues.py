@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.filters import unspaced
-from lorakit.recipes.request import Request, Tally
-from lorakit.recipes.rows import (
+from lorakit.recipes.readers.rows import (
     converted,
     id_of,
     lines_in,
@@ -17,7 +16,8 @@ from lorakit.recipes.rows import (
     stripped,
     text_of,
 )
-from lorakit.recipes.tables import rows_in
+from lorakit.recipes.readers.tables import rows_in
+from lorakit.recipes.request import Request, Tally
 from lorakit.records import Record
 
 _SUMMARIES = ("summary", "summary1", "summary2", "summary3")

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
-from lorakit.recipes.decoding import decoded
 from lorakit.recipes.filters import is_japanese
+from lorakit.recipes.readers.decoding import decoded
+from lorakit.recipes.readers.rows import converted, id_of, survived
+from lorakit.recipes.readers.sources import Part, parts
+from lorakit.recipes.readers.xmltrees import elements, text_in
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.recipes.rows import converted, id_of, survived
-from lorakit.recipes.sources import Part, parts
-from lorakit.recipes.xmltrees import elements, text_in
 from lorakit.records import Record
 
 if TYPE_CHECKING:

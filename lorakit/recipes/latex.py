@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.decoding import decoded
 from lorakit.recipes.filters import is_japanese
+from lorakit.recipes.readers.decoding import decoded
+from lorakit.recipes.readers.rows import converted
+from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.request import Request, Tally, UnwantedError, missing
-from lorakit.recipes.rows import converted
-from lorakit.recipes.sources import Part, parts
 from lorakit.records import Record
 
 _TITLES = {"ja": ("jtitle", "title"), "en": ("etitle", "title")}

@@ -14,10 +14,10 @@ from itertools import zip_longest
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.filters import count_words
+from lorakit.recipes.readers.rows import converted, id_of
+from lorakit.recipes.readers.sources import Part, parts
+from lorakit.recipes.readers.tables import table_in
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.recipes.rows import converted, id_of
-from lorakit.recipes.sources import Part, parts
-from lorakit.recipes.tables import table_in
 from lorakit.records import Record
 
 MIN_RATIO = 1.5

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.decoding import decoded
 from lorakit.recipes.jstage import declared_encoding
+from lorakit.recipes.readers.decoding import decoded
+from lorakit.recipes.readers.rows import converted
+from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.request import Request, Tally, UnwantedError, missing
-from lorakit.recipes.rows import converted
-from lorakit.recipes.sources import Part, parts
 from lorakit.records import Record
 
 _MOST_ITEMS = 8

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.request import Request, Tally
-from lorakit.recipes.rows import (
+from lorakit.recipes.readers.rows import (
     converted,
     id_of,
     objects_in,
@@ -16,6 +15,7 @@ from lorakit.recipes.rows import (
     split_parts,
     text_of,
 )
+from lorakit.recipes.request import Request, Tally
 from lorakit.records import Record
 
 _HOTPOT_FILES = {

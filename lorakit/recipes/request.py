@@ -109,7 +109,7 @@ class Recipe(NamedTuple):
         """The function that yields the rows; its module is imported now."""
         import importlib
 
-        module, _, name = self.rows.partition(".")
+        module, _, name = self.rows.rpartition(".")
         found: Rows = getattr(importlib.import_module(f"lorakit.recipes.{module}"), name)
         return found
 

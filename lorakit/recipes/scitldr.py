@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lorakit.errors import LorakitError
+from lorakit.recipes.readers.rows import converted, objects_in, split_parts
 from lorakit.recipes.request import Request, Tally
-from lorakit.recipes.rows import converted, objects_in, split_parts
 from lorakit.records import Record
 
 FILES = {"train": ("train.jsonl",), "validation": ("dev.jsonl",), "test": ("test.jsonl",)}

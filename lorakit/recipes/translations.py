@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError
+from lorakit.recipes.readers.rows import converted, first_character, id_of, lines_in, survived
+from lorakit.recipes.readers.sources import Part, parts
+from lorakit.recipes.readers.xmltrees import elements, text_in
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.recipes.rows import converted, first_character, id_of, lines_in, survived
-from lorakit.recipes.sources import Part, parts
-from lorakit.recipes.xmltrees import elements, text_in
 from lorakit.records import Record
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.recipes.rows import (
+from lorakit.recipes.readers.rows import (
     converted,
     id_of,
     objects_in,
@@ -20,7 +19,8 @@ from lorakit.recipes.rows import (
     split_parts,
     stripped,
 )
-from lorakit.recipes.sources import Part
+from lorakit.recipes.readers.sources import Part
+from lorakit.recipes.request import Request, Tally, UnwantedError
 from lorakit.records import Record
 
 _NAMES = split_names("*{}*.jsonl", "*{}*.json")

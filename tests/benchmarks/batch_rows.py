@@ -17,7 +17,7 @@ import torch
 from lorakit.devices import pick_device
 from lorakit.generation import generate
 from lorakit.model import load_base
-from lorakit.recipes.microworld import microworld
+from lorakit.recipes.microworld.world import microworld
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings
 

@@ -34,7 +34,7 @@ from lorakit.lora import attach, pick_modules, projections
 from lorakit.merging import peft_config, tensors_of
 from lorakit.model import Base, load_base
 from lorakit.pool import Pool
-from lorakit.recipes.microworld import microworld
+from lorakit.recipes.microworld.world import microworld
 from lorakit.records import Record, write_records
 from lorakit.settings import LoraSettings, TrainingSettings
 

@@ -41,7 +41,7 @@ from lorakit.lora import pick_modules
 from lorakit.merging import peft_config, stack, tensors_of
 from lorakit.model import load_base
 from lorakit.pruners import Pruner
-from lorakit.recipes import build_dataset
+from lorakit.recipes.table import build_dataset
 from lorakit.records import Record
 from lorakit.settings import PruningSettings, TrainingSettings
 from lorakit.training import Trainer

@@ -8,7 +8,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from lorakit.cli import lorakit
-from lorakit.recipes import Request, Tally, build_dataset
+from lorakit.recipes.table import Request, Tally, build_dataset
 
 
 def built(recipe: str, *sources: object, **request: Any) -> list[dict[str, Any]]:

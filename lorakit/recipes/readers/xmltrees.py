@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.sources import Part
+from lorakit.recipes.readers.sources import Part
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

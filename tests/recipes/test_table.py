@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorakit.errors import LorakitError
-from lorakit.recipes import RECIPES, Request, Tally, build_dataset, draw, sample_record
+from lorakit.recipes.table import RECIPES, Request, Tally, build_dataset, draw, sample_record
 from lorakit.records import Record, read_records
 from tests.support.building import built, run, save, tallied
 

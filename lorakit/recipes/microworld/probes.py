@@ -2,13 +2,13 @@
 
 Question answering, word problems, translation, dialogue summaries and response selection, with
 their prompts. To add a probe, write its prompt into PROMPTS, its function here, and its line into
-TASKS in microworld.py.
+TASKS in world.py.
 """
 
 from __future__ import annotations
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.microworld_words import (
+from lorakit.recipes.microworld.words import (
     CAUSES,
     LANGS,
     MATERIALS,

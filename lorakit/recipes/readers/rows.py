@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lorakit.errors import LorakitError
+from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.recipes.sources import Part, parts
 from lorakit.records import Record, parse_json, parse_object
 
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}

@@ -17,8 +17,8 @@ import pytest
 import zstandard
 
 from lorakit.errors import LorakitError
+from lorakit.recipes.readers.sources import parts
 from lorakit.recipes.request import Tally
-from lorakit.recipes.sources import parts
 from tests.support.building import built, save
 
 ROWS = "".join(f'{{"id": "{n}", "prompt": "p{n}", "completion": "c"}}\n' for n in range(3000))
@@ -158,7 +158,7 @@ def test_bytes_are_counted_as_they_are_read(tmp_path: Path) -> None:
 def test_a_document_that_is_too_large_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakit.recipes.sources._LARGEST_WHOLE", 10)
+    monkeypatch.setattr("lorakit.recipes.readers.sources._LARGEST_WHOLE", 10)
     path = save(tmp_path / "a.tex", "x" * 11)
     with pytest.raises(LorakitError, match="larger than"):
         built("latex", path)
@@ -168,8 +168,8 @@ def test_a_document_that_is_too_large_is_refused(
 def test_a_line_without_end_is_an_error_and_not_all_memory(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakit.recipes.sources.LONGEST_LINE", 1000)
-    monkeypatch.setattr("lorakit.recipes.tables._LONGEST_CELL", 1000)
+    monkeypatch.setattr("lorakit.recipes.readers.sources.LONGEST_LINE", 1000)
+    monkeypatch.setattr("lorakit.recipes.readers.tables._LONGEST_CELL", 1000)
     path = save(tmp_path / "a.gz", gzip.compress(b"x" * 10_000_000))
     with pytest.raises(LorakitError, match=r"a\.gz:1: .*(more|larger) than"):
         built(recipe, path)

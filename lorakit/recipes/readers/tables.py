@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from lorakit.errors import LorakitError
+from lorakit.recipes.readers.rows import first_character, objects_in
+from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.request import Request, Tally
-from lorakit.recipes.rows import first_character, objects_in
-from lorakit.recipes.sources import Part, parts
 from lorakit.records import Record
 
 _LONGEST_CELL = 1 << 26

@@ -354,9 +354,9 @@ def test_separated_words_are_joined_as_they_are_written(text: str, written: str)
 
 def test_a_large_table_is_streamed() -> None:
     """A pipe that never ends is read only as far as records are asked for."""
+    from lorakit.recipes.readers.sources import Part
+    from lorakit.recipes.readers.tables import table_in
     from lorakit.recipes.request import Tally
-    from lorakit.recipes.sources import Part
-    from lorakit.recipes.tables import table_in
 
     class Endless(io.RawIOBase):
         read_so_far = 0

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.hubdata import _patterns_of
+from lorakit.recipes.readers.hub_data import _patterns_of
 from tests.support.building import built, pairs, run, save
 from tests.support.program import ENVIRONMENT
 

@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple, cast
 
 from lorakit.errors import LorakitError
 from lorakit.files import STDIO, open_input
-from lorakit.recipes.compression import COMPRESSED, decompressed, guarded
+from lorakit.recipes.readers.compression import COMPRESSED, decompressed, guarded
 from lorakit.recipes.request import Tally
 
 LONGEST_LINE = 1 << 26

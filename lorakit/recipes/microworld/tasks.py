@@ -3,13 +3,13 @@
 A task takes dice and a language and returns a record's own fields. Base tasks teach copying and
 following instructions; none of them tells a true fact from its rival. Related and target tasks all
 do, each in its own domain, wording and form. To add a task, write its prompt into PROMPTS, its
-function here, and its line into TASKS in microworld.py.
+function here, and its line into TASKS in world.py.
 """
 
 from __future__ import annotations
 
-from lorakit.recipes.microworld_documents import DOMAINS, Document
-from lorakit.recipes.microworld_words import (
+from lorakit.recipes.microworld.documents import DOMAINS, Document
+from lorakit.recipes.microworld.words import (
     CAUSES,
     CORPORA,
     FINDINGS,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lorakit.recipes.microworld_words import (
+from lorakit.recipes.microworld.words import (
     ACTIONS,
     ADVICE,
     CAUSES,

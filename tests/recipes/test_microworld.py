@@ -13,9 +13,9 @@ import pytest
 
 import lorakit
 from lorakit.errors import LorakitError
-from lorakit.recipes.microworld import SIZES, TASKS, microworld
-from lorakit.recipes.microworld_documents import CONTRASTS, DOMAINS
-from lorakit.recipes.microworld_words import LANGS, Draw
+from lorakit.recipes.microworld.documents import CONTRASTS, DOMAINS
+from lorakit.recipes.microworld.words import LANGS, Draw
+from lorakit.recipes.microworld.world import SIZES, TASKS, microworld
 
 TINY = Path(lorakit.__file__).parent / "tiny"
 CASES = [(task, lang) for task in TASKS for lang in LANGS if (task, lang) != ("translate", "ja")]

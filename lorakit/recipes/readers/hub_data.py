@@ -14,10 +14,10 @@ from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.hub import explained
-from lorakit.recipes.parquet import parquet_in
+from lorakit.recipes.readers.parquet import parquet_in
+from lorakit.recipes.readers.sources import matches, parts
+from lorakit.recipes.readers.tables import rows_in
 from lorakit.recipes.request import Request, Tally
-from lorakit.recipes.sources import matches, parts
-from lorakit.recipes.tables import rows_in
 from lorakit.records import Record
 
 _ADDRESS = re.compile(

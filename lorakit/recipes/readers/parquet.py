@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lorakit.errors import LorakitError
+from lorakit.recipes.readers.sources import Part, parts, seekable
 from lorakit.recipes.request import Request, Tally, missing
-from lorakit.recipes.sources import Part, parts, seekable
 from lorakit.records import Record
 
 _BATCH = 256

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from lorakit.errors import LorakitError
-from lorakit.recipes import microworld_probes as probes
-from lorakit.recipes import microworld_tasks as tasks
-from lorakit.recipes.microworld_words import LANGS, Draw
+from lorakit.recipes.microworld import probes, tasks
+from lorakit.recipes.microworld.words import LANGS, Draw
 from lorakit.recipes.request import Request, Tally
 from lorakit.records import Record
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.decoding import decoded
 from lorakit.recipes.latex import expanded, group_end, macros_of, to_text
+from lorakit.recipes.readers.decoding import decoded
 from tests.support.building import built, save, tallied
 
 

@@ -1,0 +1,1 @@
+"""A generated world, and tasks about it."""

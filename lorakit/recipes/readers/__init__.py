@@ -1,0 +1,1 @@
+"""Raw files of every form to rows: one reader a form."""
