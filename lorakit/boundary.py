@@ -21,13 +21,13 @@ from lorakit.files import open_text_output
 from lorakit.gates import Gates, layers_on
 from lorakit.generation import complete, text_of
 from lorakit.lora import attach
-from lorakit.metrics import METRICS, Score, score
 from lorakit.model import Base
 from lorakit.pool import Pool, Written, can_pool
 from lorakit.predictions import encoder_of
 from lorakit.records import Record, load_records, write_records
-from lorakit.score_texts import references_of
-from lorakit.scoring import find_cautions
+from lorakit.scoring.metrics import METRICS, Score, score
+from lorakit.scoring.systems import find_cautions
+from lorakit.scoring.texts import references_of
 from lorakit.settings import BoundarySettings, GenerationSettings
 
 T = TypeVar("T")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lorakit.bertscore import DEFAULT_MODELS, OTHER_MODEL, TUNED_LAYERS, Embedded
 from lorakit.devices import pick_device
 from lorakit.errors import LorakitError
 from lorakit.model import TextEncoder, load_text_encoder
+from lorakit.scoring.bertscore import DEFAULT_MODELS, OTHER_MODEL, TUNED_LAYERS, Embedded
 
 _BATCH = 32
 

@@ -153,7 +153,7 @@ class MetricName(ParamType):
         self._others = others
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from lorakit.metrics import METRICS
+        from lorakit.scoring.metrics import METRICS
 
         names = [*self._others, *(name for name, metric in METRICS.items() if metric.is_alone)]
         if value not in names:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from lorakit.encoding import Encoder
 from lorakit.generation import generate
-from lorakit.metrics import METRICS, score
 from lorakit.model import Base
 from lorakit.records import Record
+from lorakit.scoring.metrics import METRICS, score
 from lorakit.settings import LOSS, GenerationSettings, SelectionSettings
 
 

@@ -17,11 +17,11 @@ from lorakit.encoding import Example
 from lorakit.errors import LorakitError
 from lorakit.gates import Gates
 from lorakit.lora import attach
-from lorakit.metrics import METRICS, Score
 from lorakit.model import Base
 from lorakit.pool import can_pool
 from lorakit.records import Record, load_records
-from lorakit.scoring import System, score_systems
+from lorakit.scoring.metrics import METRICS, Score
+from lorakit.scoring.systems import System, score_systems
 from lorakit.settings import BoundarySettings
 from tests.support.boundary_models import SETTINGS, Notes, alone, random_adapter
 from tests.support.models import FAMILIES, LAYERS, open_base, save_model

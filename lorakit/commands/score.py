@@ -11,7 +11,7 @@ import click
 from lorakit import options
 from lorakit.commands.systems import parse_systems, systems_of
 from lorakit.files import STDIO
-from lorakit.metrics import METRICS
+from lorakit.scoring.metrics import METRICS
 from lorakit.settings import SignificanceSettings
 
 _METRIC_LIST = "\b\nMetrics, in percent:\n" + "\n".join(
@@ -116,8 +116,8 @@ def score(
     """
     from lorakit.files import open_text_output
     from lorakit.records import write_records
-    from lorakit.score_table import write_score_table
-    from lorakit.scoring import score_systems
+    from lorakit.scoring.systems import score_systems
+    from lorakit.scoring.table import write_score_table
 
     if baseline is None and any(METRICS[name].compared for name in metric):
         raise click.UsageError("--metric contains-baseline needs --baseline.")
@@ -126,7 +126,7 @@ def score(
     settings = options.settings_of(SignificanceSettings, given) if several else None
     embedder = None
     if any(METRICS[name].embedded for name in metric):
-        from lorakit.bertscore import check_libraries
+        from lorakit.scoring.bertscore import check_libraries
 
         check_libraries()
         from lorakit.embedding import open_embedder

@@ -10,7 +10,7 @@ import click
 from lorakit.files import STDIO
 
 if TYPE_CHECKING:
-    from lorakit.scoring import System
+    from lorakit.scoring.systems import System
 
 
 def parse_systems(
@@ -39,7 +39,7 @@ def systems_of(
 
     Raises a usage error for names that say nothing clear, and for stdin given twice.
     """
-    from lorakit.scoring import System
+    from lorakit.scoring.systems import System
 
     systems = [System((path,)) for path in predictions]
     systems += [System(files, name) for name, files in named]

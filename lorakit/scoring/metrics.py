@@ -16,27 +16,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lorakit.answers import (
+from lorakit.errors import LorakitError
+from lorakit.scoring.answers import (
     contains_label,
     exact_match,
     final_number_match,
     first_words_match,
     token_f1,
 )
-from lorakit.corpus_metrics import bleu, chrf
-from lorakit.errors import LorakitError
-from lorakit.example_metrics import (
+from lorakit.scoring.languages import language
+from lorakit.scoring.per_example import (
     bertscore,
     best_reference,
     contains_other,
     contains_other_where_worse,
     rouge,
 )
-from lorakit.segmentation import language
-from lorakit.sufficient import MetricFunction, References, Statistics
+from lorakit.scoring.sacrebleu import bleu, chrf
+from lorakit.scoring.statistics import MetricFunction, References, Statistics
 
 if TYPE_CHECKING:
-    from lorakit.bertscore import Embedder
+    from lorakit.scoring.bertscore import Embedder
 
 EmbeddingMetric = Callable[[Sequence[str], References, str, "Embedder"], Statistics]
 ComparingMetric = Callable[[Sequence[str], References, Sequence[str], str], Statistics]

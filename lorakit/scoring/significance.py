@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import LorakitError
+from lorakit.scoring.statistics import Statistics
 from lorakit.settings import SignificanceSettings
-from lorakit.sufficient import Statistics
 
 Array = NDArray[np.float64]
 Runs = Sequence[Statistics]

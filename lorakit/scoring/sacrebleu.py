@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lorakit.segmentation import language, words
-from lorakit.sufficient import References, Row, Statistics
+from lorakit.scoring.languages import language, words
+from lorakit.scoring.statistics import References, Row, Statistics
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric as SacrebleuMetric
 
-    from lorakit.sufficient import Array
+    from lorakit.scoring.statistics import Array
 
 
 def bleu(predictions: Sequence[str], references: References, lang: str) -> Statistics:
@@ -21,7 +21,7 @@ def bleu(predictions: Sequence[str], references: References, lang: str) -> Stati
     """
     from sacrebleu.metrics.bleu import BLEU
 
-    from lorakit.corpus_values import bleu_values
+    from lorakit.scoring.corpus_values import bleu_values
 
     if lang != "ja":  # force: no hint in the log that the text looks tokenised
         judge = BLEU(tokenize="zh" if lang == "zh" else "13a", force=True)
@@ -48,7 +48,7 @@ def chrf(predictions: Sequence[str], references: References, lang: str) -> Stati
     """
     from sacrebleu.metrics.chrf import CHRF
 
-    from lorakit.corpus_values import chrf_values
+    from lorakit.scoring.corpus_values import chrf_values
 
     return _sacrebleu(CHRF(), chrf_values, predictions, references)
 

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from decimal import Decimal
 
-from lorakit.segmentation import language, normalise, words
+from lorakit.scoring.languages import language, normalise, words
 
 
 def exact_match(prediction: str, reference: str, lang: str) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from lorakit.metrics import METRICS
-from lorakit.scoring import SystemScores
+from lorakit.scoring.metrics import METRICS
+from lorakit.scoring.systems import SystemScores
 
 _WIDER_THAN_ANY_ROW = 10_000
 _SIGNIFICANT = 0.05

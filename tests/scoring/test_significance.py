@@ -18,10 +18,10 @@ import pytest
 from numpy.typing import NDArray
 
 from lorakit.errors import LorakitError
-from lorakit.metrics import METRICS, statistics
+from lorakit.scoring.metrics import METRICS, statistics
+from lorakit.scoring.significance import bootstrap, compare, interval_of, p_values
+from lorakit.scoring.statistics import Statistics
 from lorakit.settings import SignificanceSettings
-from lorakit.significance import bootstrap, compare, interval_of, p_values
-from lorakit.sufficient import Statistics
 
 SEED = 12345
 FEW = SignificanceSettings(trials=500, seed=SEED)
@@ -113,7 +113,7 @@ def test_draws_do_not_depend_on_how_they_are_cut_into_chunks(
 ) -> None:
     ours, theirs = (runs_of(texts[name], texts["ref"], "bleu", "f1") for name in ("odd", "even"))
     whole = (p_values(ours, theirs, FEW), [interval_of(one) for one in bootstrap(ours, FEW)])
-    monkeypatch.setattr("lorakit.significance._DRAWS_AT_ONCE", 1)
+    monkeypatch.setattr("lorakit.scoring.significance._DRAWS_AT_ONCE", 1)
     intervals = [interval_of(one) for one in bootstrap(ours, FEW)]
     assert p_values(ours, theirs, FEW) == whole[0]
     for one, other in zip(intervals, whole[1], strict=True):

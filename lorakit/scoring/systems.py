@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lorakit.answers import final_number
 from lorakit.errors import LorakitError
-from lorakit.metrics import METRICS, Score, statistics
-from lorakit.score_texts import Texts, check_alike, load_texts
-from lorakit.segmentation import LANGUAGES, script_of
+from lorakit.scoring.answers import final_number
+from lorakit.scoring.languages import LANGUAGES, script_of
+from lorakit.scoring.metrics import METRICS, Score, statistics
+from lorakit.scoring.statistics import Statistics
+from lorakit.scoring.texts import Texts, check_alike, load_texts
 from lorakit.settings import SignificanceSettings
-from lorakit.sufficient import Statistics
 
 if TYPE_CHECKING:  # imports numpy
-    from lorakit.bertscore import Embedder
-    from lorakit.significance import Comparison, Interval
+    from lorakit.scoring.bertscore import Embedder
+    from lorakit.scoring.significance import Comparison, Interval
 
 _ENOUGH_TO_JUDGE = 1000
 
@@ -253,7 +253,7 @@ def _score(
 def _with_significance(
     scored: Sequence[SystemScores], baseline: str | None, settings: SignificanceSettings
 ) -> list[SystemScores]:
-    from lorakit.significance import bootstrap, compare, interval_of
+    from lorakit.scoring.significance import bootstrap, compare, interval_of
 
     drawn = [bootstrap(one.runs, settings) for one in scored]
     labels = [one.system.label for one in scored]

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from lorakit.commands.score import score
 from lorakit.errors import LorakitError
-from lorakit.metrics import METRICS
+from lorakit.scoring.metrics import METRICS
 
 TEXT_METRICS = [name for name, metric in METRICS.items() if metric.is_alone]
 GOOD = {"id": "1", "prediction": "the cat sat", "references": ["the cat sat", "a dog"]}

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.answers import (
+from lorakit.errors import LorakitError
+from lorakit.scoring.answers import (
     contains_label,
     exact_match,
     final_number,
@@ -23,9 +24,8 @@ from lorakit.answers import (
     first_words_match,
     token_f1,
 )
-from lorakit.errors import LorakitError
-from lorakit.metrics import METRICS, score, statistics
-from lorakit.segmentation import LANGUAGES, normalise, script_of, words
+from lorakit.scoring.languages import LANGUAGES, normalise, script_of, words
+from lorakit.scoring.metrics import METRICS, score, statistics
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROUGE = [name for name in METRICS if name.startswith("rouge")]

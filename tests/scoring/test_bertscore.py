@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from lorakit.bertscore import Embedded, best_f1s, greedy_f1
 from lorakit.commands.score import score
 from lorakit.errors import LorakitError
-from lorakit.metrics import METRICS, statistics
+from lorakit.scoring.bertscore import Embedded, best_f1s, greedy_f1
+from lorakit.scoring.metrics import METRICS, statistics
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", ".", ","]
 PREDICTIONS = ["the cat sat on the mat .", "a dog", "cat , dog ran", "mat"]

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.answers import contains_label, token_f1
-from lorakit.segmentation import language, words
-from lorakit.sufficient import MetricFunction, References, Row, Statistics
+from lorakit.scoring.answers import contains_label, token_f1
+from lorakit.scoring.languages import language, words
+from lorakit.scoring.statistics import MetricFunction, References, Row, Statistics
 from lorakit.versions import version_of
 
 if TYPE_CHECKING:
-    from lorakit.bertscore import Embedder
-    from lorakit.sufficient import Array
+    from lorakit.scoring.bertscore import Embedder
+    from lorakit.scoring.statistics import Array
 
 Comparison = Callable[[str, str, str], float]
 
@@ -133,7 +133,7 @@ def bertscore(
     predictions: Sequence[str], references: References, lang: str, embedder: Embedder
 ) -> Statistics:
     """Return BERTScore's F1 of each example: the best over references, no idf, not rescaled."""
-    from lorakit.bertscore import best_f1s
+    from lorakit.scoring.bertscore import best_f1s
 
     rows = [[value] for value in best_f1s(predictions, references, embedder)]
     signature = (
