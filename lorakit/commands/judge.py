@@ -113,7 +113,7 @@ def judge(
     for name, values in (("--endpoint", endpoint), ("--key-variable", key_variable)):
         if len(values) not in (1, len(judge_model)):
             raise click.UsageError(f"Give {name} once, or once for each --judge-model.")
-    from lorakit.panel import open_panel, write_judgements
+    from lorakit.judging.panel import open_panel, write_judgements
     from lorakit.progress import Notes
 
     settings = options.settings_of(JudgeSettings, given)

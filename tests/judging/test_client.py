@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lorakit import endpoint
-from lorakit.endpoint import Endpoint, check_key, check_url, retry_after
 from lorakit.errors import LorakitError
+from lorakit.judging import client as endpoint
+from lorakit.judging.client import Endpoint, check_key, check_url, retry_after
 from tests.support.endpoints import completion, serving
 
 KEY = "sk-secret-0123456789"

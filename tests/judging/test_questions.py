@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorakit.errors import LorakitError
-from lorakit.judging import (
+from lorakit.judging.questions import (
     Item,
     choose_template,
     parse_choice,

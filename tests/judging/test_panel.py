@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 import lorakit
-from lorakit.asking import AnswerFile, ask_all
 from lorakit.errors import LorakitError
+from lorakit.judging.asking import AnswerFile, ask_all
 from tests.support.endpoints import Reply, serving
 from tests.support.program import ENVIRONMENT, PROGRAM, wait_for
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lorakit.asking import AnswerFile, ask_all, question_key
-from lorakit.endpoint import Endpoint, check_key, check_url
 from lorakit.files import check_output, is_stream, open_text_output
-from lorakit.judging import (
+from lorakit.judging.asking import AnswerFile, ask_all, question_key
+from lorakit.judging.client import Endpoint, check_key, check_url
+from lorakit.judging.questions import (
     Answer,
     Item,
     cautions,
