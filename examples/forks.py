@@ -56,7 +56,7 @@ def main() -> None:
         return
     import lorakit.adaptive
     import lorakit.lorahub
-    import lorakit.predictions  # noqa: F401
+    import lorakit.models.predictions  # noqa: F401
 
     running: dict[int, str] = {}
     stage = 0

@@ -21,7 +21,7 @@ from lorakit.checkpoint import Checkpoint, checkpoint_of
 from lorakit.files import is_stream
 from lorakit.fitting import fit
 from lorakit.joint import Merge, prepare
-from lorakit.model import Base
+from lorakit.models.base import Base
 from lorakit.search import BUDGET, Candidate, Record, Search, search_by_halving, search_grid
 from lorakit.selection import Measured
 from lorakit.settings import LOSS, PruningSettings, SelectionSettings, TrainingSettings

@@ -13,13 +13,13 @@ from typing import Any
 import accelerate
 import torch
 
-from lorakit.batching import IGNORED, lay_out, micro_batches
 from lorakit.cross_entropy import cross_entropy
-from lorakit.encoding import Example
 from lorakit.errors import LorakitError
-from lorakit.forward import completion_logits
-from lorakit.model import Base
-from lorakit.packing import pack, packs, target_logits
+from lorakit.models.base import Base
+from lorakit.models.batches import IGNORED, lay_out, micro_batches
+from lorakit.models.forward import completion_logits
+from lorakit.models.packing import pack, packs, target_logits
+from lorakit.models.tokens import Example
 
 
 def new_accelerator(device: str) -> accelerate.Accelerator:

@@ -15,15 +15,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.encoding import Example, encode_all
 from lorakit.errors import LorakitError
 from lorakit.files import open_text_output
 from lorakit.gates import Gates, layers_on
-from lorakit.generation import complete, text_of
-from lorakit.lora import attach
-from lorakit.model import Base
+from lorakit.models.base import Base
+from lorakit.models.generation import complete, text_of
+from lorakit.models.lora import attach
+from lorakit.models.predictions import encoder_of
+from lorakit.models.tokens import Example, encode_all
 from lorakit.pool import Pool, Written, can_pool
-from lorakit.predictions import encoder_of
 from lorakit.records import Record, load_records, write_records
 from lorakit.scoring.metrics import METRICS, Score, score
 from lorakit.scoring.systems import find_cautions

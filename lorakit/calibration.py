@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorakit.model import ADAPTER
+from lorakit.models.base import ADAPTER
 
 
 class InputNorms:

@@ -15,8 +15,8 @@ import torch
 from torch.nn.functional import linear
 
 from lorakit.adapters.names import layer_of
-from lorakit.lora import PeftLayer, factors
-from lorakit.model import ADAPTER
+from lorakit.models.base import ADAPTER
+from lorakit.models.lora import PeftLayer, factors
 
 _Forward = Callable[..., torch.Tensor]
 

@@ -14,10 +14,10 @@ from lorakit.adapters.names import layer_of
 from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.calibration import InputNorms
 from lorakit.joint import attach_stack
-from lorakit.lora import check_fits
 from lorakit.merging import Block, Slice, Stack, stack
-from lorakit.model import Base
-from lorakit.predictions import encoder_of
+from lorakit.models.base import Base
+from lorakit.models.lora import check_fits
+from lorakit.models.predictions import encoder_of
 from lorakit.pruners import Pruner
 from lorakit.records import load_records
 from lorakit.settings import PruningSettings, TrainingSettings

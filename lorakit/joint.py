@@ -16,9 +16,10 @@ import torch
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.portable import make_portable
 from lorakit.batch_loss import new_accelerator
-from lorakit.encoding import Encoder
 from lorakit.fitting import Corpus, header, load_corpus, settle, versions
-from lorakit.lora import (
+from lorakit.merging import Factors, Stack, fold, peft_config, share_of_zeros, stack, tensors_of
+from lorakit.models.base import Base
+from lorakit.models.lora import (
     check_fits,
     inject,
     is_transposed,
@@ -26,8 +27,7 @@ from lorakit.lora import (
     set_factors,
     set_rank_scales,
 )
-from lorakit.merging import Factors, Stack, fold, peft_config, share_of_zeros, stack, tensors_of
-from lorakit.model import Base
+from lorakit.models.tokens import Encoder
 from lorakit.pruners import Pruner
 from lorakit.selection import Measured, measure_of
 from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings

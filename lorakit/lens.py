@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.batching import IGNORED, MicroBatch, lay_out
 from lorakit.boundary import Notes, draw_sample, pick_boundaries
-from lorakit.encoding import Example, encode_all
 from lorakit.errors import LorakitError
-from lorakit.forward import completion_logits
 from lorakit.gates import Gates
 from lorakit.knee import knee
-from lorakit.lora import attach
-from lorakit.model import Base
-from lorakit.predictions import encoder_of
+from lorakit.models.base import Base
+from lorakit.models.batches import IGNORED, MicroBatch, lay_out
+from lorakit.models.forward import completion_logits
+from lorakit.models.lora import attach
+from lorakit.models.predictions import encoder_of
+from lorakit.models.tokens import Example, encode_all
 from lorakit.settings import BoundarySettings, GenerationSettings
 from lorakit.slots import decoder_layers
 

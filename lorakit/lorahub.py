@@ -19,12 +19,12 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.portable import make_portable
 from lorakit.adapters.storage import save_adapter
 from lorakit.batch_loss import BatchLoss, new_accelerator
-from lorakit.encoding import encode_all
 from lorakit.errors import LorakitError
 from lorakit.fitting import header, settle, versions
-from lorakit.lora import attach, set_factors
 from lorakit.merging import FloatArray, block_names, tensors_of
-from lorakit.model import Base
+from lorakit.models.base import Base
+from lorakit.models.lora import attach, set_factors
+from lorakit.models.tokens import encode_all
 from lorakit.records import load_records
 from lorakit.settings import TrainingSettings
 from lorakit.training import Watcher

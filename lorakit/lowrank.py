@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from lorakit.lora import PeftLayer, factors, rank_scales
-from lorakit.model import ADAPTER
+from lorakit.models.base import ADAPTER
+from lorakit.models.lora import PeftLayer, factors, rank_scales
 
 _Forward = Callable[..., torch.Tensor]
 

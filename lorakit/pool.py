@@ -18,7 +18,7 @@ import torch
 
 from lorakit.drafts import Drafts
 from lorakit.gates import Gates
-from lorakit.model import Base
+from lorakit.models.base import Base
 from lorakit.slots import Slots, can_slot
 
 FANNED = 4  # boundaries that share a pass over a prompt and its draft

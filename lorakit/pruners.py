@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lorakit.calibration import InputNorms
-from lorakit.lora import factors
 from lorakit.merging import Stack
+from lorakit.models.lora import factors
 from lorakit.pruning import (
     CRITERIA,
     VALUES,

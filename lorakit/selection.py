@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorakit.encoding import Encoder
-from lorakit.generation import generate
-from lorakit.model import Base
+from lorakit.models.base import Base
+from lorakit.models.generation import generate
+from lorakit.models.tokens import Encoder
 from lorakit.records import Record
 from lorakit.scoring.metrics import METRICS, score
 from lorakit.settings import LOSS, GenerationSettings, SelectionSettings

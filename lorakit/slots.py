@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorakit.attention import BY_ROW
+from lorakit.models.attention import BY_ROW
 
 _KINDS = {"full_attention", "sliding_attention"}
 _ATTENTIONS = {"eager", "sdpa", BY_ROW}

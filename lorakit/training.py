@@ -18,14 +18,14 @@ import accelerate
 import torch
 
 from lorakit.batch_loss import BatchLoss
-from lorakit.batching import epoch_batches
 from lorakit.calibration import InputNorms
-from lorakit.encoding import Example
 from lorakit.errors import LorakitError
-from lorakit.forward import activation_checkpointing
-from lorakit.lora import factors
 from lorakit.lowrank import standing
-from lorakit.model import Base
+from lorakit.models.base import Base
+from lorakit.models.batches import epoch_batches
+from lorakit.models.forward import activation_checkpointing
+from lorakit.models.lora import factors
+from lorakit.models.tokens import Example
 from lorakit.pruners import Pruner
 from lorakit.settings import TrainingSettings
 

@@ -17,14 +17,14 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adaptive import merge_adaptively
 from lorakit.batch_loss import new_accelerator
-from lorakit.batching import epoch_batches
 from lorakit.checkpoint import Checkpoint
 from lorakit.errors import LorakitError
 from lorakit.fitting import train_adapter
-from lorakit.generation import complete
 from lorakit.joint import attach_stack
-from lorakit.lora import attach, factors
 from lorakit.merging import stack
+from lorakit.models.batches import epoch_batches
+from lorakit.models.generation import complete
+from lorakit.models.lora import attach, factors
 from lorakit.pruners import Pruner
 from lorakit.pruning import prune_count
 from lorakit.records import Record

@@ -13,11 +13,11 @@ from lorakit import boundary, pool
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
 from lorakit.boundary import Evaluation, decode, draw_sample, evaluate
-from lorakit.encoding import Example
 from lorakit.errors import LorakitError
 from lorakit.gates import Gates
-from lorakit.lora import attach
-from lorakit.model import Base
+from lorakit.models.base import Base
+from lorakit.models.lora import attach
+from lorakit.models.tokens import Example
 from lorakit.pool import can_pool
 from lorakit.records import Record, load_records
 from lorakit.scoring.metrics import METRICS, Score
@@ -152,7 +152,7 @@ def test_the_model_is_as_it_was_afterwards(llama: str) -> None:
 
 
 def boundary_outputs(base: Base, given: list[Record]) -> Any:
-    from lorakit.generation import generate
+    from lorakit.models.generation import generate
 
     return generate(base, base.encoder(chat="off"), given, SETTINGS)
 

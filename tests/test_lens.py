@@ -11,8 +11,8 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
 from lorakit.knee import knee, sketch
 from lorakit.lens import read_probabilities
-from lorakit.lora import attach
-from lorakit.model import Base
+from lorakit.models.base import Base
+from lorakit.models.lora import attach
 from lorakit.records import Record
 from lorakit.settings import BoundarySettings
 from tests.support.boundary_models import SETTINGS, Notes, random_adapter

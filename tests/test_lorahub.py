@@ -13,10 +13,10 @@ from lorakit import lorahub
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter
 from lorakit.batch_loss import BatchLoss
-from lorakit.batching import micro_batches
 from lorakit.errors import LorakitError
 from lorakit.fitting import train_adapter
 from lorakit.lorahub import Point, bounded, compose, merge_lorahub, search_weights
+from lorakit.models.batches import micro_batches
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings
 from tests.support.models import open_base

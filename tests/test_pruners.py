@@ -15,12 +15,12 @@ from lorakit.adapters.storage import load_adapter
 from lorakit.adaptive import merge_adaptively
 from lorakit.batch_loss import new_accelerator
 from lorakit.calibration import InputNorms
-from lorakit.encoding import Example
 from lorakit.fitting import train_adapter
 from lorakit.joint import attach_stack
-from lorakit.lora import factors
 from lorakit.merging import Stack, stack
-from lorakit.model import Base
+from lorakit.models.base import Base
+from lorakit.models.lora import factors
+from lorakit.models.tokens import Example
 from lorakit.pruners import Pruner
 from lorakit.pruning import CRITERIA, VALUES
 from lorakit.records import Record

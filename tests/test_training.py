@@ -11,12 +11,12 @@ import torch
 
 from lorakit.adapters.storage import load_adapter
 from lorakit.batch_loss import BatchLoss, new_accelerator
-from lorakit.batching import lay_out, micro_batches
 from lorakit.errors import LorakitError
 from lorakit.fitting import hold_out, train_adapter
-from lorakit.forward import completion_logits
-from lorakit.lora import factors, inject, pick_modules
-from lorakit.model import Base
+from lorakit.models.base import Base
+from lorakit.models.batches import lay_out, micro_batches
+from lorakit.models.forward import completion_logits
+from lorakit.models.lora import factors, inject, pick_modules
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings
 from lorakit.training import Trainer, learning_rate_factor

@@ -32,7 +32,7 @@ def generate(adapter: str | None, data: str, output: str, **given: Any) -> None:
         raise click.UsageError("--resume needs -o FILE: a pipe keeps nothing to go on from.")
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands.opening import open_base
-    from lorakit.predictions import write_predictions
+    from lorakit.models.predictions import write_predictions
     from lorakit.progress import Notes
 
     settings = options.settings_of(GenerationSettings, given)

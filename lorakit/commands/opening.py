@@ -10,9 +10,9 @@ import click
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import base_revision, check_fingerprint, choose_model
-from lorakit.devices import keep_freed_memory, pick_device, pick_dtype
 from lorakit.files import STDIO, check_adapter_output
-from lorakit.model import Base, load_base
+from lorakit.models.base import Base, load_base
+from lorakit.models.devices import keep_freed_memory, pick_device, pick_dtype
 from lorakit.progress import TrainingProgress
 
 

@@ -129,7 +129,7 @@ def score(
         from lorakit.scoring.bertscore import check_libraries
 
         check_libraries()
-        from lorakit.embedding import open_embedder
+        from lorakit.models.text_encoder import open_embedder
 
         embedder = open_embedder(lang, bertscore_model, bertscore_layer)
     scored = score_systems(

@@ -4,7 +4,7 @@ It is written out here because the package bert-score (0.3.13 of 2023, its last)
 transformers 5 on an empty text and on tokenizers that name no longest length, and no longer puts
 the space before RoBERTa's first word. But for that the values are its own to rounding: no idf
 weights, no rescaling, the layers it chose per model. This file knows vectors, not the models they
-come from; those are in embedding.py.
+come from; those are in text_encoder.py.
 
 Source: Zhang et al. 2020, BERTScore: Evaluating text generation with BERT.
 """

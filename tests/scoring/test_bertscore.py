@@ -61,7 +61,7 @@ def save_encoder(folder: Path) -> str:
 
 
 def embedder(bert: str, layer: int | None = None) -> Any:
-    from lorakit.embedding import open_embedder
+    from lorakit.models.text_encoder import open_embedder
 
     return open_embedder("en", bert, layer)
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import layer_of
-from lorakit.generation import generate
-from lorakit.lora import attach, default_targets, is_transposed, pick_modules, projections
 from lorakit.merging import peft_config, tensors_of
-from lorakit.model import Base
+from lorakit.models.base import Base
+from lorakit.models.generation import generate
+from lorakit.models.lora import attach, default_targets, is_transposed, pick_modules, projections
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from lorakit.model import Base, load_base
+from lorakit.models.base import Base, load_base
 
 VOCABULARY = 300
 CONTEXT = 128

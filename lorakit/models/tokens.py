@@ -1,6 +1,6 @@
 """From records to tokens: the prompt and the completion as one string, and what of it is learnt.
 
-It works on whatever fast tokenizer it is given and does not load one; model.py does.
+It works on whatever fast tokenizer it is given and does not load one; base.py does.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from lorakit.encoding import Encoder, Example
-from lorakit.model import Base, new_generation_config
+from lorakit.models.base import Base, new_generation_config
+from lorakit.models.tokens import Encoder, Example
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings
 

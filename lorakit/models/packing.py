@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorakit.attention import BY_ROW, packed
-from lorakit.encoding import Example
+from lorakit.models.attention import BY_ROW, packed
+from lorakit.models.tokens import Example
 
 _NEEDED = {"position_ids", "logits_to_keep"}
 _REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

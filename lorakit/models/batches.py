@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorakit.encoding import Example
+from lorakit.models.tokens import Example
 
 IGNORED = -100
 

@@ -25,10 +25,10 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors import SafetensorError
 
 from lorakit.adapters.base_model import TINY
-from lorakit.attention import attend_by_row
-from lorakit.encoding import Encoder
 from lorakit.errors import LorakitError
-from lorakit.packing import can_pack
+from lorakit.models.attention import attend_by_row
+from lorakit.models.packing import can_pack
+from lorakit.models.tokens import Encoder
 from lorakit.settings import GenerationSettings, TrainingSettings
 
 ADAPTER = "default"

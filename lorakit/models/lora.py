@@ -16,7 +16,7 @@ import torch
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import layer_of
 from lorakit.errors import LorakitError
-from lorakit.model import ADAPTER, FAMILY_TARGETS, Base, Conv1D, put_lora
+from lorakit.models.base import ADAPTER, FAMILY_TARGETS, Base, Conv1D, put_lora
 
 PeftLayer = Any  # peft.tuners.lora.LoraLayer, whose attributes torch types too widely
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lorakit.devices import pick_device
 from lorakit.errors import LorakitError
-from lorakit.model import TextEncoder, load_text_encoder
+from lorakit.models.base import TextEncoder, load_text_encoder
+from lorakit.models.devices import pick_device
 from lorakit.scoring.bertscore import DEFAULT_MODELS, OTHER_MODEL, TUNED_LAYERS, Embedded
 
 _BATCH = 32

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import check_fingerprint, choose_model
 from lorakit.commands import opening
-from lorakit.devices import pick_device, pick_dtype
 from lorakit.errors import LorakitError
-from lorakit.lora import default_targets, inject, pick_modules, projections
-from lorakit.model import Base, load_base
+from lorakit.models.base import Base, load_base
+from lorakit.models.devices import pick_device, pick_dtype
+from lorakit.models.lora import default_targets, inject, pick_modules, projections
 from tests.support.models import save_model
 
 CPU = torch.device("cpu")
@@ -201,7 +201,7 @@ def test_a_folder_lorakit_noted_as_one_is_looked_for_whatever_its_name(
 FREED = """
 import resource, sys
 import numpy
-from lorakit.devices import keep_freed_memory
+from lorakit.models.devices import keep_freed_memory
 if sys.argv[1:]:
     keep_freed_memory()
 def work():

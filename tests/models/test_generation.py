@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit import predictions
 from lorakit.errors import LorakitError
-from lorakit.generation import complete, generate, window_size
-from lorakit.model import Base
-from lorakit.predictions import write_predictions
+from lorakit.models import predictions
+from lorakit.models.base import Base
+from lorakit.models.generation import complete, generate, window_size
+from lorakit.models.predictions import write_predictions
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings
 from tests.support.models import open_base

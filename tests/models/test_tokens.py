@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.encoding import CHAT_DATE, CutTally, Encoder
 from lorakit.errors import LorakitError
+from lorakit.models.tokens import CHAT_DATE, CutTally, Encoder
 from lorakit.records import Record
 from tests.support.models import byte_tokenizer
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from lorakit.batching import MicroBatch
 from lorakit.errors import LorakitError
+from lorakit.models.batches import MicroBatch
 
 
 def completion_logits(model: Any, batch: MicroBatch) -> torch.Tensor:

@@ -13,12 +13,12 @@ from dataclasses import asdict
 from typing import IO, Any, Protocol
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.encoding import CutTally, Encoder, Example
 from lorakit.errors import LorakitError
 from lorakit.files import Resumable, is_stream, open_text_output
-from lorakit.generation import generate, window_size
-from lorakit.lora import attach
-from lorakit.model import Base
+from lorakit.models.base import Base
+from lorakit.models.generation import generate, window_size
+from lorakit.models.lora import attach
+from lorakit.models.tokens import CutTally, Encoder, Example
 from lorakit.records import Record, read_records, write_records
 from lorakit.settings import GenerationSettings, TrainingSettings
 

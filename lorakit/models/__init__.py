@@ -1,0 +1,1 @@
+"""Base models: the only room that knows transformers and peft."""
