@@ -1,6 +1,6 @@
 """Adaptive LoRA merge: adapters trained jointly on the target data, pruned at every step.
 
-What trains is in joint.py, pruning in pruning.py and pruners.py, the loop in training.py; trying
+What trains is in joint.py, pruning in pruning.py and pruners.py, the loop in trainer.py; trying
 several pruning settings and keeping the best goes through search.py.
 """
 
@@ -17,15 +17,15 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
-from lorakit.checkpoint import Checkpoint, checkpoint_of
 from lorakit.files import is_stream
-from lorakit.fitting import fit
 from lorakit.joint import Merge, prepare
 from lorakit.models.base import Base
 from lorakit.search import BUDGET, Candidate, Record, Search, search_by_halving, search_grid
-from lorakit.selection import Measured
 from lorakit.settings import LOSS, PruningSettings, SelectionSettings, TrainingSettings
-from lorakit.training import Watcher
+from lorakit.training.checkpoint import Checkpoint, checkpoint_of
+from lorakit.training.selection import Measured
+from lorakit.training.train import fit
+from lorakit.training.trainer import Watcher
 
 Values = Sequence[Decimal] | Literal["auto"]
 TENTHS = tuple(Decimal(tenth) / 10 for tenth in range(1, 10))

@@ -11,7 +11,6 @@ from typing import Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import layer_of
-from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.calibration import InputNorms
 from lorakit.joint import attach_stack
 from lorakit.merging import Block, Slice, Stack, stack
@@ -21,6 +20,7 @@ from lorakit.models.predictions import encoder_of
 from lorakit.pruners import Pruner
 from lorakit.records import load_records
 from lorakit.settings import PruningSettings, TrainingSettings
+from lorakit.training.loss import BatchLoss, new_accelerator
 
 
 def measure_importance(

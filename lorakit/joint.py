@@ -15,8 +15,6 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.portable import make_portable
-from lorakit.batch_loss import new_accelerator
-from lorakit.fitting import Corpus, header, load_corpus, settle, versions
 from lorakit.merging import Factors, Stack, fold, peft_config, share_of_zeros, stack, tensors_of
 from lorakit.models.base import Base
 from lorakit.models.lora import (
@@ -29,9 +27,11 @@ from lorakit.models.lora import (
 )
 from lorakit.models.tokens import Encoder
 from lorakit.pruners import Pruner
-from lorakit.selection import Measured, measure_of
 from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings
-from lorakit.training import Trainer, Watcher
+from lorakit.training.loss import new_accelerator
+from lorakit.training.selection import Measured, measure_of
+from lorakit.training.train import Corpus, header, load_corpus, settle, versions
+from lorakit.training.trainer import Trainer, Watcher
 
 
 def attach_stack(base: Base, stacked: Stack, *, dropout: float) -> dict[str, Any]:

@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.portable import make_portable
 from lorakit.adapters.storage import save_adapter
-from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.errors import LorakitError
-from lorakit.fitting import header, settle, versions
 from lorakit.merging import FloatArray, block_names, tensors_of
 from lorakit.models.base import Base
 from lorakit.models.lora import attach, set_factors
 from lorakit.models.tokens import encode_all
 from lorakit.records import load_records
 from lorakit.settings import TrainingSettings
-from lorakit.training import Watcher
+from lorakit.training.loss import BatchLoss, new_accelerator
+from lorakit.training.train import header, settle, versions
+from lorakit.training.trainer import Watcher
 
 EVALUATIONS = 40
 BOUND = 1.5  # of every weight, either way

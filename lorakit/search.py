@@ -2,7 +2,7 @@
 
 Every candidate begins with the same weights, seed, data and first calibration, and is parked while
 another trains: it can stop after any step and go on to the same bytes. The clock is optimiser
-steps. What a candidate's own training is stands in training.py.
+steps. What a candidate's own training is stands in trainer.py.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.calibration import InputNorms
-from lorakit.checkpoint import Checkpoint
 from lorakit.errors import LorakitError
 from lorakit.files import atomic_path
-from lorakit.fitting import Corpus
 from lorakit.settings import PruningSettings
-from lorakit.training import Trainer, Watcher, Weights
+from lorakit.training.checkpoint import Checkpoint
+from lorakit.training.train import Corpus
+from lorakit.training.trainer import Trainer, Watcher, Weights
 
 BUDGET = 3.5  # the optimiser steps of a halving search, in those of its candidate 0
 RUNGS = (0.1, 0.2, 0.4)  # where the worse half of the rivals stops, likewise

@@ -16,10 +16,7 @@ import transformers
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adaptive import merge_adaptively
-from lorakit.batch_loss import new_accelerator
-from lorakit.checkpoint import Checkpoint
 from lorakit.errors import LorakitError
-from lorakit.fitting import train_adapter
 from lorakit.joint import attach_stack
 from lorakit.merging import stack
 from lorakit.models.batches import epoch_batches
@@ -29,7 +26,10 @@ from lorakit.pruners import Pruner
 from lorakit.pruning import prune_count
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings, LoraSettings, PruningSettings, TrainingSettings
-from lorakit.training import Trainer
+from lorakit.training.checkpoint import Checkpoint
+from lorakit.training.loss import new_accelerator
+from lorakit.training.train import train_adapter
+from lorakit.training.trainer import Trainer
 from tests.support.models import FAMILIES, open_base, save_model
 from tests.support.program import run_over
 from tests.support.training_data import Silent, rows, save_rows

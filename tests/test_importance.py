@@ -11,11 +11,11 @@ import torch
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter
 from lorakit.adaptive import merge_adaptively
-from lorakit.fitting import train_adapter
 from lorakit.importance import measure_importance, unstack
 from lorakit.merging import stack
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
+from lorakit.training.train import train_adapter
 from tests.support.models import open_base
 from tests.support.program import run
 from tests.support.training_data import Silent, rows, save_rows

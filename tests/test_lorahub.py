@@ -12,13 +12,13 @@ import torch
 from lorakit import lorahub
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter
-from lorakit.batch_loss import BatchLoss
 from lorakit.errors import LorakitError
-from lorakit.fitting import train_adapter
 from lorakit.lorahub import Point, bounded, compose, merge_lorahub, search_weights
 from lorakit.models.batches import micro_batches
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings
+from lorakit.training.loss import BatchLoss
+from lorakit.training.train import train_adapter
 from tests.support.models import open_base
 from tests.support.training_data import Silent, rows, save_rows
 

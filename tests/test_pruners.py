@@ -13,9 +13,7 @@ import torch
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter
 from lorakit.adaptive import merge_adaptively
-from lorakit.batch_loss import new_accelerator
 from lorakit.calibration import InputNorms
-from lorakit.fitting import train_adapter
 from lorakit.joint import attach_stack
 from lorakit.merging import Stack, stack
 from lorakit.models.base import Base
@@ -25,7 +23,9 @@ from lorakit.pruners import Pruner
 from lorakit.pruning import CRITERIA, VALUES
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
-from lorakit.training import Trainer
+from lorakit.training.loss import new_accelerator
+from lorakit.training.train import train_adapter
+from lorakit.training.trainer import Trainer
 from tests.support.models import open_base
 from tests.support.training_data import Silent, rows, save_rows
 

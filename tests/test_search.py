@@ -11,11 +11,11 @@ import pytest
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter
 from lorakit.adaptive import merge_adaptively
-from lorakit.checkpoint import Checkpoint
 from lorakit.errors import LorakitError
-from lorakit.fitting import train_adapter
 from lorakit.settings import LoraSettings, PruningSettings, SelectionSettings, TrainingSettings
-from lorakit.training import Trainer
+from lorakit.training.checkpoint import Checkpoint
+from lorakit.training.train import train_adapter
+from lorakit.training.trainer import Trainer
 from tests.support.models import open_base
 from tests.support.training_data import Silent, rows, save_rows
 

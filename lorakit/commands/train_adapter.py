@@ -26,8 +26,8 @@ def train_adapter(data: str, val: str | None, output: str, **given: Any) -> None
     lorakit train-adapter --data train.jsonl --val val.jsonl -o xs.safetensors
     """
     options.one_pipe(data, val)
-    from lorakit import fitting
     from lorakit.commands.opening import open_base, watching
+    from lorakit.training import train as fitting
 
     settings = options.settings_of(TrainingSettings, given)
     selection = options.settings_of(SelectionSettings, given)

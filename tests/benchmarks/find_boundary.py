@@ -28,7 +28,6 @@ import transformers
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import layer_of
 from lorakit.adapters.storage import load_adapter, save_adapter
-from lorakit.fitting import train_adapter
 from lorakit.gates import Gates
 from lorakit.merging import peft_config, tensors_of
 from lorakit.models.base import Base, load_base
@@ -37,6 +36,7 @@ from lorakit.pool import Pool
 from lorakit.recipes.microworld.world import microworld
 from lorakit.records import Record, write_records
 from lorakit.settings import LoraSettings, TrainingSettings
+from lorakit.training.train import train_adapter
 
 Outputs = dict[tuple[int, int], list[int]]
 

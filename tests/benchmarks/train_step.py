@@ -33,7 +33,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter, save_adapter
-from lorakit.batch_loss import new_accelerator
 from lorakit.joint import attach_stack
 from lorakit.merging import peft_config, stack, tensors_of
 from lorakit.models.base import load_base
@@ -44,7 +43,8 @@ from lorakit.pruners import Pruner
 from lorakit.recipes.table import build_dataset
 from lorakit.records import Record
 from lorakit.settings import PruningSettings, TrainingSettings
-from lorakit.training import Trainer
+from lorakit.training.loss import new_accelerator
+from lorakit.training.trainer import Trainer
 
 WORDS = 32_000
 BATCH = 8

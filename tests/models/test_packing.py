@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers
 
-from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.models.base import Base
 from lorakit.models.lora import default_targets, factors, inject, pick_modules
 from lorakit.models.packing import can_pack, pack, packs, target_logits
 from lorakit.models.tokens import Example
 from lorakit.records import Record
+from lorakit.training.loss import BatchLoss, new_accelerator
 from tests.support import models
 from tests.support.models import FAMILIES, open_base, save_model
 from tests.support.training_data import rows

@@ -16,17 +16,17 @@ import torch
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.history import joined_history
 from lorakit.adapters.storage import save_adapter
-from lorakit.batch_loss import new_accelerator
-from lorakit.checkpoint import Checkpoint, checkpoint_of
 from lorakit.errors import LorakitError
 from lorakit.merging import Factors, peft_config, tensors_of
 from lorakit.models.base import Base
 from lorakit.models.lora import default_targets, inject, is_transposed, pick_modules, projections
 from lorakit.models.tokens import CHAT_DATE, Encoder, Example, encode_all
 from lorakit.records import Record, load_records
-from lorakit.selection import measure_of
 from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, TrainingSettings
-from lorakit.training import Trainer, Watcher
+from lorakit.training.checkpoint import Checkpoint, checkpoint_of
+from lorakit.training.loss import new_accelerator
+from lorakit.training.selection import measure_of
+from lorakit.training.trainer import Trainer, Watcher
 from lorakit.versions import version_of
 
 _TOLD_VERSIONS = ("lorakit", "torch", "transformers", "peft")

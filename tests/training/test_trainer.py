@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from lorakit.adapters.storage import load_adapter
-from lorakit.batch_loss import BatchLoss, new_accelerator
 from lorakit.errors import LorakitError
-from lorakit.fitting import hold_out, train_adapter
 from lorakit.models.base import Base
 from lorakit.models.batches import lay_out, micro_batches
 from lorakit.models.forward import completion_logits
 from lorakit.models.lora import factors, inject, pick_modules
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings
-from lorakit.training import Trainer, learning_rate_factor
+from lorakit.training.loss import BatchLoss, new_accelerator
+from lorakit.training.train import hold_out, train_adapter
+from lorakit.training.trainer import Trainer, learning_rate_factor
 from tests.support.models import open_base
 from tests.support.program import run_over
 from tests.support.training_data import Silent, rows, save_rows
@@ -212,7 +212,7 @@ def test_another_seed_gives_other_bytes(llama: str, data: str, tmp_path: Path) -
 
 def interrupt(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     """Run a training until the checkpoint of an epoch stands, and no further."""
-    from lorakit.checkpoint import Checkpoint
+    from lorakit.training.checkpoint import Checkpoint
 
     save = Checkpoint.save
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.lowrank import _Added, _mask_of_bits, _plain_mask, mask, standing
 from lorakit.models.lora import default_targets, factors, inject, pick_modules, set_rank_scales
+from lorakit.training.lora_step import _Added, _mask_of_bits, _plain_mask, mask, standing
 from tests.support.models import open_base, save_model
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lorakit import cross_entropy as module
-from lorakit.cross_entropy import cross_entropy
+from lorakit.training import cross_entropy as module
+from lorakit.training.cross_entropy import cross_entropy
 
 
 @pytest.mark.parametrize("at_once", [1, 100, 1 << 20])

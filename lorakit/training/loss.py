@@ -13,13 +13,13 @@ from typing import Any
 import accelerate
 import torch
 
-from lorakit.cross_entropy import cross_entropy
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.batches import IGNORED, lay_out, micro_batches
 from lorakit.models.forward import completion_logits
 from lorakit.models.packing import pack, packs, target_logits
 from lorakit.models.tokens import Example
+from lorakit.training.cross_entropy import cross_entropy
 
 
 def new_accelerator(device: str) -> accelerate.Accelerator:

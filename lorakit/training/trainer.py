@@ -2,7 +2,7 @@
 
 It goes on step by step from any point, so that a run can be paused, parked and resumed to the same
 bytes. It knows nothing of where weights or examples come from, nor of what becomes of the result;
-losses and gradients are in batch_loss.py.
+losses and gradients are in loss.py.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from typing import Any, Protocol
 import accelerate
 import torch
 
-from lorakit.batch_loss import BatchLoss
 from lorakit.calibration import InputNorms
 from lorakit.errors import LorakitError
-from lorakit.lowrank import standing
 from lorakit.models.base import Base
 from lorakit.models.batches import epoch_batches
 from lorakit.models.forward import activation_checkpointing
@@ -28,6 +26,8 @@ from lorakit.models.lora import factors
 from lorakit.models.tokens import Example
 from lorakit.pruners import Pruner
 from lorakit.settings import TrainingSettings
+from lorakit.training.lora_step import standing
+from lorakit.training.loss import BatchLoss
 
 Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]
 Measure = Callable[[], float]

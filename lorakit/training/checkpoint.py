@@ -20,7 +20,7 @@ from lorakit.adapters.tensors import Tensor, read_tensors, write_tensors
 from lorakit.errors import LorakitError
 from lorakit.files import atomic_path, is_stream
 from lorakit.models.lora import factors
-from lorakit.training import Progress, Trainer
+from lorakit.training.trainer import Progress, Trainer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

@@ -1,0 +1,1 @@
+"""One exact optimiser step after another, without a word of pruning."""
