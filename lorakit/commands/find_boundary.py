@@ -110,10 +110,10 @@ def _find(
     source: str, data: str, predictions: str | None, plot: str | None, given: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from lorakit.adapters.storage import load_adapter
-    from lorakit.boundary import evaluate
+    from lorakit.boundary.evaluate import evaluate
+    from lorakit.boundary.knee import sketch
+    from lorakit.boundary.probability import read_probabilities
     from lorakit.commands.opening import open_base
-    from lorakit.knee import sketch
-    from lorakit.lens import read_probabilities
     from lorakit.plots import plot_boundaries, plot_probabilities
     from lorakit.progress import Notes
 

@@ -46,10 +46,10 @@ def strip_layers(
     source = _source(adapter)
     options.one_pipe(source, boundary)
     from lorakit.adapters.storage import load_adapter
-    from lorakit.boundaries import read_boundary
+    from lorakit.boundary.records import read_boundary
+    from lorakit.boundary.strip import write_stripped
     from lorakit.files import refuse_terminal
     from lorakit.progress import Notes
-    from lorakit.stripping import write_stripped
 
     if output == STDIO:
         refuse_terminal("an adapter")

@@ -28,11 +28,11 @@ import transformers
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import layer_of
 from lorakit.adapters.storage import load_adapter, save_adapter
-from lorakit.gates import Gates
+from lorakit.boundary.decode import Pool
+from lorakit.boundary.gates import Gates
 from lorakit.merging import peft_config, tensors_of
 from lorakit.models.base import Base, load_base
 from lorakit.models.lora import attach, pick_modules, projections
-from lorakit.pool import Pool
 from lorakit.recipes.microworld.world import microworld
 from lorakit.records import Record, write_records
 from lorakit.settings import LoraSettings, TrainingSettings

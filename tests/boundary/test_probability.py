@@ -9,8 +9,8 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
-from lorakit.knee import knee, sketch
-from lorakit.lens import read_probabilities
+from lorakit.boundary.knee import knee, sketch
+from lorakit.boundary.probability import read_probabilities
 from lorakit.models.base import Base
 from lorakit.models.lora import attach
 from lorakit.records import Record

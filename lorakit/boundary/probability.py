@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.boundary import Notes, draw_sample, pick_boundaries
+from lorakit.boundary.evaluate import Notes, draw_sample, pick_boundaries
+from lorakit.boundary.gates import Gates
+from lorakit.boundary.knee import knee
+from lorakit.boundary.kv_cache import decoder_layers
 from lorakit.errors import LorakitError
-from lorakit.gates import Gates
-from lorakit.knee import knee
 from lorakit.models.base import Base
 from lorakit.models.batches import IGNORED, MicroBatch, lay_out
 from lorakit.models.forward import completion_logits
@@ -26,7 +27,6 @@ from lorakit.models.lora import attach
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.settings import BoundarySettings, GenerationSettings
-from lorakit.slots import decoder_layers
 
 _Curves = tuple[torch.Tensor, torch.Tensor]  # of the gold token, of the likeliest: (layers, tokens)
 

@@ -1,7 +1,7 @@
 """The boundary layer by evaluation: which bottom k layers' LoRA alone scores best.
 
 Every boundary's outputs are, in float32, those of greedy decoding with the adapter stripped there,
-and their scores those of `score`. How they are decoded together is in pool.py; models that it
+and their scores those of `score`. How they are decoded together is in decode.py; models that it
 cannot treat so are decoded one boundary after the other.
 """
 
@@ -15,15 +15,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.boundary.decode import Pool, Written, can_pool
+from lorakit.boundary.gates import Gates, layers_on
 from lorakit.errors import LorakitError
 from lorakit.files import open_text_output
-from lorakit.gates import Gates, layers_on
 from lorakit.models.base import Base
 from lorakit.models.generation import complete, text_of
 from lorakit.models.lora import attach
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
-from lorakit.pool import Pool, Written, can_pool
 from lorakit.records import Record, load_records, write_records
 from lorakit.scoring.metrics import METRICS, Score, score
 from lorakit.scoring.systems import find_cautions

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.boundaries import read_boundary
+from lorakit.boundary.records import read_boundary
 from lorakit.errors import LorakitError
 
 BEST = {"boundary": 3, "score": 40.5, "metric": "rougeL", "best": True}

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from lorakit.drafts import Drafts
-from lorakit.gates import Gates
+from lorakit.boundary.drafts import Drafts
+from lorakit.boundary.gates import Gates
+from lorakit.boundary.kv_cache import Slots, can_slot
 from lorakit.models.base import Base
-from lorakit.slots import Slots, can_slot
 
 FANNED = 4  # boundaries that share a pass over a prompt and its draft
 DRAFTED = 4  # tokens guessed a row and step

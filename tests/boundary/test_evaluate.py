@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit import boundary, pool
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
-from lorakit.boundary import Evaluation, decode, draw_sample, evaluate
+from lorakit.boundary import decode as pool
+from lorakit.boundary import evaluate as boundary
+from lorakit.boundary.decode import can_pool
+from lorakit.boundary.evaluate import Evaluation, decode, draw_sample, evaluate
+from lorakit.boundary.gates import Gates
 from lorakit.errors import LorakitError
-from lorakit.gates import Gates
 from lorakit.models.base import Base
 from lorakit.models.lora import attach
 from lorakit.models.tokens import Example
-from lorakit.pool import can_pool
 from lorakit.records import Record, load_records
 from lorakit.scoring.metrics import METRICS, Score
 from lorakit.scoring.systems import System, score_systems

@@ -1,0 +1,1 @@
+"""The boundary layer: where a LoRA stops doing good, and dropping it there."""
