@@ -54,8 +54,8 @@ def main() -> None:
     lines = sys.stdin.read().splitlines()
     if not lines:
         return
-    import lorakit.adaptive
-    import lorakit.lorahub
+    import lorakit.merging.adaptive
+    import lorakit.merging.lorahub
     import lorakit.models.predictions  # noqa: F401
 
     running: dict[int, str] = {}

@@ -12,7 +12,7 @@ import pytest
 
 from lorakit.adapters.storage import save_adapter
 from lorakit.cli import COMMANDS
-from lorakit.static import METHODS
+from lorakit.merging.methods import METHODS
 from tests.support.adapters import tiny
 from tests.support.endpoints import serving
 from tests.support.program import ENVIRONMENT

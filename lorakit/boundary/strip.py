@@ -18,7 +18,7 @@ from lorakit.adapters.history import FORMAT
 from lorakit.adapters.names import layer_of, stack_of
 from lorakit.adapters.storage import save_adapter
 from lorakit.errors import LorakitError
-from lorakit.merging import block_names
+from lorakit.merging.stack import block_names
 
 _PENDING = "0" * 64  # stands for a hash until it is known
 _BASE_ADVICE = "use the base model without an adapter"

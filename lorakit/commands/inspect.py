@@ -74,7 +74,7 @@ def _importance(
 ) -> list[dict[str, Any]]:
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands.opening import open_base
-    from lorakit.importance import measure_importance
+    from lorakit.merging.importance import measure_importance
     from lorakit.plots import check_plot, plot_importance
     from lorakit.progress import Notes
 

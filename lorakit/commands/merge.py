@@ -8,13 +8,13 @@ import click
 
 from lorakit import options
 from lorakit.commands.methods import EPILOG, HELP, check_options, check_weights, choose_method
+from lorakit.merging.methods import METHODS
 from lorakit.settings import (
     PruningSettings,
     SelectionSettings,
     StaticSettings,
     TrainingSettings,
 )
-from lorakit.static import METHODS
 
 
 @click.command(epilog=EPILOG)
@@ -84,9 +84,9 @@ def _merge_adaptively(
     for name, value in (("--plot", plot), ("--metric", given["metric"])):
         if value and not several:
             raise click.UsageError(f"{name} needs several ratios or thresholds, or auto.")
-    from lorakit import adaptive
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands.opening import open_base, watching
+    from lorakit.merging import adaptive
     from lorakit.plots import check_plot, plot_search
 
     if plot:
@@ -120,9 +120,9 @@ def _merge_adaptively(
 def _merge_lorahub(
     adapters: tuple[str, ...], data: str, output: str, given: dict[str, Any]
 ) -> None:
-    from lorakit import lorahub
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands.opening import open_base, watching
+    from lorakit.merging import lorahub
 
     settings = options.settings_of(TrainingSettings, given)
     with watching(given, output) as watcher:
@@ -158,9 +158,9 @@ def _amounts(given: dict[str, Any]) -> Any:
 def _merge_statically(
     adapters: tuple[str, ...], method: str, output: str, given: dict[str, Any]
 ) -> None:
-    from lorakit import static_merge
     from lorakit.adapters.storage import load_adapter
     from lorakit.files import check_adapter_output
+    from lorakit.merging import static as static_merge
     from lorakit.progress import Notes
 
     notes = Notes(quiet=given["quiet"])

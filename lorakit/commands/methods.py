@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from lorakit.static import METHODS
+from lorakit.merging.methods import METHODS
 
 TRAINED = {
     "adaptive": "train jointly on --data, pruning at every step (the default with --data)",

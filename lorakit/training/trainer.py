@@ -17,14 +17,14 @@ from typing import Any, Protocol
 import accelerate
 import torch
 
-from lorakit.calibration import InputNorms
 from lorakit.errors import LorakitError
+from lorakit.merging.input_norms import InputNorms
+from lorakit.merging.pruner import Pruner
 from lorakit.models.base import Base
 from lorakit.models.batches import epoch_batches
 from lorakit.models.forward import activation_checkpointing
 from lorakit.models.lora import factors
 from lorakit.models.tokens import Example
-from lorakit.pruners import Pruner
 from lorakit.settings import TrainingSettings
 from lorakit.training.lora_step import standing
 from lorakit.training.loss import BatchLoss

@@ -7,7 +7,7 @@ import pytest
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.portable import make_portable
-from lorakit.merging import peft_config, tensors_of
+from lorakit.merging.stack import peft_config, tensors_of
 from tests.support.adapters import tiny
 
 

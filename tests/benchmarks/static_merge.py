@@ -25,9 +25,9 @@ import numpy as np
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter, save_adapter
-from lorakit.merging import peft_config, tensors_of
+from lorakit.merging.stack import peft_config, tensors_of
+from lorakit.merging.static import merge_statically
 from lorakit.settings import StaticSettings
-from lorakit.static_merge import merge_statically
 
 HIDDEN, KV, INNER = 896, 128, 4864
 SHAPES = {  # d_out, d_in

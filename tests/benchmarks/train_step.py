@@ -33,13 +33,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter, save_adapter
-from lorakit.joint import attach_stack
-from lorakit.merging import peft_config, stack, tensors_of
+from lorakit.merging.joint import attach_stack
+from lorakit.merging.pruner import Pruner
+from lorakit.merging.stack import peft_config, stack, tensors_of
 from lorakit.models.base import load_base
 from lorakit.models.batches import epoch_batches
 from lorakit.models.lora import pick_modules
 from lorakit.models.tokens import Example
-from lorakit.pruners import Pruner
 from lorakit.recipes.table import build_dataset
 from lorakit.records import Record
 from lorakit.settings import PruningSettings, TrainingSettings

@@ -20,7 +20,7 @@ from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adapters.tensors import Tensor, read_tensors
 from lorakit.boundary.strip import strip_layers, write_stripped
 from lorakit.errors import LorakitError
-from lorakit.merging import fold, peft_config, share_of_zeros, stack, tensors_of
+from lorakit.merging.stack import fold, peft_config, share_of_zeros, stack, tensors_of
 from tests.support.adapters import tiny
 from tests.support.peft_models import KINDS, logits, random_model, with_lora
 from tests.support.program import run

@@ -12,15 +12,15 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter
-from lorakit.adaptive import merge_adaptively
-from lorakit.calibration import InputNorms
-from lorakit.joint import attach_stack
-from lorakit.merging import Stack, stack
+from lorakit.merging.adaptive import merge_adaptively
+from lorakit.merging.criteria import CRITERIA, VALUES
+from lorakit.merging.input_norms import InputNorms
+from lorakit.merging.joint import attach_stack
+from lorakit.merging.pruner import Pruner
+from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import factors
 from lorakit.models.tokens import Example
-from lorakit.pruners import Pruner
-from lorakit.pruning import CRITERIA, VALUES
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training.loss import new_accelerator

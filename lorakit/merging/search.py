@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit.calibration import InputNorms
 from lorakit.errors import LorakitError
 from lorakit.files import atomic_path
+from lorakit.merging.input_norms import InputNorms
 from lorakit.settings import PruningSettings
 from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.train import Corpus

@@ -3,7 +3,7 @@
 Each takes the parts of one module, A_i and B_i of every adapter that changes it with a weight w_i
 and a scale s_i, and returns one A (r × d_in) and one B (d_out × r) for it, float32, at scale 1. A
 part's task vector is ΔW_i = s_i·B_i·A_i. Weights may be negative. To add a method: one function
-and one line in METHODS. The algebra is in refit.py and taskvectors.py.
+and one line in METHODS. The algebra is in low_rank.py and task_vectors.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from lorakit.settings import StaticSettings
 
 if TYPE_CHECKING:
-    from lorakit.taskvectors import Combination, Pair, Part, Thinning
+    from lorakit.merging.task_vectors import Combination, Pair, Part, Thinning
 
     Merge = Callable[[Sequence[Part], StaticSettings], Pair]
 
 
 def cat(parts: Sequence[Part], settings: StaticSettings) -> Pair:
     """Return the factors side by side: exactly Σ w_i·ΔW_i, of rank Σ r_i."""
-    from lorakit.taskvectors import stacked
+    from lorakit.merging.task_vectors import stacked
 
     return stacked(parts)
 
@@ -33,23 +33,23 @@ def linear(parts: Sequence[Part], settings: StaticSettings) -> Pair:
     It is the linear merge of the ΔW_i, zero-padded to one rank where theirs differ (which changes
     no ΔW). PEFT's `linear` sums A and B each on its own, which adds the cross terms B_i·A_j.
     """
-    from lorakit.refit import refit
-    from lorakit.taskvectors import stacked
+    from lorakit.merging.low_rank import refit
+    from lorakit.merging.task_vectors import stacked
 
     return refit(*stacked(parts))
 
 
 def svd(parts: Sequence[Part], settings: StaticSettings) -> Pair:
     """Return the matrix of rank `settings.rank` nearest to Σ w_i·ΔW_i, without a dense ΔW."""
-    from lorakit.refit import refit
-    from lorakit.taskvectors import stacked
+    from lorakit.merging.low_rank import refit
+    from lorakit.merging.task_vectors import stacked
 
     return refit(*stacked(parts), settings.rank)
 
 
 def magnitude_prune(parts: Sequence[Part], settings: StaticSettings) -> Pair:
     """Return Σ w_i·trim(ΔW_i), refitted: trim keeps the share `density` of largest |ΔW_i|."""
-    from lorakit.taskvectors import total, trimming
+    from lorakit.merging.task_vectors import total, trimming
 
     return _dense(parts, settings, trimming(settings.density), total)
 
@@ -61,7 +61,7 @@ def ties(parts: Sequence[Part], settings: StaticSettings) -> Pair:
     a negative one is a vote for the other sign, and a weight common to all scales the result, as
     the paper's λ does.
     """
-    from lorakit.taskvectors import elected, trimming
+    from lorakit.merging.task_vectors import elected, trimming
 
     return _dense(parts, settings, trimming(settings.density), elected)
 
@@ -71,14 +71,14 @@ def dare_linear(parts: Sequence[Part], settings: StaticSettings) -> Pair:
 
     Yu et al. (2024), with their drop rate p = 1 − density and the rescaling by 1/density.
     """
-    from lorakit.taskvectors import dropping, total
+    from lorakit.merging.task_vectors import dropping, total
 
     return _dense(parts, settings, dropping(settings.density, settings.seed), total)
 
 
 def dare_ties(parts: Sequence[Part], settings: StaticSettings) -> Pair:
     """Return DARE's drop and rescale with the election and mean of TIES, refitted."""
-    from lorakit.taskvectors import dropping, elected
+    from lorakit.merging.task_vectors import dropping, elected
 
     return _dense(parts, settings, dropping(settings.density, settings.seed), elected)
 
@@ -90,8 +90,8 @@ def _dense(
 
     Where nothing is dropped and the combination is the plain sum, the factors are all it takes.
     """
-    from lorakit.refit import fit
-    from lorakit.taskvectors import combined, total
+    from lorakit.merging.low_rank import fit
+    from lorakit.merging.task_vectors import combined, total
 
     if settings.density == 1 and (combine is total or len(parts) == 1):
         return svd(parts, settings)

@@ -1,6 +1,6 @@
 """Adaptive LoRA merge: adapters trained jointly on the target data, pruned at every step.
 
-What trains is in joint.py, pruning in pruning.py and pruners.py, the loop in trainer.py; trying
+What trains is in joint.py, pruning in criteria.py and pruner.py, the loop in trainer.py; trying
 several pruning settings and keeping the best goes through search.py.
 """
 
@@ -18,9 +18,9 @@ import torch
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
 from lorakit.files import is_stream
-from lorakit.joint import Merge, prepare
+from lorakit.merging.joint import Merge, prepare
+from lorakit.merging.search import BUDGET, Candidate, Record, Search, search_by_halving, search_grid
 from lorakit.models.base import Base
-from lorakit.search import BUDGET, Candidate, Record, Search, search_by_halving, search_grid
 from lorakit.settings import LOSS, PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.selection import Measured

@@ -11,13 +11,13 @@ from typing import Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import layer_of
-from lorakit.calibration import InputNorms
-from lorakit.joint import attach_stack
-from lorakit.merging import Block, Slice, Stack, stack
+from lorakit.merging.input_norms import InputNorms
+from lorakit.merging.joint import attach_stack
+from lorakit.merging.pruner import Pruner
+from lorakit.merging.stack import Block, Slice, Stack, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import check_fits
 from lorakit.models.predictions import encoder_of
-from lorakit.pruners import Pruner
 from lorakit.records import load_records
 from lorakit.settings import PruningSettings, TrainingSettings
 from lorakit.training.loss import BatchLoss, new_accelerator

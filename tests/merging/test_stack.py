@@ -7,7 +7,7 @@ import pytest
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.errors import LorakitError
-from lorakit.merging import (
+from lorakit.merging.stack import (
     block_names,
     fold,
     peft_config,

@@ -15,7 +15,16 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.portable import make_portable
-from lorakit.merging import Factors, Stack, fold, peft_config, share_of_zeros, stack, tensors_of
+from lorakit.merging.pruner import Pruner
+from lorakit.merging.stack import (
+    Factors,
+    Stack,
+    fold,
+    peft_config,
+    share_of_zeros,
+    stack,
+    tensors_of,
+)
 from lorakit.models.base import Base
 from lorakit.models.lora import (
     check_fits,
@@ -26,7 +35,6 @@ from lorakit.models.lora import (
     set_rank_scales,
 )
 from lorakit.models.tokens import Encoder
-from lorakit.pruners import Pruner
 from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training.loss import new_accelerator
 from lorakit.training.selection import Measured, measure_of

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.pruning import (
+from lorakit.merging.criteria import (
     BETA,
     CRITERIA,
     VALUES,

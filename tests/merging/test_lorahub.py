@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from lorakit import lorahub
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter
 from lorakit.errors import LorakitError
-from lorakit.lorahub import Point, bounded, compose, merge_lorahub, search_weights
+from lorakit.merging import lorahub
+from lorakit.merging.lorahub import Point, bounded, compose, merge_lorahub, search_weights
 from lorakit.models.batches import micro_batches
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit import taskvectors
 from lorakit.adapters.adapter import LoraModule
 from lorakit.adapters.tensors import FloatArray, Tensor
+from lorakit.merging import task_vectors as taskvectors
+from lorakit.merging.methods import METHODS
+from lorakit.merging.task_vectors import Part, combined, dropping, elected, total, trimming
 from lorakit.settings import StaticSettings
-from lorakit.static import METHODS
-from lorakit.taskvectors import Part, combined, dropping, elected, total, trimming
 
 ONE = [[4, -1], [0.5, -3]]
 TWO = [[2, 5], [-1, -2]]

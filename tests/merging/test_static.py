@@ -16,10 +16,10 @@ from lorakit.adapters.config import is_targeted, rank_of
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
-from lorakit.merging import peft_config, tensors_of
+from lorakit.merging.methods import METHODS
+from lorakit.merging.stack import peft_config, tensors_of
+from lorakit.merging.static import merge_adapters
 from lorakit.settings import StaticSettings
-from lorakit.static import METHODS
-from lorakit.static_merge import merge_adapters
 from tests.support.adapters import tiny
 from tests.support.program import run, shell
 

@@ -10,9 +10,9 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter
-from lorakit.adaptive import merge_adaptively
-from lorakit.importance import measure_importance, unstack
-from lorakit.merging import stack
+from lorakit.merging.adaptive import merge_adaptively
+from lorakit.merging.importance import measure_importance, unstack
+from lorakit.merging.stack import stack
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training.train import train_adapter

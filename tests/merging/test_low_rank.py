@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lorakit.adapters.tensors import FloatArray
-from lorakit.refit import fit, refit
+from lorakit.merging.low_rank import fit, refit
 
 
 def draw(*shape: int, seed: int = 0) -> FloatArray:

@@ -1,4 +1,4 @@
-"""From adapters to one, without data: `merge` with a method of static.py.
+"""From adapters to one, without data: `merge` with a method of methods.py.
 
 It carries over what the methods know nothing of: which modules the config selects, the number
 format, the base, the chat choice, the blocks and the history. One module is merged at a time.
@@ -21,7 +21,8 @@ from lorakit.adapters.portable import make_portable
 from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.tensors import FloatArray, Tensor
 from lorakit.errors import LorakitError
-from lorakit.merging import (
+from lorakit.merging.methods import METHODS
+from lorakit.merging.stack import (
     Block,
     Slice,
     block_names,
@@ -30,9 +31,8 @@ from lorakit.merging import (
     plain_name,
     unique_names,
 )
+from lorakit.merging.task_vectors import Part
 from lorakit.settings import StaticSettings
-from lorakit.static import METHODS
-from lorakit.taskvectors import Part
 from lorakit.versions import version_of
 
 Note = Callable[[str], None]

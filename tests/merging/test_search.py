@@ -10,8 +10,8 @@ import pytest
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter
-from lorakit.adaptive import merge_adaptively
 from lorakit.errors import LorakitError
+from lorakit.merging.adaptive import merge_adaptively
 from lorakit.settings import LoraSettings, PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.train import train_adapter

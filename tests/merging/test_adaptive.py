@@ -15,15 +15,15 @@ import transformers
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter, save_adapter
-from lorakit.adaptive import merge_adaptively
 from lorakit.errors import LorakitError
-from lorakit.joint import attach_stack
-from lorakit.merging import stack
+from lorakit.merging.adaptive import merge_adaptively
+from lorakit.merging.criteria import prune_count
+from lorakit.merging.joint import attach_stack
+from lorakit.merging.pruner import Pruner
+from lorakit.merging.stack import stack
 from lorakit.models.batches import epoch_batches
 from lorakit.models.generation import complete
 from lorakit.models.lora import attach, factors
-from lorakit.pruners import Pruner
-from lorakit.pruning import prune_count
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings, LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint

@@ -1,6 +1,6 @@
 """Pruning applied to a stack in training: which parameters are reset after each optimiser step.
 
-The formulas are in pruning.py; here they are laid over the blocks of a stacked adapter on a model.
+The formulas are in criteria.py; here they are laid over the blocks of a stacked adapter on a model.
 Pairs whose matrices have the same shapes are worked on together, one selection for all of them.
 """
 
@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 
-from lorakit.calibration import InputNorms
-from lorakit.merging import Stack
-from lorakit.models.lora import factors
-from lorakit.pruning import (
+from lorakit.merging.criteria import (
     CRITERIA,
     VALUES,
     Seen,
@@ -24,6 +21,9 @@ from lorakit.pruning import (
     prune_count,
     smooth_,
 )
+from lorakit.merging.input_norms import InputNorms
+from lorakit.merging.stack import Stack
+from lorakit.models.lora import factors
 from lorakit.settings import PruningSettings
 
 

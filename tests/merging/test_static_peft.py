@@ -18,9 +18,9 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter, save_adapter
+from lorakit.merging.methods import METHODS
+from lorakit.merging.static import merge_adapters
 from lorakit.settings import StaticSettings
-from lorakit.static import METHODS
-from lorakit.static_merge import merge_adapters
 from tests.support.peft_models import logits, random_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

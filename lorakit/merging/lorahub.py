@@ -19,7 +19,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.portable import make_portable
 from lorakit.adapters.storage import save_adapter
 from lorakit.errors import LorakitError
-from lorakit.merging import FloatArray, block_names, tensors_of
+from lorakit.merging.stack import FloatArray, block_names, tensors_of
 from lorakit.models.base import Base
 from lorakit.models.lora import attach, set_factors
 from lorakit.models.tokens import encode_all

@@ -1,0 +1,1 @@
+"""Adaptive LoRA merge with pruning, and merges without data."""
