@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit import options
+from lorakit.commands import _options as options
 from lorakit.files import STDIO
 from lorakit.recipes.request import SPLITS, Request
 from lorakit.recipes.table import RECIPES
@@ -95,8 +95,8 @@ def build_dataset(
         recipe, sources = "hf", (recipe, *sources)
     from itertools import islice
 
+    from lorakit.commands._progress import Notes
     from lorakit.files import open_text_output
-    from lorakit.progress import Notes
     from lorakit.recipes import table as recipes
     from lorakit.recipes.request import Tally
     from lorakit.records import write_records

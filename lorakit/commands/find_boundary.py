@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from lorakit import options
+from lorakit.commands import _options as options
+from lorakit.commands._types import Boundaries, MetricName
 from lorakit.files import STDIO
-from lorakit.option_types import Boundaries, MetricName
 from lorakit.settings import BoundarySettings, GenerationSettings
 
 
@@ -91,7 +91,7 @@ def find_boundary(
     from lorakit.records import write_records
 
     if plot:
-        from lorakit.plots import check_plot
+        from lorakit.commands._plots import check_plot
 
         check_plot(plot)
     rows = _find(adapter, data, predictions, plot, given)
@@ -113,9 +113,9 @@ def _find(
     from lorakit.boundary.evaluate import evaluate
     from lorakit.boundary.knee import sketch
     from lorakit.boundary.probability import read_probabilities
-    from lorakit.commands.opening import open_base
-    from lorakit.plots import plot_boundaries, plot_probabilities
-    from lorakit.progress import Notes
+    from lorakit.commands._opening import open_base
+    from lorakit.commands._plots import plot_boundaries, plot_probabilities
+    from lorakit.commands._progress import Notes
 
     notes = Notes(quiet=given["quiet"])
     settings = options.settings_of(BoundarySettings, given)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lorakit import options
+from lorakit.commands import _options as options
 from lorakit.files import STDIO
 from lorakit.settings import GenerationSettings
 
@@ -31,9 +31,9 @@ def generate(adapter: str | None, data: str, output: str, **given: Any) -> None:
     if given["resume"] and output == STDIO:
         raise click.UsageError("--resume needs -o FILE: a pipe keeps nothing to go on from.")
     from lorakit.adapters.storage import load_adapter
-    from lorakit.commands.opening import open_base
+    from lorakit.commands._opening import open_base
+    from lorakit.commands._progress import Notes
     from lorakit.models.predictions import write_predictions
-    from lorakit.progress import Notes
 
     settings = options.settings_of(GenerationSettings, given)
     notes = Notes(quiet=given["quiet"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lorakit import options
+from lorakit.commands import _options as options
 from lorakit.settings import TrainingSettings
 
 
@@ -73,10 +73,10 @@ def _importance(
     source: str, data: str, plot: str | None, quiet: bool, given: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from lorakit.adapters.storage import load_adapter
-    from lorakit.commands.opening import open_base
+    from lorakit.commands._opening import open_base
+    from lorakit.commands._plots import check_plot, plot_importance
+    from lorakit.commands._progress import Notes
     from lorakit.merging.importance import measure_importance
-    from lorakit.plots import check_plot, plot_importance
-    from lorakit.progress import Notes
 
     if plot:
         check_plot(plot)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lorakit import options
+from lorakit.commands import _options as options
 from lorakit.files import STDIO
 from lorakit.settings import JudgeSettings
 
@@ -113,8 +113,8 @@ def judge(
     for name, values in (("--endpoint", endpoint), ("--key-variable", key_variable)):
         if len(values) not in (1, len(judge_model)):
             raise click.UsageError(f"Give {name} once, or once for each --judge-model.")
+    from lorakit.commands._progress import Notes
     from lorakit.judging.panel import open_panel, write_judgements
-    from lorakit.progress import Notes
 
     settings = options.settings_of(JudgeSettings, given)
     write_judgements(

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from lorakit import options
-from lorakit.commands.methods import EPILOG, HELP, check_options, check_weights, choose_method
+from lorakit.commands import _options as options
+from lorakit.commands._methods import EPILOG, HELP, check_options, check_weights, choose_method
 from lorakit.merging.methods import METHODS
 from lorakit.settings import (
     PruningSettings,
@@ -85,9 +85,9 @@ def _merge_adaptively(
         if value and not several:
             raise click.UsageError(f"{name} needs several ratios or thresholds, or auto.")
     from lorakit.adapters.storage import load_adapter
-    from lorakit.commands.opening import open_base, watching
+    from lorakit.commands._opening import open_base, watching
+    from lorakit.commands._plots import check_plot, plot_search
     from lorakit.merging import adaptive
-    from lorakit.plots import check_plot, plot_search
 
     if plot:
         check_plot(plot)
@@ -121,7 +121,7 @@ def _merge_lorahub(
     adapters: tuple[str, ...], data: str, output: str, given: dict[str, Any]
 ) -> None:
     from lorakit.adapters.storage import load_adapter
-    from lorakit.commands.opening import open_base, watching
+    from lorakit.commands._opening import open_base, watching
     from lorakit.merging import lorahub
 
     settings = options.settings_of(TrainingSettings, given)
@@ -159,9 +159,9 @@ def _merge_statically(
     adapters: tuple[str, ...], method: str, output: str, given: dict[str, Any]
 ) -> None:
     from lorakit.adapters.storage import load_adapter
+    from lorakit.commands._progress import Notes
     from lorakit.files import check_adapter_output
     from lorakit.merging import static as static_merge
-    from lorakit.progress import Notes
 
     notes = Notes(quiet=given["quiet"])
     check_adapter_output(output)

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from lorakit import options
-from lorakit.commands.systems import parse_systems, systems_of
+from lorakit.commands import _options as options
+from lorakit.commands._systems import parse_systems, systems_of
 from lorakit.files import STDIO
 from lorakit.scoring.metrics import METRICS
 from lorakit.settings import SignificanceSettings

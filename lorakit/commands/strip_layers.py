@@ -7,9 +7,9 @@ import sys
 
 import click
 
-from lorakit import options
+from lorakit.commands import _options as options
+from lorakit.commands._types import Layers
 from lorakit.files import STDIO
-from lorakit.option_types import Layers
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
@@ -48,8 +48,8 @@ def strip_layers(
     from lorakit.adapters.storage import load_adapter
     from lorakit.boundary.records import read_boundary
     from lorakit.boundary.strip import write_stripped
+    from lorakit.commands._progress import Notes
     from lorakit.files import refuse_terminal
-    from lorakit.progress import Notes
 
     if output == STDIO:
         refuse_terminal("an adapter")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lorakit import options
+from lorakit.commands import _options as options
 from lorakit.settings import LoraSettings, SelectionSettings, TrainingSettings
 
 
@@ -26,7 +26,7 @@ def train_adapter(data: str, val: str | None, output: str, **given: Any) -> None
     lorakit train-adapter --data train.jsonl --val val.jsonl -o xs.safetensors
     """
     options.one_pipe(data, val)
-    from lorakit.commands.opening import open_base, watching
+    from lorakit.commands._opening import open_base, watching
     from lorakit.training import train as fitting
 
     settings = options.settings_of(TrainingSettings, given)

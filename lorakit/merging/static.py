@@ -1,4 +1,4 @@
-"""From adapters to one, without data: `merge` with a method of methods.py.
+"""From adapters to one, without data: `merge` with a method of _methods.py.
 
 It carries over what the methods know nothing of: which modules the config selects, the number
 format, the base, the chat choice, the blocks and the history. One module is merged at a time.

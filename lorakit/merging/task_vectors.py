@@ -2,7 +2,7 @@
 
 A part is one adapter's A/B pair at the module with its weight; its task vector is w·s·B·A. Sums of
 parts are exact as stacked factors. What looks at single parameters (TIES, DARE, magnitude) forms
-the task vectors, a block of rows of one module at a time. Which method does what is in methods.py.
+the task vectors, a block of rows of one module at a time. Which method does what is in _methods.py.
 """
 
 from __future__ import annotations

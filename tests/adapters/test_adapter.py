@@ -271,15 +271,15 @@ def test_folders_without_a_tensor_file_are_refused(
 
 KILLED = """
     import os, signal, sys
-    from lorakit.adapters import storage as library
-    loaded = library.load_adapter(sys.argv[1])
-    write, place = library.write_tensors, int(sys.argv[3])
+    from lorakit.adapters import storage
+    loaded = storage.load_adapter(sys.argv[1])
+    write, place = storage.write_tensors, int(sys.argv[3])
     def half(tensors, metadata, stream, late):
         write(dict(list(tensors.items())[: len(tensors) // 2]), metadata, stream)
         stream.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     if place == 0:
-        library.write_tensors = half
+        storage.write_tensors = half
     calls, replace = [], os.replace
     def counted(*paths):
         calls.append(paths)
@@ -287,7 +287,7 @@ KILLED = """
             os.kill(os.getpid(), signal.SIGKILL)
         replace(*paths)
     os.replace = counted
-    library.save_adapter(loaded, sys.argv[2])
+    storage.save_adapter(loaded, sys.argv[2])
 """
 
 

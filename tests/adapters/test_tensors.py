@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.adapters import tensors as tensorfile
+from lorakit.adapters import tensors as module
 from lorakit.adapters.tensors import Tensor, read_tensors, write_tensors
 from lorakit.errors import LorakitError
 
@@ -131,7 +131,7 @@ def test_a_nan_stays_a_nan_and_is_found(dtype: str) -> None:
 def test_pieces_are_the_whole_in_order_and_so_is_their_hash(
     dtype: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorfile, "_PIECE", 16)
+    monkeypatch.setattr(module, "_PIECE", 16)
     values = np.arange(1, count + 1, dtype=np.float32)
     made = {"a": Tensor.from_array(values, dtype), "b": Tensor.from_array(values[:3], dtype)}
     with open(tmp_path / "x", "wb") as stream:

@@ -11,9 +11,8 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
-from lorakit.boundary import decode as pool
-from lorakit.boundary import evaluate as boundary
-from lorakit.boundary.decode import can_pool
+from lorakit.boundary import evaluate as module
+from lorakit.boundary.decode import Pool, can_pool
 from lorakit.boundary.evaluate import Evaluation, decode, draw_sample, evaluate
 from lorakit.boundary.gates import Gates
 from lorakit.errors import LorakitError
@@ -97,8 +96,8 @@ def test_a_model_that_cannot_be_pooled_is_decoded_a_boundary_at_a_time(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, given = open_base(llama), records(5)
-    monkeypatch.setattr(boundary, "can_pool", lambda *arguments: False)
-    monkeypatch.delattr(pool.Pool, "run")
+    monkeypatch.setattr(module, "can_pool", lambda *arguments: False)
+    monkeypatch.delattr(Pool, "run")
     notes = Notes()
     found = decode(base, random_adapter(base), prompts(base, given), EVERY, SETTINGS, notes)
     assert [found[k] for k in EVERY] == naive(llama, base.end_tokens, given)
@@ -109,13 +108,13 @@ def test_boundaries_with_the_same_layers_on_are_decoded_once(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, given, asked = open_base(llama), records(5), []
-    whole = pool.Pool.run
+    whole = Pool.run
 
-    def counted(self: pool.Pool, boundaries: Any) -> Any:
+    def counted(self: Pool, boundaries: Any) -> Any:
         asked.extend(boundaries)
         return whole(self, boundaries)
 
-    monkeypatch.setattr(pool.Pool, "run", counted)
+    monkeypatch.setattr(Pool, "run", counted)
     adapter = random_adapter(base, layers=[1])
     found = decode(base, adapter, prompts(base, given), EVERY, SETTINGS, Notes())
     assert sorted(asked) == [0, 2]

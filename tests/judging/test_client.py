@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorakit.errors import LorakitError
-from lorakit.judging import client as endpoint
+from lorakit.judging import client
 from lorakit.judging.client import Endpoint, check_key, check_url, retry_after
 from tests.support.endpoints import completion, serving
 
@@ -19,7 +19,7 @@ BODY = {"model": "m", "messages": [{"role": "user", "content": "é日"}]}
 
 @pytest.fixture(autouse=True)
 def without_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.001)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorakit.adapters.adapter import LoraModule
 from lorakit.adapters.tensors import FloatArray, Tensor
-from lorakit.merging import task_vectors as taskvectors
+from lorakit.merging import task_vectors
 from lorakit.merging.methods import METHODS
 from lorakit.merging.task_vectors import Part, combined, dropping, elected, total, trimming
 from lorakit.settings import StaticSettings
@@ -123,8 +123,8 @@ def test_the_size_of_the_blocks_does_not_matter(
     draw = np.random.default_rng(0)
     parts = [part(np.round(draw.normal(size=(9, 5))), 1, i) for i in range(3)]
     whole = merged(method, parts, density=HALF)
-    monkeypatch.setattr(taskvectors, "_BLOCK", 10)
-    assert len(list(taskvectors.row_blocks(parts[0]))) == 5
+    monkeypatch.setattr(task_vectors, "_BLOCK", 10)
+    assert len(list(task_vectors.row_blocks(parts[0]))) == 5
     np.testing.assert_array_equal(merged(method, parts, density=HALF), whole)
 
 

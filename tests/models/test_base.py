@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import check_fingerprint, choose_model
-from lorakit.commands import opening
+from lorakit.commands import _opening
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base, load_base
 from lorakit.models.devices import pick_device, pick_dtype
@@ -234,5 +234,5 @@ def test_commands_keep_freed_memory_where_they_compute_on_a_cpu(
     monkeypatch.setattr(opening, "pick_device", torch.device)
     monkeypatch.setattr(opening, "load_base", lambda *_, **__: base)
     given = {"model": "any", "revision": None, "trust_remote_code": False}
-    opening.open_base(given, [], device, "float32", pytest.fail, training=False)
+    _opening.open_base(given, [], device, "float32", pytest.fail, training=False)
     assert len(kept) == times

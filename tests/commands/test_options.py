@@ -8,8 +8,8 @@ from typing import Any
 import click
 import pytest
 
-from lorakit import option_types, options
 from lorakit.cli import COMMANDS, load_command
+from lorakit.commands import _options, _types
 from lorakit.settings import (
     BoundarySettings,
     GenerationSettings,
@@ -41,7 +41,7 @@ def convert(kind: click.ParamType[Any], text: str) -> Any:
     ],
 )
 def test_layers_are_numbers_and_ranges_sorted_each_once(text: str, layers: tuple[int, ...]) -> None:
-    assert convert(option_types.Layers(), text) == layers
+    assert convert(_types.Layers(), text) == layers
 
 
 @pytest.mark.parametrize(
@@ -50,21 +50,21 @@ def test_layers_are_numbers_and_ranges_sorted_each_once(text: str, layers: tuple
 )
 def test_what_is_no_set_of_layers_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a layer or a range of layers"):
-        convert(option_types.Layers(), text)
+        convert(_types.Layers(), text)
 
 
 def test_a_range_that_runs_backwards_is_refused() -> None:
     with pytest.raises(click.BadParameter, match="'3-1' runs backwards"):
-        convert(option_types.Layers(), "0,3-1")
+        convert(_types.Layers(), "0,3-1")
 
 
 @pytest.mark.parametrize("text", ["0", "0.1", ".5", "0.30", "1e-3", "0.999999999999999999999"])
 def test_a_ratio_is_the_exact_decimal_it_was_written_as(text: str) -> None:
-    assert convert(option_types.Amounts("ratio", below=1), text) == (Decimal(text),)
+    assert convert(_types.Amounts("ratio", below=1), text) == (Decimal(text),)
 
 
 def test_a_ratio_is_not_rounded_through_a_float() -> None:
-    (ratio,) = convert(option_types.Amounts("ratio", below=1), "0.29")
+    (ratio,) = convert(_types.Amounts("ratio", below=1), "0.29")
     assert int(ratio * 100) == 29
     assert int(float("0.29") * 100) == 28
 
@@ -87,45 +87,45 @@ def test_a_ratio_is_not_rounded_through_a_float() -> None:
 )
 def test_what_is_no_ratio_is_refused(text: str, reason: str) -> None:
     with pytest.raises(click.BadParameter, match=reason):
-        convert(option_types.Amounts("ratio", below=1), text)
+        convert(_types.Amounts("ratio", below=1), text)
 
 
 def test_several_ratios_are_a_list_and_auto_is_itself() -> None:
-    assert convert(option_types.Amounts("ratio", below=1), "0.1, 0.3") == (
+    assert convert(_types.Amounts("ratio", below=1), "0.1, 0.3") == (
         Decimal("0.1"),
         Decimal("0.3"),
     )
-    assert convert(option_types.Amounts("ratio", below=1), "auto") == "auto"
+    assert convert(_types.Amounts("ratio", below=1), "auto") == "auto"
 
 
 def test_a_threshold_may_be_any_number_from_zero_up() -> None:
-    assert convert(option_types.Amounts("threshold"), "1e9") == (Decimal("1e9"),)
+    assert convert(_types.Amounts("threshold"), "1e9") == (Decimal("1e9"),)
     with pytest.raises(click.BadParameter, match=r"-1 is not in 0 ≤ threshold$"):
-        convert(option_types.Amounts("threshold"), "-1")
+        convert(_types.Amounts("threshold"), "-1")
 
 
 @pytest.mark.parametrize("text", ["1", "0.2", "1e-9", "1.0"])
 def test_a_density_is_the_exact_decimal_it_was_written_as(text: str) -> None:
-    assert convert(option_types.Density(), text) == Decimal(text)
+    assert convert(_types.Density(), text) == Decimal(text)
 
 
 @pytest.mark.parametrize("text", ["", "x", "nan", "0", "-0.1", "1.0000000000000000000001", "inf"])
 def test_what_is_no_density_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match=r"is not a number|is not in 0 < density ≤ 1"):
-        convert(option_types.Density(), text)
+        convert(_types.Density(), text)
 
 
 @pytest.mark.parametrize(
     ("text", "numbers"), [("1", (1.0,)), ("-0.5, 2e-1", (-0.5, 0.2)), ("0,0", (0.0, 0.0))]
 )
 def test_numbers_are_separated_by_commas(text: str, numbers: tuple[float, ...]) -> None:
-    assert convert(option_types.Numbers(), text) == numbers
+    assert convert(_types.Numbers(), text) == numbers
 
 
 @pytest.mark.parametrize("text", ["", ",", "1,", "a", "1;2", "nan", "inf", "1e999"])
 def test_what_are_no_numbers_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a number"):
-        convert(option_types.Numbers(), text)
+        convert(_types.Numbers(), text)
 
 
 @pytest.mark.parametrize(
@@ -133,25 +133,23 @@ def test_what_are_no_numbers_is_refused(text: str) -> None:
     [("q_proj", ("q_proj",)), ("q_proj, v_proj", ("q_proj", "v_proj")), ("a.b", ("a.b",))],
 )
 def test_names_are_separated_by_commas(text: str, names: tuple[str, ...]) -> None:
-    assert convert(option_types.Names(), text) == names
+    assert convert(_types.Names(), text) == names
 
 
 @pytest.mark.parametrize("text", ["", ",", "a,,b", "a, ", " "])
 def test_an_empty_name_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="has an empty name"):
-        convert(option_types.Names(), text)
+        convert(_types.Names(), text)
 
 
-@pytest.mark.parametrize(
-    "kind", [option_types.Names(), option_types.Layers(), option_types.Numbers()]
-)
+@pytest.mark.parametrize("kind", [_types.Names(), _types.Layers(), _types.Numbers()])
 def test_a_value_that_is_read_already_stays(kind: click.ParamType[Any]) -> None:
     assert kind.convert((1, 2), None, None) == (1, 2)
 
 
 def test_settings_take_their_own_fields_out_of_the_arguments() -> None:
     given: dict[str, Any] = {"rank": 4, "layers": (1,), "output": "x"}
-    assert options.settings_of(LoraSettings, given) == LoraSettings(rank=4, layers=(1,))
+    assert _options.settings_of(LoraSettings, given) == LoraSettings(rank=4, layers=(1,))
     assert given == {"output": "x"}
 
 
@@ -183,18 +181,18 @@ def test_a_command_without_options_has_the_defaults_of_the_settings(
     if command == "merge":  # a list of ratios: none is the settings' own
         assert given["prune_ratio"] is None
         given["prune_ratio"] = PruningSettings.prune_ratio
-    assert options.settings_of(type(settings), given) == settings
+    assert _options.settings_of(type(settings), given) == settings
     assert set(vars(settings)) <= set(context.params), "a setting that no option can change"
 
 
 @pytest.mark.parametrize("paths", [("-", "-"), ("a", "-", None, "-")])
 def test_two_inputs_from_one_pipe_are_a_usage_error(paths: tuple[str | None, ...]) -> None:
     with pytest.raises(click.UsageError, match="one stdin"):
-        options.one_pipe(*paths)
+        _options.one_pipe(*paths)
 
 
 def test_one_input_from_a_pipe_is_none() -> None:
-    options.one_pipe("-", "a", None, "a")
+    _options.one_pipe("-", "a", None, "a")
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.commands._plots import check_plot, plot_importance, plot_lines, plot_search
 from lorakit.errors import LorakitError
-from lorakit.plots import check_plot, plot_importance, plot_lines, plot_search
 
 TRIED = [
     {"prune_ratio": 0.5, "steps": 4, "loss": 1.5, "stopped": True, "best": False},

@@ -10,10 +10,10 @@ import click
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import base_revision, check_fingerprint, choose_model
+from lorakit.commands._progress import TrainingProgress
 from lorakit.files import STDIO, check_adapter_output
 from lorakit.models.base import Base, load_base
 from lorakit.models.devices import keep_freed_memory, pick_device, pick_dtype
-from lorakit.progress import TrainingProgress
 
 
 def open_base(

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
+from lorakit.commands._types import Amounts, Density, Layers, MetricName, Names, Numbers
 from lorakit.merging.criteria import CRITERIA, VALUES
-from lorakit.option_types import Amounts, Density, Layers, MetricName, Names, Numbers
 from lorakit.settings import (
     LOSS,
     SCHEDULES,
