@@ -138,13 +138,13 @@ def test_judging_needs_no_model_library(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "metrics",
+        "merging.criteria",
+        "merging.methods",
         "prompts",
-        "pruning",
-        "recipes",
-        "recipes.microworld",
+        "recipes.microworld.world",
+        "recipes.table",
+        "scoring.metrics",
         "settings",
-        "static",
     ],
 )
 def test_a_module_with_a_table_that_options_read_imports_nothing_heavy(module: str) -> None:

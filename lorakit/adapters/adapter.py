@@ -26,6 +26,9 @@ from lorakit.adapters.tensors import FloatArray, Tensor
 from lorakit.errors import LorakitError
 
 Factor = Literal["A", "B"]
+Factors = Mapping[
+    str, tuple[FloatArray, FloatArray]
+]  # A (rank, d_in) and B (d_out, rank) by module
 
 _PREFIX = "base_model.model."
 _LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -127,6 +130,15 @@ def module_names(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the modules that have a tensor here, by layer, then name."""
     parts = (lora_parts(key) for key in tensors)
     return sorted({found[0] for found in parts if found}, key=natural_key)
+
+
+def tensors_of(factors: Factors) -> dict[str, Tensor]:
+    """Return the factors as the float32 tensors of an adapter, by PEFT's names."""
+    tensors = {}
+    for name, (a, b) in factors.items():
+        tensors[lora_name(name, "A")] = Tensor.from_array(a)
+        tensors[lora_name(name, "B")] = Tensor.from_array(b)
+    return tensors
 
 
 def product_norm(a: FloatArray, b: FloatArray) -> float:

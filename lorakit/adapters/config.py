@@ -11,11 +11,12 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorakit.adapters.config_keys import FORMER, HARMLESS_INITS, KEPT, PLAIN, REFUSED, TRAINING_ONLY
 from lorakit.adapters.foreign import quote
+from lorakit.adapters.names import layer_of, natural_key
 from lorakit.adapters.tensors import parse_json
 from lorakit.errors import LorakitError
 
@@ -233,3 +234,62 @@ def _ordered(key: str, value: Any) -> Any:
     if isinstance(value, dict) and key not in _PATTERNS:
         return {inner: _ordered(inner, value[inner]) for inner in sorted(value)}
     return value
+
+
+def peft_config(
+    ranks: Mapping[str, int],
+    *,
+    base: str | None,
+    dropout: float = 0.0,
+    alpha: float | None = None,
+    transposed: bool = False,
+    there: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Return the config under which PEFT builds exactly these modules, with these ranks.
+
+    The scale is alpha/rank where one alpha is given, else 1. `there` are all projections of the
+    base: where naming the modules by their last part selects no other, that short form is used.
+    """
+    modules = sorted(ranks, key=natural_key)
+    most = max(set(ranks.values()), key=lambda rank: (list(ranks.values()).count(rank), rank))
+    other = {name: ranks[name] for name in modules if ranks[name] != most}
+    targets, layers = short_targets(modules, there)
+    return {
+        "alpha_pattern": dict(other) if alpha is None else {},
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": layers,
+        "lora_alpha": most if alpha is None else alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": most,
+        "rank_pattern": other,
+        "revision": None,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }
+
+
+def short_targets(
+    modules: Sequence[str], there: Iterable[str]
+) -> tuple[list[str], list[int] | None]:
+    """Return PEFT's target_modules and layers_to_transform that select exactly `modules`.
+
+    Last parts of names (and the layers, where not all of them are meant) if they select no other
+    projection of `there`; else the full names.
+    """
+    there = list(there)
+    lasts = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    named = {name for name in there if name.rsplit(".", 1)[-1] in lasts}
+    if named == set(modules):
+        return lasts, None
+    layers = sorted({layer for name in modules if (layer := layer_of(name)) is not None})
+    if {name for name in named if layer_of(name) in layers} == set(modules):
+        return lasts, layers
+    return list(modules), None

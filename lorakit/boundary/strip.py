@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from lorakit.adapters.adapter import Adapter, LoraModule, lora_name
+from lorakit.adapters.blocks import block_names
 from lorakit.adapters.config import Config, is_targeted, pattern_of
 from lorakit.adapters.foreign import quote
 from lorakit.adapters.history import FORMAT
 from lorakit.adapters.names import layer_of, stack_of
 from lorakit.adapters.storage import save_adapter
 from lorakit.errors import LorakitError
-from lorakit.merging.stack import block_names
 
 _PENDING = "0" * 64  # stands for a hash until it is known
 _BASE_ADVICE = "use the base model without an adapter"

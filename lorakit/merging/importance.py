@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.blocks import Block, Slice
 from lorakit.adapters.names import layer_of
 from lorakit.merging.input_norms import InputNorms
 from lorakit.merging.joint import attach_stack
 from lorakit.merging.pruner import Pruner
-from lorakit.merging.stack import Block, Slice, Stack, stack
+from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import check_fits
 from lorakit.models.predictions import encoder_of

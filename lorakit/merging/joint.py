@@ -13,18 +13,12 @@ from typing import Any
 import accelerate
 import torch
 
-from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.adapter import Adapter, Factors, tensors_of
+from lorakit.adapters.blocks import share_of_zeros
+from lorakit.adapters.config import peft_config
 from lorakit.adapters.portable import make_portable
 from lorakit.merging.pruner import Pruner
-from lorakit.merging.stack import (
-    Factors,
-    Stack,
-    fold,
-    peft_config,
-    share_of_zeros,
-    stack,
-    tensors_of,
-)
+from lorakit.merging.stack import Stack, fold, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import (
     check_fits,

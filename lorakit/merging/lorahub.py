@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.adapter import Adapter, tensors_of
+from lorakit.adapters.blocks import block_names
 from lorakit.adapters.portable import make_portable
 from lorakit.adapters.storage import save_adapter
+from lorakit.adapters.tensors import FloatArray
 from lorakit.errors import LorakitError
-from lorakit.merging.stack import FloatArray, block_names, tensors_of
 from lorakit.models.base import Base
 from lorakit.models.lora import attach, set_factors
 from lorakit.models.tokens import encode_all

@@ -15,6 +15,8 @@ import numpy as np
 
 from lorakit.adapters.adapter import Adapter, Factor, LoraModule, lora_name
 from lorakit.adapters.base_model import base_name, check_fingerprint
+from lorakit.adapters.blocks import Block, Slice, block_names, plain_name, unique_names
+from lorakit.adapters.config import peft_config
 from lorakit.adapters.history import joined_history
 from lorakit.adapters.names import natural_key
 from lorakit.adapters.portable import make_portable
@@ -22,15 +24,7 @@ from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.tensors import FloatArray, Tensor
 from lorakit.errors import LorakitError
 from lorakit.merging.methods import METHODS
-from lorakit.merging.stack import (
-    Block,
-    Slice,
-    block_names,
-    check_widths,
-    peft_config,
-    plain_name,
-    unique_names,
-)
+from lorakit.merging.stack import check_widths
 from lorakit.merging.task_vectors import Part
 from lorakit.settings import StaticSettings
 from lorakit.versions import version_of

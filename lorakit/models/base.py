@@ -138,7 +138,7 @@ def load_base(
     Only safetensors weights are read. Raises LorakitError where there is no such model.
     """
     _quieten()
-    place = str(Path(__file__).parent / TINY) if name == TINY else os.path.expanduser(name)
+    place = str(Path(__file__).parents[1] / TINY) if name == TINY else os.path.expanduser(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _naming("the tokenizer of", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.adapter import Adapter, Factors, tensors_of
+from lorakit.adapters.config import peft_config
 from lorakit.adapters.history import joined_history
 from lorakit.adapters.storage import save_adapter
 from lorakit.errors import LorakitError
-from lorakit.merging.stack import Factors, peft_config, tensors_of
 from lorakit.models.base import Base
 from lorakit.models.lora import default_targets, inject, is_transposed, pick_modules, projections
 from lorakit.models.tokens import CHAT_DATE, Encoder, Example, encode_all

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.adapter import Adapter, tensors_of
+from lorakit.adapters.config import peft_config
 from lorakit.adapters.portable import make_portable
-from lorakit.merging.stack import peft_config, tensors_of
 from tests.support.adapters import tiny
 
 

@@ -25,12 +25,12 @@ import peft
 import torch
 import transformers
 
-from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.adapter import Adapter, tensors_of
+from lorakit.adapters.config import peft_config
 from lorakit.adapters.names import layer_of
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.boundary.decode import Pool
 from lorakit.boundary.gates import Gates
-from lorakit.merging.stack import peft_config, tensors_of
 from lorakit.models.base import Base, load_base
 from lorakit.models.lora import attach, pick_modules, projections
 from lorakit.recipes.microworld.world import microworld

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.adapter import Adapter, tensors_of
+from lorakit.adapters.config import peft_config
 from lorakit.adapters.storage import load_adapter, save_adapter
-from lorakit.merging.stack import peft_config, tensors_of
 from lorakit.merging.static import merge_statically
 from lorakit.settings import StaticSettings
 

@@ -31,11 +31,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.adapter import Adapter, tensors_of
+from lorakit.adapters.config import peft_config
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.merging.joint import attach_stack
 from lorakit.merging.pruner import Pruner
-from lorakit.merging.stack import peft_config, stack, tensors_of
+from lorakit.merging.stack import stack
 from lorakit.models.base import load_base
 from lorakit.models.batches import epoch_batches
 from lorakit.models.lora import pick_modules

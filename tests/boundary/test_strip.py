@@ -13,14 +13,16 @@ import pytest
 import torch
 import transformers
 
-from lorakit.adapters.adapter import Adapter, lora_name
+from lorakit.adapters.adapter import Adapter, lora_name, tensors_of
+from lorakit.adapters.blocks import share_of_zeros
+from lorakit.adapters.config import peft_config
 from lorakit.adapters.history import parse_header
 from lorakit.adapters.names import layer_of
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adapters.tensors import Tensor, read_tensors
 from lorakit.boundary.strip import strip_layers, write_stripped
 from lorakit.errors import LorakitError
-from lorakit.merging.stack import fold, peft_config, share_of_zeros, stack, tensors_of
+from lorakit.merging.stack import fold, stack
 from tests.support.adapters import tiny
 from tests.support.peft_models import KINDS, logits, random_model, with_lora
 from tests.support.program import run

@@ -5,17 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.adapter import Adapter, tensors_of
+from lorakit.adapters.blocks import block_names, share_of_zeros
+from lorakit.adapters.config import peft_config, short_targets
 from lorakit.errors import LorakitError
-from lorakit.merging.stack import (
-    block_names,
-    fold,
-    peft_config,
-    share_of_zeros,
-    short_targets,
-    stack,
-    tensors_of,
-)
+from lorakit.merging.stack import fold, stack
 
 Q, K, V = (f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkv")
 THERE = [name.format(layer) for layer in range(3) for name in (Q, K, V)]

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.adapters.adapter import Adapter, lora_name
-from lorakit.adapters.config import is_targeted, rank_of
+from lorakit.adapters.adapter import Adapter, lora_name, tensors_of
+from lorakit.adapters.config import is_targeted, peft_config, rank_of
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from lorakit.merging.methods import METHODS
-from lorakit.merging.stack import peft_config, tensors_of
 from lorakit.merging.static import merge_adapters
 from lorakit.settings import StaticSettings
 from tests.support.adapters import tiny

@@ -230,9 +230,9 @@ def test_commands_keep_freed_memory_where_they_compute_on_a_cpu(
     device: str, times: int, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[bool] = []
-    monkeypatch.setattr(opening, "keep_freed_memory", lambda: kept.append(True))
-    monkeypatch.setattr(opening, "pick_device", torch.device)
-    monkeypatch.setattr(opening, "load_base", lambda *_, **__: base)
+    monkeypatch.setattr(_opening, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(_opening, "pick_device", torch.device)
+    monkeypatch.setattr(_opening, "load_base", lambda *_, **__: base)
     given = {"model": "any", "revision": None, "trust_remote_code": False}
     _opening.open_base(given, [], device, "float32", pytest.fail, training=False)
     assert len(kept) == times
