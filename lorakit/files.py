@@ -90,11 +90,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         os.chmod(side, _mode_of(final))
         yield side
-        _sync(side)
+        sync(side)
         os.replace(side, final)
-        _sync(final.parent)
+        sync(final.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         side.unlink(missing_ok=True)
 
@@ -104,20 +104,22 @@ def _new_side_file(path: str | Path) -> Path:
 
     final = Path(os.path.realpath(path))
     try:
-        _refuse_directory(final)
+        refuse_directory(final)
         handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     os.close(handle)
     return Path(name)
 
 
-def _refuse_directory(path: Path) -> None:
+def refuse_directory(path: Path) -> None:
+    """Raise IsADirectoryError where `path` is a folder."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
-def _cannot_write(path: str | Path, error: OSError) -> LorakitError:
+def cannot_write(path: str | Path, error: OSError) -> LorakitError:
+    """Return the error of an output that cannot be written."""
     name = "stdout" if path == STDIO else path
     return LorakitError(f"cannot write {name}: {explain(error)}; choose another -o")
 
@@ -130,7 +132,8 @@ def _mode_of(path: Path) -> int:
     return 0o666 & ~mask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or a folder written to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -160,36 +163,4 @@ def open_text_output(path: str) -> Iterator[IO[str]]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-class Resumable:
-    """A text output that is written beside its final name and can be gone on with after a kill.
-
-    The side file bears `key`, so that only a run of the same kind goes on from it. `lines` are the
-    whole lines an earlier run left; a line cut short is dropped.
-    """
-
-    def __init__(self, path: str, key: str, *, resume: bool) -> None:
-        self.final = Path(os.path.realpath(path))
-        self._side = self.final.with_name(f".{self.final.name}.{key[:12]}.part")
-        self.lines: list[str] = []
-        if resume and self._side.exists():
-            text = self._side.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1].decode()
-            self.lines = [f"{line}\n" for line in whole.split("\n")[:-1]]
-
-    @contextlib.contextmanager
-    def writing(self, keep: int) -> Iterator[IO[str]]:
-        """Yield a stream that goes on after the first `keep` lines; a finished block renames it."""
-        try:
-            _refuse_directory(self.final)
-            with open(self._side, "a", encoding="utf-8", newline="\n") as stream:
-                stream.truncate(len("".join(self.lines[:keep]).encode()))
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(self._side, self.final)
-            _sync(self.final.parent)
-        except OSError as error:
-            raise _cannot_write(self.final, error) from error
+        raise cannot_write(path, error) from error

@@ -16,7 +16,6 @@ import pytest
 
 from lorakit.errors import LorakitError
 from lorakit.files import (
-    Resumable,
     atomic_path,
     check_output,
     is_stream,
@@ -25,6 +24,7 @@ from lorakit.files import (
     reading,
     refuse_terminal,
 )
+from lorakit.resume import OutputLines
 
 KEY = "0123456789abcdef"
 
@@ -189,7 +189,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
         pytest.fail("the work was begun")
     with (
         pytest.raises(LorakitError, match=r"^cannot write"),
-        Resumable(path, KEY, resume=False).writing(0),
+        OutputLines(path, KEY, resume=False).writing(0),
     ):
         pytest.fail("the work was begun")
     assert names_in(tmp_path) == before
@@ -306,7 +306,7 @@ def test_a_side_file_is_synced_before_it_takes_the_name(
 
 def leave_half(target: Path, key: str, text: str) -> None:
     """Write as a run that is killed in the middle."""
-    output = Resumable(str(target), key, resume=False).writing(0)
+    output = OutputLines(str(target), key, resume=False).writing(0)
     with contextlib.suppress(KeyboardInterrupt), writing_half(output, text):
         raise KeyboardInterrupt
 
@@ -315,7 +315,7 @@ def test_a_killed_run_is_gone_on_from_after_its_last_whole_line(tmp_path: Path) 
     target = tmp_path / "out"
     leave_half(target, KEY, "é 1\nline 2\nline 3\nli")
     assert not target.exists()
-    part = Resumable(str(target), KEY, resume=True)
+    part = OutputLines(str(target), KEY, resume=True)
     assert part.lines == ["é 1\n", "line 2\n", "line 3\n"]
     with part.writing(2) as stream:
         stream.write("again\n")
@@ -326,7 +326,7 @@ def test_a_killed_run_is_gone_on_from_after_its_last_whole_line(tmp_path: Path) 
 def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     lines = ['"\u2028\u2029\u0085"\n', '"\x0b\x0c\x1c\r"\n']
     leave_half(tmp_path / "out", KEY, "".join(lines))
-    assert Resumable(str(tmp_path / "out"), KEY, resume=True).lines == lines
+    assert OutputLines(str(tmp_path / "out"), KEY, resume=True).lines == lines
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
 )
 def test_what_another_run_left_is_not_gone_on_from(key: str, resume: bool, tmp_path: Path) -> None:
     leave_half(tmp_path / "out", KEY, "line 1\n")
-    assert Resumable(str(tmp_path / "out"), key, resume=resume).lines == []
+    assert OutputLines(str(tmp_path / "out"), key, resume=resume).lines == []
 
 
 def test_a_killed_run_leaves_the_old_output(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import click
 
 from lorakit.errors import LorakitError
 from lorakit.files import explain
+from lorakit.reporting import EpochReport, StepReport
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ class Notes:
             prefix = "" if text.startswith("Warning:") else "Note: "
             click.echo(f"{prefix}{text}", err=True)
 
-    def tracked(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         """Yield items, `total` where that is known, under a bar, where stderr is a terminal."""
         if self.quiet or not sys.stderr.isatty():
             yield from items
@@ -45,10 +46,12 @@ class Notes:
 
         yield from track(items, what, total=total, console=_console(), transient=True)
 
+    tracked = track
+
     def timed(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
         """Yield `total` items under a bar, or with a line for each fifth, and the time left."""
         if self.quiet or sys.stderr.isatty():
-            yield from self.tracked(items, what, total)
+            yield from self.track(items, what, total)
             return
         started, fifth = time.monotonic(), max(1, -(-total // 5))
         for count, item in enumerate(items, 1):
@@ -129,20 +132,20 @@ class TrainingProgress(Notes):
         self._task = self._bar.add_task("training", total=steps, completed=done)
         self._bar.start()
 
-    def step(self, entry: Mapping[str, Any]) -> None:
-        self._write(entry)
+    def step(self, report: StepReport) -> None:
+        self._write(report.log_entry())
         if self._bar is not None:
-            text = f"epoch {entry['epoch']}, loss {entry['train_loss']:.3f}"
+            text = f"epoch {report.epoch}, loss {report.train_loss:.3f}"
             self._bar.update(self._task, advance=1, description=text)
 
-    def epoch(self, entry: Mapping[str, Any]) -> None:
-        self._write(entry)
-        name = f"{entry['candidate']}: " if "candidate" in entry else ""
-        score = entry.get("validation_score")
+    def epoch(self, report: EpochReport) -> None:
+        self._write(report.log_entry())
+        name = "" if report.candidate is None else f"{report.candidate}: "
+        score = report.validation_score
         text = (
-            f"{name}epoch {entry['epoch']}/{self._epochs}: train loss {entry['train_loss']:.4f}, "
-            f"validation loss {entry['validation_loss']:.4f}"
-            f"{'' if score is None else f', score {score:.2f}'}{', best' if entry['best'] else ''}"
+            f"{name}epoch {report.epoch}/{self._epochs}: train loss {report.train_loss:.4f}, "
+            f"validation loss {report.validation_loss:.4f}"
+            f"{'' if score is None else f', score {score:.2f}'}{', best' if report.best else ''}"
         )
         if not self.quiet:
             click.echo(text, err=True)

@@ -107,7 +107,7 @@ def _merge_adaptively(
             settings=settings,
             pruning=pruning,
             output=output,
-            watcher=watcher,
+            reporter=watcher,
             resume=given["resume"],
             values=values,
             selection=selection,
@@ -136,7 +136,7 @@ def _merge_lorahub(
             data,
             settings=settings,
             output=output,
-            watcher=watcher,
+            reporter=watcher,
             portable=given["portable"],
         )
 

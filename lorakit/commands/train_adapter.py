@@ -41,7 +41,7 @@ def train_adapter(data: str, val: str | None, output: str, **given: Any) -> None
             settings=settings,
             lora=lora,
             output=output,
-            watcher=watcher,
+            reporter=watcher,
             resume=given["resume"],
             selection=selection,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lorakit.files import check_output, is_stream, open_text_output
-from lorakit.judging.asking import AnswerFile, ask_all, question_key
+from lorakit.judging.asking import ask_all
 from lorakit.judging.client import Endpoint, check_key, check_url
 from lorakit.judging.questions import (
     Answer,
@@ -21,6 +21,7 @@ from lorakit.judging.questions import (
     rating_summary,
 )
 from lorakit.records import load_records, write_records
+from lorakit.resume import FoundValues, hidden_beside, run_key
 from lorakit.settings import JudgeSettings
 from lorakit.versions import version_of
 
@@ -89,11 +90,12 @@ def write_judgements(
             check_output(path)
     name, text = choose_template(template, preference=against is not None)
     files = _items(paths, against, text)
-    with AnswerFile(None if is_stream(output) else output, resume=resume) as answers:
+    side = None if is_stream(output) else hidden_beside(output, "answers.part")
+    with FoundValues(side, resume=resume, writer="judge") as answers:
         _ask(files, panel, settings, answers, notes)
 
         def answer(judge: str, prompt: str) -> str:
-            return answers.known[_key(Question(judge, prompt), panel, settings)]
+            return str(answers.known[_key(Question(judge, prompt), panel, settings)])
 
         signature = _signature(panel, name, text, settings)
         summaries, rows = [], []
@@ -131,7 +133,7 @@ def _ask(
     files: Sequence[Sequence[Item]],
     panel: Panel,
     settings: JudgeSettings,
-    answers: AnswerFile,
+    answers: FoundValues,
     notes: Notes,
 ) -> None:
     """Ask what is not answered yet; the same question to the same judge is asked once."""
@@ -157,12 +159,12 @@ def _ask(
 
 
 def _key(question: Question, panel: Panel, settings: JudgeSettings) -> str:
-    return question_key(panel[question.model].url, question.body(settings))
+    return run_key(panel[question.model].url, question.body(settings))
 
 
 def _signature(panel: Panel, name: str, text: str, settings: JudgeSettings) -> str:
     """Return all that the numbers depend on besides the data, in sacrebleu's manner."""
-    prompt = name if name != "own" else f"own-{question_key(text)[:12]}"
+    prompt = name if name != "own" else f"own-{run_key(text)[:12]}"
     request = "".join(f"|{field}:{settings.request[field]}" for field in sorted(settings.request))
     return f"judges:{'+'.join(panel)}|template:{prompt}{request}|version:lorakit-" + version_of(
         "lorakit"

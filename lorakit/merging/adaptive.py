@@ -1,17 +1,16 @@
 """Adaptive LoRA merge: adapters trained jointly on the target data, pruned at every step.
 
-What trains is in joint.py, pruning in criteria.py and pruner.py, the loop in trainer.py; trying
-several pruning settings and keeping the best goes through search.py.
+This is `merge --data` from loaded adapters to the written one. What trains is in joint.py, pruning
+in criteria.py and pruner.py, the loop in training/trainer.py; several pruning settings are tried
+and the best one chosen by search.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -19,13 +18,15 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
 from lorakit.files import is_stream
 from lorakit.merging.joint import Merge, prepare
-from lorakit.merging.search import BUDGET, Candidate, Record, Search, search_by_halving, search_grid
+from lorakit.merging.pruner import Pruner
+from lorakit.merging.search import BUDGET, Candidate, Search, search_by_halving, search_grid
 from lorakit.models.base import Base
+from lorakit.reporting import Reporter
+from lorakit.resume import FoundValues, beside, run_key
 from lorakit.settings import LOSS, PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.selection import Measured
 from lorakit.training.train import fit
-from lorakit.training.trainer import Watcher
 
 Values = Sequence[Decimal] | Literal["auto"]
 TENTHS = tuple(Decimal(tenth) / 10 for tenth in range(1, 10))
@@ -40,16 +41,16 @@ def merge_adaptively(
     settings: TrainingSettings,
     pruning: PruningSettings,
     output: str,
-    watcher: Watcher,
+    reporter: Reporter,
     resume: bool = False,
     values: Values = (),
     selection: SelectionSettings | None = None,
     portable: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Train the adapters jointly on the target data and write them to `output` as one adapter.
 
-    Of several `values`, ratios (thresholds, with unit `module`), the best on the validation set is
-    kept; `auto` is a halving search. Returns an entry for each that was tried.
+    Of several `values`, which are ratios (thresholds, with unit `module`), the best on the
+    validation set is kept; `auto` is a halving search. Returns an entry for each value tried.
     Raises LorakitError for records, adapters or settings that cannot be used.
     """
     merge = prepare(
@@ -60,16 +61,16 @@ def merge_adaptively(
         settings=settings,
         selection=selection or SelectionSettings(),
         portable=portable,
-        watcher=watcher,
+        reporter=reporter,
     )
     if values == "auto" or len(values) > 1:
-        return _choose(merge, pruning, values, output=output, watcher=watcher, resume=resume)
+        return _choose(merge, pruning, values, output=output, reporter=reporter, resume=resume)
     pruning = pruning.at(values[0]) if values else pruning
     entry = merge.entry(pruning)
     fit(
         merge.trainer(pruning),
         merge.corpus,
-        watcher,
+        reporter,
         checkpoint=checkpoint_of(output, entry, base.record),
         resume=resume,
         export=lambda best: merge.export(best, entry),
@@ -84,121 +85,169 @@ def _choose(
     values: Values,
     *,
     output: str,
-    watcher: Watcher,
+    reporter: Reporter,
     resume: bool,
-) -> list[dict[str, Any]]:
-    """Try several pruning settings, write the best one's adapter, and tell of each."""
+) -> list[dict[str, object]]:
+    """Try several pruning settings, write the best one's adapter, and report each."""
     metric = merge.selection.searches_by
     measure = merge.measure(metric)
+    is_main = merge.accelerator.is_main_process
+    key = run_key(merge.entry(pruning), [str(value) for value in values], merge.base.record)
+    side = beside(output, "search.resume")
+    with FoundValues(side, resume=resume, writer="merge", writes=is_main, key=key) as found:
+        search = Search(
+            merge.trainer,
+            lambda trainer: (
+                -trainer.losses.mean(merge.corpus.validation) if measure is None else measure()
+            ),
+            merge.corpus,
+            reporter,
+            by_epochs=metric == merge.selection.select_by,
+            merges=BUDGET if values == "auto" else len(values),
+            checkpoint_of=lambda setting: _candidate_checkpoint(merge, setting, output),
+            found=found,
+            resume=resume,
+        )
+        _run(search, pruning, values, found, reporter)
+        best = search.best()
+        trials = [Trial.of(candidate, metric, candidate is best) for candidate in search.candidates]
+        for trial in trials:
+            reporter.event({"candidate": trial.name, **trial.fields()}, trial.line())
+        reporter.note(_verdict(search.candidates, best, metric, measure))
+        if is_main:
+            _write(merge, best, metric, trials, output)
+            search.remove_checkpoints()
+    return [trial.fields() for trial in trials]
 
-    def kept(setting: PruningSettings) -> Checkpoint:
-        name = f"{output.rstrip('/')}.{setting.value}" if not is_stream(output) else output
-        return checkpoint_of(name, merge.entry(setting), merge.base.record)
 
-    search = Search(
-        merge.trainer,
-        lambda trainer: (
-            -trainer.losses.mean(merge.corpus.validation) if measure is None else measure()
-        ),
-        merge.corpus,
-        watcher,
-        by_epochs=metric == merge.selection.select_by,
-        merges=BUDGET if values == "auto" else len(values),
-        checkpoint_of=kept,
-        record=_record(merge, pruning, values, output),
-        resume=resume,
-    )
+def _candidate_checkpoint(merge: Merge, setting: PruningSettings, output: str) -> Checkpoint:
+    name = output if is_stream(output) else f"{output.rstrip('/')}.{setting.value}"
+    return checkpoint_of(name, merge.entry(setting), merge.base.record)
+
+
+def _run(
+    search: Search,
+    pruning: PruningSettings,
+    values: Values,
+    found: FoundValues,
+    reporter: Reporter,
+) -> None:
     if values == "auto":
-        search_by_halving(search, _named(pruning.at(Decimal(0))), _rivals(search, pruning, watcher))
+        rivals = _rivals(search, pruning, found, reporter)
+        search_by_halving(search, _named(pruning.at(Decimal(0))), rivals)
     else:
         search_grid(search, [_named(pruning.at(value)) for value in sorted(set(values))])
-    chosen = search.best()
-    told = [_told(candidate, metric, candidate is chosen) for candidate in search.candidates]
-    for one in told:
-        watcher.event({"candidate": one.pop("name"), **one}, _line(one, metric))
-    watcher.note(_verdict(search.candidates, chosen, metric, measure))
-    if merge.accelerator.is_main_process:
-        best = {name: (a.numpy(), b.numpy()) for name, (a, b) in chosen.trainer.best.items()}
-        entry = {**merge.entry(chosen.pruning), "search": {"by": metric, "tried": told}}
-        save_adapter(merge.export(best, entry), output)
-        search.remove()
-    return told
 
 
-def _record(merge: Merge, pruning: PruningSettings, values: Values, output: str) -> Record:
-    shaping = [merge.entry(pruning), [str(value) for value in values], merge.base.record]
-    key = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
-    path = None if is_stream(output) else Path(f"{output.rstrip('/')}.search.resume")
-    return Record(path, key, writes=merge.accelerator.is_main_process)
+def _write(
+    merge: Merge, best: Candidate, metric: str, trials: Sequence[Trial], output: str
+) -> None:
+    factors = {name: (a.numpy(), b.numpy()) for name, (a, b) in best.trainer.best.items()}
+    tried = [trial.fields() for trial in trials]
+    entry = {**merge.entry(best.pruning), "search": {"by": metric, "tried": tried}}
+    save_adapter(merge.export(factors, entry), output)
 
 
 def _named(pruning: PruningSettings) -> tuple[str, PruningSettings]:
     return str(pruning.value), pruning
 
 
-def _rivals(search: Search, pruning: PruningSettings, watcher: Watcher) -> Any:
+def _rivals(
+    search: Search, pruning: PruningSettings, found: FoundValues, reporter: Reporter
+) -> Callable[[Candidate], list[tuple[str, PruningSettings]]]:
     """Return what names the settings that a halving search tries against no pruning."""
 
     def tenths(baseline: Candidate) -> list[tuple[str, PruningSettings]]:
         return [_named(pruning.at(tenth)) for tenth in TENTHS]
 
     def quantiles(baseline: Candidate) -> list[tuple[str, PruningSettings]]:
-        """Take the tenths of the modules' mean importance after the first epoch."""
-        found = search.remember("thresholds", lambda: _thresholds(search, baseline, watcher))
-        return [_named(pruning.at(Decimal(value))) for value in found]
+        """Return thresholds at the tenths of the pairs' mean importance after the first epoch."""
+        values = found.find("thresholds", str, lambda: _thresholds(search, baseline, reporter))
+        return [_named(pruning.at(Decimal(value))) for value in values]
 
     return quantiles if pruning.unit == "module" else tenths
 
 
-def _thresholds(search: Search, baseline: Candidate, watcher: Watcher) -> list[str]:
+def _thresholds(search: Search, baseline: Candidate, reporter: Reporter) -> list[str]:
     trainer = baseline.trainer
     search.go_to(baseline, trainer.steps // trainer.settings.epochs)
-    trainer.put(baseline.parked)
-    assert trainer.pruner is not None
-    means = torch.tensor(sorted(trainer.pruner.means(trainer.norms).values()), dtype=torch.float64)
+    trainer.load_weights_(baseline.parked)
+    pruner = next(hook for hook in trainer.hooks if isinstance(hook, Pruner))
+    means = torch.tensor(sorted(pruner.mean_importances().values()), dtype=torch.float64)
     tenths = torch.tensor([float(tenth) for tenth in TENTHS], dtype=torch.float64)
-    found = [f"{value:.4g}" for value in torch.quantile(means, tenths).tolist()]
-    event = {
+    values = [f"{value:.4g}" for value in torch.quantile(means, tenths).tolist()]
+    entry = {
         "distribution": "mean importance of modules after the first epoch",
         "modules": len(means),
         "least": float(means[0]),
-        "quantiles": dict(zip(map(str, TENTHS), map(float, found), strict=True)),
+        "quantiles": dict(zip(map(str, TENTHS), map(float, values), strict=True)),
         "most": float(means[-1]),
     }
-    text = ", ".join(f"{100 * t:.0f} %: {v}" for t, v in zip(TENTHS, found, strict=True))
-    watcher.event(
-        event,
+    text = ", ".join(f"{100 * t:.0f} %: {v}" for t, v in zip(TENTHS, values, strict=True))
+    reporter.event(
+        entry,
         f"mean importance of {len(means)} modules: {means[0]:.4g} to {means[-1]:.4g}; {text}",
     )
-    return list(dict.fromkeys(value for value in found if float(value) > 0))
+    return list(dict.fromkeys(value for value in values if float(value) > 0))
 
 
-def _told(candidate: Candidate, metric: str, is_best: bool) -> dict[str, Any]:
-    """Return what is told of a candidate: its setting, steps and value; the loss as it is."""
-    value = -candidate.value if metric == LOSS else candidate.value
-    return {
-        "name": candidate.name,
-        candidate.pruning.chooses: float(candidate.pruning.value),
-        "steps": candidate.steps,
-        metric: value,
-        "stopped": candidate.is_out,
-        "best": is_best,
-    }
+@dataclass(frozen=True)
+class Trial:
+    """What a search reports of one candidate: its setting, its steps and its value by `metric`.
+
+    The value is a loss as it is, lower is better, or a score.
+    """
+
+    name: str
+    option: str
+    amount: float
+    steps: int
+    metric: str
+    value: float
+    stopped: bool
+    best: bool
+
+    @classmethod
+    def of(cls, candidate: Candidate, metric: str, is_best: bool) -> Trial:
+        """Return the trial of a candidate."""
+        return cls(
+            candidate.name,
+            candidate.pruning.chooses,
+            float(candidate.pruning.value),
+            candidate.steps,
+            metric,
+            -candidate.value if metric == LOSS else candidate.value,
+            candidate.is_out,
+            is_best,
+        )
+
+    def fields(self) -> dict[str, object]:
+        """Return the trial's entry in the history, in the log and in the data of a plot."""
+        return {
+            self.option: self.amount,
+            "steps": self.steps,
+            self.metric: self.value,
+            "stopped": self.stopped,
+            "best": self.best,
+        }
+
+    def line(self) -> str:
+        """Return the trial in one line for the user."""
+        mark = ", best" if self.best else ", stopped early" if self.stopped else ""
+        text = f"{_words(self.option)} {self.amount}: {self.metric} {self.value:.4f}"
+        return f"{text} after {self.steps} steps{mark}"
 
 
-def _line(one: Mapping[str, Any], metric: str) -> str:
-    (option, value), *_ = one.items()
-    mark = ", best" if one["best"] else ", stopped early" if one["stopped"] else ""
-    text = f"{option.replace('_', ' ')} {value}: {metric} {one[metric]:.4f}"
-    return f"{text} after {one['steps']} steps{mark}"
+def _words(option: str) -> str:
+    return option.replace("_", " ")
 
 
 def _verdict(
-    candidates: Sequence[Candidate], chosen: Candidate, metric: str, measure: Measured | None
+    candidates: Sequence[Candidate], best: Candidate, metric: str, measure: Measured | None
 ) -> str:
     steps = sum(candidate.steps for candidate in candidates)
-    text = f"best by {metric}: {chosen.pruning.chooses.replace('_', ' ')} {chosen.name}"
-    if not chosen.pruning.prunes:
+    text = f"best by {metric}: {_words(best.pruning.chooses)} {best.name}"
+    if not best.pruning.prunes:
         text += ", so pruning does not help here"
     text += f"; {steps} training steps in all"
     return text + (f", {measure.generated} outputs generated to choose" if measure else "")

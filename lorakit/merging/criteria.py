@@ -1,9 +1,10 @@
-"""Pruning of LoRA parameters by importance (adaptive LoRA merge, section 3.2 and Algorithm 1).
+"""Importance of LoRA parameters, and what the least important are reset to.
 
-A group is one matrix, A or B, of one source adapter at one projection of one layer. After every
-optimiser step the least important parameters of each group (or whole A/B pairs of little
-importance) are reset; they stay trainable. Weights are (…, rows, columns): leading dimensions
-number groups of one shape. To add a criterion or a value: one function, and a line in its table.
+Adaptive LoRA merge, section 3.2 and Algorithm 1. A group is one matrix, A or B, of one source
+adapter at one projection of one layer. After every optimiser step the least important parameters of
+each group (or whole A/B pairs of little importance) are reset; they stay trainable. Weights are
+(…, rows, columns): leading dimensions number groups of one shape. To add a criterion or a value:
+one function, and a line in its table.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -19,37 +20,39 @@ if TYPE_CHECKING:
 BETA = 0.85  # of both moving averages of the gradient score (PLATON's and AdaLoRA's choice)
 
 
-class Seen(NamedTuple):
-    """What a criterion looks at beside the weights.
+class Evidence(NamedTuple):
+    """What a criterion looks at besides the weights; what it does not use may be None.
 
     `norms` (…, 1, columns): the L2 norm, over all tokens of the validation set, of each feature of
-    the matrix's input, which is x for A and A·x for B. `sensitivity` and `uncertainty`: the moving
-    averages of `smooth_`, shaped as the weights. What the criterion does not use may be None.
+    the matrix's input, which is x for A and A·x for B. `averages`: the sensitivity and the
+    uncertainty of `smooth_`, shaped as the weights.
     """
 
-    norms: Any = None
-    sensitivity: Any = None
-    uncertainty: Any = None
+    norms: Tensor | None = None
+    averages: tuple[Tensor, Tensor] | None = None
 
 
-def input_importance(weight: Tensor, seen: Seen) -> Tensor:
-    """Return |W_jk| · ‖x_k‖₂ (section 3.2; Wanda, Sun et al., 2024)."""
-    importance: Tensor = weight.abs() * seen.norms
-    return importance
+def input_importance(weight: Tensor, evidence: Evidence) -> Tensor:
+    """Return I(W_jk) = |W_jk| · ‖x_k‖₂ (section 3.2; Wanda, Sun et al., 2024)."""
+    if evidence.norms is None:
+        raise TypeError("input importance needs the norms of the inputs")
+    return weight.abs() * evidence.norms
 
 
-def gradient_importance(weight: Tensor, seen: Seen) -> Tensor:
+def gradient_importance(weight: Tensor, evidence: Evidence) -> Tensor:
     """Return Ī·U, the smoothed sensitivity times its uncertainty (PLATON, Zhang et al., 2022)."""
-    importance: Tensor = seen.sensitivity * seen.uncertainty
-    return importance
+    if evidence.averages is None:
+        raise TypeError("gradient importance needs the moving averages of smooth_")
+    sensitivity, uncertainty = evidence.averages
+    return sensitivity * uncertainty
 
 
-def magnitude_importance(weight: Tensor, seen: Seen) -> Tensor:
+def magnitude_importance(weight: Tensor, evidence: Evidence) -> Tensor:
     """Return |W_jk|, whatever the inputs (the control)."""
     return weight.abs()
 
 
-CRITERIA: dict[str, Callable[[Tensor, Seen], Tensor]] = {
+CRITERIA: dict[str, Callable[[Tensor, Evidence], Tensor]] = {
     "input": input_importance,
     "gradient": gradient_importance,
     "magnitude": magnitude_importance,
@@ -57,7 +60,7 @@ CRITERIA: dict[str, Callable[[Tensor, Seen], Tensor]] = {
 
 
 def smooth_(sensitivity: Tensor, uncertainty: Tensor, weight: Tensor, gradient: Tensor) -> None:
-    """Move both averages on by one step, in place; they start at zero.
+    """Update both moving averages by one step, in place; they start at zero.
 
     I = |w·∂L/∂w|;  Ī ← β·Ī + (1-β)·I;  U ← β·U + (1-β)·|I - Ī|, with the new Ī.
     """
@@ -72,7 +75,7 @@ def zero_value(weight: Tensor, start: Tensor, is_b: bool, draws: Generator) -> T
 
 
 def init_value(weight: Tensor, start: Tensor, is_b: bool, draws: Generator) -> Tensor:
-    """Return what the parameters were when the merge began."""
+    """Return the values the parameters had when the merge began."""
     return start
 
 
@@ -93,15 +96,12 @@ VALUES: dict[str, Callable[[Tensor, Tensor, bool, Generator], Tensor]] = {
 
 
 def prune_count(ratio: Decimal, size: int) -> int:
-    """Return floor(ratio · size), with the ratio as the exact decimal it was written as."""
+    """Return floor(ratio · size), exact because the ratio is the decimal the user wrote."""
     return int(ratio * size)
 
 
 def least_important(importance: Tensor, count: int) -> Tensor:
-    """Return a mask of the `count` least important parameters of each group.
-
-    Exactly `count` are chosen, ties or not.
-    """
+    """Return a mask of the `count` least important parameters of each group, ties or not."""
     flat = importance.flatten(-2)
     least = flat.topk(count, dim=-1, largest=False, sorted=False).indices
     return flat.new_zeros(flat.shape).scatter_(-1, least, 1).bool().view_as(importance)

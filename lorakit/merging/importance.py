@@ -41,11 +41,10 @@ def measure_importance(
     losses = BatchLoss(
         base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
     )
-    losses.watch = norms.take_mask
-    with norms.collecting():
+    with norms.around_validation(losses):
         losses.mean(examples)
-    norms.update_(losses.summed)
-    means = Pruner(stacked, layers, PruningSettings(unit="module")).means(norms)
+    pruner = Pruner(stacked.blocks, layers, PruningSettings(unit="module"), norms=norms)
+    means = pruner.mean_importances()
     return [
         {
             "block": block,

@@ -1,52 +1,86 @@
 """The norms of what LoRA's matrices read, collected while the validation set passes through.
 
-‖x_k‖₂ for every feature k of a projection's input x, and of A·x, over all tokens that are not
-padding (Wanda's norm). Hooks on PEFT's lora_A see both; they are removed at the end.
+For every feature k of a projection's input x: ‖x_k‖₂ over all tokens that are not padding (Wanda's
+norm; section 3.2), and ‖(A·x)_k‖₂ likewise. Hooks on PEFT's lora_A see both.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 
 from lorakit.models.base import ADAPTER
+from lorakit.models.lora import PeftLayer
+from lorakit.training.loss import BatchLoss
+from lorakit.training.trainer import State, StepHook
+
+_ForwardHook = Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], None]
 
 
-class InputNorms:
-    """Running sums of squares, by module: of x (d_in,) and of A·x (rank,)."""
+class InputNorms(StepHook):
+    """Sums of squares by module: of x, (d_in,), and of A·x, (rank,).
 
-    def __init__(self, layers: Mapping[str, Any]) -> None:
+    They are taken anew in every pass over the validation set: before training, after every epoch
+    and, with `every`, after that many optimiser steps. `version` counts the passes.
+    """
+
+    name = "input_norms"
+
+    def __init__(self, layers: Mapping[str, PeftLayer], *, every: int | None = None) -> None:
         self._layers = layers
+        self._every = every
         self._squares: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.version = 0  # counts the calibrations
-        self.mask: torch.Tensor | None = None  # (rows, length) of the micro-batch under way
+        self._mask: torch.Tensor | None = None  # (rows, length) of the current micro-batch
+        self.version = 0
+
+    def norms(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ‖x_k‖₂, (d_in,), and ‖(A·x)_k‖₂, (rank,), of a module."""
+        of_x, of_ax = self._squares[module]
+        return of_x.sqrt(), of_ax.sqrt()
+
+    def is_validation_due(self, step: int) -> bool:
+        """Return whether there are no norms yet, or `every` steps have passed."""
+        return not self.version or bool(step and self._every and step % self._every == 0)
 
     @contextlib.contextmanager
-    def collecting(self) -> Iterator[InputNorms]:
-        """Start from zero and collect from every forward pass made inside the block."""
+    def around_validation(self, losses: BatchLoss) -> Iterator[None]:
+        """Collect from every forward pass inside the block, and sum over all processes after it."""
         self._squares = {name: _zeros(layer) for name, layer in self._layers.items()}
-        hooks = [
-            layer.lora_A[ADAPTER].register_forward_hook(self._hook(name), prepend=True)
+        losses.watch = self._take_mask
+        handles = [
+            layer.lora_A[ADAPTER].register_forward_hook(self._adding_to(name), prepend=True)
             for name, layer in self._layers.items()
         ]
         try:
-            yield self
+            yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
+        for name, (of_x, of_ax) in self._squares.items():
+            self._squares[name] = losses.summed(of_x), losses.summed(of_ax)
+        self.version += 1
 
-    def take_mask(self, mask: torch.Tensor | None) -> None:
-        """Learn which positions of the micro-batch under way are not padding."""
-        self.mask = mask
+    def state(self) -> State:
+        """Return the sums of squares, by module."""
+        squares = self._squares.items()
+        return {
+            **{f"x.{name}": of_x for name, (of_x, _) in squares},
+            **{f"ax.{name}": of_ax for name, (_, of_ax) in squares},
+        }
 
-    def take_over_(self, other: InputNorms) -> None:
-        """Start from the norms that another run over the same weights has collected."""
-        self._squares, self.version = dict(other._squares), other.version
+    def restore_(self, state: State) -> None:
+        """Take over the sums of a run over the same weights."""
+        for name, layer in self._layers.items():
+            device = layer.lora_A[ADAPTER].weight.device
+            self._squares[name] = state[f"x.{name}"].to(device), state[f"ax.{name}"].to(device)
+        self.version += 1
 
-    def _hook(self, name: str) -> Any:
+    def _take_mask(self, mask: torch.Tensor | None) -> None:
+        self._mask = mask
+
+    def _adding_to(self, name: str) -> _ForwardHook:
         def add(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             of_x, of_ax = self._squares[name]
             self._squares[name] = of_x + self._sum(inputs[0]), of_ax + self._sum(output)
@@ -54,23 +88,13 @@ class InputNorms:
         return add
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of squares of each feature over the tokens that are not padding."""
         flat = values.detach().flatten(0, -2)
-        if self.mask is not None:
-            flat = flat[self.mask.flatten()]
+        if self._mask is not None:
+            flat = flat[self._mask.flatten()]
         return flat.float().square().sum(0)
 
-    def update_(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace every sum by `change` of it, in a fixed order (a sum over processes, say)."""
-        for name, (of_x, of_ax) in self._squares.items():
-            self._squares[name] = change(of_x), change(of_ax)
-        self.version += 1
 
-    def norms(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ‖x_k‖₂ (d_in,) and ‖(A·x)_k‖₂ (rank,) of a module."""
-        of_x, of_ax = self._squares[name]
-        return of_x.sqrt(), of_ax.sqrt()
-
-
-def _zeros(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _zeros(layer: PeftLayer) -> tuple[torch.Tensor, torch.Tensor]:
     weight = layer.lora_A[ADAPTER].weight
     return weight.new_zeros(weight.shape[1]), weight.new_zeros(weight.shape[0])

@@ -1,7 +1,8 @@
 """Adapters that train jointly: stacked on their base as one adapter, with what a run needs.
 
-Each block's scale multiplies A·x by a hook while training, so that every A_i and B_i keeps the
-values, and the step size, it was loaded with, and goes into B_i only at the end.
+While training, each block's scale s_i multiplies A_i·x in a hook, so that every A_i and B_i keeps
+the values it was loaded with and the step size that Adam gives them; s_i is folded into B_i at the
+end.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from lorakit.adapters.adapter import Adapter, Factors, tensors_of
 from lorakit.adapters.blocks import share_of_zeros
 from lorakit.adapters.config import peft_config
 from lorakit.adapters.portable import make_portable
-from lorakit.merging.pruner import Pruner
+from lorakit.merging.pruner import pruning_hooks
 from lorakit.merging.stack import Stack, fold, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import (
+    PeftLayer,
     check_fits,
     inject,
     is_transposed,
@@ -29,14 +31,15 @@ from lorakit.models.lora import (
     set_rank_scales,
 )
 from lorakit.models.tokens import Encoder
+from lorakit.reporting import Reporter
 from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training.loss import new_accelerator
 from lorakit.training.selection import Measured, measure_of
 from lorakit.training.train import Corpus, header, load_corpus, settle, versions
-from lorakit.training.trainer import Trainer, Watcher
+from lorakit.training.trainer import Trainer
 
 
-def attach_stack(base: Base, stacked: Stack, *, dropout: float) -> dict[str, Any]:
+def attach_stack(base: Base, stacked: Stack, *, dropout: float) -> dict[str, PeftLayer]:
     """Put a stack on its base with A and B as they were loaded; return PEFT's layers by module.
 
     The scale of each rank multiplies A·x.
@@ -50,12 +53,12 @@ def attach_stack(base: Base, stacked: Stack, *, dropout: float) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Merge:
-    """All that the runs of one merge have in common."""
+    """Everything that the runs of one merge share."""
 
     base: Base
     adapters: Sequence[Adapter]
     stacked: Stack
-    layers: Mapping[str, Any]
+    layers: Mapping[str, PeftLayer]
     config: Mapping[str, Any]
     settings: TrainingSettings
     selection: SelectionSettings
@@ -78,17 +81,14 @@ class Merge:
         }
 
     def trainer(self, pruning: PruningSettings) -> Trainer:
-        """Return a run of these pruning settings from the weights that are in the model."""
-        watched = pruning.prunes or pruning.unit == "module"
+        """Return a run with these pruning settings from the weights that are in the model."""
+        hooks = pruning_hooks(self.stacked.blocks, self.layers, pruning, seed=self.settings.seed)
         return Trainer(
             self.base,
             self.layers,
             self.settings,
             accelerator=self.accelerator,
-            pruner=Pruner(self.stacked, self.layers, pruning, seed=self.settings.seed)
-            if watched
-            else None,
-            calibrate_every=pruning.calibrate_every,
+            hooks=hooks,
             measure=self.measure(self.selection.select_by),
         )
 
@@ -111,7 +111,7 @@ def prepare(
     *,
     settings: TrainingSettings,
     selection: SelectionSettings,
-    watcher: Watcher,
+    reporter: Reporter,
     portable: bool = False,
 ) -> Merge:
     """Read the data, and put the adapters, stacked, on their base."""
@@ -120,7 +120,7 @@ def prepare(
     for adapter in adapters:
         check_fits(base, adapter)
     stacked = stack(adapters)
-    corpus = load_corpus(data, val, encoder, seed=settings.seed, watcher=watcher)
+    corpus = load_corpus(data, val, encoder, seed=settings.seed, reporter=reporter)
     config = peft_config(
         stacked.ranks,
         base=base.name,
@@ -130,7 +130,15 @@ def prepare(
     )
     layers = attach_stack(base, stacked, dropout=settings.dropout)
     return Merge(
-        *(base, adapters, stacked, layers, config, settings, selection, corpus, encoder),
-        new_accelerator(base.device.type),
-        portable,
+        base=base,
+        adapters=adapters,
+        stacked=stacked,
+        layers=layers,
+        config=config,
+        settings=settings,
+        selection=selection,
+        corpus=corpus,
+        encoder=encoder,
+        accelerator=new_accelerator(base.device.type),
+        portable=portable,
     )

@@ -25,10 +25,10 @@ from lorakit.models.base import Base
 from lorakit.models.lora import attach, set_factors
 from lorakit.models.tokens import encode_all
 from lorakit.records import load_records
+from lorakit.reporting import Reporter
 from lorakit.settings import TrainingSettings
 from lorakit.training.loss import BatchLoss, new_accelerator
 from lorakit.training.train import header, settle, versions
-from lorakit.training.trainer import Watcher
 
 EVALUATIONS = 40
 BOUND = 1.5  # of every weight, either way
@@ -53,7 +53,7 @@ def merge_lorahub(
     *,
     settings: TrainingSettings,
     output: str,
-    watcher: Watcher,
+    reporter: Reporter,
     portable: bool = False,
 ) -> None:
     """Find the weights on the records of `data` and write the composed adapter to `output`.
@@ -62,17 +62,17 @@ def merge_lorahub(
     cannot be used.
     """
     settings = settle(settings, adapters, base)
-    check_alike(adapters, watcher.note)
+    check_alike(adapters, reporter.note)
     encoder = base.encoder_for(settings)
     records, digest = load_records(data, "prompt", "completion")
-    examples = encode_all(records, encoder.example, watcher.note)
+    examples = encode_all(records, encoder.example, reporter.note)
     layers = attach(base, adapters[0])
     losses = BatchLoss(
         *(base, []),
         tokens=settings.micro_batch_tokens,
         accelerator=new_accelerator(str(base.device.type)),
     )
-    watcher.start(EVALUATIONS, 1, 0)
+    reporter.start(EVALUATIONS, 1, 0)
 
     def loss_at(weights: Sequence[float]) -> float:
         for name, (a, b) in compose(adapters, weights).items():
@@ -82,12 +82,12 @@ def merge_lorahub(
     def tell(number: int, point: Point) -> None:
         shown = ", ".join(f"{weight:.3f}" for weight in point.weights)
         text = f"evaluation {number}: weights {shown}, loss {point.loss:.4f}"
-        watcher.event({"evaluation": number, **asdict(point)}, text)
+        reporter.event({"evaluation": number, **asdict(point)}, text)
 
     points = search_weights(loss_at, len(adapters), tell)
     best = min(points, key=lambda point: point.objective)
     if not any(best.weights):
-        watcher.note("the best weights are all 0: these adapters do not help the base model here")
+        reporter.note("the best weights are all 0: these adapters do not help the base model here")
     if losses.accelerator.is_main_process:
         merged = _export(adapters, base, settings, digest, points, best)
         save_adapter(make_portable(merged) if portable else merged, output)

@@ -1,29 +1,28 @@
-"""Choosing how much to prune: several merges from one start, run out one by one or halved.
+"""Choosing how much to prune: several merges from one start, each run to its end or halved.
 
-Every candidate begins with the same weights, seed, data and first calibration, and is parked while
-another trains: it can stop after any step and go on to the same bytes. The clock is optimiser
-steps. What a candidate's own training is stands in trainer.py.
+Every candidate begins with the same weights, seed, data and first input norms, and is parked while
+another trains: it can stop after any step and go on to the same bytes. Cost is counted in optimiser
+steps. How a candidate trains is in training/trainer.py; what its hooks do is not known here.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
 
 from lorakit.errors import LorakitError
-from lorakit.files import atomic_path
-from lorakit.merging.input_norms import InputNorms
+from lorakit.reporting import EpochReport, Reporter, StepReport
+from lorakit.resume import FoundValues
 from lorakit.settings import PruningSettings
 from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.train import Corpus
-from lorakit.training.trainer import Trainer, Watcher, Weights
+from lorakit.training.trainer import State, Trainer, Weights
 
-BUDGET = 3.5  # the optimiser steps of a halving search, in those of its candidate 0
-RUNGS = (0.1, 0.2, 0.4)  # where the worse half of the rivals stops, likewise
+BUDGET = 3.5  # the optimiser steps of a halving search, in those of its baseline
+RUNGS = (0.1, 0.2, 0.4)  # where the worse half of the rivals stops, in the same unit
 _FEWEST_STEPS = 5
 
 
@@ -31,7 +30,8 @@ _FEWEST_STEPS = 5
 class Candidate:
     """One setting and the run that tries it.
 
-    `value`, higher better, is of its best epoch, or of the weights with which it was given up.
+    `value`, higher is better, is that of its best epoch, or of the weights with which it was
+    stopped; `parked` are its weights while another candidate trains.
     """
 
     name: str
@@ -41,95 +41,65 @@ class Candidate:
     parked: Weights
     value: float = -math.inf
     is_out: bool = False
+    steps_known: int = 0  # reached in a killed search that has kept the value alone
 
     @property
     def steps(self) -> int:
-        return self.trainer.progress.step
-
-
-@dataclass
-class Record:
-    """What a search has measured, kept beside the output so that a resumed one need not again."""
-
-    path: Path | None
-    key: str
-    writes: bool = True  # of several processes only the main one
-    known: dict[str, Any] = field(default_factory=dict)
-
-    def load(self) -> None:
-        """Take over what a killed search with the same key has measured."""
-        if self.path is not None and self.path.exists():
-            told = json.loads(self.path.read_text())
-            self.known = told["known"] if told["key"] == self.key else {}
-
-    def keep(self, name: str, find: Callable[[], Any]) -> Any:
-        """Return what is known by this name, else find it out and write it down."""
-        if name not in self.known:
-            self.known[name] = find()
-            if self.path is not None and self.writes:
-                with atomic_path(self.path) as side:
-                    side.write_text(json.dumps({"key": self.key, "known": self.known}))
-        return self.known[name]
-
-    def remove(self) -> None:
-        """Delete the file: the search is done."""
-        if self.path is not None and self.writes:
-            self.path.unlink(missing_ok=True)
+        """The optimiser steps that this candidate has taken."""
+        return max(self.trainer.progress.step, self.steps_known)
 
 
 class Search:
-    """Trains candidates by turns on the one model that they share.
+    """Trains candidates in turns on the one model that they share.
 
-    `judge` returns the value, higher better, of the weights a trainer has in the model;
-    `by_epochs` says that a trainer compares its epochs by that same value; `merges` is how many
-    whole merges there will be at most, for the progress bar.
+    `evaluate` returns the value, higher is better, of the weights that a trainer has in the model;
+    `by_epochs` says that a trainer compares its epochs by that same value; `merges` bounds the cost
+    in whole merges, for the progress bar. `found` keeps what was measured for a resumed search.
     """
 
     def __init__(
         self,
         new_trainer: Callable[[PruningSettings], Trainer],
-        judge: Callable[[Trainer], float],
+        evaluate: Callable[[Trainer], float],
         corpus: Corpus,
-        watcher: Watcher,
+        reporter: Reporter,
         *,
         by_epochs: bool,
         merges: float,
         checkpoint_of: Callable[[PruningSettings], Checkpoint],
-        record: Record,
+        found: FoundValues,
         resume: bool,
     ) -> None:
-        self._new_trainer, self._judge, self._by_epochs = new_trainer, judge, by_epochs
-        self._corpus, self._watcher, self._merges = corpus, watcher, merges
-        self._checkpoint_of, self._record, self._resume = checkpoint_of, record, resume
+        self._new_trainer, self._evaluate, self._by_epochs = new_trainer, evaluate, by_epochs
+        self._corpus, self._reporter, self._merges = corpus, reporter, merges
+        self._checkpoint_of, self._found, self._resume = checkpoint_of, found, resume
         self._start: Weights = {}
-        self._first_norms: InputNorms | None = None
+        self._start_states: dict[str, State] = {}  # of the hooks, at the common start
         self.candidates: list[Candidate] = []
-        if resume:
-            record.load()
 
     def add(self, name: str, pruning: PruningSettings) -> Candidate:
-        """Return a new candidate, at the common start or where a killed search has left it."""
+        """Return a new candidate, at the common start or where a killed search left it."""
         if self.candidates:
-            self.candidates[0].trainer.put(self._start)
+            self.candidates[0].trainer.load_weights_(self._start)
         trainer = self._new_trainer(pruning)
         self._start = self._start or trainer.weights()
         candidate = Candidate(name, pruning, trainer, self._checkpoint_of(pruning), self._start)
         restored = self._resume and candidate.checkpoint.restore_(trainer)
-        if self._first_norms is not None and not restored:
-            trainer.norms.take_over_(self._first_norms)
-        trainer.begin(self._corpus.train, self._corpus.validation, _Tagged(self._watcher, name))
-        if self._first_norms is None and not restored and trainer.norms.version:
-            self._first_norms = InputNorms(trainer.layers)
-            self._first_norms.take_over_(trainer.norms)
+        if not restored:
+            trainer.restore_hooks_(self._start_states)
+        reporter = _CandidateReporter(self._reporter, name)
+        trainer.begin(self._corpus.train, self._corpus.validation, reporter)
+        if not restored:
+            self._start_states = {**trainer.hook_states(), **self._start_states}
         if not self.candidates:
             steps = int(self._merges * trainer.steps)
-            self._watcher.start(steps, trainer.settings.epochs, trainer.progress.step)
+            self._reporter.start(steps, trainer.settings.epochs, trainer.progress.step)
         candidate.parked = trainer.weights()
         self.candidates.append(candidate)
         return candidate
 
     def go_to(self, candidate: Candidate, step: int | None = None) -> None:
-        """Train a candidate to a step, or to its own end."""
+        """Train a candidate to a step, or to its end."""
         trainer = candidate.trainer
         if trainer.is_done or (step is not None and trainer.progress.step >= step):
             return
@@ -142,55 +112,59 @@ class Search:
         _park(candidate)
 
     def value_at(self, candidate: Candidate, step: int) -> int:
-        """Value a candidate trained to a step, or to its end if that comes first; return which."""
+        """Train a candidate to a step, or to its end if that comes first, and take its value.
 
-        def find() -> tuple[float, int]:
+        Returns the step it has reached.
+        """
+
+        def measure() -> list[float]:
             self.go_to(candidate, step)
-            candidate.trainer.put(candidate.parked)
-            return self._measured(candidate.trainer), candidate.steps
+            candidate.trainer.load_weights_(candidate.parked)
+            return [self._value(candidate.trainer), float(candidate.steps)]
 
-        candidate.value, reached = self._record.keep(f"{candidate.name} at {step}", find)
-        return int(reached)
+        name = f"{candidate.name} at {step}"
+        candidate.value, reached = self._found.find(name, float, measure)
+        candidate.steps_known = int(reached)
+        return candidate.steps_known
 
-    def _measured(self, trainer: Trainer) -> float:
-        return trainer.measured(lambda: self._judge(trainer))
+    def _value(self, trainer: Trainer) -> float:
+        return trainer.value(lambda: self._evaluate(trainer))
 
     def finish(self, candidate: Candidate, cap: int | None = None) -> None:
-        """Train a candidate to its end, or to step `cap`, and value its best epoch."""
+        """Train a candidate to its end, or to step `cap`, and take the value of its best epoch."""
         self.go_to(candidate, cap)
         trainer = candidate.trainer
 
-        def find() -> float:
+        def measure() -> list[float]:
             if self._by_epochs:
-                return trainer.progress.best_value
-            trainer.put(trainer.best)
-            return self._measured(trainer)
+                return [trainer.progress.best_value]
+            trainer.load_weights_(trainer.best)
+            return [self._value(trainer)]
 
         if trainer.progress.best_epoch:
-            candidate.value = self._record.keep(f"{candidate.name} at its best", find)
+            name = f"{candidate.name} at its best"
+            (candidate.value,) = self._found.find(name, float, measure)
         else:
             candidate.is_out = True
 
     def best(self) -> Candidate:
-        """Return the candidate of the highest value, of equals the first; check that it has one."""
+        """Return the candidate of the highest value, of equal ones the first.
+
+        Raises LorakitError where no candidate had an epoch with a finite loss.
+        """
         running = [candidate for candidate in self.candidates if not candidate.is_out]
         if not running:
-            self.candidates[0].trainer.check()
+            self.candidates[0].trainer.check_best()
         return max(running, key=lambda candidate: candidate.value)
 
-    def remember(self, name: str, find: Callable[[], Any]) -> Any:
-        """Return what a killed search had found under this name, else find it."""
-        return self._record.keep(name, find)
-
-    def remove(self) -> None:
-        """Delete what was kept for a resumed search."""
-        self._record.remove()
+    def remove_checkpoints(self) -> None:
+        """Delete the candidates' checkpoints: the search is done."""
         for candidate in self.candidates:
             candidate.checkpoint.remove()
 
 
 def search_grid(search: Search, settings: Sequence[tuple[str, PruningSettings]]) -> None:
-    """Run every setting to its own end."""
+    """Run every setting to its end."""
     for name, pruning in settings:
         search.finish(search.add(name, pruning))
 
@@ -200,14 +174,14 @@ def search_by_halving(
     baseline: tuple[str, PruningSettings],
     rivals: Callable[[Candidate], Sequence[tuple[str, PruningSettings]]],
 ) -> None:
-    """Run the baseline, which prunes nothing, to its end and halve its rivals on the way.
+    """Run the baseline, which prunes nothing, to its end, and its rivals by successive halving.
 
     The baseline is one merge of M steps. At each rung the better half of the rivals goes on, and
-    the last one to its end; all together take at most BUDGET·M steps. Successive halving: Jamieson
-    and Talwalkar, 2016. Raises LorakitError where M is too small to share out.
+    the last one runs to its end; all together take at most BUDGET·M steps (Jamieson and Talwalkar,
+    2016). Raises LorakitError where M is too small to be divided.
     """
     first = search.add(*baseline)
-    field_of_rivals = rivals(first)
+    rival_settings = rivals(first)
     search.finish(first)
     once = first.steps
     if once < _FEWEST_STEPS:
@@ -215,7 +189,7 @@ def search_by_halving(
             f"a merge of {once} optimiser steps cannot be halved; give the values to try, more "
             "--epochs or a smaller --batch-size"
         )
-    running = [search.add(*rival) for rival in field_of_rivals]
+    running = [search.add(*rival) for rival in rival_settings]
     reached = {candidate.name: 0 for candidate in running}
     left = int((BUDGET - 1) * once)
     for rung in (max(1, int(share * once)) for share in RUNGS):
@@ -236,29 +210,31 @@ def _park(candidate: Candidate) -> None:
 
 
 def _unpark(candidate: Candidate) -> None:
-    candidate.trainer.put(candidate.parked)
+    candidate.trainer.load_weights_(candidate.parked)
     _move_moments(candidate.trainer, candidate.trainer.base.device)
 
 
-def _move_moments(trainer: Trainer, device: Any) -> None:
+def _move_moments(trainer: Trainer, device: torch.device | str) -> None:
     for state in trainer.optimizer.state.values():
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(device)
 
 
-class _Tagged:
-    """Passes what a candidate's run tells on, with the candidate's name."""
+class _CandidateReporter:
+    """Passes on what a candidate's run reports, with the candidate's name."""
 
-    def __init__(self, watcher: Watcher, name: str) -> None:
-        self._watcher, self._name = watcher, name
-        self.note = watcher.note
-        self.event = watcher.event
+    def __init__(self, reporter: Reporter, name: str) -> None:
+        self._reporter, self._name = reporter, name
+        self.note = reporter.note
+        self.track = reporter.track
+        self.timed = reporter.timed
+        self.event = reporter.event
 
     def start(self, steps: int, epochs: int, done: int) -> None:
-        """Say nothing: the search has said it for all of its runs."""
+        """Say nothing: the search has announced all of its runs together."""
 
-    def step(self, entry: Mapping[str, Any]) -> None:
-        self._watcher.step({"candidate": self._name, **entry})
+    def step(self, report: StepReport) -> None:
+        self._reporter.step(replace(report, candidate=self._name))
 
-    def epoch(self, entry: Mapping[str, Any]) -> None:
-        self._watcher.epoch({"candidate": self._name, **entry})
+    def epoch(self, report: EpochReport) -> None:
+        self._reporter.epoch(replace(report, candidate=self._name))

@@ -6,7 +6,6 @@ What is written has the input's records, untouched and in order, each with its `
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -14,12 +13,13 @@ from typing import IO, Any, Protocol
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.errors import LorakitError
-from lorakit.files import Resumable, is_stream, open_text_output
+from lorakit.files import is_stream, open_text_output
 from lorakit.models.base import Base
 from lorakit.models.generation import generate, window_size
 from lorakit.models.lora import attach
 from lorakit.models.tokens import CutTally, Encoder, Example
 from lorakit.records import Record, read_records, write_records
+from lorakit.resume import OutputLines, run_key
 from lorakit.settings import GenerationSettings, TrainingSettings
 
 
@@ -84,8 +84,7 @@ def chat_choice(asked: str, adapter: Adapter | None) -> str:
 
 def _key(base: Base, adapter: Adapter | None, settings: GenerationSettings, chat: str) -> str:
     """Return a hash of everything but the data that predictions depend on."""
-    told = [asdict(settings), chat, base.record, adapter.sha256 if adapter else None]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return run_key(asdict(settings), chat, base.record, adapter.sha256 if adapter else None)
 
 
 @contextlib.contextmanager
@@ -97,7 +96,7 @@ def _opened(
         with open_text_output(output) as stream:
             yield stream, []
         return
-    part = Resumable(output, key, resume=resume)
+    part = OutputLines(output, key, resume=resume)
     keep = len(part.lines) - len(part.lines) % window
     with part.writing(keep) as stream:
         yield stream, part.lines[:keep]

@@ -1,28 +1,28 @@
 """Checkpoints: what a killed training run needs to go on to the same bytes.
 
 One safetensors file beside the output, replaced whole after every epoch: weights, the best weights,
-AdamW's moments, and how far training has come; input norms are taken anew. Its key is a hash of
-everything that shapes the run, so that only the same run goes on from it.
+AdamW's moments, the state of the trainer's hooks, and how far training has come. Its key is a hash
+of everything that shapes the run, so that only the same run goes on from it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lorakit.adapters.tensors import Tensor, read_tensors, write_tensors
 from lorakit.errors import LorakitError
-from lorakit.files import atomic_path, is_stream
+from lorakit.files import atomic_path
 from lorakit.models.lora import factors
+from lorakit.resume import beside, run_key
 from lorakit.training.trainer import Progress, Trainer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_HOOK = "hook"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,29 +33,29 @@ class Checkpoint:
     key: str
 
     def save(self, trainer: Trainer) -> None:
-        """Write what `trainer` is after an epoch."""
+        """Write the state of `trainer`, which has just finished an epoch."""
         if self.path is None:
             return
-        told = {"key": self.key, "progress": json.dumps(dataclasses.asdict(trainer.progress))}
-        tensors = {name: _tensor(value) for name, value in _state(trainer)}
+        progress = json.dumps(dataclasses.asdict(trainer.progress))
+        tensors = {name: _tensor(value) for name, value in _named_tensors(trainer)}
         with atomic_path(self.path) as side, open(side, "wb") as stream:
-            write_tensors(tensors, told, stream)
+            write_tensors(tensors, {"key": self.key, "progress": progress}, stream)
 
     def restore_(self, trainer: Trainer) -> bool:
-        """Bring `trainer` to where the run stopped; False where there is nothing to go on from.
+        """Bring `trainer` to where the run stopped; return False where there is no checkpoint.
 
         Raises LorakitError when the checkpoint is of a run with other settings or other data.
         """
         if self.path is None or not self.path.exists():
             return False
-        tensors, told = read_tensors(self.path, str(self.path))
-        if told.get("key") != self.key:
+        tensors, metadata = read_tensors(self.path, str(self.path))
+        if metadata.get("key") != self.key:
             raise LorakitError(
                 f"{self.path} is of a run with other settings, data or adapters; repeat those, or "
                 "start afresh without --resume"
             )
         _restore(trainer, {name: torch.tensor(t.array()) for name, t in tensors.items()})
-        trainer.progress = Progress(**json.loads(told["progress"]))
+        trainer.progress = Progress(**json.loads(metadata["progress"]))
         return True
 
     def remove(self) -> None:
@@ -64,18 +64,16 @@ class Checkpoint:
             self.path.unlink(missing_ok=True)
 
 
-def checkpoint_of(output: str, *shaping: Any) -> Checkpoint:
+def checkpoint_of(output: str, *shaping: object) -> Checkpoint:
     """Return the checkpoint of a run that writes `output`, keyed by all that shapes the run."""
-    key = hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
-    place = Path(f"{output.rstrip('/')}.resume")
-    return Checkpoint(None if is_stream(output) else place, key)
+    return Checkpoint(beside(output, "resume"), run_key(*shaping))
 
 
 def _tensor(value: torch.Tensor) -> Tensor:
     return Tensor.from_array(value.detach().float().cpu().numpy())
 
 
-def _state(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
+def _named_tensors(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
     for name, layer in trainer.layers.items():
         for place, factor in enumerate("AB"):
             parameter = factors(layer)[place]
@@ -83,14 +81,8 @@ def _state(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"best.{name}.{factor}", trainer.best[name][place]
             for moment in _MOMENTS:
                 yield f"{moment}.{name}.{factor}", trainer.optimizer.state[parameter][moment]
-    for name, averages in _averages(trainer).items():
-        for place, average in enumerate(averages):
-            yield f"average{place}.{name}", average
-
-
-def _averages(trainer: Trainer) -> Mapping[str, tuple[torch.Tensor, ...]]:
-    """Return the moving averages that gradient importance has come to, by module."""
-    return trainer.pruner.averages if trainer.pruner is not None else {}
+    for hook, state in trainer.hook_states().items():
+        yield from ((f"{_HOOK}.{hook}.{name}", value) for name, value in state.items())
 
 
 def _restore(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
@@ -105,6 +97,10 @@ def _restore(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
                 m: value if m == "step" else value.to(device) for m, value in moments.items()
             }
         trainer.best[name] = (saved[f"best.{name}.A"], saved[f"best.{name}.B"])
-    for name, averages in _averages(trainer).items():
-        for place, average in enumerate(averages):
-            average.copy_(saved[f"average{place}.{name}"])
+    hook_states: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in saved.items():
+        kind, _, rest = key.partition(".")
+        if kind == _HOOK:
+            hook, _, name = rest.partition(".")
+            hook_states.setdefault(hook, {})[name] = value
+    trainer.restore_hooks_(hook_states)

@@ -22,11 +22,12 @@ from lorakit.models.base import Base
 from lorakit.models.lora import default_targets, inject, is_transposed, pick_modules, projections
 from lorakit.models.tokens import CHAT_DATE, Encoder, Example, encode_all
 from lorakit.records import Record, load_records
+from lorakit.reporting import Reporter
 from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.loss import new_accelerator
 from lorakit.training.selection import measure_of
-from lorakit.training.trainer import Trainer, Watcher
+from lorakit.training.trainer import Trainer
 from lorakit.versions import version_of
 
 _TOLD_VERSIONS = ("lorakit", "torch", "transformers", "peft")
@@ -43,7 +44,7 @@ class Corpus:
 
 
 def load_corpus(
-    data: str, val: str | None, encoder: Encoder, *, seed: int, watcher: Watcher
+    data: str, val: str | None, encoder: Encoder, *, seed: int, reporter: Reporter
 ) -> Corpus:
     """Read and encode the training and the validation records.
 
@@ -54,13 +55,13 @@ def load_corpus(
     hashes = {"data": digest}
     if val is None:
         training, validation = hold_out(records, seed)
-        watcher.note(
+        reporter.note(
             f"no --val: {len(validation)} of {len(records)} records are held out to validate"
         )
     else:
         training = records
         validation, hashes["val"] = load_records(val, "prompt", "completion")
-    encoded = encode_all([*training, *validation], encoder.example, watcher.note)
+    encoded = encode_all([*training, *validation], encoder.example, reporter.note)
     held = len(training)
     return Corpus(encoded[:held], encoded[held:], validation, hashes)
 
@@ -84,7 +85,7 @@ def hold_out(records: Sequence[Record], seed: int) -> tuple[list[Record], list[R
 def fit(
     trainer: Trainer,
     corpus: Corpus,
-    watcher: Watcher,
+    reporter: Reporter,
     *,
     checkpoint: Checkpoint,
     resume: bool,
@@ -96,9 +97,9 @@ def fit(
     Of several processes only the main one writes.
     """
     if resume and checkpoint.restore_(trainer):
-        watcher.note(f"going on after epoch {trainer.progress.epoch}")
+        reporter.note(f"going on after epoch {trainer.progress.epoch}")
     main = trainer.accelerator.is_main_process
-    for _ in trainer.train(corpus.train, corpus.validation, watcher):
+    for _ in trainer.train(corpus.train, corpus.validation, reporter):
         if main:
             checkpoint.save(trainer)
     if main:
@@ -115,7 +116,7 @@ def train_adapter(
     settings: TrainingSettings,
     lora: LoraSettings,
     output: str,
-    watcher: Watcher,
+    reporter: Reporter,
     resume: bool = False,
     selection: SelectionSettings | None = None,
 ) -> None:
@@ -126,9 +127,9 @@ def train_adapter(
     selection = selection or SelectionSettings()
     settings = settle(settings, (), base)
     encoder = base.encoder_for(settings)
-    targets = _targets(base, lora, watcher)
+    targets = _targets(base, lora, reporter)
     modules = pick_modules(base, targets, lora.layers)
-    corpus = load_corpus(data, val, encoder, seed=settings.seed, watcher=watcher)
+    corpus = load_corpus(data, val, encoder, seed=settings.seed, reporter=reporter)
     entry: dict[str, Any] = {
         "command": "train-adapter",
         "versions": versions(),
@@ -156,7 +157,7 @@ def train_adapter(
             measure=measure_of(selection.select_by, base, encoder, corpus.records, selection),
         ),
         corpus,
-        watcher,
+        reporter,
         checkpoint=checkpoint_of(output, entry, base.record),
         resume=resume,
         export=lambda best: Adapter(tensors_of(best), config, header(base, settings, entry)),
@@ -164,12 +165,12 @@ def train_adapter(
     )
 
 
-def _targets(base: Base, lora: LoraSettings, watcher: Watcher) -> list[str]:
+def _targets(base: Base, lora: LoraSettings, reporter: Reporter) -> list[str]:
     if lora.target_modules is not None:
         return sorted(lora.target_modules)
     targets, note = default_targets(base)
     if note:
-        watcher.note(note)
+        reporter.note(note)
     return targets
 
 

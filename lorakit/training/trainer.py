@@ -1,8 +1,9 @@
-"""The training loop: LoRA weights on a frozen base, one exact optimiser step a batch.
+"""The training loop: LoRA weights on a frozen base, one exact optimiser step after another.
 
-It goes on step by step from any point, so that a run can be paused, parked and resumed to the same
-bytes. It knows nothing of where weights or examples come from, nor of what becomes of the result;
-losses and gradients are in loss.py.
+A trainer can stop after any step and go on to the same bytes, so that runs can be paused, parked
+and resumed. What else happens around a step, pruning for one, is done by a StepHook. Losses and
+gradients are in loss.py; where weights and examples come from and what becomes of the result is
+not known here.
 """
 
 from __future__ import annotations
@@ -12,44 +13,63 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import accelerate
 import torch
 
 from lorakit.errors import LorakitError
-from lorakit.merging.input_norms import InputNorms
-from lorakit.merging.pruner import Pruner
 from lorakit.models.base import Base
 from lorakit.models.batches import epoch_batches
 from lorakit.models.forward import activation_checkpointing
-from lorakit.models.lora import factors
+from lorakit.models.lora import PeftLayer, factors
 from lorakit.models.tokens import Example
+from lorakit.reporting import EpochReport, Reporter, StepReport
 from lorakit.settings import TrainingSettings
 from lorakit.training.lora_step import standing
 from lorakit.training.loss import BatchLoss
 
-Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]
+Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A (rank, d_in) and B (d_out, rank)
+State = Mapping[str, torch.Tensor]
 Measure = Callable[[], float]
 
 
-class Watcher(Protocol):
-    """Whoever wants to know how training goes; entries are lines of `--log`."""
+class StepHook:
+    """Something that is done around every optimiser step; each method here does nothing.
 
-    def start(self, steps: int, epochs: int, done: int) -> None: ...
-    def step(self, entry: Mapping[str, Any]) -> None: ...
-    def epoch(self, entry: Mapping[str, Any]) -> None: ...
-    def event(self, entry: Mapping[str, Any], text: str) -> None: ...
-    def note(self, text: str) -> None: ...
+    A subclass overrides what it needs. `name` tells the hooks of one trainer apart, in checkpoints.
+    """
+
+    name = ""
+
+    def is_validation_due(self, step: int) -> bool:
+        """Return whether the validation set has to be passed through before the next step."""
+        return False
+
+    def before_clipping(self) -> None:
+        """Look at the gradients of the step before they are clipped."""
+
+    def after_step(self, step: int) -> None:
+        """Change the weights after the optimiser has; `step` counts from 1."""
+
+    def around_validation(self, losses: BatchLoss) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the validation set passes through the model."""
+        return contextlib.nullcontext()
+
+    def state(self) -> State:
+        """Return copies of what a paused run needs to go on to the same bytes, by name."""
+        return {}
+
+    def restore_(self, state: State) -> None:
+        """Take over what `state` returned."""
 
 
 @dataclass
 class Progress:
-    """How far training has come: all that a resumed run needs beside weights and moments.
+    """How far training has come: all that a resumed run needs besides weights and moments.
 
-    `epoch` counts the whole epochs behind it; `best_value` is the metric of --select-by, higher
-    better (the negative loss where that is `loss`), and equal ones are told apart by `best_loss`.
-    `loss_sum` and `targets` are of the epoch under way.
+    `epoch` counts finished epochs. `best_value`, higher is better, is the metric of --select-by
+    (the negative loss where that is `loss`); `best_loss` breaks ties. `loss_sum` and `targets`
+    belong to the current epoch.
     """
 
     epoch: int = 0
@@ -67,7 +87,7 @@ class Progress:
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
-    """Return the factor of the learning rate at optimiser step 0 … steps-1.
+    """Return what the learning rate is multiplied by at optimiser step 0 … steps-1.
 
     It rises linearly over the first `warmup` share of the steps, then falls to 0 (linear, cosine)
     or stays (constant).
@@ -84,29 +104,26 @@ def learning_rate_factor(schedule: str, step: int, steps: int, warmup: float) ->
 class Trainer:
     """One training run over the LoRA of a base; `layers` are PEFT's layers by module name.
 
-    `measure` returns the value, higher better, by which epochs are compared (`--select-by`); None
-    takes the validation loss.
+    Hooks act in the order given. `measure` returns the value, higher is better, by which epochs are
+    compared (`--select-by`); None compares them by the validation loss.
     """
 
     def __init__(
         self,
         base: Base,
-        layers: Mapping[str, Any],
+        layers: Mapping[str, PeftLayer],
         settings: TrainingSettings,
         *,
         accelerator: accelerate.Accelerator,
-        pruner: Pruner | None = None,
-        calibrate_every: int | None = None,
+        hooks: Sequence[StepHook] = (),
         measure: Measure | None = None,
     ) -> None:
         self.base = base
         self.layers = layers
         self.settings = settings
         self.accelerator = accelerator
-        self.pruner = pruner
-        self.calibrate_every = calibrate_every
+        self.hooks = hooks
         self.measure = measure
-        self.norms = InputNorms(layers)
         self.progress = Progress()
         self.parameters = [weight for layer in layers.values() for weight in factors(layer)]
         for parameter in self.parameters:
@@ -114,7 +131,6 @@ class Trainer:
         self.losses = BatchLoss(
             base, self.parameters, tokens=settings.micro_batch_tokens, accelerator=accelerator
         )
-        self.losses.watch = self.norms.take_mask
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay
         )
@@ -128,45 +144,54 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def put(self, weights: Weights) -> None:
+    def load_weights_(self, weights: Weights) -> None:
         """Copy A and B by module into the model."""
         for name, layer in self.layers.items():
             for parameter, value in zip(factors(layer), weights[name], strict=True):
                 parameter.copy_(value)
 
+    def hook_states(self) -> dict[str, State]:
+        """Return every hook's state, by the hook's name."""
+        return {hook.name: hook.state() for hook in self.hooks}
+
+    def restore_hooks_(self, states: Mapping[str, State]) -> None:
+        """Give each hook its state back; a hook that has none there stays as it is."""
+        for hook in self.hooks:
+            if hook.name in states:
+                hook.restore_(states[hook.name])
+
     def begin(
-        self, examples: Sequence[Example], validation: Sequence[Example], watcher: Watcher
+        self, examples: Sequence[Example], validation: Sequence[Example], reporter: Reporter
     ) -> None:
-        """Say what to train and validate on, and take the first input norms where pruning asks."""
-        self._examples, self._validation, self._watcher = examples, validation, watcher
-        self.losses.note = watcher.note
-        watcher.start(self.steps, self.settings.epochs, self.progress.step)
-        if self._calibrates and not self.norms.version:
-            self.validate(validation)
+        """Set what to train and validate on, and validate first where a hook asks for it."""
+        self._examples, self._validation, self._reporter = examples, validation, reporter
+        self.losses.note = reporter.note
+        reporter.start(self.steps, self.settings.epochs, self.progress.step)
+        self._validate_where_due()
 
     def train(
-        self, examples: Sequence[Example], validation: Sequence[Example], watcher: Watcher
+        self, examples: Sequence[Example], validation: Sequence[Example], reporter: Reporter
     ) -> Iterator[Progress]:
-        """Train until epochs have stopped getting better for `patience` of them, or to the last.
+        """Train to the last epoch, or until `patience` epochs in a row brought nothing better.
 
-        Yields after every epoch (a caller may save what it needs to go on from there); at the end
-        `best` holds the weights of the best epoch on the validation set.
-        Raises LorakitError when a loss is not finite.
+        Yields after every epoch, so that a caller can save a checkpoint; at the end `best` holds
+        the weights of the best epoch on the validation set. Raises LorakitError where a loss is
+        not finite.
         """
-        self.begin(examples, validation, watcher)
+        self.begin(examples, validation, reporter)
         while not self.is_done:
             self.advance()
             yield self.progress
-        self.check()
+        self.check_best()
 
-    def check(self) -> None:
-        """Raise LorakitError where no epoch can be kept."""
+    def check_best(self) -> None:
+        """Raise LorakitError where no epoch had a finite validation loss."""
         if not self.progress.best_epoch:
             raise LorakitError("no epoch had a finite validation loss; lower --lr")
 
     @property
     def steps(self) -> int:
-        """The optimiser steps of all epochs."""
+        """The number of optimiser steps in all epochs."""
         return self.settings.epochs * self._steps_an_epoch
 
     @property
@@ -175,21 +200,20 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether the last epoch is over, or `patience` epochs were no better."""
+        """Whether the last epoch is over, or `patience` epochs in a row were no better."""
         progress, settings = self.progress, self.settings
         return progress.epoch >= settings.epochs or progress.stale >= settings.patience
 
     def advance(self, until: int | None = None) -> None:
-        """Go on to the end of the epoch under way and judge it, or only to step `until`."""
+        """Train to the end of the current epoch and validate, or only to step `until`."""
         progress, started = self.progress, time.perf_counter()
         order = list(self._batches(progress.epoch + 1))
         with self._training_mode():
             for batch in order[progress.step - progress.epoch * len(order) :]:
                 if progress.step == until:
                     return
-                self._watcher.step(self._step(batch, self.steps))
-                if self._is_due():
-                    self.validate(self._validation)
+                self._reporter.step(self._step(batch, self.steps))
+                self._validate_where_due()
         if progress.step < (progress.epoch + 1) * len(order):
             return
         self._end_epoch(time.perf_counter() - started)
@@ -201,51 +225,46 @@ class Trainer:
         progress = self.progress
         progress.epoch += 1
         loss = self.validate(self._validation)
-        value = -loss if self.measure is None else self.measured()
-        self._judge(value, loss)
-        entry = {
-            "epoch": progress.epoch,
-            "step": progress.step,
-            "train_loss": progress.loss_sum / progress.targets,
-            "validation_loss": loss,
-            "best": progress.best_epoch == progress.epoch,
-        }
-        if self.measure is not None:
-            entry["validation_score"] = value
+        value = -loss if self.measure is None else self.value()
+        self._keep_if_best(value, loss)
+        report = EpochReport(
+            epoch=progress.epoch,
+            step=progress.step,
+            train_loss=progress.loss_sum / progress.targets,
+            validation_loss=loss,
+            best=progress.best_epoch == progress.epoch,
+            seconds=round(seconds, 3),
+            validation_score=None if self.measure is None else value,
+        )
         progress.loss_sum, progress.targets = 0.0, 0
-        self._watcher.epoch({**entry, "seconds": round(seconds, 3)})
+        self._reporter.epoch(report)
 
-    def measured(self, measure: Measure | None = None) -> float:
-        """Return the value of the model as it stands, the same on every process.
+    def value(self, measure: Measure | None = None) -> float:
+        """Return the value of the weights in the model, higher is better, alike on every process.
 
-        `measure` is that of the run where none is given, or the negative validation loss.
+        `measure` defaults to the run's own, and that to the negative validation loss.
         """
         measure = measure or self.measure
         with self._dropout(False):
             value = float(measure() if measure else -self.losses.mean(self._validation))
         if measure is None or self.accelerator.num_processes == 1:
             return value
-        everywhere = self.losses.summed(torch.tensor(value, device=self.base.device))
-        return float(everywhere / self.accelerator.num_processes)
+        total = self.losses.summed(torch.tensor(value, device=self.base.device))
+        return float(total / self.accelerator.num_processes)
 
-    def _is_due(self) -> bool:
-        """Whether the input norms are to be refreshed before the epoch ends."""
-        every = self.calibrate_every
-        return bool(self._calibrates and every and self.progress.step % every == 0)
+    def _validate_where_due(self) -> None:
+        if any(hook.is_validation_due(self.progress.step) for hook in self.hooks):
+            self.validate(self._validation)
 
-    @property
-    def _calibrates(self) -> bool:
-        return self.pruner is not None and self.pruner.reads_norms
-
-    def _judge(self, value: float, loss: float) -> None:
+    def _keep_if_best(self, value: float, loss: float) -> None:
         progress = self.progress
         if math.isfinite(loss) and (value, -loss) > (progress.best_value, -progress.best_loss):
             progress.best_epoch = progress.epoch
             progress.best_value, progress.best_loss = value, loss
             self.best = self.weights()
 
-    def _step(self, batch: Sequence[Example], steps: int) -> dict[str, Any]:
-        """Do one optimiser step on a batch and return its log entry."""
+    def _step(self, batch: Sequence[Example], steps: int) -> StepReport:
+        """Do one optimiser step of `steps` on a batch."""
         started, progress = time.perf_counter(), self.progress
         torch.manual_seed(
             self.settings.seed * 1_000_003 + progress.step * 1_009 + self.accelerator.process_index
@@ -255,8 +274,8 @@ class Trainer:
             raise LorakitError(
                 f"the loss is {loss} at step {progress.step + 1}; lower --lr or use --dtype float32"
             )
-        if self.pruner is not None and self.pruner.reads_gradients:
-            self.pruner.observe_(self.layers)
+        for hook in self.hooks:
+            hook.before_clipping()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         rate = self.settings.lr * learning_rate_factor(
             self.settings.schedule, progress.step, steps, self.settings.warmup
@@ -266,34 +285,31 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
-        if self.pruner is not None:
-            self.pruner.prune_(self.norms, progress.step)
+        for hook in self.hooks:
+            hook.after_step(progress.step)
         targets = sum(row.targets for row in batch)
         progress.loss_sum += loss * targets
         progress.targets += targets
         tokens = sum(len(row.ids) for row in batch)
-        return {
-            "step": progress.step,
-            "epoch": progress.epoch + 1,
-            "train_loss": loss,
-            "lr": rate,
-            "grad_norm": float(norm),
-            "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
-        }
+        return StepReport(
+            step=progress.step,
+            epoch=progress.epoch + 1,
+            train_loss=loss,
+            lr=rate,
+            grad_norm=float(norm),
+            tokens_per_second=round(tokens / (time.perf_counter() - started), 1),
+        )
 
     def validate(self, examples: Sequence[Example]) -> float:
-        """Return the mean loss over all completion tokens; refresh the input norms on the way."""
+        """Return the mean loss over all completion tokens, the hooks looking on."""
         with self._dropout(False), contextlib.ExitStack() as stack:
-            if self._calibrates:
-                stack.enter_context(self.norms.collecting())
-            loss = self.losses.mean(examples)
-        if self._calibrates:
-            self.norms.update_(self.losses.summed)
-        return loss
+            for hook in self.hooks:
+                stack.enter_context(hook.around_validation(self.losses))
+            return self.losses.mean(examples)
 
     @contextlib.contextmanager
     def _training_mode(self) -> Iterator[None]:
-        """Switch LoRA's dropout on (the frozen base keeps none), and checkpointing if wanted."""
+        """Switch on LoRA's dropout (the frozen base has none), and checkpointing if asked for."""
         with contextlib.ExitStack() as stack:
             if self.settings.gradient_checkpointing:
                 stack.enter_context(activation_checkpointing(self.base.model))

@@ -35,17 +35,11 @@ from lorakit.models.base import Base, load_base
 from lorakit.models.lora import attach, pick_modules, projections
 from lorakit.recipes.microworld.world import microworld
 from lorakit.records import Record, write_records
+from lorakit.reporting import Silent
 from lorakit.settings import LoraSettings, TrainingSettings
 from lorakit.training.train import train_adapter
 
 Outputs = dict[tuple[int, int], list[int]]
-
-
-class Silent:
-    """A watcher of training that says nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *given, **named: None
 
 
 def records_of(task: str, split: str, count: int) -> list[Record]:
@@ -67,7 +61,7 @@ def trained(base: Base, folder: Path, task: str, count: int, epochs: int) -> Ada
         settings=settings,
         lora=LoraSettings(),
         output=output,
-        watcher=silent,
+        reporter=silent,
     )
     return load_adapter(output)
 

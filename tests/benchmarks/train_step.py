@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from lorakit.adapters.adapter import Adapter, tensors_of
 from lorakit.adapters.config import peft_config
 from lorakit.adapters.storage import load_adapter, save_adapter
+from lorakit.merging.input_norms import InputNorms
 from lorakit.merging.joint import attach_stack
 from lorakit.merging.pruner import Pruner
 from lorakit.merging.stack import stack
@@ -45,7 +46,7 @@ from lorakit.recipes.table import build_dataset
 from lorakit.records import Record
 from lorakit.settings import PruningSettings, TrainingSettings
 from lorakit.training.loss import new_accelerator
-from lorakit.training.trainer import Trainer
+from lorakit.training.trainer import StepHook, Trainer
 
 WORDS = 32_000
 BATCH = 8
@@ -139,12 +140,18 @@ def run_lorakit(folder: Path, steps: int, device: torch.device, tokens: int) -> 
     base = load_base(str(folder), device=device, dtype=torch.bfloat16)
     stacked = stack([load_adapter(f"{folder}/adapter{number}") for number in range(3)])
     layers = attach_stack(base, stacked, dropout=0.0)
-    pruner: Any = _TimedPruner(Pruner(stacked, layers, PruningSettings(Decimal("0.1"))), device)
+    norms = InputNorms(layers)
+    pruner = Pruner(stacked.blocks, layers, PruningSettings(Decimal("0.1")), norms=norms)
+    timed_pruner = _TimedHook(pruner, device)
     settings = TrainingSettings(
         lr=LR, dropout=0.0, batch_size=BATCH, micro_batch_tokens=tokens, schedule="constant"
     )
     trainer = Trainer(
-        base, layers, settings, accelerator=new_accelerator(device.type), pruner=pruner
+        base,
+        layers,
+        settings,
+        accelerator=new_accelerator(device.type),
+        hooks=(norms, timed_pruner),
     )
     batches = batches_of(folder, base.encoder(chat="off"), steps + 1)
     losses: list[float] = []
@@ -152,10 +159,10 @@ def run_lorakit(folder: Path, steps: int, device: torch.device, tokens: int) -> 
     trainer.validate(batches[0])
     with trainer._training_mode():
         found = timed(
-            [lambda b=b: losses.append(trainer._step(b, 10**6)["train_loss"]) for b in batches],
+            [lambda b=b: losses.append(trainer._step(b, 10**6).train_loss) for b in batches],
             *(memory, device),
         )
-    pruning = statistics.median(pruner.seconds[1:]) / statistics.median(found["seconds"])
+    pruning = statistics.median(timed_pruner.seconds[1:]) / statistics.median(found["seconds"])
     return {
         **found,
         "losses": losses,
@@ -165,18 +172,20 @@ def run_lorakit(folder: Path, steps: int, device: torch.device, tokens: int) -> 
     }
 
 
-class _TimedPruner:
-    reads_norms, reads_gradients = True, False
+class _TimedHook(StepHook):
+    """Times what another hook does after each step."""
 
-    def __init__(self, pruner: Pruner, device: torch.device) -> None:
-        self._pruner, self._device = pruner, device
+    name = "timed"
+
+    def __init__(self, hook: StepHook, device: torch.device) -> None:
+        self._hook, self._device = hook, device
         self.seconds: list[float] = []
 
-    def prune_(self, norms: Any, step: int) -> None:
+    def after_step(self, step: int) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        self._pruner.prune_(norms, step)
+        self._hook.after_step(step)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - started)

@@ -20,7 +20,8 @@ import pytest
 
 import lorakit
 from lorakit.errors import LorakitError
-from lorakit.judging.asking import AnswerFile, ask_all
+from lorakit.judging.asking import ask_all
+from lorakit.resume import FoundValues, hidden_beside
 from tests.support.endpoints import Reply, serving
 from tests.support.program import ENVIRONMENT, PROGRAM, wait_for
 
@@ -243,10 +244,10 @@ def test_the_first_error_ends_the_asking_after_what_is_there() -> None:
 
 
 def test_answers_outlive_an_error_and_are_dropped_without_resume(tmp_path: Path) -> None:
-    output = str(tmp_path / "out")
+    side = hidden_beside(str(tmp_path / "out"), "answers.part")
 
     def fail(*, resume: bool, known: dict[str, str], **more: str) -> None:
-        with AnswerFile(output, resume=resume) as answers:
+        with FoundValues(side, resume=resume, writer="judge") as answers:
             assert answers.known == known
             for key, answer in more.items():
                 answers.add(key, answer)
@@ -261,16 +262,17 @@ def test_answers_outlive_an_error_and_are_dropped_without_resume(tmp_path: Path)
     ):
         with pytest.raises(KeyError):
             fail(resume=resume, known=known, **more)
-    with AnswerFile(output, resume=True):
+    with FoundValues(side, resume=True, writer="judge"):
         assert [path.name for path in tmp_path.iterdir()] == [".out.answers.part"]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", ["{}\n", "[1]\n", "x\n", "3\n"])
 def test_a_side_file_of_something_else_is_refused(content: str, tmp_path: Path) -> None:
-    (tmp_path / ".out.answers.part").write_text(content)
+    side = tmp_path / ".out.answers.part"
+    side.write_text(content)
     with pytest.raises(LorakitError, match="is not what judge wrote; run without --resume"):
-        AnswerFile(str(tmp_path / "out"), resume=True)
+        FoundValues(side, resume=True, writer="judge")
 
 
 # — a real server —

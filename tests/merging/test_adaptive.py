@@ -18,8 +18,8 @@ from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.errors import LorakitError
 from lorakit.merging.adaptive import merge_adaptively
 from lorakit.merging.criteria import prune_count
+from lorakit.merging.input_norms import InputNorms
 from lorakit.merging.joint import attach_stack
-from lorakit.merging.pruner import Pruner
 from lorakit.merging.stack import stack
 from lorakit.models.batches import epoch_batches
 from lorakit.models.generation import complete
@@ -61,7 +61,7 @@ def adapters(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) ->
             settings=replace(SETTINGS, epochs=2, lr=5e-2),
             lora=shape,
             output=str(folder / f"{name}.safetensors"),
-            watcher=Silent(),
+            reporter=Silent(),
         )
     return [load_adapter(str(folder / f"{name}.safetensors")) for name in SHAPES]
 
@@ -84,7 +84,7 @@ def merge(
         settings=replace(SETTINGS, **changes),
         pruning=pruning or PruningSettings(),
         output=str(output),
-        watcher=Silent(),
+        reporter=Silent(),
         resume=resume,
     )
     return load_adapter(str(output))
@@ -104,7 +104,7 @@ def test_a_portable_merge_is_the_same_merge_at_one_rank(
             settings=replace(SETTINGS, epochs=1),
             pruning=PruningSettings(),
             output=output,
-            watcher=Silent(),
+            reporter=Silent(),
             portable=portable,
         )
         made[portable] = load_adapter(output)
@@ -145,7 +145,7 @@ def test_joint_training_equals_peft_with_all_adapters_active(
     stacked = stack(adapters)
     layers = attach_stack(base, stacked, dropout=0.0)
     trainer = Trainer(base, layers, settings, accelerator=new_accelerator("cpu"))
-    ours = [trainer._step(batch, 20)["train_loss"] for batch in batches]
+    ours = [trainer._step(batch, 20).train_loss for batch in batches]
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(llama)
     for number, adapter in enumerate(adapters):
@@ -197,7 +197,7 @@ def test_a_merge_improves_on_where_it_began(
         settings=replace(SETTINGS, epochs=4),
         pruning=PruningSettings(Decimal("0.3")),
         output=str(tmp_path / "m"),
-        watcher=watcher,
+        reporter=watcher,
     )
     losses = [entry["validation_loss"] for entry in watcher.epochs]
     assert min(losses[1:]) < losses[0]
@@ -359,13 +359,13 @@ def test_norms_are_taken_over_all_tokens_that_are_not_padding(
     examples = [encoder.example(Record(row, row["id"])) for row in rows(9)]
     stacked = stack(adapters)
     layers = attach_stack(base, stacked, dropout=0.0)
-    pruner = Pruner(stacked, layers, PruningSettings(Decimal("0.5")))
+    norms = InputNorms(layers)
     trainer = Trainer(
         base,
         layers,
         replace(SETTINGS, micro_batch_tokens=10**6),
         accelerator=new_accelerator("cpu"),
-        pruner=pruner,
+        hooks=(norms,),
     )
     trainer.validate(examples)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
@@ -382,7 +382,7 @@ def test_norms_are_taken_over_all_tokens_that_are_not_padding(
         hook.remove()
     for name, layer in layers.items():
         x = torch.cat(seen[name])
-        of_x, of_ax = trainer.norms.norms(name)
+        of_x, of_ax = norms.norms(name)
         torch.testing.assert_close(of_x, x.norm(dim=0), rtol=1e-4, atol=1e-5)
         a = factors(layer)[0].detach()
         torch.testing.assert_close(of_ax, (x @ a.T).norm(dim=0), rtol=1e-4, atol=1e-5)
@@ -410,7 +410,7 @@ def test_each_family_trains_merges_and_generates(family: str, data: str, tmp_pat
             settings=replace(SETTINGS, epochs=1, seed=seed, lr=5e-2),
             lora=LoraSettings(rank=2 + number, alpha=4),
             output=str(tmp_path / f"{number}.safetensors"),
-            watcher=watcher,
+            reporter=watcher,
         )
     assert any("no separate query" in note for note in watcher.notes) == (
         family in ("gpt2", "phi3")

@@ -12,7 +12,7 @@ from lorakit.merging.criteria import (
     BETA,
     CRITERIA,
     VALUES,
-    Seen,
+    Evidence,
     least_important,
     mean_importance,
     prune_count,
@@ -31,12 +31,14 @@ NORMS = torch.tensor([10.0, 0.1, 1.0])
     ],
 )
 def test_importance_is_what_the_formula_says(criterion: str, importance: list[list[float]]) -> None:
-    torch.testing.assert_close(CRITERIA[criterion](WEIGHT, Seen(NORMS)), torch.tensor(importance))
+    torch.testing.assert_close(
+        CRITERIA[criterion](WEIGHT, Evidence(NORMS)), torch.tensor(importance)
+    )
 
 
 def test_the_least_important_become_zero_and_no_other() -> None:
     weight = WEIGHT.clone()
-    weight[least_important(CRITERIA["input"](weight, Seen(NORMS)), 3)] = 0
+    weight[least_important(CRITERIA["input"](weight, Evidence(NORMS)), 3)] = 0
     assert weight.tolist() == [[1.0, 0.0, 0.5], [-2.0, 0.0, 0.0]]
 
 
@@ -62,7 +64,7 @@ def test_the_gradient_score_is_that_of_platon_over_two_steps() -> None:
     spread = 0.85 * 0.15 * 1.7 + 0.15 * (4 - mean)
     assert sensitivity.item() == pytest.approx(mean)
     assert uncertainty.item() == pytest.approx(spread)
-    score = CRITERIA["gradient"](weight, Seen(None, sensitivity, uncertainty))
+    score = CRITERIA["gradient"](weight, Evidence(averages=(sensitivity, uncertainty)))
     assert score.item() == pytest.approx(mean * spread)
     assert BETA == 0.85
 

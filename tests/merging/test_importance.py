@@ -42,7 +42,7 @@ def merged(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> A
             settings=SETTINGS,
             lora=lora,
             output=str(folder / name),
-            watcher=Silent(),
+            reporter=Silent(),
         )
     merge_adaptively(
         [load_adapter(str(folder / name)) for name in ("one", "two")],
@@ -52,7 +52,7 @@ def merged(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> A
         settings=SETTINGS,
         pruning=PruningSettings(Decimal("0.1")),
         output=str(folder / "merged"),
-        watcher=Silent(),
+        reporter=Silent(),
     )
     return load_adapter(str(folder / "merged"))
 

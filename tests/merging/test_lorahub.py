@@ -42,7 +42,7 @@ def adapters(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) ->
             settings=replace(SETTINGS, seed=len(name)),
             lora=LoraSettings(rank=rank, alpha=4),
             output=str(folder / name),
-            watcher=Silent(),
+            reporter=Silent(),
         )
     return [load_adapter(str(folder / name)) for name in ("one", "two", "odd")]
 
@@ -55,7 +55,7 @@ def merge(llama: str, adapters: Sequence[Adapter], data: str, output: Path) -> S
         data,
         settings=SETTINGS,
         output=str(output),
-        watcher=watcher,
+        reporter=watcher,
     )
     return watcher
 

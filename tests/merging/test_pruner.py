@@ -16,7 +16,7 @@ from lorakit.merging.adaptive import merge_adaptively
 from lorakit.merging.criteria import CRITERIA, VALUES
 from lorakit.merging.input_norms import InputNorms
 from lorakit.merging.joint import attach_stack
-from lorakit.merging.pruner import Pruner
+from lorakit.merging.pruner import Pruner, pruning_hooks
 from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import factors
@@ -50,7 +50,7 @@ def adapters(llama: str, tmp_path_factory: pytest.TempPathFactory) -> list[Adapt
             settings=replace(SETTINGS, max_grad_norm=1.0),
             lora=lora,
             output=str(folder / name),
-            watcher=Silent(),
+            reporter=Silent(),
         )
     return [load_adapter(str(folder / name)) for name in shapes]
 
@@ -114,8 +114,11 @@ def test_every_combination_resets_what_its_restatement_says(
     stacked = stack(adapters)
     layers = attach_stack(base, stacked, dropout=0.0)
     settings = _settings(base, stacked, layers, importance, unit, value)
-    watched = Watched(stacked, layers, settings)
-    trainer = Trainer(base, layers, SETTINGS, accelerator=new_accelerator("cpu"), pruner=watched)
+    norms = InputNorms(layers)
+    watched = Watched(stacked, layers, settings, norms)
+    trainer = Trainer(
+        base, layers, SETTINGS, accelerator=new_accelerator("cpu"), hooks=(norms, watched)
+    )
     some = examples(base)
     list(trainer.train(some, some[:5], Silent()))
     assert watched.calls == trainer.steps == 6
@@ -126,34 +129,33 @@ def test_every_combination_resets_what_its_restatement_says(
 class Watched(Pruner):
     """A pruner that checks each of its calls against the restatement."""
 
-    def __init__(self, stacked: Stack, layers: Any, settings: PruningSettings) -> None:
-        super().__init__(stacked, layers, settings)
+    def __init__(
+        self, stacked: Stack, layers: Any, settings: PruningSettings, norms: InputNorms
+    ) -> None:
+        super().__init__(stacked.blocks, layers, settings, norms=norms)
+        self.norms = norms
         self.stacked, self.layers, self.settings = stacked, layers, settings
         self.start = parts(stacked, self.all())
         self.naive = Restated(stacked, self.start, settings)
         self.parameters = sum(value.size for value in self.start.values())
         self.calls = self.resets = 0
-        self.before_clipping: dict[str, Any] = {}
+        self.gradients: dict[str, Any] = {}
 
     def all(self) -> dict[str, Any]:
         return {n: [f.detach().numpy() for f in factors(layer)] for n, layer in self.layers.items()}
 
-    @property
-    def reads_gradients(self) -> bool:
-        return True  # so that every combination is shown the gradients
-
-    def observe_(self, layers: Any) -> None:
-        super().observe_(layers)
-        self.before_clipping = {
+    def before_clipping(self) -> None:
+        super().before_clipping()
+        self.gradients = {
             n: [f.grad.numpy().copy() for f in factors(layer) if f.grad is not None]
-            for n, layer in layers.items()
+            for n, layer in self.layers.items()
         }
 
-    def prune_(self, norms: InputNorms, step: int) -> None:
+    def after_step(self, step: int) -> None:
         before = parts(self.stacked, self.all())
-        gradients = parts(self.stacked, self.before_clipping)
-        masks = self.naive.chosen(before, gradients, norms)
-        super().prune_(norms, step)
+        gradients = parts(self.stacked, self.gradients)
+        masks = self.naive.chosen(before, gradients, self.norms)
+        super().after_step(step)
         after = parts(self.stacked, self.all())
         self.calls += 1
         for key, mask in masks.items():
@@ -179,13 +181,15 @@ def _settings(
         return PruningSettings(Decimal("0.23"), importance, prune_value=value)
     plain = PruningSettings(importance=importance, unit="module", prune_value=value)
     weights = {n: [f.detach().clone() for f in factors(layer)] for n, layer in layers.items()}
-    pruner = Pruner(stacked, layers, plain)
-    trainer = Trainer(base, layers, SETTINGS, accelerator=new_accelerator("cpu"), pruner=pruner)
+    hooks = pruning_hooks(stacked.blocks, layers, plain)
+    trainer = Trainer(base, layers, SETTINGS, accelerator=new_accelerator("cpu"), hooks=hooks)
     some = examples(base)
     trainer.begin(some, some[:5], Silent())
     trainer.advance(until=1)
     with torch.no_grad():
-        middle = float(np.median(list(pruner.means(trainer.norms).values())))
+        pruner = hooks[-1]
+        assert isinstance(pruner, Pruner)
+        middle = float(np.median(list(pruner.mean_importances().values())))
         for name, layer in layers.items():
             for factor, was in zip(factors(layer), weights[name], strict=True):
                 factor.copy_(was)
@@ -210,7 +214,7 @@ def test_every_combination_merges_to_a_file(
         settings=replace(SETTINGS, epochs=1),
         pruning=settings.at(Decimal("0.3") if unit == "parameter" else Decimal("1e-3")),
         output=str(tmp_path / "m"),
-        watcher=Silent(),
+        reporter=Silent(),
     )
     told = load_adapter(str(tmp_path / "m")).header["history"][-1]["settings"]
     assert (told["importance"], told["unit"], told["prune_value"]) == (importance, unit, value)
@@ -222,11 +226,11 @@ def test_the_gradient_is_taken_as_it_was_before_clipping(
     base = open_base(llama)
     stacked = stack(adapters)
     layers = attach_stack(base, stacked, dropout=0.0)
-    pruner = Pruner(stacked, layers, PruningSettings(Decimal("0.1"), "gradient"))
-    trainer = Trainer(base, layers, SETTINGS, accelerator=new_accelerator("cpu"), pruner=pruner)
+    pruner = Pruner(stacked.blocks, layers, PruningSettings(Decimal("0.1"), "gradient"))
+    trainer = Trainer(base, layers, SETTINGS, accelerator=new_accelerator("cpu"), hooks=(pruner,))
     some = examples(base)
     trainer.begin(some, some, Silent())
-    entry = trainer._step(some[:4], 10)
+    report = trainer._step(some[:4], 10)
     kept = torch.cat([g.flatten() for both in pruner._gradients.values() for g in both])
-    assert float(kept.norm()) == pytest.approx(entry["grad_norm"], rel=1e-4)
-    assert entry["grad_norm"] > SETTINGS.max_grad_norm
+    assert float(kept.norm()) == pytest.approx(report.grad_norm, rel=1e-4)
+    assert report.grad_norm > SETTINGS.max_grad_norm

@@ -41,7 +41,7 @@ def merge(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Me
             settings=replace(SETTINGS, epochs=2, seed=rank),
             lora=LoraSettings(rank=rank),
             output=str(folder / name),
-            watcher=Silent(),
+            reporter=Silent(),
         )
         adapters.append(load_adapter(str(folder / name)))
 
@@ -57,7 +57,7 @@ def merge(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Me
             settings=replace(SETTINGS, **changes),
             pruning=pruning,
             output=str(output),
-            watcher=watcher,
+            reporter=watcher,
             **given,
         )
         return watcher, tried

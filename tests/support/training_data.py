@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit import reporting
+from lorakit.reporting import EpochReport, StepReport
+
 _WORDS = ["red", "blue", "green", "cat", "dog", "sun", "moon", "tree"]
 
 
@@ -29,8 +32,8 @@ def save_rows(path: Path, made: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-class Silent:
-    """A watcher that keeps what it is told."""
+class Silent(reporting.Silent):
+    """A reporter that keeps what it hears."""
 
     def __init__(self) -> None:
         self.steps: list[Mapping[str, Any]] = []
@@ -41,11 +44,11 @@ class Silent:
     def start(self, steps: int, epochs: int, done: int) -> None:
         self.planned = steps
 
-    def step(self, entry: Mapping[str, Any]) -> None:
-        self.steps.append(entry)
+    def step(self, report: StepReport) -> None:
+        self.steps.append(report.log_entry())
 
-    def epoch(self, entry: Mapping[str, Any]) -> None:
-        self.epochs.append(entry)
+    def epoch(self, report: EpochReport) -> None:
+        self.epochs.append(report.log_entry())
 
     def event(self, entry: Mapping[str, Any], text: str) -> None:
         self.events.append(entry)
