@@ -163,7 +163,7 @@ def decode(
     apart, rows = list(same.values()), [prompt.ids for prompt in prompts]
     texts: dict[int, list[str]] = {k: [""] * len(prompts) for k in apart}
     sampled: dict[tuple[int, int], list[int]] = {}
-    with Gates(layers).standing() as gates:
+    with Gates(layers).fused_forward() as gates:
         made = _written(base, gates, rows, apart, settings, notes)
         for one in notes.timed(made, "decoding", len(apart) * len(prompts)):
             texts[one.boundary][one.prompt] = text_of(base, one.tokens)

@@ -54,7 +54,7 @@ def read_probabilities(
     examples = encode_all(sample, encoder.example, notes.note)
     batches = _batches(examples, generation.batch_size)
     curves: dict[int, _Curves] = {}
-    with Gates(attach(base, adapter)).standing() as gates:
+    with Gates(attach(base, adapter)).fused_forward() as gates:
         steps = [(k, batch) for k in (base.layers, *compared) for batch in batches]
         sums: dict[int, Any] = {}
         for k, batch in notes.timed(steps, "reading", len(steps)):

@@ -1,9 +1,9 @@
-"""What a LoRA layer adds to its base while it trains, as one function that keeps little for later.
+"""LoRA's forward and backward pass as one function, which keeps little for the backward pass.
 
-PEFT's layers keep a float32 copy of their input for the backward pass; here the input stays as it
-came, which neighbouring projections share, and the mask of the dropout takes a byte a value. On a
-CPU bytes multiply several times faster than booleans, and 16 random bits a value come several times
-faster than torch's own dropout, which took a sixth of a step on a small model.
+PEFT's layers keep a float32 copy of their input; here the input is kept in its own dtype, a tensor
+that neighbouring projections share, and the dropout's mask takes a byte a value. On a CPU bytes
+multiply several times faster than booleans, and drawing 16 random bits a value is several times
+faster than torch's own dropout.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ _Forward = Callable[..., torch.Tensor]
 
 
 @contextlib.contextmanager
-def standing(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
+def fused_forward(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
     """Let PEFT's layers compute W0·x + B·(s·A·x) as one function wherever gradients are wanted."""
     try:
         for layer in layers.values():
-            layer.forward = _trained(layer)
+            layer.forward = _fused(layer)
         yield
     finally:
         for layer in layers.values():
             layer.__dict__.pop("forward", None)
 
 
-def _trained(layer: PeftLayer) -> _Forward:
+def _fused(layer: PeftLayer) -> _Forward:
     whole, base_layer, dropout = layer.forward, layer.get_base_layer(), layer.lora_dropout[ADAPTER]
     a, b = factors(layer)
     scales = rank_scales(layer)
 
     def forward(x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            found: torch.Tensor = whole(x, *rest, **more)
-            return found
+            plain_result: torch.Tensor = whole(x, *rest, **more)
+            return plain_result
         share = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
-        plain = base_layer(x, *rest, **more)
-        added: torch.Tensor = _Added.apply(plain, x, a, b, scales, share)  # type: ignore[no-untyped-call]
-        return added
+        from_base = base_layer(x, *rest, **more)
+        output: torch.Tensor = _LoraSum.apply(from_base, x, a, b, scales, share)  # type: ignore[no-untyped-call]
+        return output
 
     return forward
 
 
-class _Added(torch.autograd.Function):
-    """plain + B·(s·A·dropout(x)), computed in the dtype of A and B, in the dtype of `plain`."""
+class _LoraSum(torch.autograd.Function):
+    """W0·x + B·(s·A·dropout(x)), computed in the dtype of A and B, in the dtype of W0·x."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        plain: torch.Tensor,
+        from_base: torch.Tensor,
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
@@ -67,7 +67,7 @@ class _Added(torch.autograd.Function):
         scales = scales / (1 - share)
         low = linear(_masked(x.to(a.dtype), kept), a) * scales
         ctx.save_for_backward(x, a, b, scales, low, kept)
-        return (plain + linear(low, b)).to(plain.dtype)
+        return (from_base + linear(low, b)).to(from_base.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -83,7 +83,7 @@ class _Added(torch.autograd.Function):
 
 
 def mask(x: torch.Tensor, share: float) -> torch.Tensor:
-    """Draw which values of `x` a dropout keeps: bytes of 1 and 0 in its shape."""
+    """Draw which values of `x` dropout keeps: bytes, 1 or 0, in the shape of `x`."""
     return _mask_of_bits(x, share) if x.device.type == "cpu" else _plain_mask(x, share)
 
 
@@ -92,9 +92,9 @@ def _plain_mask(x: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def _mask_of_bits(x: torch.Tensor, share: float) -> torch.Tensor:
-    """Take four values of 16 bits from each draw of 64.
+    """Draw 64 bits for every four values, 16 for each.
 
-    The share that goes is `share` to the nearest 1/65,536, and at least one such part is kept.
+    The share dropped is `share` to the nearest 1/65,536, and never all of it.
     """
     lowest = -(2**15)
     first_kept = min(lowest + round(share * 2**16), -lowest - 1)

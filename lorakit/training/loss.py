@@ -1,14 +1,18 @@
 """The exact mean loss of a batch, and its gradient, in micro-batches and over several processes.
 
 A batch is cut into micro-batches of a fixed number of tokens, packed without padding where the base
-can be; their summed losses over the tokens of the whole batch give its mean loss and gradient, on
-one process or shared out over several. It knows nothing of optimisers, epochs or pruning.
+allows it. The sum of their losses, divided by the number of completion tokens in the whole batch,
+is its mean loss, however it was cut and over however many processes it was distributed. Optimisers,
+epochs and pruning are not known here.
+
+A vocabulary is wide: PyTorch's own cross-entropy holds several float32 copies of all logits at
+once. `cross_entropy` makes them of a few rows at a time and keeps only the logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any  # torch gives autograd functions an untyped context
 
 import accelerate
 import torch
@@ -19,14 +23,15 @@ from lorakit.models.batches import IGNORED, lay_out, micro_batches
 from lorakit.models.forward import completion_logits
 from lorakit.models.packing import pack, packs, target_logits
 from lorakit.models.tokens import Example
-from lorakit.training.cross_entropy import cross_entropy
+
+_LOGITS_AT_ONCE = 1 << 20  # in float32
 
 
 def new_accelerator(device: str) -> accelerate.Accelerator:
     """Return the accelerator of this process, of one or of many (`accelerate launch`, torchrun).
 
-    `device` is the kind that was picked, never `auto`. A CPU must be named: left to itself it takes
-    each of several processes for the only one.
+    `device` is the type that was picked, never `auto`. On a CPU accelerate must be told so: left to
+    itself it takes each of several processes for the only one.
     """
     return accelerate.Accelerator(cpu=device == "cpu")
 
@@ -34,8 +39,8 @@ def new_accelerator(device: str) -> accelerate.Accelerator:
 class BatchLoss:
     """Cross-entropy over completion tokens, of batches of examples, under a base model.
 
-    `tokens` bounds a micro-batch; `watch` is told each one's mask (rows, length), None where no row
-    is padded, before its forward pass.
+    `tokens` bounds a micro-batch. `watch` gets each one's mask (rows, length), or None where no row
+    is padded, before its forward pass; `note` gets one line where memory has run out.
     """
 
     def __init__(
@@ -55,10 +60,10 @@ class BatchLoss:
         self.watch: Callable[[torch.Tensor | None], None] = lambda mask: None
 
     def backward(self, batch: Sequence[Example]) -> float:
-        """Add up the gradient of the batch's mean loss over its completion tokens; return it.
+        """Add up the gradient of the batch's mean loss over its completion tokens; return the loss.
 
-        Where memory does not suffice, the micro-batches are halved from here on, and a note says
-        so; LorakitError where a single example is too much.
+        Where memory runs out, micro-batches are halved from here on, and a note says so. Raises
+        LorakitError where a single example is too much.
         """
         while True:
             try:
@@ -81,11 +86,11 @@ class BatchLoss:
     @torch.no_grad()
     def of_each(self, examples: Sequence[Example]) -> list[float]:
         """Return the mean loss over the completion tokens of each example, in their order."""
-        found: dict[int, torch.Tensor] = {}
+        losses: dict[int, torch.Tensor] = {}
         for rows in self._cut(examples):
             for row, loss in zip(rows, self._losses(rows), strict=True):
-                found[id(row)] = loss / row.targets
-        return [float(found[id(example)]) for example in examples]
+                losses[id(row)] = loss / row.targets
+        return [float(losses[id(example)]) for example in examples]
 
     def summed(self, value: torch.Tensor) -> torch.Tensor:
         """Return the sum of a value over all processes."""
@@ -134,13 +139,14 @@ class BatchLoss:
             packed = pack(rows, self.base.device)
             self.watch(None)
             logits = target_logits(self.base.model, packed)
-            found = cross_entropy(logits, packed.labels, ignored=IGNORED)
-            return torch.stack([own.sum() for own in found.split([row.targets for row in rows])])
+            losses = cross_entropy(logits, packed.labels, ignored=IGNORED)
+            by_row = losses.split([row.targets for row in rows])
+            return torch.stack([of_row.sum() for of_row in by_row])
         batch = lay_out(rows, self.base.device)
         self.watch(batch.mask)
         logits = completion_logits(self.base.model, batch).flatten(0, 1)
-        found = cross_entropy(logits, batch.labels.flatten(), ignored=IGNORED)
-        return found.view_as(batch.labels).sum(1)
+        losses = cross_entropy(logits, batch.labels.flatten(), ignored=IGNORED)
+        return losses.view_as(batch.labels).sum(1)
 
     def _sum_gradients(self) -> None:
         for parameter in self.parameters:  # a module no token came through has none
@@ -148,9 +154,48 @@ class BatchLoss:
                 parameter.grad = torch.zeros_like(parameter)
         if self.accelerator.num_processes == 1:
             return
-        gradients: list[Any] = [parameter.grad for parameter in self.parameters]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         flat = self.summed(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, summed in zip(
             gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
         ):
             gradient.copy_(summed.view_as(gradient))
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, *, ignored: int) -> torch.Tensor:
+    """Return −log softmax(logits)[label] of each row, 0 where the label is `ignored`.
+
+    logits (rows, vocabulary) in any floating dtype; labels (rows,) int64; the result (rows,)
+    float32.
+    """
+    losses: torch.Tensor = _CrossEntropy.apply(logits, labels, ignored)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
+        counted = labels != ignored
+        places = labels.where(counted, 0)[:, None]
+        sums = torch.cat([part.float().logsumexp(1) for part in _parts(logits)])
+        ctx.save_for_backward(logits, places, counted, sums)
+        return (sums - logits.gather(1, places)[:, 0].float()).where(counted, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, places, counted, sums = ctx.saved_tensors
+        due = (grad * counted)[:, None]
+        gradient = torch.empty_like(logits)
+        start = 0
+        for part in _parts(logits):
+            rows = slice(start, start + len(part))
+            own = (part.float() - sums[rows, None]).exp_().mul_(due[rows])
+            own.scatter_add_(1, places[rows], -due[rows])
+            gradient[rows] = own
+            start += len(part)
+        return gradient, None, None
+
+
+def _parts(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    parts: tuple[torch.Tensor, ...] = logits.split(max(1, _LOGITS_AT_ONCE // logits.shape[1]))
+    return parts

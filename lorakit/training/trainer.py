@@ -25,7 +25,7 @@ from lorakit.models.lora import PeftLayer, factors
 from lorakit.models.tokens import Example
 from lorakit.reporting import EpochReport, Reporter, StepReport
 from lorakit.settings import TrainingSettings
-from lorakit.training.lora_step import standing
+from lorakit.training.lora_step import fused_forward
 from lorakit.training.loss import BatchLoss
 
 Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A (rank, d_in) and B (d_out, rank)
@@ -314,7 +314,7 @@ class Trainer:
             if self.settings.gradient_checkpointing:
                 stack.enter_context(activation_checkpointing(self.base.model))
             stack.enter_context(self._dropout(True))
-            stack.enter_context(standing(self.layers))
+            stack.enter_context(fused_forward(self.layers))
             yield
 
     @contextlib.contextmanager

@@ -70,7 +70,7 @@ def test_every_boundary_writes_what_it_writes_alone(family: str, tmp_path: Path)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_decoded_together(family: str, tmp_path: Path) -> None:
     base = open_base(save_model(tmp_path, family))
-    with Gates(attach(base, random_adapter(base))).standing() as gates:
+    with Gates(attach(base, random_adapter(base))).fused_forward() as gates:
         assert can_pool(base, gates, prompts(base, records(1))[0].ids)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorakit.models.lora import default_targets, factors, inject, pick_modules, set_rank_scales
-from lorakit.training.lora_step import _Added, _mask_of_bits, _plain_mask, mask, standing
+from lorakit.training.lora_step import _LoraSum, _mask_of_bits, _plain_mask, fused_forward, mask
 from tests.support.models import open_base, save_model
 
 
@@ -50,7 +50,7 @@ def test_logits_and_gradients_are_those_of_pefts_layers(
 ) -> None:
     base, layers = lora_on(save_model(tmp_path, family), torch.float32, scaled=scaled)
     plain = logits_and_gradients(base, layers)
-    with standing(layers):
+    with fused_forward(layers):
         found = logits_and_gradients(base, layers)
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -61,7 +61,7 @@ def test_logits_and_gradients_are_those_of_pefts_layers(
 
 def test_dropout_is_pefts_with_our_mask(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base, layers = lora_on(llama, torch.float32, dropout=0.4)
-    with standing(layers):
+    with fused_forward(layers):
         found = logits_and_gradients(base, layers)
         other_draw = logits_and_gradients(base, layers, seed=6)
     monkeypatch.setattr(
@@ -98,7 +98,7 @@ def test_a_share_near_its_ends_drops_almost_nothing_or_almost_all(share: float) 
 def test_a_bfloat16_base_is_added_to_in_float32(llama: str) -> None:
     base, layers = lora_on(llama, torch.bfloat16)
     plain = logits_and_gradients(base, layers)
-    with standing(layers):
+    with fused_forward(layers):
         found = logits_and_gradients(base, layers)
     for one, other in zip(found, plain, strict=True):
         assert float((one - other).norm()) <= 0.03 * float(other.norm())
@@ -109,7 +109,7 @@ def test_without_gradients_pefts_own_layers_compute_and_their_hooks_see_it(llama
     seen: list[str] = []
     for name, layer in layers.items():
         layer.lora_A["default"].register_forward_hook(lambda *_, name=name: seen.append(name))
-    with standing(layers), torch.no_grad():
+    with fused_forward(layers), torch.no_grad():
         base.model(input_ids=torch.tensor([[3, 4, 5]]))
     assert sorted(seen) == sorted(layers)
 
@@ -124,7 +124,7 @@ def test_the_gradient_is_the_numerical_one(share: float) -> None:
 
     def added(*given: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(7)
-        found: torch.Tensor = _Added.apply(*given, scales, share)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _LoraSum.apply(*given, scales, share)  # type: ignore[no-untyped-call]
         return found
 
     given = [tensor.requires_grad_(True) for tensor in (plain, x, a, b)]

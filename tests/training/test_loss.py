@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lorakit.training import cross_entropy as module
-from lorakit.training.cross_entropy import cross_entropy
+from lorakit.training import loss as module
+from lorakit.training.loss import cross_entropy
 
 
 @pytest.mark.parametrize("at_once", [1, 100, 1 << 20])
@@ -16,7 +16,7 @@ from lorakit.training.cross_entropy import cross_entropy
 def test_losses_and_gradients_are_pytorchs(
     at_once: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", at_once)
     torch.manual_seed(0)
     labels = torch.tensor([3, -100, 0, 39, 7, -100, 12])
     given = (torch.randn(7, 40) * 4).to(dtype)
