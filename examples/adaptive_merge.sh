@@ -1,14 +1,14 @@
 #!/bin/sh
 # The adaptive-merge paper's experiments on the microworld's target tasks, English and Japanese, over
 # three seeds. Table 2: zero-shot, the related adapters (XS: headlines, WL: how-to steps), the target
-# adapter (TGT, 50 examples), LoRAHub and our merges without and with pruning, of XS+WL and of
-# XS+WL+TGT. Table 4, on the Japanese tasks: what makes a parameter important, the unit that is
-# pruned, and the value it is reset to. Marks say what differs from TGT (Table 2) or from no pruning
-# (Table 4) by paired approximate randomization, p < 0.05.
+# adapter (TGT, 50 examples), LoRAHub, and our merges of XS+WL and of XS+WL+TGT, each without and with
+# pruning. Table 4, on the Japanese tasks: what makes a parameter important, the unit that is pruned,
+# and the value it is reset to. A star marks what differs from TGT (Table 2) or from no pruning (Table
+# 4) by paired approximate randomization, p < 0.05. What it printed is in examples/README.md.
 #
 #     sh examples/adaptive_merge.sh [FOLDER]    # work goes to FOLDER, by default ./runs
 #
-# Every command that has its output is skipped, so that a stopped run goes on where it was. The
+# A command whose output exists is skipped, so that a stopped run goes on where it was. The
 # related adapters are trained once, on 600 records each; a seed draws the 50 target examples and
 # the 50 validation examples and seeds all training on them. $TASKS, $LANGS and $SEEDS choose fewer.
 
@@ -28,7 +28,7 @@ target="$few --batch-size 2 --epochs 6 --patience 2 --dtype float32 --resume -q"
 merging="$target --lr 3e-3 --prune-ratio"
 
 stage=""
-# make OUTPUT COMMAND…: ask for a command in the current folder unless its output is there
+# make OUTPUT COMMAND…: print a command to run in $folder, unless its output exists
 make() {
     made=$1
     shift
@@ -41,7 +41,7 @@ predict() { # predict NAME [ADAPTER]
     make "$1.jsonl" generate ${2:+"$2"} --data "$test" --max-new-tokens 48 --batch-size 60 -q
 }
 
-ask() { # every command of the experiments, in the order of what they need
+ask() { # print every command of the experiments, those that others need first
     for lang in $langs; do
         folder=$out/$lang
         mkdir -p "$folder"

@@ -7,8 +7,9 @@
 #
 #     sh examples/boundary_layer.sh [FOLDER]    # work goes to FOLDER, by default ./boundary
 #
-# Every command that has its output is skipped, so that a stopped run goes on where it was. $TASKS,
-# $RANKS and $TRAIN (records to train on) choose less. `contains` is the paper's EM.
+# A command whose output exists is skipped, so that a stopped run goes on where it was. $TASKS, $RANKS
+# and $TRAIN (records to train on) choose less. `contains` is the paper's EM. What it printed is in
+# examples/README.md.
 
 set -eu
 case ${1:-} in
@@ -32,7 +33,7 @@ metric_of() {
 }
 lang_of() { [ "$1" = translate ] && echo ja || echo en; } # of the outputs
 stage=""
-make() { # make OUTPUT COMMAND…: ask for a command in the folder unless its output is there
+make() { # make OUTPUT COMMAND…: print a command to run in $folder, unless its output exists
     made=$1
     shift
     [ -e "$folder/$made" ] || echo "$stage$folder lorakit $* -o $made"
@@ -99,7 +100,7 @@ outputs() {
     each outputs
 } | python examples/forks.py
 
-score() { # score TABLE METRICS FILE…: a line of scores for each file, with what it is about
+score() { # score TABLE METRICS FILE…: a line of scores for each file, with its table and task
     table=$1 metrics=$2
     shift 2
     lorakit score "$@" --metric "$metrics" --lang "$(lang_of "$task")" --format json -q |

@@ -6,7 +6,8 @@
 #
 # Takes the related adapters that adaptive_merge.sh has left in FOLDER, or trains them. Prints the
 # scores, saves them as FOLDER/data_size.jsonl and draws FOLDER/data_size.png. $TASK, $LANG_, $SIZES
-# and $SEEDS choose what is run. Commands that have their output are skipped.
+# and $SEEDS choose what is run. A command whose output exists is skipped. What it printed is in
+# examples/README.md.
 
 set -eu
 case ${1:-} in
@@ -26,7 +27,7 @@ target="$few --batch-size 2 --epochs 6 --patience 2 --dtype float32 --resume -q"
 mkdir -p "$top"
 
 stage=""
-make() { # make OUTPUT COMMAND…: ask for a command in the current folder unless its output is there
+make() { # make OUTPUT COMMAND…: print a command to run in $folder, unless its output exists
     made=$1
     shift
     [ -e "$folder/$made" ] || echo "$stage$folder lorakit $* -o $made"

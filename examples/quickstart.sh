@@ -1,7 +1,7 @@
 #!/bin/sh
 # The main job, end to end, on a laptop: adapters trained on two related tasks and one on 50 target
-# examples, merged without and with pruning; every system generates and is scored; then the layers
-# above which the merged LoRA does no good are found and dropped. Sets up .venv.
+# examples, merged without and with pruning; every system generates and is scored; then the layer
+# above which the merged LoRA does no good is found, and the LoRA above it dropped. Sets up .venv.
 #
 #     sh examples/quickstart.sh [FOLDER]        # results go to FOLDER, by default ./quickstart
 

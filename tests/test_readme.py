@@ -31,7 +31,6 @@ RUN_AFTER_THE_FRONT_PAGE = [
     "lorakit/merging/README.md",
     "lorakit/recipes/README.md",
     "lorakit/scoring/README.md",
-    "lorakit/training/README.md",
 ]
 LONGEST_FRONT_PAGE, LONGEST_ROOM_PAGE = 150, 60  # lines
 
