@@ -1,4 +1,4 @@
-"""Files on the Hugging Face hub, or in its cache: an adapter's two, and what a failure means."""
+"""Fetch an adapter's files from the Hugging Face hub, or its cache; say why one cannot be had."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def _fetch(repo: str, file: str, revision: str | None, address: str) -> Path:
 
 @contextlib.contextmanager
 def explained(address: str, revision: str | None) -> Iterator[None]:
-    """Turn what the hub's library raises inside the block into one line about `address`.
+    """Turn what huggingface_hub raises inside the block into one line about `address`.
 
-    But for RemoteEntryNotFoundError, a file that the repository lacks: that stays.
+    All but RemoteEntryNotFoundError, which means that the repository has no such file: what that
+    calls for differs between callers.
     """
     from huggingface_hub import errors
 

@@ -166,6 +166,37 @@ def test_a_data_set_of_the_hub_is_read_from_its_cache(
     assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == prompts
 
 
+def test_dashes_inside_a_card_do_not_end_it(tmp_path: Path) -> None:
+    card = "---\nconfigs:\n- config_name: default\n  data_files: data/a---b.jsonl\n---\n# Card\n"
+    rows = {"data/a---b.jsonl": line("dashes"), "train.jsonl": line("other")}
+    cached(tmp_path, "owner/dashes", {"README.md": card.encode(), **rows})
+    done = hub(tmp_path, "hf://owner/dashes")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["prompt"] == "dashes"
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"",
+        b"---",
+        b"---\nconfigs: [\n---\n",
+        b"---\nconfigs: {a: b}\n---\n",
+        b"---\nconfigs: 3\n---\n",
+        b"---\n- a list\n---\n",
+        b"---\ndate: 2020-99-99\n---\n",
+        b"---\nconfigs: \xff\n---\n",
+        b"---\nconfigs: " + b"[" * 10_000 + b"\n---\n",
+    ],
+    ids=lambda card: repr(card)[:30],
+)
+def test_a_broken_card_counts_as_none(card: bytes, tmp_path: Path) -> None:
+    cached(tmp_path, "owner/broken", {"README.md": card, "train.jsonl": line("train")})
+    done = hub(tmp_path, "hf://owner/broken")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["prompt"] == "train"
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [

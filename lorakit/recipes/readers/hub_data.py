@@ -1,16 +1,15 @@
-"""Data sets on the Hugging Face hub, or in its cache: the files of one split, read as they are.
+"""Read the files of one split of a data set on the Hugging Face hub, or in its cache.
 
-Which files these are is what the data set's card says (`configs`, `data_files`) or, where it says
-nothing, what the files' names say. No code of a data set is ever run.
+Which files these are stands in the data set's card (`configs`, `data_files`) or, where it names
+none, in the files' names. No code of a data set is ever run.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.hub import explained
@@ -57,14 +56,14 @@ def split_paths(address: str, split: str) -> list[str]:
     patterns = _card_patterns(folder, config, split, address)
     if patterns:
         folder = _fetch(repo, revision, patterns, address)
-        found = _files(folder, lambda name: any(fnmatch(name, pattern) for pattern in patterns))
+        names = _files(folder, lambda name: any(fnmatch(name, pattern) for pattern in patterns))
     else:
         forms = [f"*{name}*{form[1:]}*" for name in _SPLITS[split] for form in _FORMS]
         folder = _fetch(repo, revision, forms, address)
-        found = _by_name(folder, config, split, address)
-    if not found:
+        names = _by_name(folder, config, split, address)
+    if not names:
         raise LorakitError(f"{address} has no files for --split {split}; look at its page")
-    return [str(folder / name) for name in found]
+    return [str(folder / name) for name in names]
 
 
 def _fetch(repo: str, revision: str | None, patterns: list[str], address: str) -> Path:
@@ -77,14 +76,14 @@ def _fetch(repo: str, revision: str | None, patterns: list[str], address: str) -
 
 
 def _card_patterns(folder: Path, config: str | None, split: str, address: str) -> list[str]:
-    """Return the patterns that the card has for a split; empty where it has none at all."""
-    configs = [each for each in _card(folder).get("configs") or () if isinstance(each, dict)]
-    named = {str(each.get("config_name", "default")): each for each in configs}
-    if not any("data_files" in each for each in configs):
+    """Return the card's patterns of a split; an empty list where it has none for any."""
+    configs = _dicts_in(_card(folder / "README.md").get("configs"))
+    named = {str(entry.get("config_name", "default")): entry for entry in configs}
+    if not any("data_files" in entry for entry in configs):
         return []
     chosen = config or ("default" if "default" in named or len(named) > 1 else next(iter(named)))
     if chosen not in named:
-        default = [name for name, each in named.items() if each.get("default")]
+        default = [name for name, entry in named.items() if entry.get("default")]
         if config or not default:
             what = f"no configuration {config}" if config else "several configurations"
             raise LorakitError(
@@ -94,38 +93,45 @@ def _card_patterns(folder: Path, config: str | None, split: str, address: str) -
     return _patterns_of(named[chosen].get("data_files"), split)
 
 
-def _patterns_of(files: Any, split: str) -> list[str]:
-    """Return the patterns of a split in one of the forms that `data_files` takes."""
-    if isinstance(files, str):
-        files = [files]
-    found: list[str] = []
-    for each in files if isinstance(files, list) else ():
-        if isinstance(each, str):
-            found += [each] if split == "train" else []
-        elif isinstance(each, dict) and each.get("split") in _SPLITS[split]:
-            paths = each.get("path")
-            found += [str(path) for path in (paths if isinstance(paths, list) else [paths])]
-    return found
+def _patterns_of(data_files: object, split: str) -> list[str]:
+    """Return the patterns of a split in one of the forms that `data_files` takes.
+
+    A path that no split is named for belongs to `train`.
+    """
+    entries = [data_files] if isinstance(data_files, str) else data_files
+    patterns: list[str] = []
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, str):
+            patterns += [entry] if split == "train" else []
+        elif isinstance(entry, dict) and entry.get("split") in _SPLITS[split]:
+            paths = entry.get("path")
+            patterns += [str(path) for path in (paths if isinstance(paths, list) else [paths])]
+    return patterns
 
 
-def _card(folder: Path) -> dict[str, Any]:
+def _card(path: Path) -> Mapping[str, object]:
+    """Return the front matter of a data set's card; empty where there is none that can be read."""
     import yaml
+    from huggingface_hub.repocard import metadata_load
 
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        found = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return metadata_load(path) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def _dicts_in(value: object) -> list[dict[str, object]]:
+    """Return the objects in a list of a card; none where it is no list."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _by_name(folder: Path, config: str | None, split: str, address: str) -> list[str]:
-    """Return the files whose names tell the split, of the one configuration and of one form."""
-    found = _files(folder, lambda name: bool(_words(name) & {*_SPLITS[split]}))
+    """Return the files of a configuration whose names say the split, of the first form there is."""
+    names = _files(folder, lambda name: bool(_words(name) & {*_SPLITS[split]}))
     if config:
-        found = [name for name in found if config in Path(name).parts or config in _words(name)]
+        names = [name for name in names if config in Path(name).parts or config in _words(name)]
     for form in _FORMS:
-        of_form = [name for name in found if matches(name, (form,))]
+        of_form = [name for name in names if matches(name, (form,))]
         groups = sorted({_group(name, split) for name in of_form})
         if len(groups) > 1:
             raise LorakitError(
@@ -137,12 +143,14 @@ def _by_name(folder: Path, config: str | None, split: str, address: str) -> list
     return []
 
 
-def _files(folder: Path, wanted: Any) -> list[str]:
+def _files(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
+    """Return the sorted names, from the folder on, of the wanted files of rows."""
     listed = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in listed if matches(name, _FORMS) and wanted(name))
 
 
 def _words(name: str) -> set[str]:
+    """Return the words of a file's name in lower case."""
     return set(re.split(r"[^A-Za-z0-9]+", name.lower()))
 
 
