@@ -12,3 +12,9 @@ class LorakitError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def missing_package(what: str, package: str, extra: str = "") -> LorakitError:
+    """Return the error of a package that is not installed, of an extra or of lorakit's own."""
+    name = f"'lorakit[{extra}]'" if extra else "lorakit"
+    return LorakitError(f"{what} needs {package}; run: pip install {name}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, missing_package
 from lorakit.files import atomic_path, open_text_output
 from lorakit.records import write_records
 
@@ -28,9 +28,7 @@ def check_plot(output: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise LorakitError(
-            "--plot needs matplotlib; install it by pip install 'lorakit[plot]'"
-        ) from error
+        raise missing_package("--plot", "matplotlib", "plot") from error
 
 
 @contextlib.contextmanager

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, missing_package
 from lorakit.recipes.filters import is_japanese
 from lorakit.recipes.readers.decoding import decoded
 from lorakit.recipes.readers.rows import converted
 from lorakit.recipes.readers.sources import Part, parts
-from lorakit.recipes.request import Request, Tally, UnwantedError, missing
+from lorakit.recipes.request import Request, Tally, UnwantedError
 from lorakit.records import Record
 
 _TITLES = {"ja": ("jtitle", "title"), "en": ("etitle", "title")}
@@ -235,7 +235,7 @@ def _converter() -> tuple[Any, Any]:
     try:
         from pylatexenc import latex2text, latexwalker, macrospec
     except ImportError:
-        raise missing("the recipe latex", "pylatexenc", "latex") from None
+        raise missing_package("the recipe latex", "pylatexenc", "latex") from None
     logging.getLogger("pylatexenc").setLevel(logging.CRITICAL)  # it prints what it cannot read
     forms = [(name, form) for form, names in _REMOVED.items() for name in names.split()]
     syntax = latexwalker.get_default_latex_context_db()

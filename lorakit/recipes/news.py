@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, missing_package
 from lorakit.recipes.jstage import declared_encoding
 from lorakit.recipes.readers.decoding import decoded
 from lorakit.recipes.readers.rows import converted
 from lorakit.recipes.readers.sources import Part, parts
-from lorakit.recipes.request import Request, Tally, UnwantedError, missing
+from lorakit.recipes.request import Request, Tally, UnwantedError
 from lorakit.records import Record
 
 _MOST_ITEMS = 8
@@ -74,7 +74,7 @@ def _tree(part: Part) -> Any:
     try:
         from lxml import etree, html
     except ImportError:
-        raise missing("the recipe news-html", "trafilatura", "html") from None
+        raise missing_package("the recipe news-html", "trafilatura", "html") from None
     content = part.whole()
     text = decoded(content, part.name, declared_encoding(content))
     text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text)
@@ -108,7 +108,7 @@ def _selected(tree: Any, selector: str) -> list[Any]:
         from cssselect import SelectorError
         from lxml.cssselect import CSSSelector
     except ImportError:
-        raise missing("--highlights", "cssselect", "html") from None
+        raise missing_package("--highlights", "cssselect", "html") from None
     try:
         found = CSSSelector(selector, translator="html")(tree)
     except SelectorError as error:
@@ -169,7 +169,7 @@ def _body(tree: Any, where: str) -> str:
     try:
         import trafilatura
     except ImportError:
-        raise missing("the recipe news-html", "trafilatura", "html") from None
+        raise missing_package("the recipe news-html", "trafilatura", "html") from None
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it prints what it cannot read
     try:
         text = trafilatura.extract(

@@ -112,8 +112,3 @@ class Recipe(NamedTuple):
         module, _, name = self.rows.rpartition(".")
         found: Rows = getattr(importlib.import_module(f"lorakit.recipes.{module}"), name)
         return found
-
-
-def missing(what: str, package: str, extra: str) -> LorakitError:
-    """Return the error of a parser that is not installed."""
-    return LorakitError(f"{what} needs {package}; run: pip install 'lorakit[{extra}]'")

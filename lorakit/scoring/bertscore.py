@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.errors import LorakitError
+from lorakit.errors import missing_package
 
 _EXAMPLES_AT_ONCE = 64
 
@@ -44,9 +44,7 @@ def check_libraries() -> None:
     """Raise LorakitError where a library that embeds texts is not installed; imports none."""
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
-            raise LorakitError(
-                f"--metric bertscore needs {name}; install it by pip install 'lorakit[bertscore]'"
-            )
+            raise missing_package("--metric bertscore", name)
 
 
 @dataclass(frozen=True)

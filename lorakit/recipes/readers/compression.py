@@ -7,9 +7,8 @@ import zlib
 from collections.abc import Callable
 from typing import IO, Any, BinaryIO, cast
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, missing_package
 from lorakit.files import explain
-from lorakit.recipes.request import missing
 
 _BUFFER = 1 << 18
 _ZST_FED = 1 << 10
@@ -97,7 +96,8 @@ def _unzst(stream: BinaryIO, name: str) -> io.BufferedReader:
     try:
         import zstandard
     except ImportError:
-        raise missing(f"{name} is compressed by Zstandard: it", "zstandard", "zst") from None
+        what = f"{name} is compressed by Zstandard: it"
+        raise missing_package(what, "zstandard", "zst") from None
     opened = _Frames(stream, lambda: zstandard.ZstdDecompressor().decompressobj())
     return guarded(cast(IO[bytes], opened), name, (zstandard.ZstdError, EOFError))
 

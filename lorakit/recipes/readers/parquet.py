@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, missing_package
 from lorakit.recipes.readers.sources import Part, parts, seekable
-from lorakit.recipes.request import Request, Tally, missing
+from lorakit.recipes.request import Request, Tally
 from lorakit.records import Record
 
 _BATCH = 256
@@ -31,7 +31,7 @@ def parquet_in(part: Part, tally: Tally) -> Iterator[Record]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise missing("reading Parquet", "pyarrow", "parquet") from None
+        raise missing_package("reading Parquet", "pyarrow", "parquet") from None
     number = 0
     try:
         with seekable(part.stream, part.path) as file, parquet.ParquetFile(file) as table:
