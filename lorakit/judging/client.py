@@ -1,23 +1,26 @@
 """One question to an OpenAI-compatible chat endpoint, asked again while the trouble may pass.
 
-It knows HTTP and the chat-completions format, nothing of judging. The key goes into one header of
-the request and nowhere else: no message, no file.
+It knows HTTP, by the `openai` package (the extra `endpoint`), and nothing of judging. The key goes
+into one header of the request and nowhere else: no message, no file. The package's own retries are
+off: they do not repeat a question whose answer is no chat completion, and they would repeat one to
+a server that is not there.
 """
 
 from __future__ import annotations
 
 import email.utils
-import http.client
 import json
 import math
 import random
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
+
+import httpx2
+import openai
 
 from lorakit.errors import LorakitError
 from lorakit.files import explain
@@ -25,13 +28,13 @@ from lorakit.files import explain
 FIRST_WAIT = 1.0  # seconds before the second try; each further wait is twice as long
 LONGEST_WAIT = 60.0
 LONGEST_RETRY_AFTER = 600.0  # who is asked to wait longer had better come back
+LONGEST_REPLY = 1 << 24  # bytes
 _PASSING = (408, 425, 429)  # and all from 500 on
-_LONGEST_REPLY = 1 << 24
 _LONGEST_QUOTE = 200
 
 
 class PassingError(Exception):
-    """What may be over when the question is asked again, `wait` seconds from now at the soonest."""
+    """Trouble that may be over when the question is asked again, in `wait` seconds or later."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -40,21 +43,33 @@ class PassingError(Exception):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask: the URL up to and with `/v1`, the key, and how long and often to try."""
+    """Where to ask: the URL up to and with `/v1`, the key, and how long and often to try.
+
+    Its connections are kept for the next question and may be used by several threads at a time.
+    """
 
     url: str
     key: str | None = field(default=None, repr=False)
     timeout: float = 60.0
     retries: int = 5
+    _client: openai.OpenAI = field(init=False, repr=False, compare=False)
 
-    def ask(self, body: Mapping[str, Any]) -> str:
+    def __post_init__(self) -> None:
+        try:
+            client = _open_client(self.url, self.key, self.timeout)
+        except (httpx2.InvalidURL, ValueError, ImportError) as error:  # the two latter of a proxy
+            self._refuse_connection(str(error))
+        object.__setattr__(self, "_client", client)
+        weakref.finalize(self, client.close)
+
+    def ask(self, body: Mapping[str, object]) -> str:
         """Return the text that answers `body`, a chat-completions request; "" where it has none.
 
         429, 5xx, time-outs, closed connections and replies that are no chat completion are tried
         again after a growing wait, or the one the server asks for (Retry-After). Raises
         LorakitError for whatever else is wrong, and when all tries are used up.
         """
-        data = json.dumps(body).encode()
+        data = json.dumps(body).encode()  # ASCII: a text may hold half a surrogate pair
         for attempt in range(self.retries + 1):
             try:
                 return _text(self._post(data))
@@ -67,45 +82,44 @@ class Endpoint:
         )
 
     def _post(self, data: bytes) -> bytes:
-        headers = {"Content-Type": "application/json", "User-Agent": "lorakit"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(f"{self.url}/chat/completions", data, headers)
+        """Return the server's reply to one request."""
         try:
-            with _OPENER.open(request, timeout=self.timeout) as reply:
-                content = bytes(reply.read(_LONGEST_REPLY))
-                if reply.length:  # of what was announced and did not come
-                    raise PassingError("the answer was cut short")
-                return content
-        except urllib.error.HTTPError as error:
-            self._refuse(error)
-        except (OSError, http.client.HTTPException) as error:
-            self._lose(error)
+            reply = self._client.post("/chat/completions", cast_to=httpx2.Response, content=data)
+            return reply.content
+        except openai.APIStatusError as error:
+            self._raise_status(error.response)
+        except openai.APITimeoutError:
+            raise PassingError(f"no answer within {self.timeout:g} s") from None
+        except openai.APIConnectionError as error:
+            self._raise_lost(error.__cause__)
 
-    def _refuse(self, error: urllib.error.HTTPError) -> NoReturn:
-        with error:
-            reason = f"{error.code} {error.reason}"
-            wait = retry_after(error.headers.get("Retry-After"))
-            detail = _detail(error)
+    def _raise_status(self, reply: httpx2.Response) -> NoReturn:
+        """Raise what a status other than 2xx means; a redirect too, it could take the key away."""
+        reason = f"{reply.status_code} {reply.reason_phrase}"
+        wait = retry_after(reply.headers.get("Retry-After"))
         if wait > LONGEST_RETRY_AFTER:
             raise LorakitError(
                 f"{self.url}: {reason}, asks to wait {wait:.0f} s; run again then, with --resume"
-            )
-        if error.code in _PASSING or error.code >= 500:
+            ) from None
+        if reply.status_code in _PASSING or reply.status_code >= 500:
             raise PassingError(reason, wait) from None
-        told = self.shown(f"{reason}{': ' if detail else ''}{detail}")
-        remedy = _REMEDIES.get(error.code, "mend the request or the endpoint's settings")
-        raise LorakitError(f"{self.url}: {told}; {remedy}") from None
+        detail = _detail(reply.content)
+        answer = self.shown(f"{reason}{': ' if detail else ''}{detail}")
+        remedy = _REMEDIES.get(reply.status_code, "mend the request or the endpoint's settings")
+        raise LorakitError(f"{self.url}: {answer}; {remedy}") from None
 
-    def _lose(self, error: OSError | http.client.HTTPException) -> NoReturn:
-        """Say whether a lost connection may come back: not one that was never made."""
-        cause = getattr(error, "reason", error)
-        if isinstance(cause, TimeoutError):
-            raise PassingError(f"no answer within {self.timeout:g} s") from None
-        closed = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
-        if isinstance(cause, (http.client.HTTPException, *closed)):
-            raise PassingError("the connection was closed") from None
-        reason = explain(cause) if isinstance(cause, OSError) else str(cause)
+    def _raise_lost(self, error: BaseException | None) -> NoReturn:
+        """Raise whether a lost connection may come back: not one that was never made."""
+        cause = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, OSError) and not isinstance(cause, _CLOSED):
+            self._refuse_connection(explain(cause))
+        if cause is None and isinstance(error, _NEVER_MADE):
+            self._refuse_connection(str(error))
+        raise PassingError("the connection was closed") from None
+
+    def _refuse_connection(self, reason: str) -> NoReturn:
         raise LorakitError(
             f"cannot reach {self.url}: {self.shown(reason)}; start the server or mend --endpoint"
         ) from None
@@ -117,6 +131,8 @@ class Endpoint:
         return line if len(line) <= _LONGEST_QUOTE else line[: _LONGEST_QUOTE - 1] + "…"
 
 
+_CLOSED = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+_NEVER_MADE = (httpx2.ConnectError, httpx2.ProxyError, httpx2.UnsupportedProtocol)
 _REMEDIES = {
     401: "put a valid key into the variable that --key-variable names",
     403: "use a key that may use this model",
@@ -124,14 +140,55 @@ _REMEDIES = {
 }
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: it could take the key to another host."""
+def _open_client(url: str, key: str | None, timeout: float) -> openai.OpenAI:
+    """Return the SDK's client: no retries, no redirects, bounded replies, and our headers only.
 
-    def redirect_request(self, *arguments: Any, **named: Any) -> None:
-        return None
+    The SDK would add headers that describe this machine and that OPENAI_… variables name.
+    """
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": "lorakit",
+        "Accept-Encoding": "identity",
+        **({"Authorization": f"Bearer {key}"} if key else {}),
+    }
+
+    def replace_headers(request: httpx2.Request) -> None:
+        needed = {name: request.headers[name] for name in ("Host", "Content-Length")}
+        request.headers = httpx2.Headers({**needed, **headers})
+
+    connections = openai.DefaultHttpxClient(
+        timeout=timeout,
+        follow_redirects=False,
+        event_hooks={"request": [replace_headers], "response": [_bound]},
+    )
+    return openai.OpenAI(
+        api_key=key or "none", base_url=url, max_retries=0, timeout=timeout, http_client=connections
+    )
 
 
-_OPENER = urllib.request.build_opener(_NoRedirect)
+def _bound(reply: httpx2.Response) -> None:
+    """Let no more than LONGEST_REPLY bytes of a reply be read, nor inflated to more."""
+    reply.headers.pop("Content-Encoding", None)  # none was asked for
+    if isinstance(reply.stream, httpx2.SyncByteStream):
+        reply.stream = _BoundedStream(reply.stream)
+
+
+@dataclass(frozen=True)
+class _BoundedStream(httpx2.SyncByteStream):
+    """The first LONGEST_REPLY bytes of a stream."""
+
+    stream: httpx2.SyncByteStream
+
+    def __iter__(self) -> Iterator[bytes]:
+        left = LONGEST_REPLY
+        for chunk in self.stream:
+            yield chunk[:left]
+            left -= len(chunk)
+            if left <= 0:
+                return
+
+    def close(self) -> None:
+        self.stream.close()
 
 
 def check_url(url: str) -> str:
@@ -139,8 +196,12 @@ def check_url(url: str) -> str:
 
     A name and password in it would show in messages, and are refused.
     """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+    except ValueError:  # brackets that do not close, labels of a host that are empty or too long
+        host = b""
+    if not host or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
         raise LorakitError(
             "--endpoint is no http(s) URL; give one such as http://localhost:8000/v1"
         )
@@ -176,14 +237,14 @@ def _backoff(attempt: int) -> float:
     return longest * random.uniform(0.5, 1.0)
 
 
-def _detail(error: urllib.error.HTTPError) -> str:
+def _detail(content: bytes) -> str:
     """Return what the server says is wrong, as OpenAI's format or others have it."""
     try:
-        value = json.loads(error.read(_LONGEST_REPLY))
-    except (OSError, ValueError, RecursionError, http.client.HTTPException):
+        value = json.loads(content)
+    except (ValueError, RecursionError):
         return ""
-    found = value.get("error", value.get("detail")) if isinstance(value, dict) else None
-    message = found.get("message") if isinstance(found, dict) else found
+    error = value.get("error", value.get("detail")) if isinstance(value, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
     return message if isinstance(message, str) else ""
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from lorakit.errors import missing_package
 from lorakit.files import check_output, is_stream, open_text_output
 from lorakit.judging.asking import ask_all
-from lorakit.judging.client import Endpoint, check_key, check_url
 from lorakit.judging.questions import (
     Answer,
     Item,
-    cautions,
+    Row,
+    Summary,
     choose_template,
+    malformed_warnings,
     preference_items,
     preference_summary,
     rating_items,
@@ -25,14 +28,19 @@ from lorakit.resume import FoundValues, hidden_beside, run_key
 from lorakit.settings import JudgeSettings
 from lorakit.versions import version_of
 
-Panel = Mapping[str, Endpoint]  # by the judge's model name
+if TYPE_CHECKING:  # it imports the SDK
+    from lorakit.judging.client import Endpoint
+
+    Panel = Mapping[str, Endpoint]  # by the judge's model name
+
+T = TypeVar("T")
 
 
 class Notes(Protocol):
     """Whoever passes notes and progress on to the user."""
 
     def note(self, text: str) -> None: ...
-    def tracked(self, items: Iterable[Any], what: str) -> Iterator[Any]: ...
+    def tracked(self, items: Iterable[T], what: str) -> Iterator[T]: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Question:
     model: str
     prompt: str
 
-    def body(self, settings: JudgeSettings) -> dict[str, Any]:
+    def body(self, settings: JudgeSettings) -> dict[str, object]:
         """Return the chat-completions request."""
         messages = [{"role": "user", "content": self.prompt}]
         return {**settings.request, "model": self.model, "messages": messages}
@@ -54,10 +62,15 @@ def open_panel(
     variables: Sequence[str],
     settings: JudgeSettings,
 ) -> Panel:
-    """Return each judge's endpoint; one URL or key variable serves all, else each has its own.
+    """Return each judge's endpoint; a single URL or key variable serves all judges.
 
     Keys come from the environment; a variable that is not set means no key, as local servers have.
+    Raises LorakitError for what is no URL or key, and where the extra `endpoint` is missing.
     """
+    if importlib.util.find_spec("openai") is None:
+        raise missing_package("judge", "openai", "endpoint")
+    from lorakit.judging.client import Endpoint, check_key, check_url
+
     count = len(models)
     urls = [check_url(url) for url in urls] * (count if len(urls) == 1 else 1)
     names = list(variables) * (count if len(variables) == 1 else 1)
@@ -98,35 +111,36 @@ def write_judgements(
             return str(answers.known[_key(Question(judge, prompt), panel, settings)])
 
         signature = _signature(panel, name, text, settings)
-        summaries, rows = [], []
+        summaries: list[Mapping[str, object]] = []
+        lines: list[Mapping[str, object]] = []
         for path, items in zip(paths, files, strict=True):
-            summary, told = _summarise(path, against, items, list(panel), answer)
-            summaries.append({**summary, "signature": signature})
-            rows += told
-            for line in cautions(summary, told):
-                notes.note(line)
+            head = {"file": path, **({} if against is None else {"against": against})}
+            summary, rows = _summarise(items, list(panel), answer, preference=against is not None)
+            summaries.append({**head, "count": len(items), **summary, "signature": signature})
+            lines += [{**head, **row} for row in rows]
+            for warning in malformed_warnings(path, summary, rows):
+                notes.note(warning)
         if ratings is not None:
             with open_text_output(ratings) as stream:
-                write_records(rows, stream)
+                write_records(lines, stream)
         with open_text_output(output) as stream:
             write_records(summaries, stream)
 
 
 def _summarise(
-    path: str, against: str | None, items: Sequence[Item], judges: Sequence[str], answer: Answer
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the summary of a file and the lines of its records, each naming the files."""
-    count = rating_summary if against is None else preference_summary
-    numbers, told = count(items, judges, answer)
-    head = {"file": path, **({} if against is None else {"against": against})}
-    return {**head, "count": len(items), **numbers}, [{**head, **row} for row in told]
+    items: Sequence[Item], judges: Sequence[str], answer: Answer, *, preference: bool
+) -> tuple[Summary, Sequence[Row]]:
+    if preference:
+        return preference_summary(items, judges, answer)
+    return rating_summary(items, judges, answer)
 
 
 def _items(paths: Sequence[str], against: str | None, template: str) -> list[list[Item]]:
+    """Return the items of each file."""
     if against is None:
         return [rating_items(path, template) for path in paths]
-    others, _ = load_records(against, "prediction")
-    return [preference_items(path, others, template) for path in paths]
+    baseline, _ = load_records(against, "prediction")
+    return [preference_items(path, baseline, template) for path in paths]
 
 
 def _ask(
@@ -136,25 +150,26 @@ def _ask(
     answers: FoundValues,
     notes: Notes,
 ) -> None:
-    """Ask what is not answered yet; the same question to the same judge is asked once."""
-    every = (
+    """Ask what has no answer yet; the same question to the same judge is asked once."""
+    questions = (
         Question(model, prompt)
         for items in files
         for item in items
         for prompt in item.prompts
         for model in panel
     )
-    keyed = {_key(question, panel, settings): question for question in every}
-    done = len(keyed.keys() & answers.known.keys())
+    by_key = {_key(question, panel, settings): question for question in questions}
+    done = len(by_key.keys() & answers.known.keys())
     if done:
-        notes.note(f"going on after {done} of {len(keyed)} answers")
-    left = [(key, question) for key, question in keyed.items() if key not in answers.known]
+        notes.note(f"going on after {done} of {len(by_key)} answers")
+    left = [(key, question) for key, question in by_key.items() if key not in answers.known]
 
-    def ask(item: tuple[str, Question]) -> str:
-        return panel[item[1].model].ask(item[1].body(settings))
+    def ask(keyed: tuple[str, Question]) -> str:
+        _, question = keyed
+        return panel[question.model].ask(question.body(settings))
 
-    made = ask_all(left, ask, concurrency=settings.concurrency)
-    for (key, _), text in notes.tracked(made, "judging"):
+    answered = ask_all(left, ask, concurrency=settings.concurrency)
+    for (key, _), text in notes.tracked(answered, "judging"):
         answers.add(key, text)
 
 
@@ -166,6 +181,5 @@ def _signature(panel: Panel, name: str, text: str, settings: JudgeSettings) -> s
     """Return all that the numbers depend on besides the data, in sacrebleu's manner."""
     prompt = name if name != "own" else f"own-{run_key(text)[:12]}"
     request = "".join(f"|{field}:{settings.request[field]}" for field in sorted(settings.request))
-    return f"judges:{'+'.join(panel)}|template:{prompt}{request}|version:lorakit-" + version_of(
-        "lorakit"
-    )
+    version = version_of("lorakit")
+    return f"judges:{'+'.join(panel)}|template:{prompt}{request}|version:lorakit-{version}"

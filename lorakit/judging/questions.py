@@ -1,8 +1,9 @@
-"""Judging: language models rate predictions, or choose between two systems' predictions.
+"""How language models judge predictions: what they are asked, and what their answers add up to.
 
-GPT-Score and the preference are those of the boundary-layer paper (lora-inference-necessity, 6.4
-and A.2). It knows questions and answers; who carries them is asking.py, their wording prompts.py.
-An answer that is not what was asked for is counted as malformed and left out, never guessed at.
+They rate predictions (GPT-Score), or choose between two systems' predictions, as in the
+boundary-layer paper (lora-inference-necessity, 6.4 and A.2). This file knows questions and answers;
+asking.py carries them, and prompts.py holds their wording. An answer of another form than asked for
+is counted as malformed and left out, never guessed at.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, final
 
 from lorakit.errors import LorakitError
 from lorakit.files import STDIO
@@ -32,13 +33,69 @@ class Item:
     prompts: tuple[str, ...]
 
 
-def choose_template(given: str | None, *, preference: bool) -> tuple[str, str]:
-    """Return the name and the text of the template `given`: a shipped one's name, or a text.
+class Rated(TypedDict):
+    """One judge's ratings of a file; `gpt_score` in percent, None without any rating."""
 
-    Raises LorakitError where it does not hold what is to be judged.
+    gpt_score: float | None
+    rated: int
+    malformed: int
+
+
+class Preferred(TypedDict):
+    """One judge's choices in a file; `preference` and `first` in percent, None without any."""
+
+    preference: float | None
+    wins: int
+    ties: int
+    losses: int
+    malformed: int
+    first: float | None
+
+
+class RatingSummary(TypedDict):
+    """What a file's summary says of its ratings, by judge and over all judges."""
+
+    gpt_score: float | None
+    judges: dict[str, Rated]
+
+
+class PreferenceSummary(TypedDict):
+    """What a file's summary says of its comparison with the baseline."""
+
+    preference: float | None
+    judges: dict[str, Preferred]
+
+
+@final
+class RatingRow(TypedDict):
+    """One record's ratings by judge, None where the answer is malformed, and the answers."""
+
+    id: str
+    ratings: dict[str, int | None]
+    answers: dict[str, str]
+
+
+@final
+class PreferenceRow(TypedDict):
+    """One record's outcome by judge (`win`, `tie`, `loss`), and the answers in both orders."""
+
+    id: str
+    choices: dict[str, str | None]
+    answers: dict[str, list[str]]
+
+
+Summary = RatingSummary | PreferenceSummary
+Row = RatingRow | PreferenceRow
+
+
+def choose_template(template: str | None, *, preference: bool) -> tuple[str, str]:
+    """Return the name and the text of a template, given as a shipped one's name or as a text.
+
+    None is `general`, a text's name is `own`. Raises LorakitError for a text without a place for
+    what is to be judged.
     """
     shipped = PREFERENCE_PROMPTS if preference else RATING_PROMPTS
-    name = given or "general"
+    name = template or "general"
     if name in shipped:
         return name, shipped[name]
     needed = ("a", "b") if preference else ("prediction",)
@@ -53,23 +110,23 @@ def choose_template(given: str | None, *, preference: bool) -> tuple[str, str]:
 def rating_items(path: str, template: str) -> list[Item]:
     """Return an item for every record of a file of predictions."""
     records, _ = load_records(path, "prediction")
-    return [Item(one.id, (fill(template, _row(one), one.where),)) for one in records]
+    return [Item(record.id, (fill(template, _row(record), record.where),)) for record in records]
 
 
-def preference_items(path: str, others: Sequence[Record], template: str) -> list[Item]:
-    """Return an item for every pair of records; `others` are the baseline's, in the same order.
+def preference_items(path: str, baseline: Sequence[Record], template: str) -> list[Item]:
+    """Return an item for every record and the baseline's record in the same place.
 
     The baseline is A in the first prompt and B in the second. Raises LorakitError naming file and
     line where the files do not hold the same records.
     """
     records, _ = load_records(path, "prediction")
-    if len(records) != len(others):
+    if len(records) != len(baseline):
         name = "stdin" if path == STDIO else path
         raise LorakitError(
-            f"{name} holds {len(records)} records, --against {len(others)}; give two systems' "
+            f"{name} holds {len(records)} records, --against {len(baseline)}; give two systems' "
             "predictions for the same records"
         )
-    return [_pair(*both, template) for both in zip(records, others, strict=True)]
+    return [_pair(record, other, template) for record, other in zip(records, baseline, strict=True)]
 
 
 def _pair(record: Record, other: Record, template: str) -> Item:
@@ -84,10 +141,11 @@ def _pair(record: Record, other: Record, template: str) -> Item:
     return Item(record.id, tuple(fill(template, row, record.where) for row in rows))
 
 
-def _row(record: Record) -> Mapping[str, Any]:
+def _row(record: Record) -> Mapping[str, object]:
     """Return the fields a template may name: the record's, and `reference`, the first it has."""
-    known = record.fields.get("references") is not None or "completion" in record.fields
-    return {**record.fields, **({"reference": record.references[0]} if known else {})}
+    if record.fields.get("references") is None and "completion" not in record.fields:
+        return record.fields
+    return {**record.fields, "reference": record.references[0]}
 
 
 def parse_rating(answer: str) -> int | None:
@@ -104,52 +162,55 @@ def parse_choice(answer: str) -> str | None:
 
 def rating_summary(
     items: Sequence[Item], judges: Sequence[str], answer: Answer
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[RatingSummary, list[RatingRow]]:
     """Return the summary of a file and a line of ratings for each of its records.
 
     `gpt_score` is in percent: of a judge ten times the mean of its ratings, of the file the mean
     over judges; null where a judge gave no rating at all.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[RatingRow] = []
     for item in items:
         answers = {judge: answer(judge, item.prompts[0]) for judge in judges}
         ratings = {judge: parse_rating(text) for judge, text in answers.items()}
         rows.append({"id": item.id, "ratings": ratings, "answers": answers})
-    found = {judge: _rated([row["ratings"][judge] for row in rows]) for judge in judges}
-    return {"gpt_score": _mean_over_judges(found, "gpt_score"), "judges": found}, rows
+    by_judge = {judge: _rated([row["ratings"][judge] for row in rows]) for judge in judges}
+    mean = _mean([rated["gpt_score"] for rated in by_judge.values()])
+    return {"gpt_score": mean, "judges": by_judge}, rows
 
 
-def _rated(ratings: Sequence[int | None]) -> dict[str, Any]:
-    given = [rating for rating in ratings if rating is not None]
-    score = 10 * sum(given) / len(given) if given else None
-    return {"gpt_score": score, "rated": len(given), "malformed": len(ratings) - len(given)}
+def _rated(ratings: Sequence[int | None]) -> Rated:
+    valid = [rating for rating in ratings if rating is not None]
+    score = 10 * sum(valid) / len(valid) if valid else None
+    return {"gpt_score": score, "rated": len(valid), "malformed": len(ratings) - len(valid)}
 
 
 def preference_summary(
     items: Sequence[Item], judges: Sequence[str], answer: Answer
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[PreferenceSummary, list[PreferenceRow]]:
     """Return the summary of a file against the baseline, and a line for each of its records.
 
     A record is a win where both orders choose the file's prediction, a loss where both choose the
     baseline's, a tie where the choice goes with the place. `preference` is (wins + ties/2) in
     percent of the three, `first` the share of answers that chose what stood first: 50 is no bias.
     """
-    rows = []
+    rows: list[PreferenceRow] = []
     for item in items:
         answers = {judge: [answer(judge, prompt) for prompt in item.prompts] for judge in judges}
         choices = {judge: _outcome(*map(parse_choice, both)) for judge, both in answers.items()}
         rows.append({"id": item.id, "choices": choices, "answers": answers})
-    found = {judge: _preferred(judge, rows) for judge in judges}
-    return {"preference": _mean_over_judges(found, "preference"), "judges": found}, rows
+    by_judge = {judge: _preferred(judge, rows) for judge in judges}
+    mean = _mean([preferred["preference"] for preferred in by_judge.values()])
+    return {"preference": mean, "judges": by_judge}, rows
 
 
 def _outcome(first: str | None, swapped: str | None) -> str | None:
+    """Return what the choices in both orders mean for the file, which is B in the first."""
     if first is None or swapped is None:
         return None
     return "tie" if first == swapped else ("win" if first == "B" else "loss")
 
 
-def _preferred(judge: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _preferred(judge: str, rows: Sequence[PreferenceRow]) -> Preferred:
     outcomes = [row["choices"][judge] for row in rows]
     wins, ties, losses = (outcomes.count(name) for name in ("win", "tie", "loss"))
     total = wins + ties + losses
@@ -165,19 +226,24 @@ def _preferred(judge: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _mean_over_judges(found: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
-    values = [one[name] for one in found.values()]
-    return None if None in values else sum(values) / len(values)
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean over judges; None where one of them has no value."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def cautions(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield a warning for each judge of whose answers some were malformed, with the first such."""
-    parsed = "ratings" if "ratings" in rows[0] else "choices"
-    for judge, told in summary["judges"].items():
-        if told["malformed"]:
-            row = next(row for row in rows if row[parsed][judge] is None)
-            shown = json.dumps(row["answers"][judge])[:80]
+def malformed_warnings(path: str, summary: Summary, rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a warning for each judge with malformed answers, quoting the first of them."""
+    for judge, numbers in summary["judges"].items():
+        if numbers["malformed"]:
+            row = next(row for row in rows if _parsed(row)[judge] is None)
+            quoted = json.dumps(row["answers"][judge])[:80]
             yield (
-                f"Warning: {summary['file']}: {told['malformed']} of {len(rows)} records left out "
-                f"for {judge}, whose answers are malformed, such as {shown}"
+                f"Warning: {path}: {numbers['malformed']} of {len(rows)} records left out "
+                f"for {judge}, whose answers are malformed, such as {quoted}"
             )
+
+
+def _parsed(row: Row) -> Mapping[str, int | str | None]:
+    """Return what the answers to a record were read as, by judge."""
+    return row["ratings"] if "ratings" in row else row["choices"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import gzip
 import time
 from typing import Any
 
@@ -35,6 +36,62 @@ def test_without_a_key_none_is_sent() -> None:
     with serving(lambda body, number: "7") as server:
         Endpoint(server.url).ask(BODY)
     assert "Authorization" not in server.headers[0]
+
+
+VARIABLES = {
+    "OPENAI_API_KEY": "sk-other",
+    "OPENAI_ADMIN_KEY": "sk-admin",
+    "OPENAI_BASE_URL": "http://127.0.0.1:1/v1",
+    "OPENAI_CUSTOM_HEADERS": "X-Custom: yes\nAuthorization: Bearer sk-custom",
+    "OPENAI_ORG_ID": "org",
+    "OPENAI_PROJECT_ID": "project",
+}
+
+
+@pytest.mark.parametrize("key", [KEY, None])
+def test_neither_variables_nor_facts_of_the_machine_are_sent(
+    key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    with serving(lambda body, number: (200, {"Set-Cookie": "a=b"}, completion("7"))) as server:
+        endpoint = Endpoint(server.url, key)
+        assert [endpoint.ask(BODY), endpoint.ask(BODY)] == ["7", "7"]
+    for headers in server.headers:
+        assert headers.pop("Authorization", None) == (f"Bearer {KEY}" if key else None)
+        assert headers.pop("Host") == server.url.split("/")[2]
+        assert headers.pop("Content-Length").isdecimal()
+        assert headers == {
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+            "User-Agent": "lorakit",
+        }
+
+
+def test_half_a_surrogate_pair_is_sent_as_json_escapes_it() -> None:
+    with serving(lambda body, number: "7") as server:
+        assert Endpoint(server.url).ask({"text": "\ud800"}) == "7"
+    assert server.bodies[0]["text"] == "\ud800"
+
+
+def test_a_connection_is_kept_for_the_next_question() -> None:
+    with serving(lambda body, number: "7", keep=True) as server:
+        endpoint = Endpoint(server.url)
+        assert [endpoint.ask(BODY) for _ in range(3)] == ["7"] * 3
+    assert len(set(server.ports)) == 1
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(lambda body, number: "7") as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        assert Endpoint("http://judge.invalid/v1").ask(BODY) == "7"
+    assert proxy.bodies[0]["path"] == "http://judge.invalid/v1/chat/completions"
+
+
+def test_a_proxy_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "gopher://proxy")
+    with pytest.raises(LorakitError, match=r"^cannot reach http://judge.invalid/v1: .*proxy"):
+        Endpoint("http://judge.invalid/v1")
 
 
 FAULTS: dict[str, Any] = {
@@ -123,6 +180,47 @@ def test_a_refusal_is_not_tried_again(status: int, content: bytes, message: str)
     assert len(server.bodies) == 1
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(status: int) -> None:
+    with serving(lambda body, number: "7") as other:
+        reply = (status, {"Location": f"{other.url}/chat/completions"}, b"")
+        with (
+            serving(lambda body, number: reply) as server,
+            pytest.raises(LorakitError, match=f"{status} "),
+        ):
+            Endpoint(server.url, KEY).ask(BODY)
+    assert not other.bodies
+
+
+LARGE = b" " * client.LONGEST_REPLY
+DETAIL = b'{"error": {"message": "bad"}}'
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "content", "message"),
+    [
+        (200, {}, LARGE + completion("7"), "the answer is no chat completion, 1 times"),
+        (400, {}, LARGE + DETAIL, "400 Bad Request; "),
+        (400, {}, LARGE[len(DETAIL) :] + DETAIL, "400 Bad Request: bad; "),
+        (
+            200,
+            {"Content-Encoding": "gzip"},
+            gzip.compress(completion("7")),
+            "the answer is no chat completion, 1 times",
+        ),
+    ],
+    ids=["large", "large detail", "just not too large", "compressed"],
+)
+def test_no_more_than_so_much_of_a_reply_is_read(
+    status: int, headers: dict[str, str], content: bytes, message: str
+) -> None:
+    with (
+        serving(lambda body, number: (status, headers, content)) as server,
+        pytest.raises(LorakitError, match=message),
+    ):
+        Endpoint(server.url, retries=0).ask(BODY)
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/v1", "http://no-such-host.invalid/v1"])
 def test_a_server_that_is_not_there_is_an_error_at_once(url: str) -> None:
     with pytest.raises(LorakitError, match=r"^cannot reach http.*; start the server or mend"):
@@ -139,7 +237,17 @@ def test_an_endpoint_does_not_show_its_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://x/v1", "http://", "http://u:p@x/v1", "http://x/v1?key=1", ""]
+    "url",
+    [
+        "localhost:8000",
+        "ftp://x/v1",
+        "http://",
+        "http://u:p@x/v1",
+        "http://x/v1?key=1",
+        "",
+        "http://[::1/v1",
+        "http://a..b/v1",
+    ],
 )
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(LorakitError, match=r"^--endpoint "):

@@ -275,6 +275,32 @@ def test_a_side_file_of_something_else_is_refused(content: str, tmp_path: Path) 
         FoundValues(side, resume=True, writer="judge")
 
 
+def test_without_the_extra_one_line_names_it_before_a_file_is_read() -> None:
+    """The SDK is hidden; what has been imported by then is light, and the file does not exist."""
+    code = (
+        "import importlib.machinery, sys\n"
+        "finder = importlib.machinery.PathFinder\n"
+        "find = finder.find_spec\n"
+        "finder.find_spec = lambda name, *rest: None if name == 'openai' else find(name, *rest)\n"
+        "from lorakit.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    assert not {'torch', 'transformers', 'numpy', 'httpx2'} & set(sys.modules)\n"
+    )
+    command = ["judge", "no.jsonl", "--endpoint", "http://x/v1", "--judge-model", "x"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        capture_output=True,
+        encoding="utf-8",
+        env=ENV,
+        check=False,
+    )
+    assert done.returncode == 1
+    message = "Error: judge needs openai; run: pip install 'lorakit[endpoint]'\n"
+    assert (done.stdout, done.stderr) == ("", message)
+
+
 # — a real server —
 
 

@@ -134,14 +134,14 @@ def test_a_template_of_ones_own_names_any_field(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "preference", "missing"),
+    ("template", "preference", "missing"),
     [("{{prompt}}", False, "prediction"), ("{{a}} {{prediction}}", True, "b"), ("typo", True, "a")],
 )
 def test_a_template_without_what_is_judged_is_refused(
-    given: str, preference: bool, missing: str
+    template: str, preference: bool, missing: str
 ) -> None:
     with pytest.raises(LorakitError, match=f"lacks {{{{{missing}}}}}; .* general, dialogue-sum"):
-        choose_template(given, preference=preference)
+        choose_template(template, preference=preference)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ class Server:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
+        self.ports: list[int] = []  # of those who asked: one for each connection
         self.most = 0  # requests served at a time
         self.now = 0
 
@@ -36,11 +37,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(answer: Answer) -> Iterator[Server]:
-    """Serve `answer(body, number of the request)`: a text, a Reply, or None to hang up."""
+def serving(answer: Answer, *, keep: bool = False) -> Iterator[Server]:
+    """Serve `answer(body, number of the request)`: a text, a Reply, or None to hang up.
+
+    With `keep`, connections are kept for further requests.
+    """
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1" if keep else "HTTP/1.0"
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
@@ -48,6 +54,7 @@ def serving(answer: Answer) -> Iterator[Server]:
                 told.bodies.append({**body, "path": self.path})
                 told.headers.append(dict(self.headers))
                 told.times.append(time.monotonic())
+                told.ports.append(self.client_address[1])
                 told.now += 1
                 told.most = max(told.most, told.now)
             reply = answer(body, number)
