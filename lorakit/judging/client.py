@@ -27,10 +27,10 @@ from lorakit.files import explain
 
 FIRST_WAIT = 1.0  # seconds before the second try; each further wait is twice as long
 LONGEST_WAIT = 60.0
-LONGEST_RETRY_AFTER = 600.0  # who is asked to wait longer had better come back
+LONGEST_RETRY_AFTER = 600.0  # a longer wait is left to the user
 LONGEST_REPLY = 1 << 24  # bytes
 _PASSING = (408, 425, 429)  # and all from 500 on
-_LONGEST_QUOTE = 200
+_LONGEST_QUOTE = 200  # characters of a server's text
 
 
 class PassingError(Exception):
@@ -57,7 +57,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         try:
             client = _open_client(self.url, self.key, self.timeout)
-        except (httpx2.InvalidURL, ValueError, ImportError) as error:  # the two latter of a proxy
+        except (httpx2.InvalidURL, ValueError, ImportError) as error:  # the URL, or a proxy's
             self._refuse_connection(str(error))
         object.__setattr__(self, "_client", client)
         weakref.finalize(self, client.close)
@@ -94,7 +94,7 @@ class Endpoint:
             self._raise_lost(error.__cause__)
 
     def _raise_status(self, reply: httpx2.Response) -> NoReturn:
-        """Raise what a status other than 2xx means; a redirect too, it could take the key away."""
+        """Raise what a status other than 2xx means; a redirect could take the key elsewhere."""
         reason = f"{reply.status_code} {reply.reason_phrase}"
         wait = retry_after(reply.headers.get("Retry-After"))
         if wait > LONGEST_RETRY_AFTER:
@@ -109,7 +109,7 @@ class Endpoint:
         raise LorakitError(f"{self.url}: {answer}; {remedy}") from None
 
     def _raise_lost(self, error: BaseException | None) -> NoReturn:
-        """Raise whether a lost connection may come back: not one that was never made."""
+        """Raise PassingError for a connection that was closed, LorakitError for one never made."""
         cause = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
