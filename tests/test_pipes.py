@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.adapters.adapter import Adapter, lora_name
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.names import lora_name
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adapters.tensors import Tensor
 from lorakit.cli import lorakit

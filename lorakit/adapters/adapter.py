@@ -1,7 +1,7 @@
 """LoRA adapters in memory: one A and one B for each module they change, by PEFT's names.
 
-It knows no files: storage.py reads, checks and writes them. What the config means is in
-config.py, what a tensor is in tensors.py.
+It knows no files: storage.py reads, checks and writes them. What the config means is in config.py,
+what the header holds in history.py, what a tensor is in tensors.py.
 """
 
 from __future__ import annotations
@@ -11,35 +11,28 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapters.config import config_text, scale_of
-from lorakit.adapters.foreign import quote
-from lorakit.adapters.names import layer_of, natural_key
-from lorakit.adapters.tensors import FloatArray, Tensor
+from lorakit.adapters.config import Config, config_text, scale_of
+from lorakit.adapters.foreign_text import quote
+from lorakit.adapters.history import Header
+from lorakit.adapters.names import layer_of, lora_name, module_names
+from lorakit.adapters.tensors import FloatArray, Pair, Tensor
 from lorakit.errors import LorakitError
 
-Factor = Literal["A", "B"]
-Factors = Mapping[
-    str, tuple[FloatArray, FloatArray]
-]  # A (rank, d_in) and B (d_out, rank) by module
-
-_PREFIX = "base_model.model."
-_LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+Factors = Mapping[str, Pair]  # by module
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """A view of one A/B pair: `module`'s weights change by s·B·A.
+    """A view of one A/B pair: the weights of the module `name` change by s·B·A.
 
-    `a` (r × d_in) and `b` (d_out × r) are float32 and read-only; F32 tensors are not copied, others
-    are widened anew at each access, so that a whole adapter never stands in memory twice.
+    `a` (r × d_in) and `b` (d_out × r) are float32 and read-only. F32 tensors are not copied; others
+    are widened at each access, so that a whole adapter is never in memory twice.
     """
 
     name: str
@@ -77,14 +70,15 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter: tensors by PEFT's names, PEFT's config, and lorakit's header ({} for others').
+    """An adapter: tensors by PEFT's names, PEFT's config, and lorakit's header.
 
-    `name` is what messages call it. Operations return a new one; nothing here is changed in place.
+    The header is {} for an adapter of another program. `name` is what messages call the adapter.
+    Operations return a new one; nothing here is changed in place.
     """
 
     tensors: Mapping[str, Tensor]
-    config: Mapping[str, Any]
-    header: Mapping[str, Any] = field(default_factory=dict)
+    config: Config
+    header: Header = field(default_factory=Header)
     name: str = "the adapter"
 
     @functools.cached_property
@@ -92,13 +86,13 @@ class Adapter:
         """The SHA-256 of what the adapter computes: its config's text, its tensors' own SHA-256.
 
         Header, file layout and the order of keys are left out, so that the single file and the
-        folder of one adapter have one hash, and so has an adapter written again. Raises
-        LorakitError for a value that is not finite.
+        folder of an adapter have the same hash, and so does an adapter that is written again.
+        Raises LorakitError for a value that is not finite.
         """
         hashes = _finite_hashes(self.tensors, self.name)
         listed = sorted(self.tensors.items())
-        told = [[key, tensor.dtype, tensor.shape, hashes[key]] for key, tensor in listed]
-        return hashlib.sha256((config_text(self.config) + json.dumps(told)).encode()).hexdigest()
+        rows = [[key, tensor.dtype, tensor.shape, hashes[key]] for key, tensor in listed]
+        return hashlib.sha256((config_text(self.config) + json.dumps(rows)).encode()).hexdigest()
 
     def modules(self) -> list[LoraModule]:
         """Return the A/B pairs by layer, then name; cheap, since values are converted on access."""
@@ -111,25 +105,6 @@ class Adapter:
     def _module(self, name: str) -> LoraModule:
         a, b = (self.tensors[lora_name(name, factor)] for factor in ("A", "B"))
         return LoraModule(name, layer_of(name), a, b, scale_of(self.config, name))
-
-
-def lora_name(module: str, factor: Factor) -> str:
-    """Return PEFT's name of the tensor that is A or B of `module`."""
-    return f"{_PREFIX}{module}.lora_{factor}.weight"
-
-
-def lora_parts(key: str) -> tuple[str, Factor] | None:
-    """Return the module and the factor whose tensor PEFT calls `key`; None for other names."""
-    match = _LORA_NAME.fullmatch(key)
-    if match is None:
-        return None
-    return match["module"], "A" if match["factor"] == "A" else "B"
-
-
-def module_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the modules that have a tensor here, by layer, then name."""
-    parts = (lora_parts(key) for key in tensors)
-    return sorted({found[0] for found in parts if found}, key=natural_key)
 
 
 def tensors_of(factors: Factors) -> dict[str, Tensor]:
@@ -149,18 +124,18 @@ def product_norm(a: FloatArray, b: FloatArray) -> float:
 
 
 def _finite_hashes(tensors: Mapping[str, Tensor], name: str) -> dict[str, str]:
-    """Return the SHA-256 of every tensor; all have finite values.
+    """Return the SHA-256 of every tensor; all values are finite.
 
-    Tensors are looked at and hashed in one pass, side by side, one on each core: of all that is
-    done to an adapter it takes the longest.
+    Raises LorakitError for one that has not. Nothing done to an adapter takes longer, so each
+    tensor is checked and hashed in one pass, several tensors in parallel.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     keys = sorted(tensors)
     hashes: dict[str, str] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(Tensor.finite_sha256, (tensors[key] for key in keys))
-        for key, digest in zip(keys, found, strict=True):
+        digests = pool.map(Tensor.finite_sha256, (tensors[key] for key in keys))
+        for key, digest in zip(keys, digests, strict=True):
             if digest is None:
                 where = f"{name}: tensor {quote(key)}"
                 raise LorakitError(f"{where} holds values that are not finite; train it again")

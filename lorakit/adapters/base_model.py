@@ -7,27 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.history import base_fields
 from lorakit.errors import LorakitError
 
 TINY = "tiny"
 _MODEL_VARIABLE = "LORAKIT_MODEL"
 
 
-def choose_model(given: str | None, adapters: Sequence[Adapter] = ()) -> tuple[str, str | None]:
-    """Return the base's name and a note on the choice, if one is due.
+def choose_model(name: str | None, adapters: Sequence[Adapter] = ()) -> tuple[str, str | None]:
+    """Return the name of the base model to use and, if the choice needs one, a note for the user.
 
-    The name given; else what the adapters were trained on; else $LORAKIT_MODEL; else tiny.
-    Raises LorakitError when the adapters name a folder that is not there and nothing else is named.
+    It is the `name` asked for; else what the adapters were trained on; else $LORAKIT_MODEL; else
+    tiny. Raises LorakitError if the adapters name a folder that does not exist and nothing else is
+    named.
     """
-    if given:
-        return given, _other_base(given, adapters)
-    fallback = os.environ.get(_MODEL_VARIABLE)
+    if name:
+        return name, _warning_of_other_bases(name, adapters)
     first = next((adapter for adapter in adapters if base_name(adapter)), None)
     recorded = base_name(first) if first else None
     if first and recorded and not _is_missing_folder(first, recorded):
-        return recorded, _other_base(recorded, adapters)
+        return recorded, _warning_of_other_bases(recorded, adapters)
+    fallback = os.environ.get(_MODEL_VARIABLE)
     if fallback:
-        return fallback, _other_base(fallback, adapters)
+        return fallback, _warning_of_other_bases(fallback, adapters)
     if recorded:
         raise LorakitError(
             f"the adapter's base model {recorded} is not there; name it by --model FOLDER or "
@@ -38,38 +40,36 @@ def choose_model(given: str | None, adapters: Sequence[Adapter] = ()) -> tuple[s
 
 def base_name(adapter: Adapter) -> str | None:
     """Return the name of the base an adapter records, in lorakit's header or PEFT's config."""
-    base = adapter.header.get("base") or {}
-    return base.get("name") or adapter.config.get("base_model_name_or_path")
+    configured: str | None = adapter.config.get("base_model_name_or_path")
+    return base_fields(adapter.header).get("name") or configured
 
 
 def base_revision(adapters: Sequence[Adapter], name: str) -> str | None:
-    """Return the revision of the base `name` that the adapters were trained on, if they tell."""
-    told = [adapter.header.get("base") or {} for adapter in adapters]
-    found = (base.get("revision") for base in told if base.get("name") == name)
-    return next((revision for revision in found if revision), None)
+    """Return the revision of the base `name` that the first adapter to record one records."""
+    bases = [base_fields(adapter.header) for adapter in adapters]
+    revisions = (base.get("revision") for base in bases if base.get("name") == name)
+    return next((revision for revision in revisions if revision), None)
 
 
 def check_fingerprint(adapters: Sequence[Adapter], name: str, fingerprint: str) -> str | None:
-    """Return a warning where a base of the recorded name has another shape than recorded."""
-    told = {adapter.name: adapter.header.get("base") or {} for adapter in adapters}
-    other = [key for key, base in told.items() if base.get("fingerprint", "") != fingerprint]
-    changed = [key for key in other if told[key].get("fingerprint")]
+    """Return a warning if adapters record the base's name with another fingerprint than its own."""
+    recorded = {a.name: base_fields(a.header).get("fingerprint") for a in adapters}
+    changed = [adapter for adapter, old in recorded.items() if old and old != fingerprint]
     if not changed:
         return None
     return f"Warning: {name} has another shape than the base of {', '.join(changed)}"
 
 
 def _is_missing_folder(adapter: Adapter, name: str) -> bool:
-    """Whether the base was a folder, as lorakit noted or as its name looks, that is not there."""
-    told = adapter.header.get("base") or {}
+    """Return whether the base was a folder, as recorded or as its name looks, that is gone."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
-    is_local = bool(told.get("local")) if told else looks_local
-    return name != TINY and (is_local or looks_local) and not Path(name).expanduser().is_dir()
+    is_local = bool(base_fields(adapter.header).get("local")) or looks_local
+    return name != TINY and is_local and not Path(name).expanduser().is_dir()
 
 
-def _other_base(name: str, adapters: Sequence[Adapter]) -> str | None:
-    other = [f"{a.name} ({base_name(a)})" for a in adapters if _differ(base_name(a), name)]
-    return f"Warning: not trained on {name}: {', '.join(other)}" if other else None
+def _warning_of_other_bases(name: str, adapters: Sequence[Adapter]) -> str | None:
+    others = [f"{a.name} ({base_name(a)})" for a in adapters if _differ(base_name(a), name)]
+    return f"Warning: not trained on {name}: {', '.join(others)}" if others else None
 
 
 def _differ(recorded: str | None, name: str) -> bool:

@@ -1,24 +1,48 @@
-"""Blocks: the parts of an adapter that came from one source adapter each.
+"""Blocks: the parts of a merged adapter that came from one source adapter each.
 
 An adapter that was merged side by side is a stack: a block is a run of rows of A, and the same
-columns of B, in every module its source adapter had.
+columns of B, in every module its source adapter had. Everything that reads or writes the blocks in
+an adapter's header is here. A header may be another program's, so that any field may be missing or
+null and others may be there: BlockFields is a block as the header has it, Block one that is whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
-from lorakit.adapters.adapter import Adapter, Factors
+from lorakit.adapters.foreign_text import quote
+from lorakit.adapters.tensors import FloatArray, Pair
+from lorakit.errors import LorakitError
+
+
+class SliceFields(TypedDict, total=False):
+    """A slice as the header has it."""
+
+    offset: int
+    rank: int
+    scale: float
+
+
+class BlockFields(TypedDict, total=False):
+    """A block as the header has it; `zeros` is its share of zero parameters."""
+
+    name: str
+    sha256: str
+    zeros: float
+    modules: dict[str, SliceFields]
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Where a block lies in one module: rows offset … offset+rank of A, those columns of B."""
+    """Where a block lies in one module: rows offset … offset+rank of A, those columns of B.
+
+    `scale` is the factor from the source's B to this B, or, before it is folded in, to be folded.
+    """
 
     offset: int
     rank: int
@@ -31,29 +55,103 @@ class Slice:
 
 @dataclass(frozen=True)
 class Block:
-    """The part of a stacked adapter that came from one source adapter, by module."""
+    """The part of a stacked adapter that came from one source adapter, by module.
+
+    `sha256` is the source adapter's.
+    """
 
     name: str
     sha256: str
     modules: Mapping[str, Slice]
 
-    def header(self, zeros: float) -> dict[str, Any]:
-        """Return the block's entry in the header; `zeros` is its share of zero parameters."""
-        modules = {
+    def pairs(self, factors: Mapping[str, Pair]) -> Iterator[Pair]:
+        """Yield the block's rows of A and columns of B in each of its modules."""
+        for name, part in self.modules.items():
+            a, b = factors[name]
+            yield a[part.span], b[:, part.span]
+
+    def fields(self, zeros: float) -> BlockFields:
+        """Return the block as the header has it; `zeros` is its share of zero parameters."""
+        modules: dict[str, SliceFields] = {
             name: {"offset": part.offset, "rank": part.rank, "scale": part.scale}
             for name, part in self.modules.items()
         }
         return {"name": self.name, "sha256": self.sha256, "zeros": zeros, "modules": modules}
 
 
-def block_names(adapters: Iterable[Adapter]) -> list[str]:
-    """Return a name for each adapter, from its file's name; a second `xs` becomes `xs-2`."""
-    return unique_names(plain_name(adapter) for adapter in adapters)
+def share_of_zeros(pairs: Iterable[Pair]) -> float:
+    """Return the share of parameters, A and B together, that are exactly zero; 0 without any."""
+    zeros = count = 0
+    for pair in pairs:
+        for values in pair:
+            zeros += values.size - int(np.count_nonzero(values))
+            count += values.size
+    return zeros / count if count else 0.0
 
 
-def plain_name(adapter: Adapter) -> str:
+def read_blocks(blocks: Sequence[BlockFields] | None) -> list[Block] | None:
+    """Return the blocks of a header; None if there are none or one of them lacks a field."""
+    try:
+        return [_read_block(fields) for fields in blocks or ()] or None
+    except (AttributeError, KeyError, TypeError):
+        return None
+
+
+def _read_block(fields: BlockFields) -> Block:
+    modules = {
+        name: Slice(int(part["offset"]), int(part["rank"]), float(part["scale"]))
+        for name, part in fields["modules"].items()
+    }
+    return Block(str(fields["name"]), str(fields["sha256"]), modules)
+
+
+def slices_of(block: BlockFields) -> dict[str, SliceFields]:
+    """Return the slices of a header's block by module, {} for one that is null."""
+    return {name: part or {} for name, part in (block.get("modules") or {}).items()}
+
+
+def span_of(part: SliceFields) -> slice:
+    """Return the rows of A, or columns of B, that a header's slice names."""
+    first = part.get("offset") or 0
+    return slice(first, first + (part.get("rank") or 0))
+
+
+def pair_of(part: SliceFields, a: FloatArray, b: FloatArray) -> Pair:
+    """Return the rows of A and the columns of B that a header's slice names."""
+    span = span_of(part)
+    return a[span], b[:, span]
+
+
+def check_blocks(
+    blocks: Sequence[BlockFields] | None, ranks: Mapping[str, int], where: str
+) -> None:
+    """Raise LorakitError for two blocks of one name and for a slice outside the adapter.
+
+    `ranks` holds the rank of each of the adapter's modules; `where` names the header in messages.
+    """
+    blocks = [block or {} for block in blocks or ()]
+    names = [name for block in blocks if (name := block.get("name")) is not None]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise LorakitError(f"{where} names two blocks {quote(twice[0])}; take a new copy")
+    for block in blocks:
+        for module, part in slices_of(block).items():
+            _check_slice(part, ranks.get(module), f"{where}: block {quote(module)}")
+
+
+def _check_slice(part: SliceFields, rank: int | None, where: str) -> None:
+    first, length = part.get("offset") or 0, part.get("rank") or 0
+    if rank is None or first < 0 or length < 0 or first + length > rank:
+        raise LorakitError(f"{where} is outside the adapter; take a new copy of the adapter")
+
+
+def block_names(adapter_names: Iterable[str]) -> list[str]:
+    """Return a name for the block of each adapter; a second `xs` becomes `xs-2`."""
+    return unique_names(plain_name(name) for name in adapter_names)
+
+
+def plain_name(adapter_name: str) -> str:
     """Return a short name of an adapter: its file's, or its folder's where all files are alike."""
-    path = PurePath(adapter.name)
+    path = PurePath(adapter_name)
     plain = path.parent.name if path.stem in ("adapter_model", "adapter") else path.stem
     return plain or path.stem or "adapter"
 
@@ -68,13 +166,3 @@ def unique_names(plain_names: Iterable[str]) -> list[str]:
             name = f"{plain}-{number}"
         names.append(name)
     return names
-
-
-def share_of_zeros(block: Block, factors: Factors) -> float:
-    """Return the share of a block's parameters, A and B together, that are exactly zero."""
-    zeros = count = 0
-    for name, part in block.modules.items():
-        a, b = factors[name][0][part.span], factors[name][1][:, part.span]
-        zeros += a.size + b.size - int(np.count_nonzero(a)) - int(np.count_nonzero(b))
-        count += a.size + b.size
-    return zeros / count

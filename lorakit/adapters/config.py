@@ -1,7 +1,7 @@
-"""What a PEFT `adapter_config.json` means: rank and scale of a module, which modules it targets.
+"""PEFT's `adapter_config.json`: read, checked, written, and what it says of rank and scale.
 
-Which keys there may be is in config_keys.py; here is what they say of a module, as PEFT reads them,
-and how a config is written. It imports no PEFT; the tests compare the two.
+Which keys there may be is in config_keys.py, which modules a config selects in targets.py. This
+follows PEFT and imports none of it; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -11,27 +11,29 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lorakit.adapters.config_keys import FORMER, HARMLESS_INITS, KEPT, PLAIN, REFUSED, TRAINING_ONLY
-from lorakit.adapters.foreign import quote
-from lorakit.adapters.names import layer_of, natural_key
-from lorakit.adapters.tensors import parse_json
+from lorakit.adapters.foreign_text import parse_json, quote
 from lorakit.errors import LorakitError
 
+# PEFT's config: what check_config passes, so that the keys lorakit reads have the types of KEPT.
 Config = Mapping[str, Any]
 
 DEFAULT_RANK = 8  # PEFT's, for a config that leaves r or lora_alpha out
 DEFAULT_ALPHA = 8
-ALL_LINEAR = "all-linear"
 SETS = ("exclude_modules", "layers_to_transform", "target_modules")  # lists without order
 
+_PATTERNS = ("alpha_pattern", "rank_pattern")
+_LARGEST = 1e38  # of float32, in which the numbers are used; neither NaN nor infinity is below
+_NEVER_NULL = ("bias", "lora_alpha", "lora_dropout", "r")
 
-def parse_config(text: bytes | str, name: str) -> dict[str, Any]:
+
+def parse_config(text: bytes | str, name: str) -> Config:
     """Return the config in `text`, checked by check_config; `name` is the file for messages."""
     try:
-        value = parse_json(text if isinstance(text, str) else text.decode("utf-8"))
+        value: object = parse_json(text if isinstance(text, str) else text.decode("utf-8"))
     except ValueError as error:
         raise LorakitError(f"{name} is not JSON ({error}); mend it or take a new copy") from None
     if not isinstance(value, dict):
@@ -39,11 +41,12 @@ def parse_config(text: bytes | str, name: str) -> dict[str, Any]:
     return check_config(value, name)
 
 
-def check_config(config: Config, name: str) -> dict[str, Any]:
-    """Return `config` without the keys PEFT does not know; LorakitError names key and file.
+def check_config(config: Mapping[str, object], name: str) -> Config:
+    """Return `config` without the keys that PEFT does not know.
 
-    Of those, the ones that are unset or in TRAINING_ONLY go, as PEFT drops them too; any other
-    could change what the adapter computes, and is refused.
+    Those of them that are unset or in TRAINING_ONLY are dropped, as PEFT drops them too. Any other
+    could change what the adapter computes: for it, as for a key in REFUSED that is set and a value
+    of the wrong type, LorakitError names the key and the file `name`.
     """
     _check_kind(config, name)
     for key, value in config.items():
@@ -58,12 +61,7 @@ def check_config(config: Config, name: str) -> dict[str, Any]:
     return {**known, **{key: {} for key in _PATTERNS if known.get(key, {}) is None}}
 
 
-_PATTERNS = ("alpha_pattern", "rank_pattern")
-_LARGEST = 1e38  # of float32, in which the numbers are used; neither NaN nor infinity is below
-_NEVER_NULL = ("bias", "lora_alpha", "lora_dropout", "r")
-
-
-def _check_kind(config: Config, name: str) -> None:
+def _check_kind(config: Mapping[str, object], name: str) -> None:
     if "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config):
         raise LorakitError(f"{name} is an MLX adapter's; export the adapter to PEFT's format")
     kind = config.get("peft_type")
@@ -74,16 +72,17 @@ def _check_kind(config: Config, name: str) -> None:
 
 
 def _check_value(key: str, value: object, name: str) -> None:
-    check, wanted = KEPT[key]
+    has_type, type_in_words = KEPT[key]
     if value is None and key not in _NEVER_NULL:
         return
-    if not check(value):
-        raise LorakitError(f"{name}: {key} is {_shown(value)}; it must be {wanted}")
+    if not has_type(value):
+        raise LorakitError(f"{name}: {key} is {_shown(value)}; it must be {type_in_words}")
     if not _all_finite(value):
         raise LorakitError(f"{name}: {key} holds a number that is not finite; mend it")
 
 
 def _shown(value: object) -> str:
+    """Return a value as JSON, shortened and escaped for a message."""
     return quote(json.dumps(value))[1:-1]
 
 
@@ -96,6 +95,7 @@ def _all_finite(value: object) -> bool:
 
 
 def _check_meaning(config: Config, name: str) -> None:
+    """Raise LorakitError for values of the right type that lorakit, or PEFT, cannot act on."""
     if config.get("bias", "none") != "none":
         raise LorakitError(f"{name}: bias is {quote(config['bias'])}, not 'none'; {PLAIN}")
     init = config.get("init_lora_weights")
@@ -121,13 +121,13 @@ def _check_targets(config: Config, name: str) -> None:
     for key in ("target_modules", "exclude_modules"):
         if isinstance(config.get(key), str):
             _check_regex(config[key], config[key], f"{name}: {key}")
-    for part in _layer_patterns(config):
-        _check_regex(f"(?:^|.*?\\.){part}\\.(?P<idx>\\d+)\\.", part, f"{name}: layers_pattern")
+    for part, regex in layer_regexes(config).items():
+        _check_regex(regex, part, f"{name}: layers_pattern")
 
 
 def _check_regex(regex: str, shown: str, where: str) -> None:
     try:
-        _compile(regex)
+        compile_regex(regex)
     except (re.error, OverflowError, RecursionError) as error:
         raise LorakitError(
             f"{where} holds {quote(shown)}, which is no regular expression ({error}); mend it"
@@ -135,19 +135,20 @@ def _check_regex(regex: str, shown: str, where: str) -> None:
 
 
 @functools.cache
-def _compile(regex: str) -> re.Pattern[str]:
+def compile_regex(regex: str) -> re.Pattern[str]:
+    """Return the compiled regular expression of a config, without Python's warnings about it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return re.compile(regex)
 
 
 def rank_of(config: Config, module: str) -> int:
-    """Return the rank the config gives `module`: the first rank_pattern that fits, else r."""
+    """Return the rank the config gives `module`: the first rank_pattern that matches, else r."""
     return int(_by_pattern(config, "rank_pattern", module, config.get("r", DEFAULT_RANK)))
 
 
 def alpha_of(config: Config, module: str) -> float:
-    """Return the alpha of `module`: the first alpha_pattern that fits, else lora_alpha."""
+    """Return the alpha of `module`: the first alpha_pattern that matches, else lora_alpha."""
     default = config.get("lora_alpha", DEFAULT_ALPHA)
     return float(_by_pattern(config, "alpha_pattern", module, default))
 
@@ -158,138 +159,38 @@ def scale_of(config: Config, module: str) -> float:
     return alpha_of(config, module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _by_pattern(config: Config, key: str, module: str, default: Any) -> Any:
+def _by_pattern(config: Config, key: str, module: str, default: float) -> float:
     pattern = pattern_of(config, key, module)
-    return default if pattern is None else config[key][pattern]
+    return default if pattern is None else float(config[key][pattern])
 
 
 def pattern_of(config: Config, key: str, module: str) -> str | None:
     """Return the pattern of `rank_pattern` or `alpha_pattern` (`key`) that counts for `module`."""
-    patterns: Mapping[str, Any] = config.get(key) or {}
-    fits = (part for part in patterns if _compile(f"(.*\\.)?({part})$").match(module))
-    return next(fits, None)
+    patterns: Mapping[str, float] = config.get(key) or {}
+    matches = (part for part in patterns if compile_regex(f"(.*\\.)?({part})$").match(module))
+    return next(matches, None)
 
 
-def is_targeted(config: Config, module: str) -> bool:
-    """Return whether PEFT would give `module` a LoRA under this config.
-
-    `all-linear` and null (the family's own modules) depend on the model; here they take any module.
-    Which targeted modules a model has cannot be known without it: PEFT leaves one without tensors
-    at its initialisation, harmless unless init_lora_weights is false, where it would be random.
-    """
-    if _is_excluded(config, module):
-        return False
-    targets = config.get("target_modules")
-    if targets is None:
-        return True
-    if isinstance(targets, str):
-        return targets.lower() == ALL_LINEAR or bool(_compile(targets).fullmatch(module))
-    if module in targets:  # a whole name passes by layers_to_transform
-        return True
-    return module.endswith(tuple(f".{x}" for x in targets)) and _in_layers(config, module)
-
-
-def _is_excluded(config: Config, module: str) -> bool:
-    excluded = config.get("exclude_modules") or []
-    if isinstance(excluded, str):
-        return bool(_compile(excluded).fullmatch(module))
-    return module in excluded or module.endswith(tuple(f".{x}" for x in excluded))
-
-
-def _in_layers(config: Config, module: str) -> bool:
-    layers = config.get("layers_to_transform")
-    if layers is None or layers == []:  # PEFT: an empty list means all layers
-        return True
-    index = _peft_layer(config, module)
-    return index is not None and index in (layers if isinstance(layers, list) else [layers])
-
-
-def _peft_layer(config: Config, module: str) -> int | None:
-    parts = _layer_patterns(config)
-    regexes = [f"(?:^|.*?\\.){part}\\.(?P<idx>\\d+)\\." for part in parts]
-    for regex in regexes or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-        if match := _compile(regex).match(module):
-            return int(match["idx"]) if match["idx"] else None
-    return None
-
-
-def _layer_patterns(config: Config) -> list[str]:
+def layer_regexes(config: Config) -> dict[str, str]:
+    """Return, for each part of `layers_pattern`, PEFT's regular expression of a layer's index."""
     patterns = config.get("layers_pattern") or []
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+    parts = [patterns] if isinstance(patterns, str) else patterns
+    return {part: f"(?:^|.*?\\.){part}\\.(?P<idx>\\d+)\\." for part in parts}
 
 
 def config_text(config: Config) -> str:
-    """Return the config as PEFT writes it, indented by two, and equal ones as equal texts.
+    """Return the config as PEFT writes it, indented by two; equal configs give equal texts.
 
     Keys are sorted, and so are the lists that are sets (SETS). The patterns keep their order, since
-    the first that fits a module counts; so does layers_pattern.
+    the first that matches a module counts; so does layers_pattern.
     """
     ordered = {key: _ordered(key, config[key]) for key in sorted(config)}
     return json.dumps(ordered, indent=2, ensure_ascii=True)
 
 
-def _ordered(key: str, value: Any) -> Any:
+def _ordered(key: str, value: object) -> object:
     if key in SETS and isinstance(value, list | tuple | set | frozenset):
         return sorted(set(value))
     if isinstance(value, dict) and key not in _PATTERNS:
         return {inner: _ordered(inner, value[inner]) for inner in sorted(value)}
     return value
-
-
-def peft_config(
-    ranks: Mapping[str, int],
-    *,
-    base: str | None,
-    dropout: float = 0.0,
-    alpha: float | None = None,
-    transposed: bool = False,
-    there: Iterable[str] = (),
-) -> dict[str, Any]:
-    """Return the config under which PEFT builds exactly these modules, with these ranks.
-
-    The scale is alpha/rank where one alpha is given, else 1. `there` are all projections of the
-    base: where naming the modules by their last part selects no other, that short form is used.
-    """
-    modules = sorted(ranks, key=natural_key)
-    most = max(set(ranks.values()), key=lambda rank: (list(ranks.values()).count(rank), rank))
-    other = {name: ranks[name] for name in modules if ranks[name] != most}
-    targets, layers = short_targets(modules, there)
-    return {
-        "alpha_pattern": dict(other) if alpha is None else {},
-        "base_model_name_or_path": base,
-        "bias": "none",
-        "fan_in_fan_out": transposed,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": layers,
-        "lora_alpha": most if alpha is None else alpha,
-        "lora_dropout": dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": most,
-        "rank_pattern": other,
-        "revision": None,
-        "target_modules": targets,
-        "task_type": "CAUSAL_LM",
-        "use_rslora": False,
-    }
-
-
-def short_targets(
-    modules: Sequence[str], there: Iterable[str]
-) -> tuple[list[str], list[int] | None]:
-    """Return PEFT's target_modules and layers_to_transform that select exactly `modules`.
-
-    Last parts of names (and the layers, where not all of them are meant) if they select no other
-    projection of `there`; else the full names.
-    """
-    there = list(there)
-    lasts = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    named = {name for name in there if name.rsplit(".", 1)[-1] in lasts}
-    if named == set(modules):
-        return lasts, None
-    layers = sorted({layer for name in modules if (layer := layer_of(name)) is not None})
-    if {name for name in named if layer_of(name) in layers} == set(modules):
-        return lasts, layers
-    return list(modules), None

@@ -1,4 +1,4 @@
-"""What is in an adapter, in numbers: its config in short, its layers, its blocks, its history.
+"""What `inspect` says of an adapter: its config in short, its layers, its blocks, its history.
 
 It reads one module at a time, so that memory does not grow with the adapter. ΔW is never built:
 norms come from the factors.
@@ -7,20 +7,79 @@ norms come from the factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from lorakit.adapters.adapter import Adapter, LoraModule, product_norm
+from lorakit.adapters.base_model import base_name
+from lorakit.adapters.blocks import BlockFields, pair_of, slices_of
 from lorakit.adapters.config import alpha_of
-from lorakit.adapters.foreign import printable
+from lorakit.adapters.foreign_text import printable
+from lorakit.adapters.history import HistoryEntry, base_fields
+from lorakit.adapters.names import last_part
 from lorakit.adapters.tensors import FloatArray
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Measures(TypedDict):
+    """`norm` is the Frobenius norm of ΔW, `zeros` the share of parameters that are exactly zero."""
+
+    modules: int
+    parameters: int
+    norm: float
+    zeros: float | None
+
+
+class LayerRow(Measures):
+    """What is on one layer; None stands for the modules outside the layers."""
+
+    layer: int | None
+
+
+class BlockSummary(TypedDict):
+    """What the header says of a block; `rank` and `scale` list the values that occur."""
+
+    name: str | None
+    sha256: str | None
+    rank: list[int]
+    scale: list[float]
+
+
+class BlockRow(BlockSummary, Measures):
+    """What the header says of a block, and what the block holds."""
+
+
+class Summary(TypedDict):
+    """What config and header say of an adapter; the lists hold the values that occur."""
+
+    base: str | None
+    fingerprint: str | None
+    chat: str | None
+    rank: list[int]
+    alpha: list[float]
+    scale: list[float]
+    use_rslora: bool
+    target_modules: list[str]
+    dtype: list[str]
+
+
+class Description(Summary, Measures):
+    """All that `inspect` says of an adapter."""
+
+    adapter: str
+    sha256: str
+    layers: list[LayerRow]
+    blocks: list[BlockRow]
+    history: list[HistoryEntry]
 
 
 @dataclass(frozen=True)
-class Measure:
+class Sums:
     """Sums over A/B pairs: parameters, exact zeros among them, the square of the norm of ΔW."""
 
     modules: int = 0
@@ -28,16 +87,16 @@ class Measure:
     zeros: int = 0
     square: float = 0.0
 
-    def __add__(self, other: Measure) -> Measure:
-        return Measure(
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
             self.modules + other.modules,
             self.parameters + other.parameters,
             self.zeros + other.zeros,
             self.square + other.square,
         )
 
-    def as_fields(self) -> dict[str, Any]:
-        """Return the fields of a record: `norm` is that of all ΔW together, `zeros` a share."""
+    def measures(self) -> Measures:
+        """Return the fields of a record; its norm is that of all ΔW together."""
         return {
             "modules": self.modules,
             "parameters": self.parameters,
@@ -46,74 +105,61 @@ class Measure:
         }
 
 
-def measure(a: FloatArray, b: FloatArray, scale: float) -> Measure:
+def measure(a: FloatArray, b: FloatArray, scale: float) -> Sums:
     """Measure one pair A (r × d_in), B (d_out × r)."""
     parameters = a.size + b.size
     zeros = parameters - int(np.count_nonzero(a)) - int(np.count_nonzero(b))
-    return Measure(1, parameters, zeros, (scale * product_norm(a, b)) ** 2)
+    return Sums(1, parameters, zeros, (scale * product_norm(a, b)) ** 2)
 
 
-def inspect_adapter(adapter: Adapter) -> dict[str, Any]:
+def inspect_adapter(adapter: Adapter) -> Description:
     """Return what is in an adapter as one record, fit for JSON.
 
-    `zeros` is the share of parameters that are exactly zero and `norm` the Frobenius norm of ΔW, of
-    the whole, of each layer (`layer` null: modules outside the layers) and of each block. `rank`,
-    `alpha`, `scale` and `dtype` are lists of the values that occur.
+    Norms and zeros are those of the whole, of each layer (the modules outside the layers last) and
+    of each block.
     """
     modules = adapter.modules()
-    blocks: list[Mapping[str, Any]] = [block or {} for block in adapter.header.get("blocks") or []]
-    by_layer: dict[int | None, Measure] = {}
-    by_block = [Measure() for _ in blocks]
+    blocks: list[BlockFields] = [block or {} for block in adapter.header.get("blocks") or []]
+    slices = [slices_of(block) for block in blocks]
+    by_layer: dict[int | None, Sums] = {}
+    by_block = [Sums() for _ in blocks]
     for module in modules:
         a, b = module.a, module.b
-        layer = by_layer.get(module.layer, Measure())
-        by_layer[module.layer] = layer + measure(a, b, module.scale)
-        for index, block in enumerate(blocks):
-            by_block[index] += _measure_block(block, module, a, b)
-    whole = sum(by_layer.values(), Measure())
+        by_layer[module.layer] = by_layer.get(module.layer, Sums()) + measure(a, b, module.scale)
+        for index, parts in enumerate(slices):
+            if part := parts.get(module.name):
+                by_block[index] += measure(*pair_of(part, a, b), module.scale)
     return {
         "adapter": adapter.name,
         "sha256": adapter.sha256,
         **_summary(adapter, modules),
-        **whole.as_fields(),
-        "layers": [{"layer": layer, **found.as_fields()} for layer, found in by_layer.items()],
+        **sum(by_layer.values(), Sums()).measures(),
+        "layers": [{"layer": layer, **sums.measures()} for layer, sums in by_layer.items()],
         "blocks": [
-            {**_block_summary(block), **found.as_fields()}
-            for block, found in zip(blocks, by_block, strict=True)
+            {**_block_summary(block), **sums.measures()}
+            for block, sums in zip(blocks, by_block, strict=True)
         ],
         "history": adapter.header.get("history") or [],
     }
 
 
-def _measure_block(
-    block: Mapping[str, Any], module: LoraModule, a: FloatArray, b: FloatArray
-) -> Measure:
-    part = (block.get("modules") or {}).get(module.name)
-    if not part:
-        return Measure()
-    first = part.get("offset") or 0
-    span = slice(first, first + (part.get("rank") or 0))
-    return measure(a[span], b[:, span], module.scale)
-
-
-def _summary(adapter: Adapter, modules: Iterable[LoraModule]) -> dict[str, Any]:
+def _summary(adapter: Adapter, modules: Sequence[LoraModule]) -> Summary:
     config, header = adapter.config, adapter.header
-    base = header.get("base") or {}
     return {
-        "base": base.get("name") or config.get("base_model_name_or_path"),
-        "fingerprint": base.get("fingerprint"),
+        "base": base_name(adapter),
+        "fingerprint": base_fields(header).get("fingerprint"),
         "chat": header.get("chat"),
         "rank": sorted({module.rank for module in modules}),
         "alpha": sorted({alpha_of(config, module.name) for module in modules}),
         "scale": sorted({module.scale for module in modules}),
         "use_rslora": bool(config.get("use_rslora")),
-        "target_modules": sorted({module.name.rsplit(".", 1)[-1] for module in modules}),
+        "target_modules": sorted({last_part(module.name) for module in modules}),
         "dtype": sorted({tensor.dtype for tensor in adapter.tensors.values()}),
     }
 
 
-def _block_summary(block: Mapping[str, Any]) -> dict[str, Any]:
-    parts = [part or {} for part in (block.get("modules") or {}).values()]
+def _block_summary(block: BlockFields) -> BlockSummary:
+    parts = slices_of(block).values()
     return {
         "name": block.get("name"),
         "sha256": block.get("sha256"),
@@ -122,65 +168,81 @@ def _block_summary(block: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_table(record: Mapping[str, Any], stream: IO[str]) -> None:
-    """Write a record of inspect_adapter for people: the config, the layers, blocks and history."""
+def write_table(description: Description, stream: IO[str]) -> None:
+    """Write a description for people: the config, then the layers, the blocks and the history."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(file=stream, width=None if stream.isatty() else 1000)
+    fields: Mapping[str, object] = description
     for name in _SHOWN:
-        if record[name] not in (None, []):
-            console.print(Text(f"{name:<15} {_shown(name, record[name])}"), soft_wrap=True)
-    for title in ("layers", "blocks"):
-        if record[title]:
+        if fields[name] not in (None, []):
+            console.print(Text(f"{name:<15} {_shown(name, fields[name])}"), soft_wrap=True)
+    for columns, rows in ((_LAYERS, description["layers"]), (_BLOCKS, description["blocks"])):
+        if rows:
             console.print()
-            console.print(_table(title, record[title]))
-    for number, step in enumerate(record["history"], 1):
+            console.print(_table(columns, rows))
+    for number, entry in enumerate(description["history"], 1):
         console.print()
-        for line in _history_lines(number, step or {}):
+        for line in _history_lines(number, entry or {}):
             console.print(Text(line), soft_wrap=True)
 
 
 _SHOWN = (
-    *("adapter", "sha256", "base", "fingerprint", "chat", "target_modules", "rank", "alpha"),
-    *("scale", "use_rslora", "dtype", "modules", "parameters", "norm", "zeros"),
+    "adapter",
+    "sha256",
+    "base",
+    "fingerprint",
+    "chat",
+    "target_modules",
+    "rank",
+    "alpha",
+    "scale",
+    "use_rslora",
+    "dtype",
+    "modules",
+    "parameters",
+    "norm",
+    "zeros",
 )
-_COLUMNS = {
-    "layers": ("layer", "modules", "parameters", "norm", "zeros"),
-    "blocks": ("name", "rank", "scale", "modules", "parameters", "norm", "zeros", "sha256"),
-}
+_LAYERS = ("layer", "modules", "parameters", "norm", "zeros")
+_BLOCKS = ("name", "rank", "scale", "modules", "parameters", "norm", "zeros", "sha256")
 
 
-def _table(title: str, rows: Iterable[Mapping[str, Any]]) -> Any:
+def _table(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in _COLUMNS[title]:
+    for column in columns:
         left = column in ("name", "sha256")
         heading = "block" if column == "name" else column
         table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
     for row in rows:
-        table.add_row(*(Text(_shown(column, row[column])) for column in _COLUMNS[title]))
+        table.add_row(*(Text(_shown(column, row[column])) for column in columns))
     return table
 
 
-def _shown(name: str, value: Any) -> str:
+def _shown(name: str, value: object) -> str:
+    """Return the value of the field `name` as people read it."""
     if value is None:
         return "–"
     if isinstance(value, list):
         return ", ".join(_shown(name, item) for item in value)
-    if name == "zeros":
-        return f"{value:.2%}"
-    if name in ("norm", "alpha", "scale"):
-        return f"{value:.6g}"
-    return f"{value:,}" if name == "parameters" else printable(str(value))
+    if isinstance(value, int | float):
+        if name == "zeros":
+            return f"{value:.2%}"
+        if name in ("norm", "alpha", "scale"):
+            return f"{value:.6g}"
+        if name == "parameters":
+            return f"{value:,}"
+    return printable(str(value))
 
 
-def _history_lines(number: int, step: Mapping[str, Any]) -> Iterable[str]:
-    version = (step.get("versions") or {}).get("lorakit")
-    yield printable(f"{number}. {step.get('command')} (lorakit {version})")
-    for name, value in step.items():
+def _history_lines(number: int, entry: HistoryEntry) -> Iterator[str]:
+    version = (entry.get("versions") or {}).get("lorakit")
+    yield printable(f"{number}. {entry.get('command')} (lorakit {version})")
+    for name, value in entry.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key}={item}" for key, item in value.items())
         if name != "command":

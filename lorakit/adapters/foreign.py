@@ -1,7 +1,7 @@
-"""What is taken for an adapter and is none lorakit can keep: how to tell, and what to do about it.
+"""Detect files that look like an adapter but that lorakit cannot read, and say what to do instead.
 
-By the first bytes of a file, by the files of a folder, by the names of tensors. One more is one
-line in BYTES or TENSORS.
+Files of other formats are known by their first bytes, folders by the files in them, other kinds of
+adapter by the names of their tensors. To detect another one, add a line to BYTES or TENSORS.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
+from lorakit.adapters.foreign_text import quote
 from lorakit.errors import LorakitError
 
 PICKLE_FILE = "adapter_model.bin"
 
-_LONGEST_NAME = 120  # of a name quoted in a message
-
 _PICKLE = rb"PK\x03\x04|\x80[\x02-\x05]"
 
+# By a pattern of a file's first bytes: what the file is, and what to do.
 BYTES: Mapping[bytes, str] = {
     rb"version https://git-lfs": "is a Git LFS pointer, not the file; fetch it with git lfs pull",
     rb"\s*<(!doctype|html|\?xml)": "is a web page; download the file itself, not its page",
@@ -26,7 +26,8 @@ BYTES: Mapping[bytes, str] = {
     rb"\x93NUMPY": "is a NumPy file; give a PEFT adapter",
 }
 
-# What the names of tensors that are not A or B of a module say; the first that is found counts.
+# By a pattern of the name of a tensor that is not A or B of a module: what the tensor is, and what
+# to do. The first pattern that occurs in the name counts, so the general ones come last.
 TENSORS: Mapping[str, str] = {
     r"\n": "holds a line break; rename it",
     r"lora_magnitude_vector": "belongs to DoRA; train or export the adapter as plain LoRA",
@@ -50,34 +51,23 @@ TENSORS: Mapping[str, str] = {
 }
 
 
-def quote(name: str) -> str:
-    """Return a name from a foreign file in quotes, fit for one line of a terminal."""
-    short = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
-    return f"'{printable(short)}'"
-
-
-def printable(text: str) -> str:
-    """Return a foreign text with all that could steer a terminal escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def refuse_other_bytes(head: bytes, name: str) -> None:
-    """Raise LorakitError where `head`, the first bytes of `name`, is that of another format."""
-    if not head:
+def refuse_other_bytes(first_bytes: bytes, name: str) -> None:
+    """Raise LorakitError if `first_bytes` of the file `name` are those of another format."""
+    if not first_bytes:
         raise LorakitError(f"{name} is empty; check what wrote it")
-    if re.match(_PICKLE, head):
+    if re.match(_PICKLE, first_bytes):
         raise LorakitError(f"{name} is a pickle, which lorakit does not read; {_conversion(name)}")
     for pattern, reason in BYTES.items():
-        if re.match(pattern, head, re.IGNORECASE):
+        if re.match(pattern, first_bytes, re.IGNORECASE):
             raise LorakitError(f"{name} {reason}")
 
 
 def refuse_folder(files: Iterable[str], name: str) -> NoReturn:
     """Raise LorakitError for the folder `name`, whose `files` lack adapter_model.safetensors."""
-    found = list(files)
-    if any(re.fullmatch(r"adapter_model.*(-of-\d+\..*|\.index\.json)", file) for file in found):
+    files = list(files)
+    if any(re.fullmatch(r"adapter_model.*(-of-\d+\..*|\.index\.json)", file) for file in files):
         raise LorakitError(f"{name} is sharded; join the shards into one adapter_model.safetensors")
-    if PICKLE_FILE in found:
+    if PICKLE_FILE in files:
         raise LorakitError(
             f"{name} holds only the pickle {PICKLE_FILE}, which lorakit does not read; "
             + _conversion(PICKLE_FILE)
@@ -92,6 +82,7 @@ def refuse_tensor(key: str, name: str) -> NoReturn:
 
 
 def _conversion(name: str) -> str:
+    """Return the advice how to convert the pickle `name` to safetensors."""
     return (
         "convert it in Python: import torch; from safetensors.torch import save_file; "
         f"t = torch.load({name!r}, map_location='cpu', weights_only=True); "

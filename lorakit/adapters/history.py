@@ -1,28 +1,86 @@
-"""The `lorakit` header of an adapter: its blocks, its base model and how it came about.
+"""The `lorakit` header of an adapter: its base model, its blocks and the history of its making.
 
-It is JSON beside the tensors. Everything in it may be missing, as it is in adapters that other
-programs wrote; what is there must have the type FIELDS gives it. A new field is one line there.
+The header is JSON beside the tensors. Everything in it may be missing or null, as in adapters that
+other programs wrote, and what lorakit does not know is carried along. What is there must have the
+type that FIELDS gives it. Every header is read and written here; its blocks are in blocks.py.
+To add a field, add a line to FIELDS and to the type.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict, cast
 
-from lorakit.adapters.foreign import quote
-from lorakit.adapters.tensors import parse_json
+from lorakit.adapters.blocks import BlockFields, check_blocks
+from lorakit.adapters.foreign_text import parse_json, quote
 from lorakit.errors import LorakitError
 
 FORMAT = 1
 
-_SLICE = {"offset": int, "rank": int, "scale": float}
-FIELDS: Mapping[str, Any] = {
+
+class BaseFields(TypedDict, total=False):
+    """The base model of an adapter; `local` says that its name is a folder's.
+
+    `fingerprint` is a SHA-256 of what the shapes of its weights depend on.
+    """
+
+    name: str
+    fingerprint: str
+    revision: str
+    local: bool
+
+
+class HistoryEntry(TypedDict, total=False):
+    """One command that made the adapter what it is.
+
+    `parents` maps the names of the adapters it started from to their SHA-256; `data` and `val` are
+    the SHA-256 of files of records. `best` and `evaluations` (lorahub) and `search` (several
+    pruning settings) say what was tried.
+    """
+
+    command: str
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    parents: dict[str, str]
+    data: str
+    val: str
+    best: dict[str, object]
+    evaluations: list[dict[str, object]]
+    search: dict[str, object]
+
+
+class Header(TypedDict, total=False):
+    """What lorakit notes in an adapter; `chat` is `on` or `off`, the history begins at the oldest.
+
+    `chat_date` is the date that the chat template was filled in with.
+    """
+
+    format: int
+    base: BaseFields
+    chat: str
+    chat_date: str
+    blocks: list[BlockFields]
+    history: list[HistoryEntry]
+
+
+# What a value must be: a type, a list of one such kind, or an object of them by key ("*": any other
+# key; None: anything).
+Kind = type | list["Kind"] | dict[str, "Kind | None"]
+
+FIELDS: dict[str, Kind | None] = {
     "format": int,
     "base": {"name": str, "fingerprint": str, "revision": str, "local": bool},
     "chat": str,
     "chat_date": str,
-    "blocks": [{"name": str, "sha256": str, "zeros": float, "modules": {"*": _SLICE}}],
+    "blocks": [
+        {
+            "name": str,
+            "sha256": str,
+            "zeros": float,
+            "modules": {"*": {"offset": int, "rank": int, "scale": float}},
+        }
+    ],
     "history": [
         {
             "command": str,
@@ -35,7 +93,7 @@ FIELDS: Mapping[str, Any] = {
     ],
 }
 
-_WORDS = {
+_WORDS: Mapping[type, str] = {
     bool: "true or false",
     int: "an integer",
     float: "a number",
@@ -45,7 +103,7 @@ _WORDS = {
 }
 
 
-def parse_header(text: str, ranks: Mapping[str, int], name: str) -> dict[str, Any]:
+def parse_header(text: str, ranks: Mapping[str, int], name: str) -> Header:
     """Return the header in `text`; `ranks` holds the rank of each of the adapter's modules.
 
     Raises LorakitError for what is not JSON, has a field of the wrong type, was written by a later
@@ -53,57 +111,107 @@ def parse_header(text: str, ranks: Mapping[str, int], name: str) -> dict[str, An
     """
     where = f"{name}: its lorakit header"
     try:
-        header = parse_json(text)
-        json.dumps(header, allow_nan=False)
+        value: object = parse_json(text)
+        json.dumps(value, allow_nan=False)
     except ValueError as error:
         raise LorakitError(f"{where} is not JSON ({error}); take a new copy") from None
-    _check(header, FIELDS, where)
+    _check(value, FIELDS, where)
+    header = cast("Header", value or {})
     if (header.get("format") or FORMAT) > FORMAT:
         raise LorakitError(f"{where} has format {header['format']}; update lorakit to read it")
-    _check_blocks(header.get("blocks") or [], ranks, where)
-    checked: dict[str, Any] = header
-    return checked
+    check_blocks(header.get("blocks"), ranks, where)
+    return header
 
 
-def header_text(header: Mapping[str, Any]) -> str:
+def _check(value: object, kind: Kind | None, where: str) -> None:
+    """Raise LorakitError if `value`, or a value inside it, is neither null nor of its kind."""
+    if value is None or kind is None:
+        return
+    outer = kind if isinstance(kind, type) else type(kind)
+    allowed = (int, float) if outer is float else (outer,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and outer is not bool):
+        raise LorakitError(f"{where} is not {_WORDS[outer]}; take a new copy of the adapter")
+    if isinstance(kind, list) and isinstance(value, list):
+        for index, item in enumerate(value):
+            _check(item, kind[0], f"{where}[{index}]")
+    if isinstance(kind, dict) and isinstance(value, dict):
+        for key, item in value.items():
+            _check(item, kind.get(key, kind.get("*")), f"{where}.{quote(key)[1:-1]}")
+
+
+def header_text(header: Header) -> str:
     """Return the header as it is written: keys sorted, so that equal headers are equal texts."""
     return json.dumps(header, sort_keys=True, separators=(",", ":"))
 
 
-def joined_history(headers: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def new_entry(
+    command: str,
+    *,
+    versions: Mapping[str, str],
+    settings: Mapping[str, object],
+    parents: Mapping[str, str] | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> HistoryEntry:
+    """Return the history's entry for a command.
+
+    `hashes` holds the SHA-256 of the files of records, under `data` and `val`.
+    """
+    entry: HistoryEntry = {
+        "command": command,
+        "versions": dict(versions),
+        "settings": dict(settings),
+    }
+    if parents is not None:
+        entry["parents"] = dict(parents)
+    if hashes is not None:
+        entry.update(cast("HistoryEntry", hashes))
+    return entry
+
+
+def new_header(
+    entry: HistoryEntry,
+    *,
+    parents: Iterable[Header] = (),
+    base: Mapping[str, object] | None = None,
+    chat: Mapping[str, str] | None = None,
+    blocks: Sequence[BlockFields] = (),
+) -> Header:
+    """Return the header of a new adapter.
+
+    Its history is that of its parents, each entry once, and then `entry`. `chat` holds the fields
+    `chat` and `chat_date`, as far as they are known.
+    """
+    header: Header = {"format": FORMAT, "history": [*_joined_history(parents), entry]}
+    if base is not None:
+        header["base"] = cast("BaseFields", base)
+    if chat is not None:
+        header.update(cast("Header", chat))
+    if blocks:
+        header["blocks"] = list(blocks)
+    return header
+
+
+def _joined_history(headers: Iterable[Header]) -> list[HistoryEntry]:
     """Return the entries of several headers' histories in order, each once."""
-    joined: list[Mapping[str, Any]] = []
+    joined: list[HistoryEntry] = []
     for header in headers:
         joined += [entry for entry in header.get("history") or [] if entry not in joined]
     return joined
 
 
-def _check(value: object, wanted: Any, where: str) -> None:
-    """Check `value` against a type, a one-element list or an object of them ("*": any key)."""
-    if value is None or wanted is None:
-        return
-    kind = wanted if isinstance(wanted, type) else type(wanted)
-    kinds = (int, float) if kind is float else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise LorakitError(f"{where} is not {_WORDS[kind]}; take a new copy of the adapter")
-    if isinstance(wanted, list) and isinstance(value, list):
-        for index, item in enumerate(value):
-            _check(item, wanted[0], f"{where}[{index}]")
-    if isinstance(wanted, dict) and isinstance(value, dict):
-        for key, item in value.items():
-            _check(item, wanted.get(key, wanted.get("*")), f"{where}.{quote(key)[1:-1]}")
+def with_entry(header: Header, entry: HistoryEntry) -> Header:
+    """Return the header of an adapter that a command changed: `entry` ends its history."""
+    history = [*(header.get("history") or []), entry]
+    return cast("Header", {"format": FORMAT, **header, "history": history})
 
 
-def _check_blocks(blocks: list[Any], ranks: Mapping[str, int], where: str) -> None:
-    names = [block.get("name") for block in blocks if block]
-    if twice := sorted({str(n) for n in names if n is not None and names.count(n) > 1}):
-        raise LorakitError(f"{where} names two blocks {quote(twice[0])}; take a new copy")
-    for block in blocks:
-        for module, part in ((block or {}).get("modules") or {}).items():
-            _check_slice(part or {}, ranks.get(module), f"{where}: block {quote(module)}")
+def with_parents(header: Header, parents: Mapping[str, str]) -> Header:
+    """Return the header with other parents in the last entry of its history."""
+    *earlier, last = header["history"]
+    changed: HistoryEntry = {**last, "parents": dict(parents)}
+    return {**header, "history": [*earlier, changed]}
 
 
-def _check_slice(part: Mapping[str, Any], rank: int | None, where: str) -> None:
-    first, length = part.get("offset") or 0, part.get("rank") or 0
-    if rank is None or first < 0 or length < 0 or first + length > rank:
-        raise LorakitError(f"{where} is outside the adapter; take a new copy of the adapter")
+def base_fields(header: Header) -> BaseFields:
+    """Return what the header says of the base model, {} if it says nothing."""
+    return header.get("base") or {}

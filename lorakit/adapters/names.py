@@ -1,4 +1,4 @@
-"""Which decoder layer a module belongs to, told from its name alone.
+"""The names of modules and of their tensors: PEFT's keys, and the decoder layer in a module's name.
 
 It knows no model: `model.layers.3.self_attn.q_proj`, `transformer.h.3.attn.c_attn` and
 `transformer.layers.1.experts.7.w1` all name their layer by the first number among their parts.
@@ -7,13 +7,39 @@ It knows no model: `model.layers.3.self_attn.q_proj`, `transformer.h.3.attn.c_at
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Literal
 
+Factor = Literal["A", "B"]
+FACTORS: tuple[Factor, Factor] = ("A", "B")
+
+_PREFIX = "base_model.model."
+_LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _LAYER = re.compile(r"((?:.*?\.)?[^.]+)\.(\d+)\.")
 _DIGITS = re.compile(r"(\d+)")
 
 
+def lora_name(module: str, factor: Factor) -> str:
+    """Return PEFT's name of the tensor that is A or B of `module`."""
+    return f"{_PREFIX}{module}.lora_{factor}.weight"
+
+
+def lora_parts(key: str) -> tuple[str, Factor] | None:
+    """Return the module and the factor whose tensor PEFT calls `key`; None for other names."""
+    match = _LORA_NAME.fullmatch(key)
+    if match is None:
+        return None
+    return match["module"], "A" if match["factor"] == "A" else "B"
+
+
+def module_names(keys: Iterable[str]) -> list[str]:
+    """Return the names of the modules that have a tensor among `keys`, by layer, then name."""
+    modules = {parts[0] for key in keys if (parts := lora_parts(key))}
+    return sorted(modules, key=natural_key)
+
+
 def layer_of(module: str) -> int | None:
-    """Return the index of the layer `module` is in, or None where its name holds none.
+    """Return the index of the layer `module` is in, or None if its name holds none.
 
     It is the first part of the name that is a number with parts before and after it, as PEFT reads
     names for `layers_to_transform`; a later number counts experts or the parts of a sequence.
@@ -22,10 +48,15 @@ def layer_of(module: str) -> int | None:
     return int(match.group(2)) if match else None
 
 
-def stack_of(module: str) -> str | None:
+def layer_list_of(module: str) -> str | None:
     """Return the name of the list of layers `module` is in (`model.layers`), or None."""
     match = _LAYER.match(module)
     return match.group(1) if match else None
+
+
+def last_part(module: str) -> str:
+    """Return the last part of a module's name: `q_proj` of `model.layers.3.self_attn.q_proj`."""
+    return module.rsplit(".", 1)[-1]
 
 
 def natural_key(module: str) -> tuple[int, int, list[tuple[int, str]]]:

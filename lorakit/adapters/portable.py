@@ -1,7 +1,8 @@
-"""The encoding of an adapter that PEFT, vLLM and llama.cpp read alike.
+"""The encoding of an adapter that PEFT, vLLM and llama.cpp all read in the same way.
 
-vLLM reads r, lora_alpha and use_rslora and no patterns; llama.cpp one alpha over each tensor's own
-rank. Alike to all is: one rank everywhere, alpha equal to it, no rslora, no patterns.
+vLLM reads r, lora_alpha and use_rslora but no patterns; llama.cpp divides one alpha by each
+tensor's own rank. All agree on an adapter of one rank, with alpha equal to it, no rslora and no
+patterns.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from lorakit.adapters.adapter import Adapter, LoraModule, lora_name
+from lorakit.adapters.adapter import Adapter, LoraModule
+from lorakit.adapters.names import lora_name
 from lorakit.adapters.tensors import FloatArray, Tensor
 
 
 def make_portable(adapter: Adapter) -> Adapter:
-    """Return the adapter with the same ΔW at one rank and scale 1; blocks keep their places.
+    """Return the adapter with the same ΔW at one rank and scale 1; blocks stay where they are.
 
     Ranks are padded with zeros to the largest and the scale goes into B, which becomes float32
     where its own format cannot hold that exactly.
@@ -36,14 +38,15 @@ def make_portable(adapter: Adapter) -> Adapter:
 
 
 def _padded(module: LoraModule, rank: int) -> dict[str, Tensor]:
+    """Return the module's A and B with zeros up to `rank`, its scale in B, by PEFT's names."""
     key_a, key_b = lora_name(module.name, "A"), lora_name(module.name, "B")
-    more = rank - module.rank
-    if more == 0 and module.scale == 1:
+    missing = rank - module.rank
+    if missing == 0 and module.scale == 1:
         return {key_a: module.tensor_a, key_b: module.tensor_b}
     b = module.b * np.float32(module.scale)
     return {
-        key_a: _exact(np.pad(module.a, ((0, more), (0, 0))), module.tensor_a.dtype),
-        key_b: _exact(np.pad(b, ((0, 0), (0, more))), module.tensor_b.dtype),
+        key_a: _exact(np.pad(module.a, ((0, missing), (0, 0))), module.tensor_a.dtype),
+        key_b: _exact(np.pad(b, ((0, 0), (0, missing))), module.tensor_b.dtype),
     }
 
 

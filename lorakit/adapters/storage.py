@@ -1,7 +1,7 @@
 """Adapters in files: single files, PEFT folders, pipes and the hub, read, checked and written.
 
-It reads only what it can keep exactly: whatever else is in a file is refused by name, never
-dropped. The bytes are in tensors.py, the config in config.py, lorakit's own header in
+It reads only what it can write again exactly: whatever else is in a file is an error that names it,
+never dropped. The bytes are in safetensors.py, the config in config.py, lorakit's own header in
 history.py, the hub in hub.py.
 """
 
@@ -13,13 +13,17 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from lorakit.adapters.adapter import Adapter, Factor, lora_name, lora_parts, module_names
-from lorakit.adapters.config import config_text, is_targeted, parse_config, rank_of
-from lorakit.adapters.foreign import quote, refuse_folder, refuse_tensor
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.config import Config, config_text, parse_config, rank_of
+from lorakit.adapters.foreign import refuse_folder, refuse_tensor
+from lorakit.adapters.foreign_text import quote
 from lorakit.adapters.history import header_text, parse_header
-from lorakit.adapters.tensors import FLOATS, Tensor, read_tensors, write_tensors
+from lorakit.adapters.names import Factor, lora_name, lora_parts, module_names
+from lorakit.adapters.safetensors import read_tensors, write_tensors
+from lorakit.adapters.targets import is_targeted
+from lorakit.adapters.tensors import FLOATS, Tensor
 from lorakit.errors import LorakitError
 from lorakit.files import (
     STDIO,
@@ -39,14 +43,15 @@ HUB = "hf://"
 def load_adapter(source: str, *, check_values: bool = True) -> Adapter:
     """Return the adapter in a file, a PEFT folder, `-` (stdin) or `hf://owner/name[@revision]`.
 
-    A tensor file beside an adapter_config.json is read with it where it is named as PEFT names it
-    or has no config of its own. Where the two configs differ the folder's counts, as in PEFT: it
-    is the one people edit. Raises LorakitError for all that cannot be kept exactly; for values that
-    are not finite only when the hash is asked for, where `check_values` is false.
+    A tensor file beside an adapter_config.json is read with it if it is named as PEFT names it or
+    has no config of its own. Where the two configs differ the folder's counts, as in PEFT: it is
+    the one people edit. Raises LorakitError for anything that cannot be written again exactly, and
+    for values that are not finite, unless `check_values` is false: then only when the adapter's
+    hash is needed.
     """
     adapter = _open(source)
     if check_values:
-        _ = adapter.sha256  # looks at every value
+        _ = adapter.sha256  # reads every value
     return adapter
 
 
@@ -66,12 +71,12 @@ def _open(source: str) -> Adapter:
 
 def _load_folder(folder: Path, name: str) -> Adapter:
     tensors, config = folder / TENSOR_FILE, folder / CONFIG_FILE
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if TENSOR_FILE not in found:
-        if CONFIG_FILE in found:
-            parse_config(_read(config), str(config))  # its fault is the better message
-        refuse_folder(found, name)
-    return _load(tensors, name, config if CONFIG_FILE in found else None)
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if TENSOR_FILE not in files:
+        if CONFIG_FILE in files:
+            parse_config(_read(config), str(config))  # an error of the config says more
+        refuse_folder(files, name)
+    return _load(tensors, name, config if CONFIG_FILE in files else None)
 
 
 def _read(path: Path) -> bytes:
@@ -80,14 +85,15 @@ def _read(path: Path) -> bytes:
 
 
 def _load(source: bytes | Path, name: str, config_file: Path | None) -> Adapter:
+    """Return the adapter in bytes or in a tensor file, with the config in it or beside it."""
     tensors, metadata = read_tensors(source, name)
     _check_names(tensors, name)
-    inner = metadata.get("adapter_config")
-    standard = isinstance(source, Path) and source.name == TENSOR_FILE
-    if config_file is not None and (standard or inner is None):
+    own_config = metadata.get("adapter_config")
+    has_pefts_name = isinstance(source, Path) and source.name == TENSOR_FILE
+    if config_file is not None and (has_pefts_name or own_config is None):
         config = parse_config(_read(config_file), str(config_file))
-    elif inner is not None:
-        config = parse_config(inner, f"{name}: its adapter_config")
+    elif own_config is not None:
+        config = parse_config(own_config, f"{name}: its adapter_config")
     else:
         raise LorakitError(f"{name} has no config; put PEFT's {CONFIG_FILE} beside it")
     _check_tensors(tensors, config, name)
@@ -97,6 +103,7 @@ def _load(source: bytes | Path, name: str, config_file: Path | None) -> Adapter:
 
 
 def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise LorakitError for a tensor that is no LoRA factor or lacks the other one."""
     if not tensors:
         raise LorakitError(f"{name} holds no tensors; check what wrote it")
     for key in sorted(tensors):
@@ -109,7 +116,7 @@ def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
             raise LorakitError(f"{name}: tensor {quote(key)} has no {other}; take a new copy")
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], config: Config, name: str) -> None:
     for key in sorted(tensors):
         _check_tensor(tensors[key], f"{name}: tensor {quote(key)}")
     for module in module_names(tensors):
@@ -125,9 +132,8 @@ def _check_tensor(tensor: Tensor, where: str) -> None:
         )
 
 
-def _check_module(
-    module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str
-) -> None:
+def _check_module(module: str, tensors: Mapping[str, Tensor], config: Config, name: str) -> None:
+    """Raise LorakitError for a module whose tensors and config disagree."""
     key_a, key_b = lora_name(module, "A"), lora_name(module, "B")
     a, b, rank = tensors[key_a].shape, tensors[key_b].shape, rank_of(config, module)
     if a[0] != rank or b[1] != rank:
@@ -149,11 +155,12 @@ def save_adapter(
 ) -> str:
     """Write `adapter` as one file, to stdout (`-`) or as a PEFT folder; return `output`.
 
-    A folder is meant by a trailing slash or one that exists. Files are replaced whole. In a folder
-    the old config goes before the new tensors come, so that a kill between the two never leaves
-    one adapter's tensors beside another's config; the tensor file's own header still has its own.
-    `late` gives the adapter once more with its header complete, no longer than before: it is asked
-    while the tensors are on their way to a file, and first of all where they go to a pipe.
+    A folder is an `output` that ends in a slash or exists as one. Files are replaced whole. In a
+    folder the old config is deleted before the new tensors are put in place, so that a run that is
+    killed in between never leaves one adapter's tensors beside another's config; the tensor file
+    holds its own config in its header. `late` returns the adapter once more, with a complete header
+    of the same length: it is called while the tensors are on their way to a file, or before
+    anything is written to a pipe.
     """
     if output == STDIO:
         refuse_terminal("an adapter")
@@ -168,9 +175,11 @@ def save_adapter(
 
 
 def _write(adapter: Adapter, stream: BinaryIO, late: Callable[[], Adapter] | None = None) -> None:
+    """Write the adapter's bytes, its metadata once more at the end if there is a `late`."""
+
     def metadata_of(late: Callable[[], Adapter]) -> dict[str, str]:
         stream.flush()
-        os.fsync(stream.fileno())  # the disk works while the rest of the header comes about
+        os.fsync(stream.fileno())  # the disk works while the header is completed
         return _metadata(late())
 
     at_last = functools.partial(metadata_of, late) if late else None
@@ -191,7 +200,7 @@ def _write_stream(adapter: Adapter, output: str) -> None:
             to_stdout = output == STDIO
             stream = sys.stdout.buffer if to_stdout else stack.enter_context(open(output, "wb"))
             _write(adapter, stream)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of the pipe has left: not an error of the output's
         raise
     except OSError as error:
         raise LorakitError(f"cannot write {output}: {explain(error)}; choose another -o") from error

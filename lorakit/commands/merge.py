@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -15,6 +15,9 @@ from lorakit.settings import (
     StaticSettings,
     TrainingSettings,
 )
+
+if TYPE_CHECKING:
+    from lorakit.reporting import Reporter
 
 
 @click.command(epilog=EPILOG)
@@ -170,7 +173,7 @@ def _merge_statically(
         method,
         settings=options.settings_of(StaticSettings, given),
         output=output,
-        note=notes.note,
+        reporter=cast("Reporter", notes),
         portable=given["portable"],
     )
     notes.note(f"wrote {output}")

@@ -144,7 +144,8 @@ def _write(
 ) -> None:
     factors = {name: (a.numpy(), b.numpy()) for name, (a, b) in best.trainer.best.items()}
     tried = [trial.fields() for trial in trials]
-    entry = {**merge.entry(best.pruning), "search": {"by": metric, "tried": tried}}
+    entry = merge.entry(best.pruning)
+    entry["search"] = {"by": metric, "tried": tried}
     save_adapter(merge.export(factors, entry), output)
 
 

@@ -6,11 +6,10 @@ pruning takes it: on parameters without the block's scale, with the norms of wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.adapters.blocks import Block, Slice
+from lorakit.adapters.blocks import read_blocks
 from lorakit.adapters.names import layer_of
 from lorakit.merging.input_norms import InputNorms
 from lorakit.merging.joint import attach_stack
@@ -63,19 +62,11 @@ def unstack(adapter: Adapter) -> Stack:
     An adapter without blocks is its own only block.
     """
     whole = stack([adapter])
-    blocks = [_block(block) for block in adapter.header.get("blocks") or []]
-    if not blocks:
+    blocks = read_blocks(adapter.header.get("blocks"))
+    if blocks is None:
         return whole
     factors = {name: (a, b.copy()) for name, (a, b) in whole.factors.items()}
     for block in blocks:
         for name, part in block.modules.items():
             factors[name][1][:, part.span] /= part.scale or 1.0
     return Stack(factors, tuple(blocks))
-
-
-def _block(told: Mapping[str, Any]) -> Block:
-    modules = {
-        name: Slice(part["offset"], part["rank"], part["scale"])
-        for name, part in told["modules"].items()
-    }
-    return Block(told["name"], told["sha256"], modules)

@@ -16,8 +16,9 @@ import torch
 
 from lorakit.adapters.adapter import Adapter, Factors, tensors_of
 from lorakit.adapters.blocks import share_of_zeros
-from lorakit.adapters.config import peft_config
+from lorakit.adapters.history import HistoryEntry, new_entry
 from lorakit.adapters.portable import make_portable
+from lorakit.adapters.targets import peft_config
 from lorakit.merging.pruner import pruning_hooks
 from lorakit.merging.stack import Stack, fold, stack
 from lorakit.models.base import Base
@@ -67,18 +68,18 @@ class Merge:
     accelerator: accelerate.Accelerator
     portable: bool = False  # how the result is written
 
-    def entry(self, pruning: PruningSettings) -> dict[str, Any]:
+    def entry(self, pruning: PruningSettings) -> HistoryEntry:
         """Return what the history tells of a run with these pruning settings."""
         told = {**self.settings.told(), **pruning.told(), **self.selection.told()}
         if self.portable:
             told["portable"] = True
-        return {
-            "command": "merge",
-            "versions": versions(),
-            "settings": {"method": "adaptive", **told},
-            "parents": {block.name: block.sha256 for block in self.stacked.blocks},
-            **self.corpus.hashes,
-        }
+        return new_entry(
+            "merge",
+            versions=versions(),
+            settings={"method": "adaptive", **told},
+            parents={block.name: block.sha256 for block in self.stacked.blocks},
+            hashes=self.corpus.hashes,
+        )
 
     def trainer(self, pruning: PruningSettings) -> Trainer:
         """Return a run with these pruning settings from the weights that are in the model."""
@@ -95,9 +96,9 @@ class Merge:
     def measure(self, metric: str) -> Measured | None:
         return measure_of(metric, self.base, self.encoder, self.corpus.records, self.selection)
 
-    def export(self, best: Factors, entry: Mapping[str, Any]) -> Adapter:
+    def export(self, best: Factors, entry: HistoryEntry) -> Adapter:
         """Return the adapter of a run's best weights, each block's scale folded into its B."""
-        blocks = [block.header(share_of_zeros(block, best)) for block in self.stacked.blocks]
+        blocks = [b.fields(share_of_zeros(b.pairs(best))) for b in self.stacked.blocks]
         told = header(self.base, self.settings, entry, parents=self.adapters, blocks=blocks)
         merged = Adapter(tensors_of(fold(best, self.stacked)), self.config, told)
         return make_portable(merged) if self.portable else merged

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lorakit.adapters.adapter import Adapter, tensors_of
 from lorakit.adapters.blocks import block_names
+from lorakit.adapters.history import new_entry
 from lorakit.adapters.portable import make_portable
 from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.tensors import FloatArray
@@ -170,20 +171,20 @@ def _export(
     best: Point,
 ) -> Adapter:
     """Return the composed adapter, its config the first adapter's, its history with every point."""
-    names = block_names(adapters)
-    entry = {
-        "command": "merge",
-        "versions": versions(),
-        "settings": {
+    names = block_names(adapter.name for adapter in adapters)
+    entry = new_entry(
+        "merge",
+        versions=versions(),
+        settings={
             "method": "lorahub",
             **{name: getattr(settings, name) for name in _TOLD},
             "weights": dict(zip(names, best.weights, strict=True)),
         },
-        "best": asdict(best),
-        "evaluations": [asdict(point) for point in points],
-        "parents": {n: adapter.sha256 for n, adapter in zip(names, adapters, strict=True)},
-        "data": digest,
-    }
+        parents={n: adapter.sha256 for n, adapter in zip(names, adapters, strict=True)},
+        hashes={"data": digest},
+    )
+    entry["best"] = asdict(best)
+    entry["evaluations"] = [asdict(point) for point in points]
     told = header(base, settings, entry, parents=adapters)
     return Adapter(tensors_of(compose(adapters, best.weights)), adapters[0].config, told)
 

@@ -1,7 +1,7 @@
-"""Low-rank fits: two factors whose product is, or is nearest to, a product or a matrix given.
+"""Low-rank fits: two factors whose product is nearest to a matrix or to a product of factors.
 
 It knows matrices only. A product of factors is never formed: QR of both factors and an SVD of the
-small core do. A dense matrix is fitted by a randomised block Krylov method.
+small core suffice. A dense matrix is fitted by a randomised block Krylov method.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapters.tensors import FloatArray
+from lorakit.adapters.tensors import FloatArray, Pair
 
-Pair = tuple[FloatArray, FloatArray]  # A (r × d_in) and B (d_out × r)
 Matrix = NDArray[np.float64]
 
 _SPARE = 10  # directions beyond the rank that a Krylov block carries
@@ -24,8 +23,8 @@ def refit(a: FloatArray, b: FloatArray, rank: int | None = None) -> Pair:
 
     A is (R × d_in), B (d_out × R). Nearest in the Frobenius norm (Eckart and Young, 1936), by QR of
     B and of Aᵀ and an SVD of the core R_B·R_Aᵀ, in float64: time and memory grow with R, never with
-    d_in·d_out. Without a rank, the lowest that leaves out nothing that float32 can tell. Each
-    singular value goes by its root to either factor, so that both have one size.
+    d_in·d_out. Without a rank it is the lowest whose error float32 cannot tell from zero. Each
+    factor takes the root of every singular value, so that both are of one size.
     """
     q_b, r_b = np.linalg.qr(b.astype(np.float64))
     q_a, r_a = np.linalg.qr(a.T.astype(np.float64))
@@ -36,7 +35,7 @@ def refit(a: FloatArray, b: FloatArray, rank: int | None = None) -> Pair:
 
 
 def numerical_rank(values: Matrix) -> int:
-    """Return how many singular values, of falling size, float32 can tell from zero; at least 1."""
+    """Return how many singular values, in falling order, float32 can tell from zero; at least 1."""
     return max(1, int(np.count_nonzero(values > values[0] * _NEGLIGIBLE)))
 
 
@@ -44,8 +43,8 @@ def fit(matrix: FloatArray, rank: int) -> Pair:
     """Return the factors, in float32, of a matrix of rank `rank` nearest to a dense one.
 
     Block Krylov iteration (Musco and Musco, 2015, algorithm 2) from a fixed seed, then an SVD
-    within the subspace found; a matrix too small for it has its whole space searched. Beyond the
-    best fit's error this one's grows by less than one part in a thousand (tested).
+    within the subspace it ends in, which for a small matrix is the whole space. The error is less
+    than one part in a thousand above that of the best fit (tested).
     """
     if matrix.shape[0] > matrix.shape[1]:
         b, a = fit(matrix.T, rank)

@@ -1,8 +1,7 @@
-"""Merging algebra: adapters side by side as one, exact in ΔW.
+"""Stacking: several adapters side by side as one, with exactly the sum of their ΔW.
 
 Σ s_i·B_i·A_i is one adapter: A = [A_1; …; A_N] (rows stacked), B = [s_1·B_1, …, s_N·B_N] (columns
-stacked), of rank Σ r_i and scale 1. The slice that came from adapter i is its block; the table of
-blocks stays in the header.
+stacked), of rank Σ r_i and scale 1. The slice that came from adapter i is its block.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from lorakit.errors import LorakitError
 
 @dataclass(frozen=True)
 class Stack:
-    """Adapters stacked, their scales not yet folded into B.
+    """Stacked adapters whose scales are not yet folded into B.
 
-    `factors` holds, by module, A (Σ r_i, d_in) and B (d_out, Σ r_i) as they were loaded, float32.
+    `factors` holds, by module, A (Σ r_i × d_in) and B (d_out × Σ r_i) as they were loaded, float32.
     """
 
     factors: Factors
@@ -43,11 +42,11 @@ class Stack:
 
 
 def stack(adapters: Sequence[Adapter]) -> Stack:
-    """Stack adapters of any ranks, scales, targets and layers, in the order given.
+    """Stack adapters of any ranks, scales, targets and layers, in their order.
 
-    Raises LorakitError naming the module and both shapes where two adapters disagree on its widths.
+    Raises LorakitError naming the module and both shapes if two adapters disagree on its widths.
     """
-    names = block_names(adapters)
+    names = block_names(adapter.name for adapter in adapters)
     parts: dict[str, list[LoraModule]] = {}
     blocks = []
     for name, adapter in zip(names, adapters, strict=True):
@@ -70,7 +69,7 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
 
 
 def check_widths(earlier: Sequence[LoraModule], module: LoraModule, adapter: Adapter) -> None:
-    """Raise LorakitError where `adapter`'s module has other widths than the same one before it."""
+    """Raise LorakitError if a module of `adapter` has other widths than in the adapters before."""
     if not earlier:
         return
     first, shape = earlier[0].shape, module.shape

@@ -1,38 +1,50 @@
-"""From adapters to one, without data: `merge` with a method of _methods.py.
+"""Merges without data: several adapters to one by a method of METHODS.
 
-It carries over what the methods know nothing of: which modules the config selects, the number
-format, the base, the chat choice, the blocks and the history. One module is merged at a time.
+The methods merge one module at a time and know nothing else. Here is what they leave open: which
+modules the config selects, the number format, the base, the chat choice, the blocks, the history.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from lorakit.adapters.adapter import Adapter, Factor, LoraModule, lora_name
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import base_name, check_fingerprint
-from lorakit.adapters.blocks import Block, Slice, block_names, plain_name, unique_names
-from lorakit.adapters.config import peft_config
-from lorakit.adapters.history import joined_history
-from lorakit.adapters.names import natural_key
+from lorakit.adapters.blocks import (
+    Block,
+    BlockFields,
+    Slice,
+    block_names,
+    plain_name,
+    read_blocks,
+    share_of_zeros,
+    unique_names,
+)
+from lorakit.adapters.history import (
+    BaseFields,
+    Header,
+    HistoryEntry,
+    base_fields,
+    new_entry,
+    new_header,
+)
+from lorakit.adapters.names import FACTORS, lora_name, natural_key
 from lorakit.adapters.portable import make_portable
 from lorakit.adapters.storage import save_adapter
-from lorakit.adapters.tensors import FloatArray, Tensor
+from lorakit.adapters.targets import merged_config
+from lorakit.adapters.tensors import FloatArray, Pair, Tensor
 from lorakit.errors import LorakitError
 from lorakit.merging.methods import METHODS
 from lorakit.merging.stack import check_widths
 from lorakit.merging.task_vectors import Part
+from lorakit.reporting import Reporter, Silent
 from lorakit.settings import StaticSettings
 from lorakit.versions import version_of
 
-Note = Callable[[str], None]
 Parts = Mapping[str, Sequence[Part]]  # by module
-_SELECTION = ("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules")
-_KEPT = ("auto_mapping", "revision", "task_type")  # of the config, where all adapters agree
 
 
 def merge_statically(
@@ -41,14 +53,16 @@ def merge_statically(
     *,
     settings: StaticSettings,
     output: str,
-    note: Note,
+    reporter: Reporter | None = None,
     portable: bool = False,
 ) -> None:
     """Merge adapters without data by a method of METHODS and write them to `output` as one.
 
     Raises LorakitError for adapters that do not fit together and for sums beyond float32.
     """
-    merged = merge_adapters(adapters, method, settings=settings, note=note, portable=portable)
+    merged = merge_adapters(
+        adapters, method, settings=settings, reporter=reporter, portable=portable
+    )
     save_adapter(merged, output)
 
 
@@ -57,41 +71,53 @@ def merge_adapters(
     method: str,
     *,
     settings: StaticSettings,
-    note: Note,
+    reporter: Reporter | None = None,
     portable: bool = False,
 ) -> Adapter:
-    """Return the adapters merged into one, at scale 1; `note` is told what they do not agree on.
+    """Return the adapters merged into one, at scale 1; warn of what they do not agree on.
 
-    Tensors are float32, or have the adapters' own format where that holds every value exactly (as
-    for `cat` with weights and scales that are powers of two).
+    Tensors are float32, or have the adapters' own format if that holds every value exactly (as for
+    `cat` with weights and scales that are powers of two).
     """
-    settings = replace(
-        settings,
-        weights=settings.weights or (1.0,) * len(adapters),
-        rank=settings.rank or max(module.rank for each in adapters for module in each.modules()),
-    )
-    parts = parts_by_module(adapters, settings.weights or ())
+    weights = settings.weights or (1.0,) * len(adapters)
+    largest = max(module.rank for adapter in adapters for module in adapter.modules())
+    settings = replace(settings, weights=weights, rank=settings.rank or largest)
+    parts = parts_by_module(adapters, weights)
     tensors = _merged_tensors(parts, method, settings, common_format(adapters))
     ranks = {name: tensors[lora_name(name, "A")].shape[0] for name in parts}
-    merged = Adapter(tensors, merged_config(adapters, ranks))
-    blocks = cat_blocks(adapters, parts) if method == "cat" else []
+    bases = [name for adapter in adapters if (name := base_name(adapter))]
+    configs = [adapter.config for adapter in adapters]
+    config = merged_config(configs, ranks, base=bases[0] if bases else None)
+    merged = Adapter(tensors, config)
     entry = _history_entry(adapters, method, settings, portable)
-    told = [block.header(_share_of_zeros(block, merged)) for block in blocks]
-    merged = replace(merged, header=_header(adapters, entry, told, note))
+    blocks = cat_blocks(adapters, parts) if method == "cat" else []
+    header = _merged_header(adapters, entry, _block_fields(blocks, merged), reporter or Silent())
+    merged = replace(merged, header=header)
     return make_portable(merged) if portable else merged
+
+
+def _merged_header(
+    adapters: Sequence[Adapter],
+    entry: HistoryEntry,
+    blocks: Sequence[BlockFields],
+    reporter: Reporter,
+) -> Header:
+    headers = [adapter.header for adapter in adapters]
+    base, chat = _base(adapters, reporter), _chat(headers, reporter)
+    return new_header(entry, parents=headers, base=base, chat=chat, blocks=blocks)
 
 
 def parts_by_module(adapters: Sequence[Adapter], weights: Sequence[float]) -> Parts:
     """Return what each module is merged from, in the order of the adapters.
 
-    Raises LorakitError naming the module and both shapes where two adapters disagree on its widths.
+    Raises LorakitError naming the module and both shapes if two adapters disagree on its widths.
     """
     parts: dict[str, list[Part]] = {}
     for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         for module in adapter.modules():
-            there = parts.setdefault(module.name, [])
-            check_widths([part.module for part in there], module, adapter)
-            there.append(Part(module, weight, number))
+            earlier = parts.setdefault(module.name, [])
+            check_widths([part.module for part in earlier], module, adapter)
+            earlier.append(Part(module, weight, number))
     return {name: parts[name] for name in sorted(parts, key=natural_key)}
 
 
@@ -116,58 +142,22 @@ def _merged_tensors(
 def _merged_factors(
     parts: Parts, method: str, settings: StaticSettings
 ) -> Iterator[tuple[str, FloatArray]]:
-    for name, group in parts.items():
+    """Yield the merged A and B of each module, in float32, by PEFT's names."""
+    merge = METHODS[method].merge
+    for name, module_parts in parts.items():
         try:
             with np.errstate(over="ignore", invalid="ignore"):
-                pair = METHODS[method].merge(group, settings)
+                pair = merge(module_parts, settings)
         except np.linalg.LinAlgError:  # an SVD of what is not finite
-            raise _beyond(name) from None
-        for factor, values in zip(_FACTORS, pair, strict=True):
+            raise _overflow(name) from None
+        for factor, values in zip(FACTORS, pair, strict=True):
             if not np.isfinite(values).all():
-                raise _beyond(name)
+                raise _overflow(name)
             yield lora_name(name, factor), values
 
 
-def _beyond(name: str) -> LorakitError:
-    return LorakitError(f"the merge of {name} is beyond float32; use smaller --weights")
-
-
-_FACTORS: tuple[Factor, Factor] = ("A", "B")
-
-
-def merged_config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Return the config of modules of these ranks at scale 1 that selects what the adapters select.
-
-    Names stay as short as they were where the adapters select alike, or by names alone.
-    """
-    configs = [adapter.config for adapter in adapters]
-    bases = [name for adapter in adapters if (name := base_name(adapter))]
-    config = peft_config(
-        ranks,
-        base=bases[0] if bases else None,
-        transposed=any(config.get("fan_in_fan_out") for config in configs),
-    )
-    for key in _KEPT:
-        if _agree(configs, key):
-            config[key] = configs[0].get(key)
-    return {**config, **_selection(configs)}
-
-
-def _selection(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the keys of PEFT's config that select the modules, or none: all full names."""
-    if all(_agree(configs, key) for key in _SELECTION):
-        return {key: configs[0].get(key) for key in _SELECTION}
-    targets = [config.get("target_modules") for config in configs]
-    others = (config.get(key) for config in configs for key in _SELECTION[:-1])
-    if not any(others) and all(isinstance(names, list) for names in targets):
-        return {"target_modules": sorted({name for names in targets for name in names or ()})}
-    return {}
-
-
-def _agree(configs: Sequence[Mapping[str, Any]], key: str) -> bool:
-    values = [config.get(key) for config in configs]
-    plain = {json.dumps(sorted(v) if isinstance(v, list) else v, sort_keys=True) for v in values}
-    return len(plain) == 1
+def _overflow(module: str) -> LorakitError:
+    return LorakitError(f"the merge of {module} is beyond float32; use smaller --weights")
 
 
 def cat_blocks(adapters: Sequence[Adapter], parts: Parts) -> list[Block]:
@@ -175,7 +165,7 @@ def cat_blocks(adapters: Sequence[Adapter], parts: Parts) -> list[Block]:
 
     A slice's scale is the factor from the block's own B to the one in the file.
     """
-    sources = [(n, block) for n, adapter in enumerate(adapters) for block in _blocks_of(adapter)]
+    sources = [(i, block) for i, adapter in enumerate(adapters) for block in _blocks_of(adapter)]
     names = unique_names(block.name for _, block in sources)
     return [
         replace(block, name=name, modules=dict(_moved(block, number, parts)))
@@ -192,92 +182,78 @@ def _moved(block: Block, number: int, parts: Parts) -> Iterator[tuple[str, Slice
 
 
 def _blocks_of(adapter: Adapter) -> list[Block]:
-    """Return the blocks in an adapter's header where they are told in full, else all of it."""
-    told = adapter.header.get("blocks") or []
-    try:
-        return [_read_block(block) for block in told] or [_whole(adapter)]
-    except (KeyError, TypeError):
-        return [_whole(adapter)]
-
-
-def _read_block(block: Mapping[str, Any]) -> Block:
-    modules = {
-        name: Slice(int(part["offset"]), int(part["rank"]), float(part["scale"]))
-        for name, part in block["modules"].items()
-    }
-    return Block(str(block["name"]), str(block["sha256"]), modules)
+    """Return the blocks of an adapter; where its header has no complete ones, all of it is one."""
+    return read_blocks(adapter.header.get("blocks")) or [_whole(adapter)]
 
 
 def _whole(adapter: Adapter) -> Block:
     modules = {module.name: Slice(0, module.rank, 1.0) for module in adapter.modules()}
-    return Block(plain_name(adapter), adapter.sha256, modules)
+    return Block(plain_name(adapter.name), adapter.sha256, modules)
 
 
-def _share_of_zeros(block: Block, merged: Adapter) -> float:
-    pairs: dict[str, LoraModule] = {module.name: module for module in merged.modules()}
-    zeros = count = 0
-    for name, part in block.modules.items():
-        for values in (pairs[name].a[part.span], pairs[name].b[:, part.span]):
-            zeros += values.size - int(np.count_nonzero(values))
-            count += values.size
-    return zeros / count if count else 0.0
+def _block_fields(blocks: Sequence[Block], merged: Adapter) -> list[BlockFields]:
+    """Return the blocks of the merged adapter as its header has them."""
+    modules = {module.name: module for module in merged.modules()}
+
+    def pairs(block: Block) -> Iterator[Pair]:
+        for name, part in block.modules.items():
+            yield modules[name].a[part.span], modules[name].b[:, part.span]
+
+    return [block.fields(share_of_zeros(pairs(block))) for block in blocks]
 
 
 def _history_entry(
     adapters: Sequence[Adapter], method: str, settings: StaticSettings, portable: bool
-) -> dict[str, Any]:
-    told: dict[str, Any] = {"method": method}
-    for name in METHODS[method].settings:
-        value = getattr(settings, name)
-        told[name] = float(value) if name == "density" else value
-    if "weights" in told:
-        told["weights"] = list(told["weights"])
-    hashes = [adapter.sha256 for adapter in adapters]
-    return {
-        "command": "merge",
-        "versions": {name: version_of(name) for name in ("lorakit", "numpy")},
-        "settings": {**told, "portable": True} if portable else told,
-        "parents": dict(zip(block_names(adapters), hashes, strict=True)),
+) -> HistoryEntry:
+    """Return the history's entry for the merge, with the settings that the method reads."""
+    values: dict[str, object] = {
+        "weights": list(settings.weights or ()),
+        "density": float(settings.density),
+        "rank": settings.rank,
+        "seed": settings.seed,
     }
+    names = block_names(adapter.name for adapter in adapters)
+    return new_entry(
+        "merge",
+        versions={package: version_of(package) for package in ("lorakit", "numpy")},
+        settings={
+            "method": method,
+            **{name: values[name] for name in METHODS[method].settings},
+            **({"portable": True} if portable else {}),
+        },
+        parents=dict(zip(names, (adapter.sha256 for adapter in adapters), strict=True)),
+    )
 
 
-def _header(
-    adapters: Sequence[Adapter],
-    entry: Mapping[str, Any],
-    blocks: Sequence[Mapping[str, Any]],
-    note: Note,
-) -> dict[str, Any]:
-    headers = [adapter.header for adapter in adapters]
-    told = {"format": 1, **_base(adapters, note), **_chat(headers, note)}
-    told["history"] = [*joined_history(headers), entry]
-    return {**told, "blocks": list(blocks)} if blocks else told
-
-
-def _base(adapters: Sequence[Adapter], note: Note) -> dict[str, Any]:
-    """Return the record of the first base model named; warn where the adapters differ in it."""
-    named = {adapter.name: name for adapter in adapters if (name := base_name(adapter))}
-    if not named:
-        return {}
-    first = next(iter(named.values()))
-    if len({name.rstrip("/") for name in named.values()}) > 1:
-        listed = ", ".join(f"{adapter} ({name})" for adapter, name in named.items())
-        note(f"Warning: the adapters name different base models: {listed}; {first} is recorded")
-    alike = [each for each in adapters if base_name(each) == first and each.header.get("base")]
+def _base(adapters: Sequence[Adapter], reporter: Reporter) -> BaseFields | None:
+    """Return what is recorded of the first base model named; warn if the adapters differ in it."""
+    bases = {adapter.name: name for adapter in adapters if (name := base_name(adapter))}
+    if not bases:
+        return None
+    first = next(iter(bases.values()))
+    if len({name.rstrip("/") for name in bases.values()}) > 1:
+        listed = ", ".join(f"{adapter} ({name})" for adapter, name in bases.items())
+        reporter.note(
+            f"Warning: the adapters name different base models: {listed}; {first} is recorded"
+        )
+    alike = [a for a in adapters if base_name(a) == first and base_fields(a.header)]
     if not alike:
-        return {}
-    base = alike[0].header["base"]
+        return None
+    base = base_fields(alike[0].header)
     if warning := check_fingerprint(alike, first, base.get("fingerprint") or ""):
-        note(warning)
-    return {"base": base}
+        reporter.note(warning)
+    return base
 
 
-def _chat(headers: Sequence[Mapping[str, Any]], note: Note) -> dict[str, Any]:
-    """Return the chat choice of the adapters that tell one, if they agree on it."""
-    told = [header for header in headers if header.get("chat")]
-    if len({header["chat"] for header in told}) > 1:
-        note(
+def _chat(headers: Sequence[Header], reporter: Reporter) -> dict[str, str]:
+    """Return the header's fields for chat where the adapters that have them agree."""
+    choices = {chat for header in headers if (chat := header.get("chat"))}
+    if len(choices) > 1:
+        reporter.note(
             "Warning: some of the adapters were trained with the chat template and some without; "
             "the merged one tells neither: choose by --chat on or --chat off"
         )
         return {}
-    return {key: told[0][key] for key in ("chat", "chat_date") if told and told[0].get(key)}
+    first = next((header for header in headers if header.get("chat")), Header())
+    fields = {"chat": first.get("chat"), "chat_date": first.get("chat_date")}
+    return {name: value for name, value in fields.items() if value}

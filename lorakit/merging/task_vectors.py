@@ -1,8 +1,9 @@
 """Task vectors of one module: what each adapter adds to its weights, and sums of them.
 
 A part is one adapter's A/B pair at the module with its weight; its task vector is w·s·B·A. Sums of
-parts are exact as stacked factors. What looks at single parameters (TIES, DARE, magnitude) forms
-the task vectors, a block of rows of one module at a time. Which method does what is in _methods.py.
+parts are exact as stacked factors. Methods that look at single parameters (TIES, DARE, magnitude)
+need the dense task vectors, formed for a few rows of one module at a time. Which method does what
+is in module_merges.py.
 """
 
 from __future__ import annotations
@@ -15,11 +16,9 @@ from decimal import Decimal
 import numpy as np
 
 from lorakit.adapters.adapter import LoraModule
-from lorakit.adapters.tensors import FloatArray
+from lorakit.adapters.tensors import FloatArray, Pair
 
-Pair = tuple[FloatArray, FloatArray]  # A (r × d_in) and B (d_out × r)
-
-_BLOCK = 1 << 20  # parameters of a task vector that are looked at together
+_BLOCK = 1 << 20  # parameters of a task vector that are formed at a time
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,11 @@ class Part:
         return self.weight * self.module.scale
 
 
-# Takes the next block of rows of a part's ΔW and zeroes, or rescales, in place what it drops.
+# Takes the next rows of a part's ΔW; zeroes in place what is dropped and rescales the rest.
 Thin = Callable[[FloatArray], None]
+# Begins the thinning of a part, whose rows then come in order.
 Thinning = Callable[[Part], Thin]
+# Combines the weighted and thinned task vectors of all parts, parameter by parameter.
 Combination = Callable[[Sequence[FloatArray]], FloatArray]
 
 
@@ -50,27 +51,27 @@ def stacked(parts: Sequence[Part]) -> Pair:
 
 
 def combined(parts: Sequence[Part], thinning: Thinning, combine: Combination) -> FloatArray:
-    """Return the dense sum (d_out × d_in, float32) of thinned task vectors, whatever a sum is.
+    """Return the thinned task vectors of one module, combined: dense, d_out × d_in, float32.
 
-    Besides it stand in memory one block of rows of each part and what `thinning` needs.
+    Besides the result, memory holds some rows of each part and what `thinning` needs.
     """
     merged = np.empty(parts[0].module.shape, np.float32)
-    thin = [thinning(part) for part in parts]
+    thin_by_part = [thinning(part) for part in parts]
     blocks = [row_blocks(part) for part in parts]
     first = 0
     for rows in zip(*blocks, strict=True):
-        for drop, values in zip(thin, rows, strict=True):
-            drop(values)
-        weighed = [
+        for thin, values in zip(thin_by_part, rows, strict=True):
+            thin(values)
+        weighted = [
             values * np.float32(part.weight) for values, part in zip(rows, parts, strict=True)
         ]
-        merged[first : first + len(rows[0])] = combine(weighed)
+        merged[first : first + len(rows[0])] = combine(weighted)
         first += len(rows[0])
     return merged
 
 
 def row_blocks(part: Part) -> Iterator[FloatArray]:
-    """Yield ΔW = s·B·A of a part, its weight left out, as blocks of rows in order, float32."""
+    """Yield ΔW = s·B·A of a part, without its weight, a block of rows after the other, float32."""
     a = part.module.a
     b: FloatArray = part.module.b * np.float32(part.module.scale)
     count = max(1, _BLOCK // a.shape[1])
@@ -86,7 +87,7 @@ def total(task_vectors: Sequence[FloatArray]) -> FloatArray:
 def elected(task_vectors: Sequence[FloatArray]) -> FloatArray:
     """Return, for each parameter, the mean of the values that have the elected sign.
 
-    The sign elected is that of the sum; the mean is over the values other than zero that have it
+    The elected sign is that of the sum; the mean is over the values other than zero that have it
     (TIES, Yadav et al., 2023, section 3, steps 2 and 3). Where the sum is zero no sign is elected
     and the result is zero.
     """
@@ -97,9 +98,9 @@ def elected(task_vectors: Sequence[FloatArray]) -> FloatArray:
 
 
 def trimming(density: Decimal) -> Thinning:
-    """Keep the floor(density·n) parameters of largest |ΔW| of each module, the rest become zero.
+    """Keep the floor(density·n) largest of the n parameters of each module by |ΔW| (TIES, step 1).
 
-    TIES, step 1; of equal ones the first are kept, so that no more and no fewer are.
+    The rest become zero. Of equal ones the first are kept, so that their number is exact.
     """
 
     def begin(part: Part) -> Thin:
@@ -119,7 +120,7 @@ def trimming(density: Decimal) -> Thinning:
 
 
 def _threshold(part: Part, count: int) -> tuple[float, int]:
-    """Return the `count`-th largest |ΔW| of a part, and how many of that size are to be kept."""
+    """Return the `count`-th largest |ΔW| of a part, and how many of that size to keep."""
     if count == 0:
         return float("inf"), 0
     size = np.empty(part.module.shape[0] * part.module.shape[1], np.float32)
@@ -128,14 +129,15 @@ def _threshold(part: Part, count: int) -> tuple[float, int]:
         size[first : first + values.size] = np.abs(values).reshape(-1)
         first += values.size
     size.partition(len(size) - count)
-    kept = size[-count:]
-    return float(kept[0]), int(np.count_nonzero(kept == kept[0]))
+    largest = size[-count:]
+    return float(largest[0]), int(np.count_nonzero(largest == largest[0]))
 
 
 def dropping(density: Decimal, seed: int) -> Thinning:
-    """Keep each parameter of ΔW with probability `density`, divided by it (DARE, Yu et al., 2024).
+    """Keep each parameter of ΔW with probability `density` and divide it by that.
 
-    The draws depend on the seed, the module's name and the adapter's place among the adapters.
+    DARE (Yu et al., 2024). The draws depend on the seed, the module's name and which of the
+    adapters it is.
     """
     share = np.float32(density)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from lorakit.adapters.tensors import Tensor, read_tensors, write_tensors
+from lorakit.adapters.safetensors import read_tensors, write_tensors
+from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from lorakit.files import atomic_path
 from lorakit.models.lora import factors

@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 
 from lorakit.adapters.adapter import Adapter, Factors, tensors_of
-from lorakit.adapters.config import peft_config
-from lorakit.adapters.history import joined_history
+from lorakit.adapters.blocks import BlockFields
+from lorakit.adapters.history import Header, HistoryEntry, new_entry, new_header
 from lorakit.adapters.storage import save_adapter
+from lorakit.adapters.targets import peft_config
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.lora import default_targets, inject, is_transposed, pick_modules, projections
@@ -130,13 +130,13 @@ def train_adapter(
     targets = _targets(base, lora, reporter)
     modules = pick_modules(base, targets, lora.layers)
     corpus = load_corpus(data, val, encoder, seed=settings.seed, reporter=reporter)
-    entry: dict[str, Any] = {
-        "command": "train-adapter",
-        "versions": versions(),
-        "settings": {**settings.told(), **selection.told(), **asdict(lora)},
-        **corpus.hashes,
-    }
-    entry["settings"]["target_modules"] = targets
+    shape = {**asdict(lora), "target_modules": targets}
+    entry = new_entry(
+        "train-adapter",
+        versions=versions(),
+        settings={**settings.told(), **selection.told(), **shape},
+        hashes=corpus.hashes,
+    )
     ranks = dict.fromkeys(modules, lora.rank)
     config = peft_config(
         ranks,
@@ -177,27 +177,20 @@ def _targets(base: Base, lora: LoraSettings, reporter: Reporter) -> list[str]:
 def header(
     base: Base,
     settings: TrainingSettings,
-    entry: Mapping[str, Any],
+    entry: HistoryEntry,
     *,
     parents: Iterable[Adapter] = (),
-    blocks: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
+    blocks: Sequence[BlockFields] = (),
+) -> Header:
     """Return the header of a trained adapter: its base, chat choice, blocks and history.
 
     The history is that of the parents, each entry once, and then `entry`.
     """
-    earlier = joined_history(parent.header for parent in parents)
-    told: dict[str, Any] = {
-        "format": 1,
-        "base": base.record,
-        "chat": settings.chat,
-        "history": [*earlier, entry],
-    }
-    if told["chat"] == "on":
-        told["chat_date"] = str(CHAT_DATE)
-    if blocks:
-        told["blocks"] = list(blocks)
-    return told
+    chat = {"chat": settings.chat}
+    if settings.chat == "on":
+        chat["chat_date"] = str(CHAT_DATE)
+    headers = [parent.header for parent in parents]
+    return new_header(entry, parents=headers, base=base.record, chat=chat, blocks=blocks)
 
 
 def versions() -> dict[str, str]:

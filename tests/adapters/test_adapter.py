@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.blocks import BlockFields
+from lorakit.adapters.safetensors import read_tensors
 from lorakit.adapters.storage import load_adapter, save_adapter
-from lorakit.adapters.tensors import Tensor, read_tensors
+from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from tests.support.adapters import run_python, save_tensors, tiny
 
@@ -321,7 +323,9 @@ def test_a_kill_leaves_no_folder_with_the_config_of_another(place: int, tmp_path
 
 def test_a_changed_byte_of_the_header_never_raises_anything_else(tmp_path: Path) -> None:
     path, random = tmp_path / "x.safetensors", np.random.default_rng(0)
-    blocks = [{"name": "x", "modules": {Q.removeprefix("base_model.model."): {"rank": 2}}}]
+    blocks: list[BlockFields] = [
+        {"name": "x", "modules": {Q.removeprefix("base_model.model."): {"rank": 2}}}
+    ]
     adapter = tiny(rank_pattern={"q_proj": 2}, layers_to_transform=[0, 1], layers_pattern="layers")
     save_adapter(Adapter(adapter.tensors, adapter.config, {"blocks": blocks}), str(path))
     data = path.read_bytes()

@@ -19,12 +19,12 @@ from lorakit.adapters.config import (
     alpha_of,
     check_config,
     config_text,
-    is_targeted,
     parse_config,
     rank_of,
     scale_of,
 )
 from lorakit.adapters.config_keys import FORMER, HARMLESS_INITS, KEPT, REFUSED
+from lorakit.adapters.targets import is_targeted
 from lorakit.errors import LorakitError
 
 MODULES = [

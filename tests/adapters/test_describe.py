@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from lorakit.adapters.adapter import Adapter, lora_name
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.describe import inspect_adapter, write_table
-from lorakit.adapters.names import layer_of
+from lorakit.adapters.history import Header
+from lorakit.adapters.names import layer_of, lora_name
 from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.tensors import Tensor
 from lorakit.commands.inspect import inspect
@@ -37,7 +38,7 @@ HISTORY = [
         "data": "22" * 32,
     }
 ]
-HEADER = {
+HEADER: Any = {
     "format": 1,
     "base": {"name": "tiny", "fingerprint": "33" * 32},
     "chat": "off",
@@ -103,7 +104,7 @@ def test_norms_and_zeros_of_blocks_are_those_of_their_slices() -> None:
 
 def test_a_merge_of_one_block_is_the_whole() -> None:
     adapter = tiny()
-    parts = {m.name: {"offset": 0, "rank": m.rank, "scale": 1.0} for m in adapter.modules()}
+    parts: Any = {m.name: {"offset": 0, "rank": m.rank, "scale": 1.0} for m in adapter.modules()}
     record = inspect_adapter(replace(adapter, header={"blocks": [{"name": "x", "modules": parts}]}))
     block = record["blocks"][0]
     assert block["norm"] == pytest.approx(record["norm"], rel=1e-12)
@@ -119,13 +120,14 @@ def test_the_config_is_told_in_short() -> None:
     assert record["dtype"] == ["BF16"]
     assert record["target_modules"] == ["q_proj", "v_proj"]
     assert record["sha256"] == adapter.sha256
-    assert record["blocks"] == record["history"] == []
+    assert record["blocks"] == []
+    assert record["history"] == []
 
 
 def test_the_base_is_the_headers_or_else_the_configs() -> None:
     adapter = tiny(base_model_name_or_path="gpt2")
     assert inspect_adapter(adapter)["base"] == "gpt2"
-    header = {"base": {"name": "tiny"}}
+    header: Header = {"base": {"name": "tiny"}}
     assert inspect_adapter(replace(adapter, header=header))["base"] == "tiny"
 
 
@@ -187,14 +189,14 @@ def test_the_table_shows_layers_blocks_and_history(tmp_path: Path) -> None:
 
 def test_a_table_of_a_header_with_nothing_in_it_is_drawn() -> None:
     stream = io.StringIO()
-    header = {"blocks": [None, {}], "history": [None, {"seed": 1}]}
+    header: Any = {"blocks": [None, {}], "history": [None, {"seed": 1}]}
     write_table(inspect_adapter(replace(tiny(), header=header)), stream)
     assert "seed: 1" in stream.getvalue()
 
 
 def test_names_cannot_steer_the_terminal() -> None:
     stream = io.StringIO()
-    header = {"blocks": [{"name": "\x1b[2J"}], "history": [{"command": "\x1b[2J"}]}
+    header: Header = {"blocks": [{"name": "\x1b[2J"}], "history": [{"command": "\x1b[2J"}]}
     adapter = replace(tiny(), header=header, name="\x1b[2J[bold]")
     write_table(inspect_adapter(adapter), stream)
     assert "\x1b" not in stream.getvalue()

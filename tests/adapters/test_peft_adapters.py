@@ -16,9 +16,11 @@ import safetensors.torch
 import torch
 import transformers
 
-from lorakit.adapters.adapter import Adapter, lora_name
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.names import lora_name
+from lorakit.adapters.safetensors import read_tensors
 from lorakit.adapters.storage import load_adapter, save_adapter
-from lorakit.adapters.tensors import Tensor, read_tensors
+from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from tests.support.adapters import save_tensors, tiny
 from tests.support.peft_models import KINDS, logits, random_model, with_lora

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lorakit.adapters.adapter import Adapter, tensors_of
-from lorakit.adapters.config import peft_config
 from lorakit.adapters.portable import make_portable
+from lorakit.adapters.targets import peft_config
 from tests.support.adapters import tiny
 
 

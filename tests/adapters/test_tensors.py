@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.adapters import tensors as module
-from lorakit.adapters.tensors import Tensor, read_tensors, write_tensors
+from lorakit.adapters.safetensors import read_tensors, write_tensors
+from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 
 quick = settings(deadline=None, max_examples=60)

@@ -26,9 +26,9 @@ import torch
 import transformers
 
 from lorakit.adapters.adapter import Adapter, tensors_of
-from lorakit.adapters.config import peft_config
 from lorakit.adapters.names import layer_of
 from lorakit.adapters.storage import load_adapter, save_adapter
+from lorakit.adapters.targets import peft_config
 from lorakit.boundary.decode import Pool
 from lorakit.boundary.gates import Gates
 from lorakit.models.base import Base, load_base

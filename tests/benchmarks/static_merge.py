@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from lorakit.adapters.adapter import Adapter, tensors_of
-from lorakit.adapters.config import peft_config
 from lorakit.adapters.storage import load_adapter, save_adapter
+from lorakit.adapters.targets import peft_config
 from lorakit.merging.static import merge_statically
 from lorakit.settings import StaticSettings
 
@@ -57,8 +57,10 @@ def prepare(folder: Path) -> None:
             )
             for name, (rows, columns) in names.items()
         }
-        config = peft_config(dict.fromkeys(names, rank), base=None, alpha=16)
-        config["target_modules"] = sorted(name.rsplit(".", 1)[-1] for name in SHAPES)
+        config = {
+            **peft_config(dict.fromkeys(names, rank), base=None, alpha=16),
+            "target_modules": sorted(name.rsplit(".", 1)[-1] for name in SHAPES),
+        }
         save_adapter(Adapter(tensors_of(factors), config), str(folder / f"{number}.safetensors"))
 
 
@@ -71,7 +73,6 @@ def run_lorakit(folder: Path) -> dict[str, float]:
         "svd",
         settings=StaticSettings(weights=WEIGHTS, rank=RANK),
         output=str(folder / "merged.safetensors"),
-        note=print,
     )
     return {"seconds": time.perf_counter() - started, "peak": _status("VmHWM") - before}
 

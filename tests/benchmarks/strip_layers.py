@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lorakit.adapters.adapter import Adapter, lora_name
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.names import lora_name
 from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.tensors import Tensor
 

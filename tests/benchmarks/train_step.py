@@ -32,8 +32,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lorakit.adapters.adapter import Adapter, tensors_of
-from lorakit.adapters.config import peft_config
 from lorakit.adapters.storage import load_adapter, save_adapter
+from lorakit.adapters.targets import peft_config
 from lorakit.merging.input_norms import InputNorms
 from lorakit.merging.joint import attach_stack
 from lorakit.merging.pruner import Pruner

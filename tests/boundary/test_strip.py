@@ -13,13 +13,14 @@ import pytest
 import torch
 import transformers
 
-from lorakit.adapters.adapter import Adapter, lora_name, tensors_of
+from lorakit.adapters.adapter import Adapter, tensors_of
 from lorakit.adapters.blocks import share_of_zeros
-from lorakit.adapters.config import peft_config
-from lorakit.adapters.history import parse_header
-from lorakit.adapters.names import layer_of
+from lorakit.adapters.history import HistoryEntry, parse_header
+from lorakit.adapters.names import layer_of, lora_name
+from lorakit.adapters.safetensors import read_tensors
 from lorakit.adapters.storage import load_adapter, save_adapter
-from lorakit.adapters.tensors import Tensor, read_tensors
+from lorakit.adapters.targets import peft_config
+from lorakit.adapters.tensors import Tensor
 from lorakit.boundary.strip import strip_layers, write_stripped
 from lorakit.errors import LorakitError
 from lorakit.merging.stack import fold, stack
@@ -108,7 +109,7 @@ def test_a_merged_adapter_is_stripped_with_its_blocks(boundary: int, tmp_path: P
     factors = dict(fold(stacked.factors, stacked))
     q = "model.layers.0.self_attn.q_proj"
     factors[q][0][3:] = 0  # all of the second block's rows but one
-    blocks = [block.header(share_of_zeros(block, factors)) for block in stacked.blocks]
+    blocks = [b.fields(share_of_zeros(b.pairs(factors))) for b in stacked.blocks]
     config = peft_config(stacked.ranks, base=None)
     merged = Adapter(tensors_of(factors), config, {"format": 1, "blocks": blocks}, "merged")
     save_adapter(merged, f"{tmp_path / 'merged'}/")
@@ -125,7 +126,7 @@ def test_a_merged_adapter_is_stripped_with_its_blocks(boundary: int, tmp_path: P
         kept = {name: place for name, place in original["modules"].items() if name in names}
         assert block["modules"] == kept
         inner = type(part)(part.name, part.sha256, {n: part.modules[n] for n in kept})
-        assert block["zeros"] == share_of_zeros(inner, left)
+        assert block["zeros"] == share_of_zeros(inner.pairs(left))
     assert stripped.header["blocks"][1]["zeros"] > blocks[1]["zeros"]
 
 
@@ -133,7 +134,8 @@ def test_a_block_without_modules_is_no_block() -> None:
     below, above = (f"model.layers.{n}.self_attn.q_proj" for n in range(2))
     parts = {"below": {below: {"offset": 0, "rank": 2}}, "above": {above: {"offset": 0, "rank": 2}}}
     blocks = [{"name": name, "modules": modules} for name, modules in parts.items()]
-    given = Adapter(tiny().tensors, tiny().config, {"blocks": [*blocks, None]}, "x")
+    header: Any = {"blocks": [*blocks, None]}
+    given = Adapter(tiny().tensors, tiny().config, header, "x")
     stripped = strip_layers(given, boundary=1)
     assert [block["name"] for block in stripped.header["blocks"]] == ["below"]
 
@@ -217,7 +219,7 @@ def test_patterns_that_fit_no_module_any_more_go_and_the_others_keep_their_order
 
 
 def test_the_history_goes_on_and_names_the_parent(tmp_path: Path) -> None:
-    earlier = {"command": "merge", "settings": {"lr": 1.0}}
+    earlier: HistoryEntry = {"command": "merge", "settings": {"lr": 1.0}}
     adapter = Adapter(tiny().tensors, tiny().config, {"history": [earlier], "chat": "on"}, "d/m.st")
     returned = write_stripped(adapter, str(tmp_path / "out"), boundary=1)
     loaded = load_adapter(str(tmp_path / "out"))

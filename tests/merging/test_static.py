@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.adapters.adapter import Adapter, lora_name, tensors_of
-from lorakit.adapters.config import is_targeted, peft_config, rank_of
+from lorakit.adapters.adapter import Adapter, tensors_of
+from lorakit.adapters.config import rank_of
+from lorakit.adapters.history import Header
+from lorakit.adapters.names import lora_name
 from lorakit.adapters.storage import load_adapter, save_adapter
+from lorakit.adapters.targets import is_targeted, peft_config
 from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from lorakit.merging.methods import METHODS
 from lorakit.merging.static import merge_adapters
+from lorakit.reporting import Silent
 from lorakit.settings import StaticSettings
 from tests.support.adapters import tiny
 from tests.support.program import run, shell
@@ -61,16 +65,26 @@ def new_adapter(
             for factor in ("A", "B"):
                 values = draw.normal(size=sizes[factor])
                 tensors[lora_name(module, factor)] = Tensor.from_array(values, dtype)
-    return Adapter(tensors, config, header or {}, name)
+    return Adapter(tensors, config, Header() if header is None else header, name)
+
+
+class Notes(Silent):
+    """A reporter that keeps the notes."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
 
 
 def merge(adapters: list[Adapter], method: str = "cat", **given: Any) -> Adapter:
-    notes: list[str] = []
+    notes = Notes()
     portable = given.pop("portable", False)
     made = merge_adapters(
-        adapters, method, settings=StaticSettings(**given), note=notes.append, portable=portable
+        adapters, method, settings=StaticSettings(**given), reporter=notes, portable=portable
     )
-    assert not notes
+    assert not notes.texts
     return made
 
 
@@ -269,7 +283,7 @@ def test_the_history_tells_only_the_settings_the_method_reads_and_entries_once()
     ids=["name", "shape", "chat"],
 )
 def test_parents_that_disagree_are_told_of(other: dict[str, Any], message: str) -> None:
-    notes: list[str] = []
+    notes = Notes()
     made = merge_adapters(
         [
             new_adapter(header=header()),
@@ -277,11 +291,11 @@ def test_parents_that_disagree_are_told_of(other: dict[str, Any], message: str) 
         ],
         "cat",
         settings=StaticSettings(),
-        note=notes.append,
+        reporter=notes,
     )
-    assert len(notes) == 1
-    assert notes[0].startswith("Warning: ")
-    assert re.search(message, notes[0])
+    assert len(notes.texts) == 1
+    assert notes.texts[0].startswith("Warning: ")
+    assert re.search(message, notes.texts[0])
     assert made.header["base"] == BASE
     assert made.header.get("chat") == (None if "chat" in other else "off")
 

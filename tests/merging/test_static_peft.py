@@ -69,7 +69,7 @@ def saved(model: Any, folder: Path) -> list[Adapter]:
 
 def our_merge(adapters: list[Adapter], method: str, weights: list[float], **given: Any) -> Adapter:
     settings = StaticSettings(weights=tuple(weights), **given)
-    return merge_adapters(adapters, method, settings=settings, note=lambda text: None)
+    return merge_adapters(adapters, method, settings=settings)
 
 
 def our_deltas(adapter: Adapter) -> Deltas:
@@ -185,7 +185,6 @@ def test_the_result_loads_in_peft_and_gives_the_logits_of_the_sum(
         adapters,
         method,
         settings=StaticSettings(weights=tuple(WEIGHTS), rank=8),
-        note=lambda text: None,
         portable=portable,
     )
     save_adapter(merged, str(tmp_path / "ours") + "/")

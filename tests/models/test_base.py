@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import check_fingerprint, choose_model
+from lorakit.adapters.history import BaseFields
 from lorakit.commands import _opening
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base, load_base
@@ -181,7 +182,7 @@ def test_a_second_adapter_takes_the_place_of_the_first(llama: str) -> None:
     ("recorded", "warning"),
     [({"name": "m", "fingerprint": "x"}, True), ({"name": "m"}, False), ({}, False)],
 )
-def test_a_base_of_another_shape_gets_a_warning(recorded: dict[str, str], warning: bool) -> None:
+def test_a_base_of_another_shape_gets_a_warning(recorded: BaseFields, warning: bool) -> None:
     adapter = Adapter({}, {}, {"base": recorded}, "a.safetensors")
     assert (check_fingerprint([adapter], "m", "y") is not None) == warning
     assert check_fingerprint([adapter], "m", "x") is None

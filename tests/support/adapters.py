@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.adapters.adapter import Adapter, lora_name
-from lorakit.adapters.tensors import Tensor, write_tensors
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.names import lora_name
+from lorakit.adapters.safetensors import write_tensors
+from lorakit.adapters.tensors import Tensor
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lorakit.adapters.adapter import Adapter, tensors_of
-from lorakit.adapters.config import peft_config
 from lorakit.adapters.names import layer_of
+from lorakit.adapters.targets import peft_config
 from lorakit.models.base import Base
 from lorakit.models.generation import generate
 from lorakit.models.lora import attach, default_targets, is_transposed, pick_modules, projections

@@ -1,0 +1,42 @@
+"""Text that other programs wrote: JSON parsed strictly, and names made safe to print."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_LONGEST_NAME = 120  # characters of a name quoted in a message
+
+
+def quote(name: str) -> str:
+    """Return a name from a file in quotes, shortened and escaped to fit one line of a terminal."""
+    short = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+    return f"'{printable(short)}'"
+
+
+def printable(text: str) -> str:
+    """Return a text with every character escaped that could steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON strictly.
+
+    Raises ValueError also for a key that occurs twice, for nesting that is too deep and for text
+    that UTF-8 cannot hold (half a surrogate pair), which could not be written again.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object_of_unique_keys)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _object_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise ValueError(f"{quote(key)} stands in it twice")
+        fields[key] = value
+    return fields
