@@ -25,8 +25,8 @@ from lorakit.models.lora import attach
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.records import Record, load_records, write_records
+from lorakit.scoring.cautions import find_cautions
 from lorakit.scoring.metrics import METRICS, Score, score
-from lorakit.scoring.systems import find_cautions
 from lorakit.scoring.texts import references_of
 from lorakit.settings import BoundarySettings, GenerationSettings
 

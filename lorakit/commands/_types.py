@@ -155,7 +155,10 @@ class MetricName(ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from lorakit.scoring.metrics import METRICS
 
-        names = [*self._others, *(name for name, metric in METRICS.items() if metric.is_alone)]
+        names = [
+            *self._others,
+            *(name for name, metric in METRICS.items() if metric.needs == "texts"),
+        ]
         if value not in names:
             self.fail(f"{value!r} is not one of {', '.join(names)}.", param, ctx)
         return str(value)

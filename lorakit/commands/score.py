@@ -119,13 +119,13 @@ def score(
     from lorakit.scoring.systems import score_systems
     from lorakit.scoring.table import write_score_table
 
-    if baseline is None and any(METRICS[name].compared for name in metric):
+    if baseline is None and any(METRICS[name].needs == "baseline" for name in metric):
         raise click.UsageError("--metric contains-baseline needs --baseline.")
     systems = systems_of(predictions, system, baseline)
     several = baseline is not None or sum(len(one.files) for one in systems) > 1
     settings = options.settings_of(SignificanceSettings, given) if several else None
     embedder = None
-    if any(METRICS[name].embedded for name in metric):
+    if any(METRICS[name].needs == "model" for name in metric):
         from lorakit.scoring.bertscore import check_libraries
 
         check_libraries()

@@ -1,7 +1,7 @@
-"""Comparing one short answer with one label: equal, contained, first, shared words, final number.
+"""Compare one short answer with one label: equal, contained, first, shared words, final number.
 
-Each comparison is `(prediction, reference, lang) -> 0..1`; metrics.py makes metrics of them. It
-knows nothing of corpora. An empty prediction, or an empty label, scores 0.
+Each comparison is `(prediction, reference, lang) -> 0..1`; metrics.py makes metrics of them. This
+file knows nothing of corpora. An empty prediction, or an empty label, scores 0.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def exact_match(prediction: str, reference: str, lang: str) -> float:
 
 
 def contains_label(prediction: str, reference: str, lang: str) -> float:
-    """Return 1 where the normalised label stands in the normalised output, else 0.
+    """Return 1 where the normalised output contains the normalised label, else 0.
 
-    As whole words; as a substring in languages without spaces.
+    The label must be found as whole words; in languages without spaces a substring is enough.
     """
     text, label = _comparable(prediction, reference, lang)
     if not language(lang).spaced:
@@ -34,12 +34,12 @@ def contains_label(prediction: str, reference: str, lang: str) -> float:
 def first_words_match(prediction: str, reference: str, lang: str) -> float:
     """Return 1 where the output's first word is the label (of n words: its first n words), else 0.
 
-    Words are counted before articles go, so that "A B" does not begin with "B".
+    Words are counted before articles are removed, so that "A B" does not begin with "B".
     """
     for punctuation in (False, True):
         text, label = (
-            words(normalise(one, lang=lang, articles=True, punctuation=punctuation), lang=lang)
-            for one in (prediction, reference)
+            words(normalise(raw, lang=lang, articles=True, punctuation=punctuation), lang=lang)
+            for raw in (prediction, reference)
         )
         if label:
             return exact_match(" ".join(text[: len(label)]), reference, lang)
@@ -63,7 +63,7 @@ def token_f1(prediction: str, reference: str, lang: str) -> float:
 
 
 def _comparable(prediction: str, reference: str, lang: str) -> tuple[str, str]:
-    """Return both texts normalised alike, as far as anything is left of the reference.
+    """Return both texts normalised in the same way, such that something is left of the reference.
 
     SQuAD's rule would leave nothing of the labels "A" or "+"; then articles, and if need be
     punctuation, stay in both texts.
@@ -76,6 +76,7 @@ def _comparable(prediction: str, reference: str, lang: str) -> tuple[str, str]:
 
 
 def _joined(text: str, lang: str) -> str:
+    """Return the text without spaces in languages that are written without them."""
     return text if language(lang).spaced else text.replace(" ", "")
 
 
@@ -89,7 +90,7 @@ _MARK = "####"
 def final_number(text: str) -> Decimal | None:
     """Return the first number after `####`, else the last of the text; None where there is none.
 
-    Thousands separators, a currency sign and a closing full stop are not part of its value.
+    Thousands separators, a currency sign and a full stop at the end are not part of its value.
     """
     marked = next(_numbers(text.partition(_MARK)[2]), None)
     if marked is not None:

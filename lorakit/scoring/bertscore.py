@@ -1,10 +1,10 @@
 """BERTScore: the F1 of a greedy matching of two texts' tokens by the cosine of their embeddings.
 
 It is written out here because the package bert-score (0.3.13 of 2023, its last) fails with
-transformers 5 on an empty text and on tokenizers that name no longest length, and no longer puts
-the space before RoBERTa's first word. But for that the values are its own to rounding: no idf
-weights, no rescaling, the layers it chose per model. This file knows vectors, not the models they
-come from; those are in text_encoder.py.
+transformers 5 on an empty text and on tokenizers that name no maximum length, and no longer puts
+the space before RoBERTa's first word. Apart from that the values agree with its own to rounding: no
+idf weights, no rescaling, the layers it chose per model. This file knows vectors, and of models
+only their names; an Embedder is opened by models/text_encoder.py.
 
 Source: Zhang et al. 2020, BERTScore: Evaluating text generation with BERT.
 """
@@ -20,12 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import missing_package
+from lorakit.scoring.per_example import mean_over_examples
+from lorakit.scoring.statistics import Examples, References, Statistics
+from lorakit.versions import version_of
 
 _EXAMPLES_AT_ONCE = 64
 
 DEFAULT_MODELS = {"en": "roberta-large", "zh": "bert-base-chinese"}
 OTHER_MODEL = "bert-base-multilingual-cased"
-# The layer that agreed best with people's judgement in the authors' tuning on WMT16.
+# The layer that agreed best with human judgement when the authors tuned it on WMT16.
 TUNED_LAYERS = {
     "bert-base-chinese": 8,
     "bert-base-multilingual-cased": 9,
@@ -41,7 +44,7 @@ TUNED_LAYERS = {
 
 
 def check_libraries() -> None:
-    """Raise LorakitError where a library that embeds texts is not installed; imports none."""
+    """Raise LorakitError where a library needed to embed texts is missing, without importing it."""
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
             raise missing_package("--metric bertscore", name)
@@ -59,18 +62,39 @@ class Embedded:
 
 
 class Embedder(Protocol):
-    """What turns texts into vectors, and the part of the signature that names it."""
+    """Turns texts into vectors."""
 
     @property
-    def signature(self) -> str: ...
+    def signature(self) -> str:
+        """The part of a score's signature that names the model."""
+        ...
 
-    def embed(self, texts: Sequence[str]) -> list[Embedded]: ...
+    def embed(self, texts: Sequence[str]) -> list[Embedded]:
+        """Return the tokens of each text, in order."""
+        ...
+
+
+def bertscore(examples: Examples) -> Statistics:
+    """Return BERTScore's F1 of each example: the best over references, no idf, not rescaled.
+
+    Raises LorakitError where the examples have no embedder.
+    """
+    embedder = examples.embedder
+    if embedder is None:
+        raise LorakitError("this metric needs a model to embed tokens; use `lorakit score`")
+    signature = (
+        f"nrefs:{examples.reference_count}|refs:max|measure:f1|idf:no|rescaled:no"
+        f"|{embedder.signature}|version:lorakit-{version_of('lorakit')}"
+    )
+    best = best_f1s(examples.predictions, examples.references, embedder)
+    return mean_over_examples(best, signature)
 
 
 def greedy_f1(ours: Embedded, theirs: Embedded) -> float:
-    """Return F1 of precision (our tokens, each with its closest of theirs) and recall, up to 1.
+    """Return the F1 (at most 1) of two texts; 0 where one of them has no token that counts.
 
-    It is 0 where a text has no token that counts.
+    Precision is the mean over our tokens of the cosine with the closest of theirs, recall the
+    converse.
     """
     if not (ours.counts.any() and theirs.counts.any()):
         return 0.0
@@ -80,16 +104,14 @@ def greedy_f1(ours: Embedded, theirs: Embedded) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def best_f1s(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], embedder: Embedder
-) -> list[float]:
-    """Return each prediction's highest F1 over its references; vectors are of 64 at a time."""
-    found = []
+def best_f1s(predictions: Sequence[str], references: References, embedder: Embedder) -> list[float]:
+    """Return each prediction's highest F1 over its references, embedding 64 examples at a time."""
+    best = []
     for start in range(0, len(predictions), _EXAMPLES_AT_ONCE):
         group = slice(start, start + _EXAMPLES_AT_ONCE)
         texts = [*predictions[group], *(text for listed in references[group] for text in listed)]
-        different = list(dict.fromkeys(texts))
-        vectors = dict(zip(different, embedder.embed(different), strict=True))
+        distinct = list(dict.fromkeys(texts))
+        embedded = dict(zip(distinct, embedder.embed(distinct), strict=True))
         for text, listed in zip(predictions[group], references[group], strict=True):
-            found.append(max(greedy_f1(vectors[text], vectors[other]) for other in listed))
-    return found
+            best.append(max(greedy_f1(embedded[text], embedded[other]) for other in listed))
+    return best

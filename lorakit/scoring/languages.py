@@ -1,7 +1,7 @@
-"""Cutting text into words and normalising it, language by language.
+"""Cut text into words and normalise it, language by language.
 
-It knows nothing of metrics. A language is added as one function that returns the words of a text
-and one line in LANGUAGES; `--lang` and the tests read that table.
+To add a language, write one function that returns the words of a text and one line in LANGUAGES,
+which `--lang` and the tests read. This file knows nothing of metrics.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _whitespace_words(text: str) -> list[str]:
 
 
 def _mecab_words(text: str) -> list[str]:
-    """Return MeCab's surface forms, as written and with punctuation; only white space is left out.
+    """Return MeCab's surface forms as written, with punctuation but without white space.
 
     MeCab reads a C string in UTF-8, so NUL would end the text and half a surrogate pair stop it.
     """
@@ -62,7 +62,10 @@ def _chinese_tokenizer() -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Language:
-    """How a language's words are found, and whether they stand apart on the page."""
+    """A language: how to find its words, and whether it is written with spaces between them.
+
+    `tokenizer` returns the name and version, for signatures, of what finds the words.
+    """
 
     name: str
     words: Callable[[str], list[str]]
@@ -88,7 +91,7 @@ LANGUAGES: dict[str, Language] = {
 
 
 def language(lang: str) -> Language:
-    """Return the entry of LANGUAGES; LorakitError listing the choices where there is none."""
+    """Return the entry of LANGUAGES; raise LorakitError with the choices where there is none."""
     if lang not in LANGUAGES:
         raise LorakitError(f"unknown language {lang!r}; choose from {', '.join(LANGUAGES)}")
     return LANGUAGES[lang]
@@ -100,11 +103,11 @@ def words(text: str, *, lang: str) -> list[str]:
 
 
 def normalise(text: str, *, lang: str, articles: bool = False, punctuation: bool = False) -> str:
-    """Return the text as SQuAD compares it; `articles` and `punctuation` say what is kept.
+    """Return the text as SQuAD compares it; `articles` and `punctuation` keep these in it.
 
-    Lower case, no ASCII punctuation, no a/an/the, single spaces. Languages without spaces have no
-    articles to remove; there the text is first put into NFKC (full-width forms), and a space takes
-    the place of punctuation of any script.
+    That is in lower case, without ASCII punctuation or a/an/the, and with single spaces. Languages
+    without spaces have no articles to remove; there the text is first put into NFKC (full-width
+    forms), and a space takes the place of punctuation of any script.
     """
     if language(lang).spaced:
         text = text.lower()
@@ -124,7 +127,7 @@ def _is_punctuation(character: str) -> bool:
 
 
 def script_of(texts: Iterable[str]) -> str:
-    """Return what most letters of the texts are: `ascii`, `ja` (kana seen), `zh`, or `other`."""
+    """Return the script of most letters: `ascii`, `ja` (a twentieth are kana), `zh` or `other`."""
     ascii_letters = kana = han = letters = 0
     for text in texts:
         for character in text:

@@ -1,24 +1,30 @@
-"""Metrics that are means over examples: of the best over the references of each.
+"""Metrics that score every example by itself and average: answers, ROUGE, and what an output has
+in common with another system's.
 
-Comparisons of answers, ROUGE, BERTScore, and what an output has in common with another system's.
+Where an example has several references, the best counts. BERTScore, which is of this kind too, is
+in bertscore.py; metrics of a whole file are in sacrebleu.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.errors import LorakitError
 from lorakit.scoring.answers import contains_label, token_f1
 from lorakit.scoring.languages import language, words
-from lorakit.scoring.statistics import MetricFunction, References, Row, Statistics
+from lorakit.scoring.statistics import Examples, Row, Statistics, TextComparison
 from lorakit.versions import version_of
 
 if TYPE_CHECKING:
-    from lorakit.scoring.bertscore import Embedder
     from lorakit.scoring.statistics import Array
 
-Comparison = Callable[[str, str, str], float]
+
+def mean_over_examples(values: Iterable[float], signature: str) -> Statistics:
+    """Return the statistics of a metric that is the mean of one number (0..1) per example."""
+    return Statistics([[value] for value in values], _mean, _means, signature)
 
 
 def _mean(total: Row, count: int) -> float:
@@ -29,25 +35,23 @@ def _means(totals: Array, count: int) -> Array:
     return 100 * totals[:, 0] / count
 
 
-def best_reference(compare: Comparison, notes: str) -> MetricFunction:
-    """Return the metric whose value is the mean over examples of the best over references.
+def best_reference(examples: Examples, *, compare: TextComparison, notes: str) -> Statistics:
+    """Return the mean over examples of the best comparison with one of the references.
 
-    `notes` go into the signature; {norm}, {tok} and {match} in it depend on the language.
+    `notes` go into the signature; {norm}, {tok} and {match} in them depend on the language.
     """
-
-    def statistics(predictions: Sequence[str], references: References, lang: str) -> Statistics:
-        pairs = zip(predictions, references, strict=True)
-        rows = [[max(compare(text, other, lang) for other in listed)] for text, listed in pairs]
-        signature = (
-            f"nrefs:{_number_of(references)}|refs:max|{notes.format_map(_notes(lang))}"
-            f"|lang:{lang}|version:lorakit-{version_of('lorakit')}"
-        )
-        return Statistics(rows, _mean, _means, signature)
-
-    return statistics
+    lang = examples.lang
+    pairs = zip(examples.predictions, examples.references, strict=True)
+    best = [max(compare(text, reference, lang) for reference in listed) for text, listed in pairs]
+    signature = (
+        f"nrefs:{examples.reference_count}|refs:max|{notes.format_map(_notes(lang))}"
+        f"|lang:{lang}|version:lorakit-{version_of('lorakit')}"
+    )
+    return mean_over_examples(best, signature)
 
 
 def _notes(lang: str) -> dict[str, str]:
+    """Return what a comparison's signature says of a language: its normalisation and words."""
     spaced = language(lang).spaced
     return {
         "norm": "squad" if spaced else "nfkc+lower+nopunct",
@@ -56,28 +60,47 @@ def _notes(lang: str) -> dict[str, str]:
     }
 
 
-def contains_other(
-    predictions: Sequence[str], references: References, others: Sequence[str], lang: str
-) -> Statistics:
-    """Return the share of outputs that contain the other system's output, as `contains` does."""
-    return best_reference(contains_label, "norm:{norm}|match:{match}")(
-        predictions, [[other] for other in others], lang
+def contains_baseline(examples: Examples) -> Statistics:
+    """Return the share of outputs that contain the baseline's output, as `contains` does.
+
+    Raises LorakitError where there is no baseline.
+    """
+    outputs = [[output] for output in _baseline_predictions(examples)]
+    return best_reference(
+        Examples(examples.predictions, outputs, examples.lang),
+        compare=contains_label,
+        notes="norm:{norm}|match:{match}",
     )
 
 
-def contains_other_where_worse(
-    predictions: Sequence[str], references: References, others: Sequence[str], lang: str
-) -> Statistics:
-    """Return that share among the examples whose F1 is lower than the other's (section 6.7)."""
+def contains_baseline_where_worse(examples: Examples) -> Statistics:
+    """Return that share among the examples whose F1 is lower than the baseline's (section 6.7).
+
+    Raises LorakitError where there is no baseline.
+    """
+    contained = contains_baseline(examples)
     ours, theirs = (
-        best_reference(token_f1, "")(texts, references, lang).rows
-        for texts in (predictions, others)
+        _f1s(predictions, examples)
+        for predictions in (examples.predictions, _baseline_predictions(examples))
     )
-    found = contains_other(predictions, references, others, lang)
-    worse = [float(mine[0] < other[0]) for mine, other in zip(ours, theirs, strict=True)]
-    rows = [[low * row[0], low] for low, row in zip(worse, found.rows, strict=True)]
-    signature = f"{found.signature}|where:f1-below-baseline"
-    return Statistics(rows, _share, _shares, signature)
+    worse = [float(our_f1 < their_f1) for our_f1, their_f1 in zip(ours, theirs, strict=True)]
+    rows = [[low * row[0], low] for low, row in zip(worse, contained.rows, strict=True)]
+    return Statistics(rows, _share, _shares, f"{contained.signature}|where:f1-below-baseline")
+
+
+def _baseline_predictions(examples: Examples) -> Sequence[str]:
+    if examples.baseline_predictions is None:
+        raise LorakitError("contains-baseline compares with another system; give it by --baseline")
+    return examples.baseline_predictions
+
+
+def _f1s(predictions: Sequence[str], examples: Examples) -> list[float]:
+    """Return the F1 of each of these predictions with its best reference."""
+    pairs = zip(predictions, examples.references, strict=True)
+    return [
+        max(token_f1(text, reference, examples.lang) for reference in listed)
+        for text, listed in pairs
+    ]
 
 
 def _share(total: Row, count: int) -> float:
@@ -90,15 +113,9 @@ def _shares(totals: Array, count: int) -> Array:
     return shares
 
 
-def _number_of(references: References) -> str:
-    """Return how many references each example has, or `var`, as sacrebleu writes it."""
-    counts = {len(listed) for listed in references}
-    return str(counts.pop()) if len(counts) == 1 else "var"
-
-
 @dataclass(frozen=True)
-class _WordsOf:
-    """What rouge_score asks of a tokenizer, for languages other than its own."""
+class _LanguageTokenizer:
+    """A tokenizer as rouge_score wants it, for languages other than its own."""
 
     lang: str
 
@@ -106,38 +123,29 @@ class _WordsOf:
         return words(text, lang=self.lang)
 
 
-def rouge(kind: str, predictions: Sequence[str], references: References, lang: str) -> Statistics:
+def _rouge(kind: str, examples: Examples) -> Statistics:
     """Return rouge_score's F-measure of each example: the best over references, no stemmer.
 
     English goes through rouge_score's default tokenizer, which drops all that is not ASCII; other
-    languages through segmentation's words, as written. `rougeLsum` takes lines for sentences.
+    languages through the words of languages.py, as written. `rougeLsum` takes lines for sentences.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    spaced = language(lang).spaced
-    scorer = RougeScorer([kind], use_stemmer=False, tokenizer=None if spaced else _WordsOf(lang))
-    rows = [
-        [float(scorer.score_multi(listed, text)[kind].fmeasure)]
-        for text, listed in zip(predictions, references, strict=True)
-    ]
-    tokenizer = "rouge_score-default" if spaced else language(lang).tokenizer()
+    lang = language(examples.lang)
+    own_tokenizer = None if lang.spaced else _LanguageTokenizer(examples.lang)
+    scorer = RougeScorer([kind], use_stemmer=False, tokenizer=own_tokenizer)
+    pairs = zip(examples.predictions, examples.references, strict=True)
+    best = [float(scorer.score_multi(listed, text)[kind].fmeasure) for text, listed in pairs]
+    tokenizer = "rouge_score-default" if lang.spaced else lang.tokenizer()
     sentences = "|sentences:lines" if kind == "rougeLsum" else ""
     signature = (
-        f"nrefs:{_number_of(references)}|refs:max|measure:f1|stemmer:no|tok:{tokenizer}{sentences}"
-        f"|lang:{lang}|version:rouge_score-{version_of('rouge_score')}"
+        f"nrefs:{examples.reference_count}|refs:max|measure:f1|stemmer:no|tok:{tokenizer}"
+        f"{sentences}|lang:{examples.lang}|version:rouge_score-{version_of('rouge_score')}"
     )
-    return Statistics(rows, _mean, _means, signature)
+    return mean_over_examples(best, signature)
 
 
-def bertscore(
-    predictions: Sequence[str], references: References, lang: str, embedder: Embedder
-) -> Statistics:
-    """Return BERTScore's F1 of each example: the best over references, no idf, not rescaled."""
-    from lorakit.scoring.bertscore import best_f1s
-
-    rows = [[value] for value in best_f1s(predictions, references, embedder)]
-    signature = (
-        f"nrefs:{_number_of(references)}|refs:max|measure:f1|idf:no|rescaled:no"
-        f"|{embedder.signature}|version:lorakit-{version_of('lorakit')}"
-    )
-    return Statistics(rows, _mean, _means, signature)
+rouge1 = functools.partial(_rouge, "rouge1")
+rouge2 = functools.partial(_rouge, "rouge2")
+rouge_l = functools.partial(_rouge, "rougeL")
+rouge_lsum = functools.partial(_rouge, "rougeLsum")

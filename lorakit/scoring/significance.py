@@ -1,12 +1,12 @@
-"""Significance: how far chance alone may make two systems differ, and a value vary.
+"""Significance: how much chance alone may make two systems differ, and a value vary.
 
-It draws examples again, not texts: all it needs are the rows of `Statistics`, of which corpus
-metrics too are computed anew in every trial. It knows nothing of files.
+A trial draws examples again and needs no texts for it: from the rows of `Statistics` even the value
+of a corpus metric is computed anew. This file knows nothing of files.
 
 A system is one or more runs (seeds) on the same examples, and its value the mean over its runs'
 values. Examples are drawn, never runs: a trial swaps or draws an example in all runs at once. So
 what is tested is whether these trained systems differ beyond the choice of test examples; how much
-training again would change them is the spread over the runs, which no p-value here contains.
+training them again would change them is the spread over the runs, which no p-value here contains.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.errors import LorakitError
 from lorakit.scoring.statistics import Statistics
 from lorakit.settings import SignificanceSettings
 
-Array = NDArray[np.float64]
+if TYPE_CHECKING:
+    from lorakit.scoring.statistics import Array
+
 Runs = Sequence[Statistics]
 
 _DRAWS_AT_ONCE = 1 << 21  # numbers in memory in one array
@@ -45,7 +47,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A system less the baseline under one metric, in points, and the p-value of no difference."""
+    """A system minus the baseline under one metric, in points, and the p-value of no difference."""
 
     difference: float
     interval: Interval
@@ -53,7 +55,7 @@ class Comparison:
 
 
 def interval_of(values: Array) -> Interval:
-    """Return the interval that leaves out a fortieth of the values at each end (as sacrebleu)."""
+    """Return the interval that leaves out a fortieth of the values at each end, as sacrebleu's."""
     ordered = np.sort(values)
     outside = len(ordered) // 40
     return Interval(float(ordered[outside]), float(ordered[-1 - outside]))
@@ -62,7 +64,7 @@ def interval_of(values: Array) -> Interval:
 def bootstrap(metrics: Sequence[Runs], settings: SignificanceSettings) -> list[Array]:
     """Return a system's values under each metric (trials), its examples drawn with replacement.
 
-    With the same settings and number of examples the same examples are drawn for every system, so
+    With the same settings and number of examples, the same examples are drawn for every system, so
     the values of two systems are pairs. Source: Koehn 2004; the draws are those of sacrebleu's
     `--paired-bs` with the same seed.
     """
@@ -85,31 +87,33 @@ def compare(
     baseline_values: Sequence[Array],
     settings: SignificanceSettings,
 ) -> list[Comparison]:
-    """Return the comparison under each metric; the values are what `bootstrap` gave for each."""
-    found = []
+    """Return the comparison under each metric; the values of both are those of `bootstrap`."""
+    comparisons = []
     for place, p in enumerate(p_values(system, baseline, settings)):
-        ours, theirs = (fmean(run.value for run in s[place]) for s in (system, baseline))
-        drawn = interval_of(system_values[place] - baseline_values[place])
-        found.append(Comparison(ours - theirs, drawn, p))
-    return found
+        ours, theirs = (fmean(run.value for run in side[place]) for side in (system, baseline))
+        interval = interval_of(system_values[place] - baseline_values[place])
+        comparisons.append(Comparison(ours - theirs, interval, p))
+    return comparisons
 
 
 def p_values(
     system: Sequence[Runs], baseline: Sequence[Runs], settings: SignificanceSettings
 ) -> list[float]:
-    """Return, for each metric, how often chance alone differs as much as two systems do.
+    """Return, for each metric, how often chance alone makes as large a difference as is observed.
 
     Paired approximate randomization, two-sided: in each trial a coin per example decides whether
-    the two systems swap what they gave for it, and p = (c + 1) / (trials + 1), where c counts the
+    the two systems swap their outputs for it, and p = (c + 1) / (trials + 1), where c counts the
     trials whose absolute difference is no smaller than the observed one. sacrebleu counts only
-    larger ones, which makes two equal systems differ significantly; else, with its seed, its
-    `--paired-ar` gives the same p. Runs are paired in order, a single run with each of the
-    other's. Source: Noreen 1989; Riezler and Maxwell 2005. Raises LorakitError where the numbers
-    of runs or examples cannot be paired.
+    larger ones, which makes two equal systems differ significantly; apart from that its
+    `--paired-ar`, with the same seed, gives the same p. Runs are paired in order, a single run with
+    each of the other's. Source: Noreen 1989; Riezler and Maxwell 2005. Raises LorakitError where
+    the numbers of runs or examples cannot be paired.
     """
     pairs = [_paired(ours, theirs) for ours, theirs in zip(system, baseline, strict=True)]
     ours, theirs = ([side for side, _ in pairs], [side for _, side in pairs])
-    rows, others = (np.hstack([_matrix(run) for runs in s for run in runs]) for s in (ours, theirs))
+    rows, others = (
+        np.hstack([_matrix(run) for runs in side for run in runs]) for side in (ours, theirs)
+    )
     total, swap, count = rows.sum(axis=0), others - rows, len(rows)
     both = total + others.sum(axis=0)
     observed = _distances(ours, theirs, total[None], both, count)
@@ -117,8 +121,8 @@ def p_values(
     generator = np.random.default_rng(settings.seed)
     for trials in _chunks(settings.trials, count):
         swapped = generator.integers(2, size=(trials, count), dtype=bool).astype(np.float64)
-        found = _distances(ours, theirs, total + swapped @ swap, both, count)
-        for place, distance in enumerate(found):
+        distances = _distances(ours, theirs, total + swapped @ swap, both, count)
+        for place, distance in enumerate(distances):
             reached[place] += int(np.sum(distance >= observed[place] - _TIE))
     return [(times + 1) / (settings.trials + 1) for times in reached]
 
@@ -126,12 +130,16 @@ def p_values(
 def _distances(
     ours: Sequence[Runs], theirs: Sequence[Runs], sums: Array, both: Array, count: int
 ) -> list[Array]:
-    """Return the absolute difference under each metric, given one side's sums and those of both."""
+    """Return the absolute difference (n) under each metric.
+
+    `sums` (n × all runs' columns) are those of our side, `both` those of the two sides together.
+    """
     sides = zip(_values(ours, sums, count), _values(theirs, both - sums, count), strict=True)
-    return [np.abs(one - other) for one, other in sides]
+    return [np.abs(our_values - their_values) for our_values, their_values in sides]
 
 
 def _paired(ours: Runs, theirs: Runs) -> tuple[Runs, Runs]:
+    """Return as many runs of either side, a single run repeated for each of the other's."""
     if len(ours) != len(theirs) and 1 not in (len(ours), len(theirs)):
         raise LorakitError(
             f"{len(ours)} runs cannot be paired with {len(theirs)}; "
@@ -146,6 +154,7 @@ def _paired(ours: Runs, theirs: Runs) -> tuple[Runs, Runs]:
 
 
 def _matrix(run: Statistics) -> Array:
+    """Return the rows of a run as an array (examples × length of a row)."""
     return np.asarray(run.rows, dtype=np.float64)
 
 
@@ -163,7 +172,7 @@ def _values(metrics: Sequence[Runs], sums: Array, count: int) -> list[Array]:
 
 
 def _chunks(trials: int, count: int) -> Iterator[int]:
-    """Yield numbers of trials that add up to all of them and keep memory within bounds."""
+    """Yield numbers of trials at a time that add up to all of them and keep memory in bounds."""
     most = max(_WORD, _DRAWS_AT_ONCE // count // _WORD * _WORD)
     while trials > 0:
         yield min(most, trials)

@@ -1,4 +1,8 @@
-"""Sufficient statistics of a metric: a row of numbers per example, and the value of their sum."""
+"""What a metric is computed from, and what comes out: Examples and Statistics.
+
+Statistics are sufficient: a row of numbers per example, from whose sum the value follows. So a
+significance test can draw examples again without scoring them again. This file knows no metric.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,33 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from lorakit.scoring.bertscore import Embedder
+
     Array = NDArray[np.float64]
 
 Row = Sequence[float]
 References = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Predictions, the references of each, and the language they are in.
+
+    `embedder` serves metrics that embed tokens; `baseline_predictions`, another system's outputs
+    for the same examples, serve those that compare with them. Each is None where it is not needed.
+    """
+
+    predictions: Sequence[str]
+    references: References
+    lang: str
+    embedder: Embedder | None = None
+    baseline_predictions: Sequence[str] | None = None
+
+    @property
+    def reference_count(self) -> str:
+        """How many references each example has, or `var`, as sacrebleu's signatures write it."""
+        counts = {len(listed) for listed in self.references}
+        return str(counts.pop()) if len(counts) == 1 else "var"
 
 
 @dataclass(frozen=True)
@@ -33,8 +60,10 @@ class Statistics:
 
     @property
     def value(self) -> float:
+        """The metric's value in percent, over all examples."""
         total = [math.fsum(column) for column in zip(*self.rows, strict=True)]
         return self.value_of(total, len(self.rows))
 
 
-MetricFunction = Callable[[Sequence[str], References, str], Statistics]
+MetricFunction = Callable[[Examples], Statistics]
+TextComparison = Callable[[str, str, str], float]  # (prediction, reference, lang) -> 0..1

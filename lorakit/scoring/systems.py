@@ -1,29 +1,27 @@
-"""Scoring files of records: from the paths of JSONL files to scores of the systems they came from.
+"""Score systems: from the paths of JSONL files to the scores of the systems that wrote them.
 
-What a metric is stands in metrics.py, what a significance test does in significance.py.
+A system is one or more runs (seeds), each a file. What a metric is stands in metrics.py, what a
+significance test does in significance.py, and what is read of a file in texts.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError
-from lorakit.scoring.answers import final_number
-from lorakit.scoring.languages import LANGUAGES, script_of
-from lorakit.scoring.metrics import METRICS, Score, statistics
+from lorakit.scoring.cautions import find_cautions
+from lorakit.scoring.metrics import METRICS, Score, compute_statistics
 from lorakit.scoring.statistics import Statistics
-from lorakit.scoring.texts import Texts, check_alike, load_texts
+from lorakit.scoring.texts import Texts, check_aligned, load_texts
 from lorakit.settings import SignificanceSettings
 
 if TYPE_CHECKING:  # imports numpy
     from lorakit.scoring.bertscore import Embedder
     from lorakit.scoring.significance import Comparison, Interval
-
-_ENOUGH_TO_JUDGE = 1000
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,16 @@ class System:
 
     @property
     def label(self) -> str:
+        """The system's name, or else its file."""
         return self.files[0] if self.name is None else self.name
 
 
 @dataclass(frozen=True)
 class Significance:
-    """What a resampling of the examples says of one system, per metric in the order of its scores.
+    """What resampling the examples says of one system, per metric in the order of its scores.
 
-    `baseline` is the label of what it is compared with; then, and but for the baseline itself,
-    `comparisons` has one entry per metric.
+    `baseline` is the label of the system it is compared with; except for the baseline itself,
+    `comparisons` then has one entry per metric.
     """
 
     settings: SignificanceSettings
@@ -51,21 +50,24 @@ class Significance:
     baseline: str | None = None
     comparisons: tuple[Comparison, ...] = ()
 
-    def as_record(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return one object: the settings, then an object by metric of each kind of number."""
-        told: dict[str, Any] = {"trials": self.settings.trials, "seed": self.settings.seed}
-        intervals = zip(names, self.intervals, strict=True)
-        told["intervals"] = {name: [one.low, one.high] for name, one in intervals}
+    def as_record(self, names: Sequence[str]) -> dict[str, object]:
+        """Return one object: the settings, then each kind of number as an object by metric."""
+        record: dict[str, object] = {"trials": self.settings.trials, "seed": self.settings.seed}
+        record["intervals"] = _ends_by_name(names, self.intervals)
         if self.baseline is not None:
-            told["baseline"] = self.baseline
+            record["baseline"] = self.baseline
         if self.comparisons:
             compared = list(zip(names, self.comparisons, strict=True))
-            told["differences"] = {name: one.difference for name, one in compared}
-            told["difference_intervals"] = {
-                name: [one.interval.low, one.interval.high] for name, one in compared
-            }
-            told["p_values"] = {name: one.p for name, one in compared}
-        return told
+            intervals = [comparison.interval for comparison in self.comparisons]
+            record["differences"] = {name: comparison.difference for name, comparison in compared}
+            record["difference_intervals"] = _ends_by_name(names, intervals)
+            record["p_values"] = {name: comparison.p for name, comparison in compared}
+        return record
+
+
+def _ends_by_name(names: Sequence[str], intervals: Sequence[Interval]) -> dict[str, list[float]]:
+    pairs = zip(names, intervals, strict=True)
+    return {name: [interval.low, interval.high] for name, interval in pairs}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class SystemScores:
     """The scores of one system, and what the user should know before believing them.
 
     `runs` has one entry per metric, with the statistics of each file; a score is the mean of its
-    runs' values.
+    runs' values. `group` is a field and the value of it that all these records have in common.
     """
 
     system: System
@@ -83,44 +85,61 @@ class SystemScores:
     scores: tuple[Score, ...]
     cautions: tuple[str, ...]
     significance: Significance | None = None
-    group: tuple[str, Any] | None = None  # the field and its value that all its records have
+    group: tuple[str, object] | None = None
 
-    def of_group(self, field: str, value: Any, members: Sequence[int]) -> SystemScores:
+    def of_group(self, field: str, value: object, members: Sequence[int]) -> SystemScores:
         """Return the scores over some of the examples, by their numbers."""
         runs = tuple(
             tuple(replace(run, rows=[run.rows[member] for member in members]) for run in of_metric)
             for of_metric in self.runs
         )
         scores = tuple(
-            replace(one, value=fmean(run.value for run in of_metric), count=len(members))
-            for one, of_metric in zip(self.scores, runs, strict=True)
+            replace(score, value=fmean(run.value for run in of_metric), count=len(members))
+            for score, of_metric in zip(self.scores, runs, strict=True)
         )
         group = (field, value)
         return replace(self, runs=runs, scores=scores, count=len(members), group=group)
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> dict[str, object]:
         """Return one flat record: the metrics' full values by name, signatures in one object.
 
-        A system that was given a name also tells its files and the value of each.
+        That of a system with a name also lists its files and the value of each.
         """
-        names = [one.name for one in self.scores]
+        names = [score.name for score in self.scores]
         named = self.system.name is not None
-        told: dict[str, Any] = (
+        record: dict[str, object] = (
             {"system": self.system.name, "files": list(self.system.files)}
             if named
             else {"file": self.system.label}
         )
         if self.group is not None:
-            told["group"] = dict([self.group])
-        told |= {"count": self.count, "lang": self.lang}
-        told |= {one.name: one.value for one in self.scores}
-        told["signatures"] = {one.name: one.signature for one in self.scores}
+            record["group"] = dict([self.group])
+        record |= {"count": self.count, "lang": self.lang}
+        record |= {score.name: score.value for score in self.scores}
+        record["signatures"] = {score.name: score.signature for score in self.scores}
         if named:
-            values = ([run.value for run in runs] for runs in self.runs)
-            told["runs"] = dict(zip(names, values, strict=True))
+            values = ([run.value for run in of_metric] for of_metric in self.runs)
+            record["runs"] = dict(zip(names, values, strict=True))
         if self.significance is not None:
-            told["significance"] = self.significance.as_record(names)
-        return told
+            record["significance"] = self.significance.as_record(names)
+        return record
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What to compute of every system."""
+
+    metrics: Sequence[str]
+    lang: str
+    embedder: Embedder | None
+    group_by: str | None
+
+    @property
+    def needs_baseline(self) -> bool:
+        return any(METRICS[name].needs == "baseline" for name in self.metrics)
+
+
+Groups = Mapping[str, Sequence[int]]  # a value as JSON: the numbers of the examples that have it
 
 
 def score_systems(
@@ -136,64 +155,34 @@ def score_systems(
     """Return the scores of each system under each metric, in order.
 
     `group_by` is a field of the records: after the scores over all of them come those over the
-    records of each of its values, in the order in which they first occur.
+    records of each of its values, in the order in which the values first occur.
 
-    With `settings`, each has bootstrap intervals, and with the label of one as `baseline`, every
-    other is compared with it; then all must have predicted for the same records in the same order,
-    as the files of one system always must. The texts of two files are in memory at a time. Raises
-    LorakitError naming file and line.
+    With `settings`, every system gets bootstrap intervals; with the label of one as `baseline`,
+    all others are compared with it. Then all must have predicted for the same records in the same
+    order, as the files of one system always must. The texts of two files are in memory at a time.
+    Raises LorakitError naming file and line.
     """
-    alike = None
-    compares = any(METRICS[name].compared for name in metrics)
-    others: list[Texts] = []
-    if baseline is not None:
-        first = next(system for system in systems if system.label == baseline)
-        _check_runs(systems, first)
-        alike = load_texts(first.files[0], group_by)
-        others = [load_texts(path, group_by) for path in first.files[1:]] if compares else []
-    loaded: dict[str, Texts] = {} if alike is None else {alike.path: alike}
+    request = _Request(metrics, lang, embedder, group_by)
+    baseline_runs = [] if baseline is None else _load_baseline(systems, baseline, request)
     scored, groups = [], []
     for system in systems:
-        one, texts = _score(
-            system,
-            alike,
-            loaded,
-            others=[alike, *others] if compares and alike else [],
-            metrics=metrics,
-            lang=lang,
-            embedder=embedder,
-            group_by=group_by,
-        )
-        scored.append(one)
-        groups.append(_groups(texts.groups))
-    told = [scored]
+        scores, groups_of_system = _score(system, baseline_runs, request)
+        scored.append(scores)
+        groups.append(groups_of_system)
+    parts = [scored]
     if group_by is not None:
-        values = dict.fromkeys(key for found in groups for key in found)
-        told += [_of_group(scored, groups, group_by, value) for value in values]
-    if settings is None:
-        return [one for part in told for one in part]
-    return [one for part in told for one in _with_significance(part, baseline, settings)]
+        parts += _by_group(scored, groups, group_by)
+    if settings is not None:
+        parts = [_with_significance(part, baseline, settings) for part in parts]
+    return [scores for part in parts for scores in part]
 
 
-def _groups(values: Sequence[str]) -> dict[str, list[int]]:
-    """Return the numbers of the examples of each value, as JSON, in the order of the values."""
-    groups: dict[str, list[int]] = {}
-    for number, value in enumerate(values):
-        groups.setdefault(value, []).append(number)
-    return groups
-
-
-def _of_group(
-    scored: Sequence[SystemScores],
-    groups: Sequence[dict[str, list[int]]],
-    field: str,
-    group: str,
-) -> list[SystemScores]:
-    return [
-        one.of_group(field, json.loads(group), found[group])
-        for one, found in zip(scored, groups, strict=True)
-        if group in found
-    ]
+def _load_baseline(systems: Sequence[System], label: str, request: _Request) -> list[Texts]:
+    """Return the baseline's first run, and its others where a metric compares with them."""
+    baseline = next(system for system in systems if system.label == label)
+    _check_runs(systems, baseline)
+    files = baseline.files if request.needs_baseline else baseline.files[:1]
+    return [load_texts(path, request.group_by) for path in files]
 
 
 def _check_runs(systems: Sequence[System], baseline: System) -> None:
@@ -209,95 +198,89 @@ def _check_runs(systems: Sequence[System], baseline: System) -> None:
 
 
 def _score(
-    system: System,
-    alike: Texts | None,
-    loaded: dict[str, Texts],
-    *,
-    others: Sequence[Texts],
-    metrics: Sequence[str],
-    lang: str,
-    embedder: Embedder | None,
-    group_by: str | None,
-) -> tuple[SystemScores, Texts]:
-    """Return one system's scores, its files checked to line up with `alike`, and its texts.
+    system: System, baseline_runs: Sequence[Texts], request: _Request
+) -> tuple[SystemScores, Groups]:
+    """Return a system's scores and the groups of its examples.
 
-    `loaded` are the files that were read before: stdin can be read only once. `others` are the
-    baseline's runs, one for each of the system's or one for all.
+    Its files are checked to line up with the baseline's first run, or else with each other.
     """
-    runs: list[list[Statistics]] = [[] for _ in metrics]
+    runs: list[tuple[Statistics, ...]] = []
+    reference = baseline_runs[0] if baseline_runs else None
     for number, path in enumerate(system.files):
-        texts = loaded[path] if path in loaded else load_texts(path, group_by)
-        other = others[number if len(others) > 1 else 0].predictions if others else None
-        alike = alike or (texts if len(system.files) > 1 else None)
-        if alike is not None:
-            check_alike(texts, alike)
-        for place, name in enumerate(metrics):
-            found = statistics(
-                texts.predictions,
-                texts.references,
-                metric=name,
-                lang=lang,
-                embedder=embedder,
-                others=other,
-            )
-            runs[place].append(found)
+        texts = _load(path, baseline_runs, request.group_by)
+        if reference is not None:
+            check_aligned(texts, reference)
+        elif len(system.files) > 1:
+            reference = texts
+        paired = baseline_runs[number if len(baseline_runs) > 1 else 0] if baseline_runs else None
+        runs.append(_statistics(texts, paired, request))
+    by_metric = tuple(zip(*runs, strict=True))
     count = len(texts.predictions)
     scores = tuple(
         Score(name, fmean(run.value for run in of_metric), count, of_metric[0].signature)
-        for name, of_metric in zip(metrics, runs, strict=True)
+        for name, of_metric in zip(request.metrics, by_metric, strict=True)
     )
-    cautions = tuple(find_cautions(texts.references, metrics=metrics, lang=lang))
-    return SystemScores(system, lang, count, tuple(map(tuple, runs)), scores, cautions), texts
+    cautions = find_cautions(texts.references, metrics=request.metrics, lang=request.lang)
+    scored = SystemScores(system, request.lang, count, by_metric, scores, tuple(cautions))
+    return scored, _groups(texts.groups)
+
+
+def _load(path: str, baseline_runs: Sequence[Texts], group_by: str | None) -> Texts:
+    """Return the texts of a file; the baseline's first is at hand (stdin can be read only once)."""
+    first = baseline_runs[0] if baseline_runs else None
+    return first if first is not None and first.path == path else load_texts(path, group_by)
+
+
+def _statistics(
+    texts: Texts, baseline_run: Texts | None, request: _Request
+) -> tuple[Statistics, ...]:
+    """Return the statistics of one run under each metric."""
+    return tuple(
+        compute_statistics(
+            texts.predictions,
+            texts.references,
+            metric=name,
+            lang=request.lang,
+            embedder=request.embedder,
+            baseline_predictions=None if baseline_run is None else baseline_run.predictions,
+        )
+        for name in request.metrics
+    )
+
+
+def _groups(values: Sequence[str]) -> Groups:
+    groups: dict[str, list[int]] = {}
+    for number, value in enumerate(values):
+        groups.setdefault(value, []).append(number)
+    return groups
+
+
+def _by_group(
+    scored: Sequence[SystemScores], groups: Sequence[Groups], field: str
+) -> Iterator[list[SystemScores]]:
+    """Yield, for each value of the field, the scores of every system that has records with it."""
+    for value in dict.fromkeys(value for of_system in groups for value in of_system):
+        yield [
+            scores.of_group(field, json.loads(value), of_system[value])
+            for scores, of_system in zip(scored, groups, strict=True)
+            if value in of_system
+        ]
 
 
 def _with_significance(
     scored: Sequence[SystemScores], baseline: str | None, settings: SignificanceSettings
 ) -> list[SystemScores]:
+    """Return the scores with intervals and, where there is a baseline, comparisons with it."""
     from lorakit.scoring.significance import bootstrap, compare, interval_of
 
-    drawn = [bootstrap(one.runs, settings) for one in scored]
-    labels = [one.system.label for one in scored]
+    drawn = [bootstrap(scores.runs, settings) for scores in scored]
+    labels = [scores.system.label for scores in scored]
     place = None if baseline is None else labels.index(baseline)
-    told = []
-    for one, values in zip(scored, drawn, strict=True):
-        found = Significance(settings, tuple(map(interval_of, values)), baseline)
-        if place is not None and one.system.label != baseline:
-            compared = compare(one.runs, scored[place].runs, values, drawn[place], settings)
-            found = replace(found, comparisons=tuple(compared))
-        told.append(replace(one, significance=found))
-    return told
-
-
-def find_cautions(
-    references: Sequence[Sequence[str]], *, metrics: Sequence[str], lang: str
-) -> list[str]:
-    """Return a line for each way in which a metric cannot work on such references."""
-    texts = [text for listed in references[:_ENOUGH_TO_JUDGE] for text in listed]
-    script = script_of(texts)
-    found = []
-    blind = [name for name in metrics if METRICS[name].reads in ("words", "ascii")]
-    if blind and _needs_other_language(script, lang):
-        found.append(
-            f"the references are mostly {LANGUAGES[script].name}, whose words --lang {lang} does "
-            f"not find ({', '.join(blind)}); use --lang {script}"
-        )
-    dropped = [name for name in metrics if METRICS[name].reads == "ascii"]
-    if dropped and script == "other" and LANGUAGES[lang].spaced:
-        found.append(
-            f"the references are mostly not in ASCII letters, the only ones {', '.join(dropped)} "
-            "counts; use --metric chrf"
-        )
-    numeric = [name for name in metrics if METRICS[name].reads == "numbers"]
-    if numeric and 2 * sum(final_number(text) is None for text in texts) > len(texts):
-        found.append(
-            f"most references hold no number, which {', '.join(numeric)} compares; "
-            "choose another --metric"
-        )
-    return found
-
-
-def _needs_other_language(script: str, lang: str) -> bool:
-    """Say whether words are not found: no spaces between them, or kana among Chinese characters."""
-    if script not in LANGUAGES or script == lang:
-        return False
-    return LANGUAGES[lang].spaced or script == "ja"
+    results = []
+    for scores, values in zip(scored, drawn, strict=True):
+        significance = Significance(settings, tuple(map(interval_of, values)), baseline)
+        if place is not None and scores.system.label != baseline:
+            comparisons = compare(scores.runs, scored[place].runs, values, drawn[place], settings)
+            significance = replace(significance, comparisons=tuple(comparisons))
+        results.append(replace(scores, significance=significance))
+    return results

@@ -1,4 +1,4 @@
-"""The table of scores that a terminal gets: a row per system, a column per metric."""
+"""Write scores as the table that a terminal gets: a row per system, a column per metric."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SIGNIFICANT = 0.05
 def write_score_table(systems: Sequence[SystemScores], stream: IO[str]) -> None:
     """Write the values with two decimals, the best of several in bold, then notes on them.
 
-    Where examples were resampled a value is followed by ± half its interval, and by a star where
+    Where examples were resampled, a value is followed by ± half its interval, and by a star where
     it differs from the baseline's with p < 0.05. The signatures stand below, each once. No line is
     folded or cut: a narrow terminal wraps it.
     """
@@ -24,54 +24,63 @@ def write_score_table(systems: Sequence[SystemScores], stream: IO[str]) -> None:
     from rich.text import Text
 
     console = Console(file=stream, width=_WIDER_THAN_ANY_ROW)
-    named = any(one.system.name is not None for one in systems)
+    named = any(scores.system.name is not None for scores in systems)
     table = Table("system" if named else "file", box=None, pad_edge=False, header_style="bold")
     table.add_column("count", justify="right")
     for score in systems[0].scores:
         table.add_column(score.name, justify="right", no_wrap=True)
     best_of = {
-        repr(one.group): _best_values([other for other in systems if other.group == one.group])
-        for one in systems
+        repr(scores.group): _best_values(
+            [other for other in systems if other.group == scores.group]
+        )
+        for scores in systems
     }
-    for one in systems:
-        best = best_of[repr(one.group)]
+    for scores in systems:
+        best = best_of[repr(scores.group)]
         cells = [
-            Text(_cell(one, place), style="bold" if score.value == best[place] else "")
-            for place, score in enumerate(one.scores)
+            Text(_cell(scores, column), style="bold" if score.value == best[column] else "")
+            for column, score in enumerate(scores.scores)
         ]
-        label = one.system.label
-        if one.group is not None:
-            label += f" [{one.group[0]}: {one.group[1]}]"
-        table.add_row(Text(label), str(one.count), *cells)
+        table.add_row(Text(_label(scores)), str(scores.count), *cells)
     console.print(table)
-    for line in dict.fromkeys(line for one in systems for line in _notes(one)):
+    for line in dict.fromkeys(line for scores in systems for line in _notes(scores)):
         console.print(Text(line, style="dim"), soft_wrap=True)
 
 
-def _cell(one: SystemScores, place: int) -> str:
-    value = f"{one.scores[place].value:.2f}"
-    if one.significance is None:
+def _label(scores: SystemScores) -> str:
+    """Return what a row is about: the system, and the group of records if it is of one."""
+    if scores.group is None:
+        return scores.system.label
+    field, value = scores.group
+    return f"{scores.system.label} [{field}: {value}]"
+
+
+def _cell(scores: SystemScores, column: int) -> str:
+    value = f"{scores.scores[column].value:.2f}"
+    if scores.significance is None:
         return value
-    compared = one.significance.comparisons
-    star = "*" if compared and compared[place].p < _SIGNIFICANT else " "
-    return f"{value} ±{one.significance.intervals[place].half:.2f}{star}"
+    comparisons = scores.significance.comparisons
+    star = "*" if comparisons and comparisons[column].p < _SIGNIFICANT else " "
+    return f"{value} ±{scores.significance.intervals[column].half:.2f}{star}"
 
 
-def _notes(one: SystemScores) -> Iterator[str]:
-    if one.significance is not None:
-        settings, baseline = one.significance.settings, one.significance.baseline
-        drawn = f"{settings.trials} trials, seed {settings.seed}"
-        yield f"±: half the 95 % bootstrap interval over examples ({drawn})"
+def _notes(scores: SystemScores) -> Iterator[str]:
+    """Yield the lines below the table: what ± and the star mean, and the signatures."""
+    if scores.significance is not None:
+        settings, baseline = scores.significance.settings, scores.significance.baseline
+        draws = f"{settings.trials} trials, seed {settings.seed}"
+        yield f"±: half the 95 % bootstrap interval over examples ({draws})"
         if baseline is not None:
             yield f"*: p < {_SIGNIFICANT} against {baseline}, paired approximate randomization"
-    yield from (f"{score.name}: {score.signature}" for score in one.scores)
+    yield from (f"{score.name}: {score.signature}" for score in scores.scores)
 
 
 def _best_values(systems: Sequence[SystemScores]) -> list[float | None]:
+    """Return the best value of each column; None where there is but one system to choose from."""
     if len(systems) == 1:
         return [None] * len(systems[0].scores)
     columns = zip(*(system.scores for system in systems), strict=True)
     return [
-        (max if METRICS[column[0].name].higher_is_better else min)(one.value for one in column)
+        (max if METRICS[column[0].name].higher_is_better else min)(score.value for score in column)
         for column in columns
     ]

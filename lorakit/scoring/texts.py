@@ -1,4 +1,7 @@
-"""The files that `score` reads: texts by record, and whether two files are of the same records."""
+"""Read the files of predictions that `score` compares, and check that they are of the same records.
+
+This file knows no metrics.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,23 @@ from lorakit.records import Record, read_records
 
 @dataclass(frozen=True)
 class Texts:
-    """What is kept of a file: texts, and ids and places (`file:line`) to check and name them."""
+    """The texts of a file, with the ids and places (`file:line`) by which to check and name them.
+
+    `groups` are the values, as JSON, of the field by which examples are grouped, if any.
+    """
 
     path: str
     predictions: list[str]
     references: list[list[str]]
     ids: list[str | None]
     places: list[str]
-    groups: list[str]  # the values, as JSON, of the field that groups are made by
+    groups: list[str]
 
 
 def load_texts(path: str, group_by: str | None = None) -> Texts:
     """Return the texts of a JSONL file (`-`: stdin), and the values of a field of its records.
 
-    Raises LorakitError naming file and line.
+    Raises LorakitError naming file and line where a record lacks something, and for no records.
     """
     texts = Texts(path, [], [], [], [], [])
     for record in read_records(path, "prediction"):
@@ -46,30 +52,37 @@ def load_texts(path: str, group_by: str | None = None) -> Texts:
     return texts
 
 
-def check_alike(texts: Texts, other: Texts) -> None:
-    """Raise LorakitError where two files are not predictions for the same records, in order.
+_SAME_RECORDS = "compare predictions for the same records in the same order"
+
+
+def check_aligned(texts: Texts, other: Texts) -> None:
+    """Raise LorakitError where two files do not hold predictions for the same records, in order.
 
     Ids are compared where both records have one, references always.
     """
-    remedy = "compare predictions for the same records in the same order"
-    both = zip(texts.places, other.places, texts.ids, other.ids, strict=False)
-    for place, (here, there, ours, theirs) in enumerate(both):
+    pairs = zip(texts.places, other.places, texts.ids, other.ids, strict=False)
+    for number, (here, there, ours, theirs) in enumerate(pairs):
         if ours != theirs and ours is not None and theirs is not None:
-            raise LorakitError(f"{here}: the id {ours!r} is {theirs!r} at {there}; {remedy}")
-        if texts.references[place] != other.references[place]:
-            raise LorakitError(f"{here}: the references are not those at {there}; {remedy}")
-    common = min(len(texts.places), len(other.places))
-    for longer, shorter in ((texts, other), (other, texts)):
-        if len(longer.places) > common:
-            raise LorakitError(
-                f"{longer.places[common]}: there is no such record in "
-                f"{'stdin' if shorter.path == STDIO else shorter.path}, which ends after "
-                f"{common}; {remedy}"
-            )
+            raise LorakitError(f"{here}: the id {ours!r} is {theirs!r} at {there}; {_SAME_RECORDS}")
+        if texts.references[number] != other.references[number]:
+            raise LorakitError(f"{here}: the references are not those at {there}; {_SAME_RECORDS}")
+    _check_no_longer(texts, other)
+    _check_no_longer(other, texts)
+
+
+def _check_no_longer(texts: Texts, other: Texts) -> None:
+    """Raise LorakitError where the first file has more records than the second."""
+    count = len(other.places)
+    if len(texts.places) > count:
+        raise LorakitError(
+            f"{texts.places[count]}: there is no such record in "
+            f"{'stdin' if other.path == STDIO else other.path}, which ends after "
+            f"{count}; {_SAME_RECORDS}"
+        )
 
 
 def references_of(record: Record) -> list[str]:
-    """Return what a prediction is compared with; LorakitError where the record has nothing."""
+    """Return the texts to compare a prediction with; raise LorakitError where there are none."""
     if record.fields.get("references") is None and "completion" not in record.fields:
         raise LorakitError(
             f"{record.where}: the record has neither 'references' nor 'completion'; "

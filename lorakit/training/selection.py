@@ -1,4 +1,4 @@
-"""Choosing by a metric: greedy outputs for the validation records, scored as `score` does."""
+"""Select a model by a metric: greedy outputs for the validation records, scored as `score` does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from lorakit.settings import LOSS, GenerationSettings, SelectionSettings
 
 
 class Measured:
-    """The metric of a model as it stands, higher better; `generated` counts the outputs so far."""
+    """Measures the present state of a model by a metric, such that higher is better.
+
+    `generated` counts the outputs so far.
+    """
 
     def __init__(
         self,
@@ -30,9 +33,9 @@ class Measured:
         self.generated = 0
 
     def __call__(self) -> float:
-        """Generate for every record and return the score, negative where lower is better."""
-        made = generate(self._base, self._encoder, self._records, self._settings)
-        texts = [record.prediction for record, _ in made]
+        """Generate for every record and return the score, negated where lower is better."""
+        outputs = generate(self._base, self._encoder, self._records, self._settings)
+        texts = [record.prediction for record, _ in outputs]
         self.generated += len(texts)
         references = [record.references for record in self._records]
         value = score(texts, references, metric=self._metric, lang=self._lang).value
@@ -46,7 +49,7 @@ def measure_of(
     records: Sequence[Record],
     settings: SelectionSettings,
 ) -> Measured | None:
-    """Return what measures a model by `metric`, or None where that is the validation loss."""
+    """Return the measure of a model by `metric`, or None where that is the validation loss."""
     if metric == LOSS:
         return None
     return Measured(base, encoder, records, metric=metric, settings=settings)

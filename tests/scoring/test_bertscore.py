@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from lorakit.commands.score import score
 from lorakit.errors import LorakitError
 from lorakit.scoring.bertscore import Embedded, best_f1s, greedy_f1
-from lorakit.scoring.metrics import METRICS, statistics
+from lorakit.scoring.metrics import METRICS, compute_statistics
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", ".", ","]
 PREDICTIONS = ["the cat sat on the mat .", "a dog", "cat , dog ran", "mat"]
@@ -154,14 +154,16 @@ def test_robertas_first_word_is_read_as_one_inside_a_text(tmp_path: Path) -> Non
 
 
 def test_the_last_layer_is_taken_of_a_model_that_is_not_known(bert: str) -> None:
-    signature = statistics(["a"], [["a"]], metric="bertscore", embedder=embedder(bert)).signature
+    signature = compute_statistics(
+        ["a"], [["a"]], metric="bertscore", embedder=embedder(bert)
+    ).signature
     assert "nrefs:1|refs:max|measure:f1|idf:no|rescaled:no|" in signature
     assert f"|model:{bert}|layer:3|transformers:" in signature
 
 
 def test_the_value_is_the_mean_in_percent_of_the_best_over_references(bert: str) -> None:
     model = embedder(bert)
-    found = statistics(PREDICTIONS, REFERENCES, metric="bertscore", embedder=model)
+    found = compute_statistics(PREDICTIONS, REFERENCES, metric="bertscore", embedder=model)
     assert found.value == pytest.approx(100 * np.mean(best_f1s(PREDICTIONS, REFERENCES, model)))
     alone = [best_f1s(PREDICTIONS[:1], [[one]], model)[0] for one in REFERENCES[0]]
     assert found.rows[0][0] == pytest.approx(max(alone), abs=1e-5)
@@ -205,9 +207,9 @@ def test_a_model_or_layer_that_is_not_there_is_one_line(
 
 
 def test_without_a_model_it_says_so() -> None:
-    assert METRICS["bertscore"].embedded is not None
+    assert METRICS["bertscore"].needs == "model"
     with pytest.raises(LorakitError, match="needs a model"):
-        statistics(["a"], [["a"]], metric="bertscore")
+        compute_statistics(["a"], [["a"]], metric="bertscore")
 
 
 WITHOUT = """

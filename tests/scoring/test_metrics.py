@@ -25,11 +25,11 @@ from lorakit.scoring.answers import (
     token_f1,
 )
 from lorakit.scoring.languages import LANGUAGES, normalise, script_of, words
-from lorakit.scoring.metrics import METRICS, score, statistics
+from lorakit.scoring.metrics import METRICS, compute_statistics, score
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROUGE = [name for name in METRICS if name.startswith("rouge")]
-TEXT_METRICS = [name for name, metric in METRICS.items() if metric.is_alone]
+TEXT_METRICS = [name for name, metric in METRICS.items() if metric.needs == "texts"]
 SACREBLEU = ["bleu", "chrf"]
 LABEL_METRICS = ["em", "f1", "contains", "accuracy"]
 
@@ -180,9 +180,9 @@ def test_a_varying_number_of_references_is_what_sacrebleus_api_makes_of_none(met
 def test_examples_with_few_references_are_not_changed_by_those_with_more(metric: str) -> None:
     """The padding adds no empty reference: each row is the row of the example alone."""
     predictions, references = scitldr_pairs(60)
-    together = statistics(predictions, references, metric=metric).rows
+    together = compute_statistics(predictions, references, metric=metric).rows
     alone = [
-        statistics([text], [listed], metric=metric).rows[0]
+        compute_statistics([text], [listed], metric=metric).rows[0]
         for text, listed in zip(predictions, references, strict=True)
     ]
     assert [list(row) for row in together] == [list(row) for row in alone]
@@ -413,7 +413,7 @@ def test_empty_and_odd_predictions_score_0_and_never_crash(
 def test_rows_of_drawn_examples_add_up_to_their_score(metric: str) -> None:
     """What a significance test relies on: a resample needs only the sum of its rows."""
     predictions, references = scitldr_pairs(30)
-    found = statistics(predictions, references, metric=metric)
+    found = compute_statistics(predictions, references, metric=metric)
     chosen = random.Random(0).choices(range(30), k=30)
     total = [math.fsum(found.rows[i][k] for i in chosen) for k in range(len(found.rows[0]))]
     drawn = score([predictions[i] for i in chosen], [references[i] for i in chosen], metric=metric)

@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lorakit.errors import LorakitError
-from lorakit.scoring.metrics import METRICS, statistics
+from lorakit.scoring.metrics import METRICS, compute_statistics
 from lorakit.scoring.significance import bootstrap, compare, interval_of, p_values
 from lorakit.scoring.statistics import Statistics
 from lorakit.settings import SignificanceSettings
@@ -27,7 +27,7 @@ SEED = 12345
 FEW = SignificanceSettings(trials=500, seed=SEED)
 WMT = "data/wmt23-en-zh/generaltest2023.en-zh."
 SIZE = 400  # segments: sacrebleu takes its time
-TEXT_METRICS = [name for name, metric in METRICS.items() if metric.embedded is None]
+TEXT_METRICS = [name for name, metric in METRICS.items() if metric.needs != "model"]
 
 
 def wmt_lines(shared: Path, name: str) -> list[str]:
@@ -50,7 +50,7 @@ def texts(shared: Path) -> dict[str, list[str]]:
 
 def runs_of(predictions: list[str], reference: list[str], *metrics: str) -> list[list[Statistics]]:
     references = [[one] for one in reference]
-    return [[statistics(predictions, references, metric=one, lang="zh")] for one in metrics]
+    return [[compute_statistics(predictions, references, metric=one, lang="zh")] for one in metrics]
 
 
 def sacrebleu(
@@ -125,7 +125,9 @@ def test_draws_do_not_depend_on_how_they_are_cut_into_chunks(
 
 def random_sums(metric: str) -> tuple[Statistics, NDArray[np.float64]]:
     """Sums of which many have a zero somewhere: no output, no match, no 4-gram."""
-    found = statistics(["a b c d 7", "x"], [["a b d c 7"], ["y"]], metric=metric, others=["7", "y"])
+    found = compute_statistics(
+        ["a b c d 7", "x"], [["a b d c 7"], ["y"]], metric=metric, baseline_predictions=["7", "y"]
+    )
     columns = len(found.rows[0])
     draw = np.random.default_rng(0)
     sums = draw.integers(0, 400, (3000, columns)).astype(np.float64)
@@ -144,7 +146,7 @@ def test_many_values_at_once_are_to_the_bit_those_of_each_alone(metric: str) -> 
 
 def of_rows(*rows: float) -> list[list[Statistics]]:
     """One run under one metric that is a mean."""
-    mean = statistics(["a"], [["a"]], metric="em")
+    mean = compute_statistics(["a"], [["a"]], metric="em")
     return [[Statistics([[row] for row in rows], mean.value_of, mean.values_of, "")]]
 
 

@@ -17,7 +17,7 @@ from lorakit.commands.score import score
 from lorakit.errors import LorakitError
 from lorakit.scoring.metrics import METRICS
 
-TEXT_METRICS = [name for name, metric in METRICS.items() if metric.is_alone]
+TEXT_METRICS = [name for name, metric in METRICS.items() if metric.needs == "texts"]
 GOOD = {"id": "1", "prediction": "the cat sat", "references": ["the cat sat", "a dog"]}
 HALF = {"id": "2", "prediction": "yes", "completion": "no", "more": [1]}
 
