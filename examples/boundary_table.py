@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lorakit.records import read_objects
 
@@ -44,7 +42,10 @@ def print_curves(folder: Path, kind: str, title: str) -> None:
         name = (
             f"{file.parent.name} {records[0]['metric']}" if kind == "boundary" else file.parent.name
         )
-        rows[name] = {r["boundary"]: cell(r, kind) for r in records}
+        rows[name] = {
+            fields["boundary"]: cell(fields["score"], kind, best=bool(fields.get("best")))
+            for fields in records
+        }
     boundaries = sorted({boundary for row in rows.values() for boundary in row})
     print(f"{title}\n")
     print(f"| k | {' | '.join(map(str, boundaries))} |\n|---|{'---|' * len(boundaries)}")
@@ -53,14 +54,14 @@ def print_curves(folder: Path, kind: str, title: str) -> None:
     print()
 
 
-def cell(record: Mapping[str, Any], kind: str) -> str:
-    """Return a record's score as text, the best in bold."""
-    text = f"{record['score']:.1f}" if kind == "boundary" else f"{record['score']:.2f}"
-    return f"**{text}**" if record.get("best") else text
+def cell(score: float, kind: str, *, best: bool) -> str:
+    """Return a score as text, the best in bold."""
+    text = f"{score:.1f}" if kind == "boundary" else f"{score:.2f}"
+    return f"**{text}**" if best else text
 
 
 def print_tables(folder: Path) -> None:
-    """Print every table for which there are scores."""
+    """Print every table that has scores."""
     tables: dict[int, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for record in read_objects(str(folder / "scores.jsonl")):
         fields = record.fields

@@ -20,20 +20,20 @@ def main() -> None:
     parser.add_argument("scores")
     parser.add_argument("--metric", default="rougeL")
     parser.add_argument("--plot", metavar="FILE")
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows = []
-    for record in read_objects(given.scores):
+    for record in read_objects(options.scores):
         size, system = record.fields["system"].split(":")
-        value = record.fields[given.metric]
-        rows.append({"system": SYSTEMS[system], "examples": int(size), given.metric: value})
+        value = record.fields[options.metric]
+        rows.append({"system": SYSTEMS[system], "examples": int(size), options.metric: value})
     sizes = sorted({row["examples"] for row in rows})
-    print(f"| {given.metric} by training examples | {' | '.join(map(str, sizes))} |")
+    print(f"| {options.metric} by training examples | {' | '.join(map(str, sizes))} |")
     print(f"|---|{'---|' * len(sizes)}")
     for name in SYSTEMS.values():
-        found = {row["examples"]: row[given.metric] for row in rows if row["system"] == name}
-        print(f"| {name} | {' | '.join(f'{found[size]:.1f}' for size in sizes)} |")
-    if given.plot:
-        plot_lines(rows, x="examples", y=given.metric, line="system", output=given.plot)
+        scores = {row["examples"]: row[options.metric] for row in rows if row["system"] == name}
+        print(f"| {name} | {' | '.join(f'{scores[size]:.1f}' for size in sizes)} |")
+    if options.plot:
+        plot_lines(rows, x="examples", y=options.metric, line="system", output=options.plot)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Run lines of `lorakit` commands, some at a time, in forks of one process.
+"""Run lines of `lorakit` commands, several at a time, in forks of one process.
 
     printf 'FOLDER lorakit generate a.safetensors --data test.jsonl -o a.jsonl\n' |
         python examples/forks.py [--jobs 2]
 
-Each line is a folder to run in and a command. The libraries are imported once, which is most of the
-time of a short command on a small model. Lines that begin with the same number of `#` wait for all
-lines of fewer. Stops at the first command that fails, and names it.
+Each line is a folder to run in and a command. The libraries are imported once: importing them takes
+most of the time of a short command on a small model. Lines that begin with `#` wait for all lines
+that begin with fewer of them. Stops at the first command that fails, and names it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 
 
 def run(line: str) -> int:
-    """Run one line in a new process and return its number."""
+    """Run one line in a new process and return its process id."""
     folder, program, *arguments = shlex.split(line)
     if program != "lorakit":
         sys.exit(f"not a lorakit command: {line}")
@@ -38,7 +38,7 @@ def run(line: str) -> int:
 
 
 def wait(running: dict[int, str]) -> None:
-    """Wait for one of the children; stop all where it failed."""
+    """Wait for one of the children to end; stop all others if it failed."""
     child, status = os.wait()
     line = running.pop(child)
     if status:

@@ -34,6 +34,7 @@ LANGS = ("en", "ja")
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 UNK, BOS, EOS, PAD = range(4)
 VOCABULARY, CONTEXT = 1020, 512
+ROPE_THETA = 100000.0
 BATCH, WARMUP = 32, 100
 # Letters (with the space before them), single digits, and each Japanese script are cut apart, and
 # punctuation stands alone: so no token reaches over the border of prompt and completion.
@@ -42,11 +43,11 @@ PIECES = r" ?[A-Za-z]+|[0-9]|[ァ-ヶー]+|[ぁ-ん]+|[一-龥]+|\s| ?[^\sA-Za-z
 
 def records(task: str, lang: str, split: str, seed: int) -> list[tuple[str, str]]:
     """Return the (prompt, completion) pairs of one draw."""
-    made = microworld(task, lang=lang, split=split, seed=seed)
-    return [(str(record["prompt"]), str(record["completion"])) for record in made]
+    drawn = microworld(task, lang=lang, split=split, seed=seed)
+    return [(str(record["prompt"]), str(record["completion"])) for record in drawn]
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Train a BPE on the world's texts and add the 256 bytes, so that any text can be encoded."""
     cut = pre_tokenizers.Split(Regex(PIECES), "isolated")
     learner = Tokenizer(models.BPE())
@@ -77,8 +78,7 @@ def make_tokenizer() -> Any:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
     )
-    wrapper: Any = PreTrainedTokenizerFast
-    return wrapper(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=SPECIAL[UNK],
         bos_token=SPECIAL[BOS],
@@ -90,9 +90,9 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_model(vocabulary: int) -> Any:
+def make_model(vocabulary: int) -> LlamaForCausalLM:
     """Return the untrained model; eager attention trains faster on CPUs than the fused one."""
-    config: Any = LlamaConfig(
+    config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=128,
         intermediate_size=256,
@@ -101,7 +101,7 @@ def make_model(vocabulary: int) -> Any:
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
@@ -113,7 +113,7 @@ def make_model(vocabulary: int) -> Any:
 
 
 @torch.no_grad()
-def start_copying_(model: Any) -> None:
+def start_copying_(model: LlamaForCausalLM) -> None:
     """Set the first two layers to an induction circuit, which training alone finds only late.
 
     Layer 0 looks one and two tokens back (through the rotary angles, from a constant channel of the
@@ -134,7 +134,7 @@ def start_copying_(model: Any) -> None:
     for layer in (first, second):
         for projection in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj):
             projection.weight.mul_(0.1)
-    fast = model.config.rope_parameters["rope_theta"] ** (-torch.arange(6) / 16)
+    fast = ROPE_THETA ** (-torch.arange(6) / 16)
     slow = [*range(7, 16), *range(23, 32)]  # coordinates that the rotary angles hardly turn
     for head in range(4):
         row, half = head * size, head % 2 * 20
@@ -154,7 +154,9 @@ def start_copying_(model: Any) -> None:
             second.k_proj.weight[row + slot, seen + own] = 3.0
 
 
-def encode(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[list[list[int]]]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
+) -> list[list[list[int]]]:
     """Return [ids, labels] per pair: labels are -100 on the prompt; the end token closes both."""
     encoded = tokenizer(
         [prompt + completion for prompt, completion in pairs], return_offsets_mapping=True
@@ -172,7 +174,7 @@ def encode(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[list[list[int]]
     return rows
 
 
-def text_batches(tokenizer: Any, seed: int) -> Iterator[torch.Tensor]:
+def text_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
     """Yield (2, batch, length) tensors of ids and labels, rows of like length together; no end."""
     dice = random.Random(seed)
     draw = 0
@@ -212,7 +214,9 @@ def repeat_batch(vocabulary: int, dice: torch.Generator) -> torch.Tensor:
     return torch.stack([ids, torch.cat([hidden, once], 1)])
 
 
-def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
+) -> None:
     """Train with AdamW under a warm-up and a cosine; the loss is on the labels alone."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(
@@ -231,9 +235,9 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
             group["lr"] = args.lr * rate
         with torch.autocast(device.type, dtype=torch.bfloat16):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-            kept = labels[:, 1:] != -100
-            logits = model.lm_head(hidden[:, :-1][kept])
-        loss: Any = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][kept])
+            counts = labels[:, 1:] != -100
+            logits = model.lm_head(hidden[:, :-1][counts])
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][counts])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -248,7 +252,7 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def exact(model: Any, tokenizer: Any, task: str, lang: str) -> float:
+def exact(model: Any, tokenizer: PreTrainedTokenizerFast, task: str, lang: str) -> float:
     """Return the share of 100 test records whose greedy output is the completion, in percent."""
     pairs = records(task, lang, "test", 0)[:100]
     right = 0
@@ -256,9 +260,9 @@ def exact(model: Any, tokenizer: Any, task: str, lang: str) -> float:
         part = pairs[start : start + 50]
         inputs = tokenizer([prompt for prompt, _ in part], padding=True, return_tensors="pt")
         inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        made = model.generate(**inputs, max_new_tokens=100, do_sample=False)
+        outputs = model.generate(**inputs, max_new_tokens=100, do_sample=False)
         texts = tokenizer.batch_decode(
-            made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
         right += sum(text == completion for text, (_, completion) in zip(texts, part, strict=True))
     return 100.0 * right / len(pairs)
@@ -300,8 +304,8 @@ right answer and is left out):
 """
 
 
-def save(model: Any, tokenizer: Any, out: Path) -> None:
-    """Write model and tokenizer; the tokenizer's class goes by the name that every reader knows."""
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write model and tokenizer; its class is recorded under the name that every reader knows."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
@@ -328,11 +332,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.time()
     tokenizer = make_tokenizer()
-    model = make_model(len(tokenizer)).to(device)
+    model: Any = make_model(len(tokenizer))  # its own types forbid `to` and `generate`
+    model.to(device)
     train(model, tokenizer, args)
     model.eval()
-    settings: Any = GenerationConfig
-    model.generation_config = settings(
+    model.generation_config = GenerationConfig(
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False
     )
     minutes = (time.time() - begin) / 60

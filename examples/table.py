@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from lorakit.records import read_objects
+from lorakit.records import Record, read_objects
 
 TABLES = {
     2: {
@@ -43,20 +41,20 @@ TABLES = {
 }
 
 
-def read_scores(folder: Path, table: int) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """Return the scores by (task, system); task is `TASK LANG`."""
-    found = {}
+def read_scores(folder: Path, table: int) -> dict[tuple[str, str], Record]:
+    """Return the records of scores by (task, system); task is `TASK LANG`."""
+    scores = {}
     for path in sorted(folder.glob(f"*/*/table{table}.scores.jsonl")):
         lang, task = path.parts[-3:-1]
         for record in read_objects(str(path)):
-            fields = record.fields
-            name = fields.get("system") or Path(fields["file"]).stem
-            found[f"{task} {lang}", name] = fields
-    return found
+            name = record.fields.get("system") or Path(record.fields["file"]).stem
+            scores[f"{task} {lang}", name] = record
+    return scores
 
 
-def cell(fields: Mapping[str, Any], metric: str) -> str:
+def cell(record: Record, metric: str) -> str:
     """Return mean, spread over seeds and the mark of significance."""
+    fields = record.fields
     runs = fields.get("runs", {}).get(metric, [])
     spread = f" ± {statistics.stdev(runs):.1f}" if len(runs) > 1 else ""
     p = fields["significance"].get("p_values", {}).get(metric, 1.0)
@@ -68,14 +66,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--table", type=int, choices=sorted(TABLES), default=2)
     parser.add_argument("--metric", default="rougeL")
-    given = parser.parse_args()
-    scores = read_scores(given.folder, given.table)
+    options = parser.parse_args()
+    scores = read_scores(options.folder, options.table)
     tasks = sorted({task for task, _ in scores}, key=lambda task: task.split()[::-1])
-    print(f"| {given.metric} | {' | '.join(tasks)} |")
+    print(f"| {options.metric} | {' | '.join(tasks)} |")
     print(f"|---|{'---|' * len(tasks)}")
-    for system, name in TABLES[given.table].items():
+    for system, name in TABLES[options.table].items():
         cells = [
-            cell(scores[task, system], given.metric) if (task, system) in scores else "–"
+            cell(scores[task, system], options.metric) if (task, system) in scores else "–"
             for task in tasks
         ]
         print(f"| {name} | {' | '.join(cells)} |")

@@ -1,4 +1,4 @@
-"""Small adapters to test with, and Python in a process of its own."""
+"""Small adapters to test with, and Python run in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from lorakit.adapters.tensors import Tensor
 ROOT = Path(__file__).parent.parent.parent
 
 
-def tiny(rank: int = 2, layers: int = 2, dtype: str = "F32", **config: Any) -> Adapter:
+def tiny(rank: int = 2, layers: int = 2, dtype: str = "F32", **config: object) -> Adapter:
     """Return an adapter of two projections a layer, 4 wide, with a lorakit header."""
     random = np.random.default_rng(0)
     tensors = {}
@@ -29,7 +28,12 @@ def tiny(rank: int = 2, layers: int = 2, dtype: str = "F32", **config: Any) -> A
             name = f"model.layers.{layer}.self_attn.{last}"
             tensors[lora_name(name, "A")] = Tensor.from_array(random.normal(size=(rank, 4)), dtype)
             tensors[lora_name(name, "B")] = Tensor.from_array(random.normal(size=(4, rank)), dtype)
-    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    fields: dict[str, object] = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+    }
     fields |= {"target_modules": ["v_proj", "q_proj"], **config}
     return Adapter(tensors, fields, {"format": 1, "chat": "off"}, "tiny")
 
@@ -39,7 +43,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> 
         write_tensors(tensors, metadata, stream)
 
 
-def run_python(script: str, *arguments: str, **environment: str) -> Any:
+def run_python(
+    script: str, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a script in a new interpreter that finds this package."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *arguments],
         capture_output=True,

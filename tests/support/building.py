@@ -1,4 +1,4 @@
-"""What the tests of recipes share: building records, writing sources, running the command."""
+"""Build records, write sources and run `build-dataset`, for the tests of recipes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from click.testing import CliRunner, Result
 from lorakit.cli import lorakit
 from lorakit.recipes.table import Request, Tally, build_dataset
 
+Fields = dict[str, Any]
 
-def built(recipe: str, *sources: object, **request: Any) -> list[dict[str, Any]]:
+
+def built(recipe: str, *sources: object, **request: Any) -> list[Fields]:
+    """Return the records of a build; `request` holds fields of Request."""
     return list(build_dataset(recipe, list(map(str, sources)), Request(**request)))
 
 
-def tallied(recipe: str, *sources: object, **request: Any) -> tuple[list[dict[str, Any]], Tally]:
+def tallied(recipe: str, *sources: object, **request: Any) -> tuple[list[Fields], Tally]:
     """Return the records and the tally of a build that skips malformed rows."""
     tally = Tally(skip=True)
-    made = build_dataset(recipe, list(map(str, sources)), Request(**request), tally)
-    return list(made), tally
+    records = build_dataset(recipe, list(map(str, sources)), Request(**request), tally)
+    return list(records), tally
 
 
-def pairs(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def pairs(records: list[Fields]) -> list[tuple[str, str]]:
     return [(record["prompt"], record["completion"]) for record in records]
 
 

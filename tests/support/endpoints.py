@@ -1,4 +1,4 @@
-"""A chat endpoint that misbehaves as it is told to."""
+"""A chat endpoint that answers, or misbehaves, as a test asks it to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Reply = tuple[int, dict[str, str], bytes]
-Answer = Callable[[dict[str, Any], int], Any]
+Body = dict[str, Any]
+Answer = Callable[[Body, int], object]
 
 
 def completion(text: object) -> bytes:
@@ -20,11 +21,11 @@ def completion(text: object) -> bytes:
 
 
 class Server:
-    """What was asked of it, and where it listens."""
+    """Where the endpoint listens, and what it was asked."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.bodies: list[dict[str, Any]] = []
+        self.bodies: list[Body] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.ports: list[int] = []  # of those who asked: one for each connection
@@ -50,23 +51,23 @@ def serving(answer: Answer, *, keep: bool = False) -> Iterator[Server]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
-                number = len(told.bodies)
-                told.bodies.append({**body, "path": self.path})
-                told.headers.append(dict(self.headers))
-                told.times.append(time.monotonic())
-                told.ports.append(self.client_address[1])
-                told.now += 1
-                told.most = max(told.most, told.now)
+                number = len(state.bodies)
+                state.bodies.append({**body, "path": self.path})
+                state.headers.append(dict(self.headers))
+                state.times.append(time.monotonic())
+                state.ports.append(self.client_address[1])
+                state.now += 1
+                state.most = max(state.most, state.now)
             reply = answer(body, number)
             with lock:
-                told.now -= 1
+                state.now -= 1
             if reply is None:
                 self.close_connection = True
                 return
             status, headers, content = (
                 reply if isinstance(reply, tuple) else (200, {}, completion(reply))
             )
-            with contextlib.suppress(OSError):  # who asked may have given up
+            with contextlib.suppress(OSError):  # the client may have given up
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
@@ -75,16 +76,16 @@ def serving(answer: Answer, *, keep: bool = False) -> Iterator[Server]:
                 self.end_headers()
                 self.wfile.write(content)
 
-        def log_message(self, *arguments: Any) -> None:
+        def log_message(self, *arguments: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    told = Server(f"http://127.0.0.1:{server.server_address[1]}/v1")
+    state = Server(f"http://127.0.0.1:{server.server_address[1]}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield told
+        yield state
     finally:
         server.shutdown()
         server.server_close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-FAMILIES: dict[str, Any] = {
+FAMILIES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**_SIZES),
     "qwen2": lambda: transformers.Qwen2Config(**_SIZES),
     "mistral": lambda: transformers.MistralConfig(**_SIZES, sliding_window=64),
@@ -49,7 +50,7 @@ def save_model(folder: Path, family: str = "llama", seed: int = 0) -> str:
     """Write a random model of a family and a byte tokenizer into a folder; return its path."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]())
-    with torch.no_grad():  # an untrained model is too sure of nothing: make its logits differ
+    with torch.no_grad():  # an untrained model prefers no token: spread its logits
         for parameter in model.parameters():
             parameter.mul_(2.0)
     model.save_pretrained(folder)
@@ -62,8 +63,8 @@ def open_base(name: str, dtype: torch.dtype = torch.float32) -> Base:
     return load_base(name, device=torch.device("cpu"), dtype=dtype)
 
 
-def byte_tokenizer() -> Any:
-    """Return a tokenizer that knows every byte and nothing longer: any text, no training."""
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer with a token per byte, which needs no training and encodes any text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<s>", "</s>"]
     vocabulary = {token: place for place, token in enumerate([*special, *letters])}

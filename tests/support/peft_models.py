@@ -34,9 +34,10 @@ def random_model(family: str) -> Any:
 
 
 def with_lora(base: Any, config: peft.LoraConfig | Mapping[str, Any]) -> Any:
-    """Return PEFT's own adapter on `base`, its B random."""
-    given = config if isinstance(config, peft.LoraConfig) else peft.LoraConfig(**config)
-    model = peft.get_peft_model(base, given).eval()
+    """Return PEFT's own adapter on `base`, its weights random."""
+    if not isinstance(config, peft.LoraConfig):
+        config = peft.LoraConfig(**config)
+    model = peft.get_peft_model(base, config).eval()
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PROGRAM = str(Path(sys.executable).with_name("lorakit"))
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error", "COLUMNS": "80"}
@@ -16,7 +16,10 @@ ENVIRONMENT.pop("LORAKIT_MODEL", None)
 
 
 def run(
-    *arguments: str, stdin: str | int = "", stdout: Any = subprocess.PIPE, cwd: Path | None = None
+    *arguments: str,
+    stdin: str | int = "",
+    stdout: int | IO[Any] = subprocess.PIPE,
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `lorakit` with these arguments and a text, or an open file's number, as its stdin."""
     source = {"stdin": stdin} if isinstance(stdin, int) else {"input": stdin}
@@ -45,7 +48,7 @@ def run_over(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait until a condition holds; fail where it does not in time."""
+    """Wait until a condition holds; fail if it does not within the time."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"
@@ -53,7 +56,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def shell(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a script by /bin/sh in a folder, with `lorakit` on the path; its code is the last's."""
+    """Run a script by /bin/sh in a folder, with `lorakit` on the path."""
     path = os.pathsep.join([str(Path(PROGRAM).parent), os.environ.get("PATH", "")])
     return subprocess.run(
         ["/bin/sh", "-c", script],

@@ -1,10 +1,10 @@
-"""Small records for tests that train: lists of words, of which the first is to be said again."""
+"""Small records for tests that train: lists of words, the first of which are to be repeated."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,21 @@ from lorakit.reporting import EpochReport, StepReport
 _WORDS = ["red", "blue", "green", "cat", "dog", "sun", "moon", "tree"]
 
 
-def rows(count: int, seed: int = 0, longest: int = 6) -> list[dict[str, Any]]:
+def rows(count: int, seed: int = 0, longest: int = 6) -> list[dict[str, str]]:
     """Return records whose prompts and completions differ in length."""
     draw = random.Random(seed)
-    made = []
+    records = []
     for number in range(count):
         words = [draw.choice(_WORDS) for _ in range(draw.randrange(1, longest + 1))]
         said = " ".join(words[: draw.randrange(1, 3)])
-        made.append(
+        records.append(
             {"id": str(number), "prompt": f"Say {' '.join(words)}:", "completion": f" {said}"}
         )
-    return made
+    return records
 
 
-def save_rows(path: Path, made: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+def save_rows(path: Path, records: Iterable[Mapping[str, object]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in records), encoding="utf-8")
     return str(path)
 
 
