@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.errors import missing_package
+from lorakit.errors import LorakitError, missing_package
 from lorakit.scoring.per_example import mean_over_examples
 from lorakit.scoring.statistics import Examples, References, Statistics
 from lorakit.versions import version_of

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +17,9 @@ from lorakit.commands.score import score
 from lorakit.errors import LorakitError
 from lorakit.scoring.bertscore import Embedded, best_f1s, greedy_f1
 from lorakit.scoring.metrics import METRICS, compute_statistics
+
+if TYPE_CHECKING:  # imports torch
+    from lorakit.models.text_encoder import LayerEmbedder
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", ".", ","]
 PREDICTIONS = ["the cat sat on the mat .", "a dog", "cat , dog ran", "mat"]
@@ -60,7 +63,7 @@ def save_encoder(folder: Path) -> str:
     return str(folder)
 
 
-def embedder(bert: str, layer: int | None = None) -> Any:
+def embedder(bert: str, layer: int | None = None) -> LayerEmbedder:
     from lorakit.models.text_encoder import open_embedder
 
     return open_embedder("en", bert, layer)
@@ -108,17 +111,17 @@ def test_values_are_those_of_bert_score(bert: str, layer: int) -> None:
 
 
 def test_a_text_equals_itself_and_an_empty_one_scores_0(bert: str) -> None:
-    found = best_f1s(["the cat sat", " ", "dog"], [["the cat sat"], ["dog"], [""]], embedder(bert))
-    assert found == pytest.approx([1, 0, 0], abs=1e-6)
+    values = best_f1s(["the cat sat", " ", "dog"], [["the cat sat"], ["dog"], [""]], embedder(bert))
+    assert values == pytest.approx([1, 0, 0], abs=1e-6)
 
 
 def test_a_text_is_embedded_alike_alone_and_among_others(bert: str) -> None:
     model = embedder(bert)
     together = model.embed([*PREDICTIONS, " cat", "cat "])
-    for text, one in zip([*PREDICTIONS, "cat", "cat"], together, strict=True):
+    for text, embedded in zip([*PREDICTIONS, "cat", "cat"], together, strict=True):
         (alone,) = model.embed([text])
-        assert np.allclose(alone.vectors, one.vectors, atol=1e-5)
-        assert alone.counts.tolist() == one.counts.tolist()
+        assert np.allclose(alone.vectors, embedded.vectors, atol=1e-5)
+        assert alone.counts.tolist() == embedded.counts.tolist()
         assert alone.counts.tolist() == [False, *[True] * (len(alone.counts) - 2), False]
 
 
@@ -163,10 +166,10 @@ def test_the_last_layer_is_taken_of_a_model_that_is_not_known(bert: str) -> None
 
 def test_the_value_is_the_mean_in_percent_of_the_best_over_references(bert: str) -> None:
     model = embedder(bert)
-    found = compute_statistics(PREDICTIONS, REFERENCES, metric="bertscore", embedder=model)
-    assert found.value == pytest.approx(100 * np.mean(best_f1s(PREDICTIONS, REFERENCES, model)))
-    alone = [best_f1s(PREDICTIONS[:1], [[one]], model)[0] for one in REFERENCES[0]]
-    assert found.rows[0][0] == pytest.approx(max(alone), abs=1e-5)
+    result = compute_statistics(PREDICTIONS, REFERENCES, metric="bertscore", embedder=model)
+    assert result.value == pytest.approx(100 * np.mean(best_f1s(PREDICTIONS, REFERENCES, model)))
+    alone = [best_f1s(PREDICTIONS[:1], [[reference]], model)[0] for reference in REFERENCES[0]]
+    assert result.rows[0][0] == pytest.approx(max(alone), abs=1e-5)
 
 
 # — the command —

@@ -45,11 +45,11 @@ def scitldr_pairs(limit: int | None = None) -> tuple[list[str], list[list[str]]]
     """The first sentence of each abstract as the prediction, and its 2 to 4 human TLDRs."""
     lines = data_file("scitldr/test.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
     records = [json.loads(line) for line in lines]
-    return [one["source"][0] for one in records], [one["target"] for one in records]
+    return [record["source"][0] for record in records], [record["target"] for record in records]
 
 
 def japanese_headlines(limit: int) -> list[str]:
-    """Headlines of Wikinews with the given word segmentation (single spaces)."""
+    """Headlines of Wikinews with their own word segmentation (single spaces)."""
     with gzip.open(data_file("jawikinews/full-articles.tsv.gz"), "rt", encoding="utf-8") as stream:
         next(stream)
         return [next(stream).rstrip("\n").split("\t")[2].strip() for _ in range(limit)]
@@ -68,11 +68,11 @@ def test_rouge_is_the_mean_of_rouge_scores_maximum_over_the_references(kind: str
         max(scorer.score(reference, prediction)[kind].fmeasure for reference in listed)
         for prediction, listed in zip(predictions, references, strict=True)
     ]
-    found = score(predictions, references, metric=kind)
-    assert found.count == len(best) > 600
-    assert found.value == 100 * math.fsum(best) / len(best)
-    assert "nrefs:var|refs:max" in found.signature
-    assert "stemmer:no" in found.signature
+    scored = score(predictions, references, metric=kind)
+    assert scored.count == len(best) > 600
+    assert scored.value == 100 * math.fsum(best) / len(best)
+    assert "nrefs:var|refs:max" in scored.signature
+    assert "stemmer:no" in scored.signature
 
 
 def test_rouge_lsum_takes_lines_for_sentences() -> None:
@@ -100,9 +100,9 @@ def test_japanese_rouge_is_rouge_of_mecabs_words(kind: str) -> None:
     scorer = RougeScorer([kind])
     pairs = zip(predictions, references, strict=True)
     expected = [scorer.score(rename(r), rename(p))[kind].fmeasure for p, r in pairs]
-    found = score(predictions, [[r] for r in references], metric=kind, lang="ja")
-    assert found.value == pytest.approx(50 * sum(expected), abs=1e-9)
-    assert 0 < found.value < 100
+    scored = score(predictions, [[r] for r in references], metric=kind, lang="ja")
+    assert scored.value == pytest.approx(50 * sum(expected), abs=1e-9)
+    assert 0 < scored.value < 100
 
 
 def test_identical_japanese_texts_score_100_where_the_default_tokenizer_scores_0() -> None:
@@ -156,7 +156,7 @@ def test_a_chinese_system_scores_what_sacrebleus_own_command_says(
         files[-1].write_text("\n".join(text.split("\n")[:size]) + "\n", encoding="utf-8")
     references, predictions = (path.read_text(encoding="utf-8").split("\n")[:-1] for path in files)
     theirs = run_sacrebleu(files[0], files[1], *options)
-    ours = score(predictions, [[one] for one in references], metric=metric, lang="zh")
+    ours = score(predictions, [[reference] for reference in references], metric=metric, lang="zh")
     assert ours.count == size
     assert float(f"{ours.value:.10f}") == theirs["score"]
     assert ours.signature == theirs["signature"]
@@ -195,10 +195,10 @@ def test_japanese_bleu_is_bleu_of_mecabs_words_and_says_so() -> None:
     predictions = [text[: max(6, len(text) * 3 // 4)] for text in references]
     segmented = [[" ".join(words(t, lang="ja")) for t in ts] for ts in (predictions, references)]
     expected = BLEU(tokenize="none").corpus_score(segmented[0], [segmented[1]]).score
-    found = score(predictions, [[one] for one in references], metric="bleu", lang="ja")
-    assert found.value == expected > 20
-    assert "tok:none" in found.signature
-    assert found.signature.split("|")[-1].startswith("segmenter:fugashi-")
+    scored = score(predictions, [[reference] for reference in references], metric="bleu", lang="ja")
+    assert scored.value == expected > 20
+    assert "tok:none" in scored.signature
+    assert scored.signature.split("|")[-1].startswith("segmenter:fugashi-")
 
 
 # — answers: SQuAD, HotpotQA, labels —
@@ -272,7 +272,7 @@ def test_answers_without_spaces_are_compared_by_segmented_words(
 
 def test_real_hotpotqa_labels_score_themselves_and_their_sentences() -> None:
     path = data_file("hotpotqa/hotpot_dev_distractor_subset479.json")
-    labels = [one["answer"] for one in json.loads(path.read_text(encoding="utf-8"))]
+    labels = [record["answer"] for record in json.loads(path.read_text(encoding="utf-8"))]
     references = [[label] for label in labels]
     for metric in LABEL_METRICS:
         assert score(labels, references, metric=metric).value == 100
@@ -284,7 +284,7 @@ def test_real_hotpotqa_labels_score_themselves_and_their_sentences() -> None:
 
 def test_real_japanese_answers_score_themselves() -> None:
     answers = json.loads(data_file("jemhopqa/dev.json").read_text(encoding="utf-8"))
-    labels = [one["answer"] for one in answers]
+    labels = [answer["answer"] for answer in answers]
     for metric in LABEL_METRICS:
         assert score(labels, [[label] for label in labels], metric=metric, lang="ja").value == 100
 
@@ -413,25 +413,27 @@ def test_empty_and_odd_predictions_score_0_and_never_crash(
 def test_rows_of_drawn_examples_add_up_to_their_score(metric: str) -> None:
     """What a significance test relies on: a resample needs only the sum of its rows."""
     predictions, references = scitldr_pairs(30)
-    found = compute_statistics(predictions, references, metric=metric)
+    statistics = compute_statistics(predictions, references, metric=metric)
     chosen = random.Random(0).choices(range(30), k=30)
-    total = [math.fsum(found.rows[i][k] for i in chosen) for k in range(len(found.rows[0]))]
+    total = [
+        math.fsum(statistics.rows[i][k] for i in chosen) for k in range(len(statistics.rows[0]))
+    ]
     drawn = score([predictions[i] for i in chosen], [references[i] for i in chosen], metric=metric)
-    assert found.value_of(total, 30) == drawn.value
+    assert statistics.value_of(total, 30) == drawn.value
 
 
 @pytest.mark.parametrize("metric", TEXT_METRICS)
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_every_score_carries_a_version_and_its_number_of_references(metric: str, lang: str) -> None:
-    found = score(["a 1"], [["a 1", "b 2"]], metric=metric, lang=lang)
-    assert found.name == metric
-    assert found.signature.startswith("nrefs:2|")
-    assert "|version:" in found.signature
-    assert " " not in found.signature
+    scored = score(["a 1"], [["a 1", "b 2"]], metric=metric, lang=lang)
+    assert scored.name == metric
+    assert scored.signature.startswith("nrefs:2|")
+    assert "|version:" in scored.signature
+    assert " " not in scored.signature
     assert (
         metric == "chrf"
         or lang == "en"
-        or found.signature != score(["a 1"], [["a 1", "b 2"]], metric=metric).signature
+        or scored.signature != score(["a 1"], [["a 1", "b 2"]], metric=metric).signature
     )
 
 
@@ -453,17 +455,17 @@ def test_what_cannot_be_scored_is_an_error_that_says_what_to_give(
         score(predictions, references, metric=metric, lang=lang)
 
 
-# — segmentation —
+# — words —
 
 
 def test_mecabs_words_mostly_agree_with_a_corpus_segmented_by_others() -> None:
     """Word ends in common with Wikinews' own segmentation: an indication, not an identity."""
     shared = total = 0
     for headline in japanese_headlines(300):
-        given_ends = ends_of(headline.split())
-        found_ends = ends_of(words(headline.replace(" ", ""), lang="ja"))
-        shared += 2 * len(given_ends & found_ends)
-        total += len(given_ends) + len(found_ends)
+        their_ends = ends_of(headline.split())
+        our_ends = ends_of(words(headline.replace(" ", ""), lang="ja"))
+        shared += 2 * len(their_ends & our_ends)
+        total += len(their_ends) + len(our_ends)
     assert shared / total > 0.9
 
 

@@ -34,23 +34,26 @@ def wmt_lines(shared: Path, name: str) -> list[str]:
     return (shared / f"{WMT}{name}.zh").read_text(encoding="utf-8").split("\n")[:-1]
 
 
-def by_turns(one: list[str], other: list[str]) -> list[str]:
-    return [pair[n % 2] for n, pair in enumerate(zip(one, other, strict=True))]
+def by_turns(first: list[str], second: list[str]) -> list[str]:
+    return [pair[n % 2] for n, pair in enumerate(zip(first, second, strict=True))]
 
 
 @pytest.fixture(scope="module")
 def texts(shared: Path) -> dict[str, list[str]]:
     """The reference, the two systems, and two close ones that take turns between these."""
-    ref, one, other = (
+    ref, nllb, online = (
         wmt_lines(shared, name)[:SIZE] for name in ("ref.refA", "hyp.NLLB_Greedy", "hyp.ONLINE-A")
     )
-    turns = {"even": by_turns(one, other), "odd": by_turns(other, one)}
-    return {"ref": ref, "nllb": one, "online": other, **turns}
+    turns = {"even": by_turns(nllb, online), "odd": by_turns(online, nllb)}
+    return {"ref": ref, "nllb": nllb, "online": online, **turns}
 
 
 def runs_of(predictions: list[str], reference: list[str], *metrics: str) -> list[list[Statistics]]:
-    references = [[one] for one in reference]
-    return [[compute_statistics(predictions, references, metric=one, lang="zh")] for one in metrics]
+    references = [[text] for text in reference]
+    return [
+        [compute_statistics(predictions, references, metric=metric, lang="zh")]
+        for metric in metrics
+    ]
 
 
 def sacrebleu(
@@ -68,8 +71,8 @@ def sacrebleu(
         cwd=folder,
         env={**os.environ, "SACREBLEU_SEED": str(SEED)},
     )
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    results: list[dict[str, Any]] = json.loads(done.stdout)
+    return results
 
 
 @pytest.mark.parametrize(("baseline", "system"), [("nllb", "online"), ("even", "odd")])
@@ -79,9 +82,9 @@ def test_p_values_are_those_of_sacrebleus_paired_ar(
     options = ("--paired-ar", "--paired-ar-n", str(FEW.trials))
     _, theirs = sacrebleu(texts, [baseline, system], tmp_path, *options)
     ours, base = (runs_of(texts[name], texts["ref"], "bleu", "chrf") for name in (system, baseline))
-    found = p_values(ours, base, FEW)
-    assert found == [theirs[name]["p_value"] for name in ("BLEU", "chrF2")]
-    assert max(found) < 0.05 if system == "online" else min(found) > 0.05
+    ps = p_values(ours, base, FEW)
+    assert ps == [theirs[name]["p_value"] for name in ("BLEU", "chrF2")]
+    assert max(ps) < 0.05 if system == "online" else min(ps) > 0.05
 
 
 @pytest.mark.parametrize("system", ["nllb", "odd"])
@@ -98,7 +101,7 @@ def test_intervals_are_those_of_sacrebleus_paired_bs(
         "bleu": BLEU(tokenize="zh", references=listed),
         "chrf": CHRF(references=listed),
     }
-    systems: list[tuple[str, Sequence[str]]] = [(one, texts[one]) for one in ("online", system)]
+    systems: list[tuple[str, Sequence[str]]] = [(name, texts[name]) for name in ("online", system)]
     _, theirs = PairedTest(systems, judges, None, test_type="bs", n_samples=FEW.trials)()
     values = bootstrap(runs_of(texts[system], texts["ref"], *judges), FEW)
     for name, drawn in zip(("BLEU", "chrF2"), values, strict=True):
@@ -112,12 +115,12 @@ def test_draws_do_not_depend_on_how_they_are_cut_into_chunks(
     texts: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs = (runs_of(texts[name], texts["ref"], "bleu", "f1") for name in ("odd", "even"))
-    whole = (p_values(ours, theirs, FEW), [interval_of(one) for one in bootstrap(ours, FEW)])
+    whole = (p_values(ours, theirs, FEW), [interval_of(values) for values in bootstrap(ours, FEW)])
     monkeypatch.setattr("lorakit.scoring.significance._DRAWS_AT_ONCE", 1)
-    intervals = [interval_of(one) for one in bootstrap(ours, FEW)]
+    intervals = [interval_of(values) for values in bootstrap(ours, FEW)]
     assert p_values(ours, theirs, FEW) == whole[0]
-    for one, other in zip(intervals, whole[1], strict=True):
-        assert (one.low, one.high) == pytest.approx((other.low, other.high), abs=1e-9)
+    for interval, other in zip(intervals, whole[1], strict=True):
+        assert (interval.low, interval.high) == pytest.approx((other.low, other.high), abs=1e-9)
 
 
 # — many sums at once —
@@ -125,20 +128,24 @@ def test_draws_do_not_depend_on_how_they_are_cut_into_chunks(
 
 def random_sums(metric: str) -> tuple[Statistics, NDArray[np.float64]]:
     """Sums of which many have a zero somewhere: no output, no match, no 4-gram."""
-    found = compute_statistics(
+    statistics = compute_statistics(
         ["a b c d 7", "x"], [["a b d c 7"], ["y"]], metric=metric, baseline_predictions=["7", "y"]
     )
-    columns = len(found.rows[0])
+    columns = len(statistics.rows[0])
     draw = np.random.default_rng(0)
     sums = draw.integers(0, 400, (3000, columns)).astype(np.float64)
     sums *= draw.random((3000, columns)) < draw.random((3000, 1))
-    return found, np.vstack([sums, np.zeros((1, columns)), np.sum(found.rows, axis=0)[None]])
+    return statistics, np.vstack(
+        [sums, np.zeros((1, columns)), np.sum(statistics.rows, axis=0)[None]]
+    )
 
 
 @pytest.mark.parametrize("metric", TEXT_METRICS)
 def test_many_values_at_once_are_to_the_bit_those_of_each_alone(metric: str) -> None:
-    found, sums = random_sums(metric)
-    assert found.values_of(sums, 7).tolist() == [found.value_of(list(row), 7) for row in sums]
+    statistics, sums = random_sums(metric)
+    assert statistics.values_of(sums, 7).tolist() == [
+        statistics.value_of(list(row), 7) for row in sums
+    ]
 
 
 # — what must hold of any test —
@@ -155,16 +162,16 @@ def in_runs(*runs: Iterable[float]) -> list[list[Statistics]]:
 
 
 def test_p_is_the_share_of_all_ways_to_swap_that_differ_as_much() -> None:
-    one = (1, 1, 1, 1, 1, 0.3, 1, 1, 0, 1)
-    other = (0, 1, 0, 0, 1, 0.7, 0, 0, 0, 1)
-    gaps = [a - b for a, b in zip(one, other, strict=True)]
+    ours = (1, 1, 1, 1, 1, 0.3, 1, 1, 0, 1)
+    theirs = (0, 1, 0, 0, 1, 0.7, 0, 0, 0, 1)
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     ways = [
         sum(map(math.prod, zip(gaps, signs, strict=True)))
         for signs in itertools.product((-1, 1), repeat=len(gaps))
     ]
     exact = sum(abs(way) >= abs(sum(gaps)) - 1e-9 for way in ways) / len(ways)
     settings = SignificanceSettings(trials=20_000)
-    assert p_values(of_rows(*one), of_rows(*other), settings)[0] == pytest.approx(exact, abs=0.01)
+    assert p_values(of_rows(*ours), of_rows(*theirs), settings)[0] == pytest.approx(exact, abs=0.01)
     assert 0.05 < exact < 0.2
 
 
@@ -183,19 +190,21 @@ def test_p_values_of_systems_that_differ_by_chance_are_spread_evenly() -> None:
     """A test at 10 % that rejects equal systems in about 10 % of the cases."""
     draw = np.random.default_rng(1)
     settings = SignificanceSettings(trials=199)
-    found = [
+    ps = [
         p_values(of_rows(*draw.random(30)), of_rows(*draw.random(30)), settings)[0]
         for _ in range(400)
     ]
-    assert np.mean(np.array(found) <= 0.1) == pytest.approx(0.1, abs=0.05)
-    assert np.mean(found) == pytest.approx(0.5, abs=0.06)
+    assert np.mean(np.array(ps) <= 0.1) == pytest.approx(0.1, abs=0.05)
+    assert np.mean(ps) == pytest.approx(0.5, abs=0.06)
 
 
 def test_intervals_hold_the_true_mean_in_about_19_of_20_cases() -> None:
     draw = np.random.default_rng(2)
     settings = SignificanceSettings(trials=400)
-    found = [interval_of(bootstrap(of_rows(*draw.random(100)), settings)[0]) for _ in range(300)]
-    inside = np.mean([one.low <= 50 <= one.high for one in found])
+    intervals = [
+        interval_of(bootstrap(of_rows(*draw.random(100)), settings)[0]) for _ in range(300)
+    ]
+    inside = np.mean([interval.low <= 50 <= interval.high for interval in intervals])
     assert inside == pytest.approx(0.945, abs=0.04)
 
 
@@ -229,10 +238,10 @@ def test_runs_of_a_mean_are_tested_as_the_mean_of_their_rows() -> None:
 
 def test_a_comparison_is_the_difference_its_interval_and_its_p() -> None:
     ours, theirs = of_rows(1, 1, 1, 0, 1, 1), of_rows(0, 1, 0, 0, 1, 0)
-    (found,) = compare(ours, theirs, bootstrap(ours, FEW), bootstrap(theirs, FEW), FEW)
-    assert found.difference == pytest.approx(50)
-    assert 0 <= found.interval.low < 50 < found.interval.high <= 100
-    assert [found.p] == p_values(ours, theirs, FEW)
+    (comparison,) = compare(ours, theirs, bootstrap(ours, FEW), bootstrap(theirs, FEW), FEW)
+    assert comparison.difference == pytest.approx(50)
+    assert 0 <= comparison.interval.low < 50 < comparison.interval.high <= 100
+    assert [comparison.p] == p_values(ours, theirs, FEW)
 
 
 @pytest.mark.parametrize(

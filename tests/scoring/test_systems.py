@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ GOOD = {"id": "1", "prediction": "the cat sat", "references": ["the cat sat", "a
 HALF = {"id": "2", "prediction": "yes", "completion": "no", "more": [1]}
 
 
-def write(path: Path, *records: dict[str, Any]) -> str:
-    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+def write(path: Path, *records: Mapping[str, object]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)
 
 
@@ -139,18 +140,23 @@ def environment() -> dict[str, str]:
 # — several systems —
 
 RIGHT = [{"id": str(n), "prediction": f"w{n}", "completion": f"w{n}"} for n in range(12)]
-WRONG = [{**one, "prediction": "no"} for one in RIGHT]
+WRONG = [{**record, "prediction": "no"} for record in RIGHT]
 
 
 def test_a_baseline_gives_differences_and_p_values_to_every_other_system(tmp_path: Path) -> None:
     right, wrong = write(tmp_path / "r.jsonl", *RIGHT), write(tmp_path / "w.jsonl", *WRONG)
     lines = lines_of(run(wrong, right, "--baseline", wrong, "--metric", "em", "--trials", "999"))
-    told = [line["significance"] for line in lines]
-    assert told[0] == {"trials": 999, "seed": 0, "intervals": {"em": [0, 0]}, "baseline": wrong}
-    p = told[1].pop("p_values")["em"]
+    significance = [line["significance"] for line in lines]
+    assert significance[0] == {
+        "trials": 999,
+        "seed": 0,
+        "intervals": {"em": [0, 0]},
+        "baseline": wrong,
+    }
+    p = significance[1].pop("p_values")["em"]
     same = {"trials": 999, "seed": 0, "baseline": wrong}
     all_of_it = {name: {"em": [100, 100]} for name in ("intervals", "difference_intervals")}
-    assert told[1] == {**same, **all_of_it, "differences": {"em": 100}}
+    assert significance[1] == {**same, **all_of_it, "differences": {"em": 100}}
     assert 1 / 1000 <= p < 0.01  # 2 of 4096 ways to swap differ as much
 
 
@@ -217,7 +223,7 @@ def test_a_star_marks_what_differs_from_the_baseline(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("layout", ["baseline", "system"])
 def test_records_that_do_not_line_up_are_refused_by_file_and_line(
-    records: list[dict[str, Any]], message: str, layout: str, tmp_path: Path
+    records: list[dict[str, object]], message: str, layout: str, tmp_path: Path
 ) -> None:
     right, bad = write(tmp_path / "r.jsonl", *RIGHT), write(tmp_path / "b.jsonl", *records)
     arguments = (
@@ -229,7 +235,7 @@ def test_records_that_do_not_line_up_are_refused_by_file_and_line(
 
 
 def test_records_without_an_id_line_up_by_their_references(tmp_path: Path) -> None:
-    bare = [{name: one[name] for name in ("prediction", "completion")} for one in RIGHT]
+    bare = [{name: record[name] for name in ("prediction", "completion")} for record in RIGHT]
     files = write(tmp_path / "r.jsonl", *RIGHT), write(tmp_path / "b.jsonl", *bare)
     lines = lines_of(run(*files, "--baseline", files[0], "--metric", "em"))
     assert lines[1]["significance"]["p_values"] == {"em": 1}
@@ -343,7 +349,7 @@ RUSSIAN = {"prediction": "кот сидит", "completion": "кот сел"}
     ],
 )
 def test_a_metric_that_cannot_work_is_warned_of_once_with_the_remedy(
-    record: dict[str, Any], arguments: tuple[str, ...], remedy: str | None, tmp_path: Path
+    record: dict[str, object], arguments: tuple[str, ...], remedy: str | None, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "a.jsonl", record)
     result = run(path, path, *arguments)
@@ -405,19 +411,19 @@ def test_groups_have_the_scores_of_files_that_hold_only_them(tmp_path: Path) -> 
     names = ("rougeL", "bleu", "em")
     lines = lines_of(run(whole, "--group-by", "type", "--metric", ",".join(names)))
     assert [line.get("group") for line in lines] == [None, {"type": "x"}, {"type": "y"}]
-    for line, kept in zip(lines, (rows, [rows[0], rows[2]], [rows[1]]), strict=True):
-        path = write(tmp_path / "some.jsonl", *kept)
+    for line, members in zip(lines, (rows, [rows[0], rows[2]], [rows[1]]), strict=True):
+        path = write(tmp_path / "some.jsonl", *members)
         (alone,) = lines_of(run(path, "--metric", ",".join(names)))
-        assert line["count"] == len(kept)
+        assert line["count"] == len(members)
         assert [line[name] for name in names] == [alone[name] for name in names]
 
 
 def test_groups_are_compared_with_the_baseline_one_by_one(tmp_path: Path) -> None:
-    one = write(tmp_path / "a.jsonl", *grouped(("a", "a", "x"), ("c", "d", "y")))
+    first = write(tmp_path / "a.jsonl", *grouped(("a", "a", "x"), ("c", "d", "y")))
     other = write(tmp_path / "b.jsonl", *grouped(("a", "b", "x"), ("c", "d", "y")))
-    lines = lines_of(run(one, "--baseline", other, "--group-by", "type", "--metric", "em"))
-    told = [line["significance"].get("differences", {}).get("em") for line in lines]
-    assert told == [None, 50, None, 100, None, 0]
+    lines = lines_of(run(first, "--baseline", other, "--group-by", "type", "--metric", "em"))
+    differences = [line["significance"].get("differences", {}).get("em") for line in lines]
+    assert differences == [None, 50, None, 100, None, 0]
 
 
 def test_a_record_without_the_field_of_the_groups_is_named(tmp_path: Path) -> None:

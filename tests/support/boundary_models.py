@@ -1,4 +1,4 @@
-"""Random adapters, and what each boundary of one writes when it is stripped and run alone."""
+"""Random adapters, and what the model writes with one that is stripped at a boundary."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Notes:
         self.notes.append(text)
 
     def timed(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
-        made = list(items)
-        assert len(made) == total
-        yield from made
+        listed = list(items)
+        assert len(listed) == total
+        yield from listed
 
 
 def random_adapter(
@@ -57,13 +57,13 @@ def random_adapter(
             factors[name] = (a, b)
     if not factors:
         return None
-    told = peft_config(
+    config = peft_config(
         dict.fromkeys(factors, 4),
         base=base.name,
         alpha=4,
         transposed=is_transposed(base, list(factors)),
     )
-    return Adapter(tensors_of(factors), told)
+    return Adapter(tensors_of(factors), config)
 
 
 def alone(
@@ -75,5 +75,5 @@ def alone(
     """Return what `generate` writes with this adapter, or with the base alone."""
     if adapter is not None:
         attach(base, adapter)
-    found = generate(base, base.encoder(chat="off"), records, settings)
-    return [record.prediction for record, _ in found]
+    outputs = generate(base, base.encoder(chat="off"), records, settings)
+    return [record.prediction for record, _ in outputs]
