@@ -19,10 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.errors import LorakitError, missing_package
-from lorakit.scoring.per_example import mean_over_examples
-from lorakit.scoring.statistics import Examples, References, Statistics
-from lorakit.versions import version_of
+from lorakit.errors import missing_package
 
 _EXAMPLES_AT_ONCE = 64
 
@@ -74,22 +71,6 @@ class Embedder(Protocol):
         ...
 
 
-def bertscore(examples: Examples) -> Statistics:
-    """Return BERTScore's F1 of each example: the best over references, no idf, not rescaled.
-
-    Raises LorakitError where the examples have no embedder.
-    """
-    embedder = examples.embedder
-    if embedder is None:
-        raise LorakitError("this metric needs a model to embed tokens; use `lorakit score`")
-    signature = (
-        f"nrefs:{examples.reference_count}|refs:max|measure:f1|idf:no|rescaled:no"
-        f"|{embedder.signature}|version:lorakit-{version_of('lorakit')}"
-    )
-    best = best_f1s(examples.predictions, examples.references, embedder)
-    return mean_over_examples(best, signature)
-
-
 def greedy_f1(ours: Embedded, theirs: Embedded) -> float:
     """Return the F1 (at most 1) of two texts; 0 where one of them has no token that counts.
 
@@ -104,7 +85,9 @@ def greedy_f1(ours: Embedded, theirs: Embedded) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def best_f1s(predictions: Sequence[str], references: References, embedder: Embedder) -> list[float]:
+def best_f1s(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], embedder: Embedder
+) -> list[float]:
     """Return each prediction's highest F1 over its references, embedding 64 examples at a time."""
     best = []
     for start in range(0, len(predictions), _EXAMPLES_AT_ONCE):

@@ -110,7 +110,7 @@ METRICS: dict[str, Metric] = {
     ),
     "bertscore": Metric(
         "BERTScore: tokens matched by a model (slow).",
-        "bertscore.bertscore",
+        "per_example.bertscore",
         "characters",
         needs="model",
     ),

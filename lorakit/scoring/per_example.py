@@ -1,8 +1,7 @@
-"""Metrics that score every example by itself and average: answers, ROUGE, and what an output has
-in common with another system's.
+"""Metrics that score every example by itself and average: answers, ROUGE, BERTScore.
 
-Where an example has several references, the best counts. BERTScore, which is of this kind too, is
-in bertscore.py; metrics of a whole file are in sacrebleu.py.
+So do those of what an output has in common with a baseline's. Where an example has several
+references, the best counts. Metrics of a whole file are in sacrebleu.py.
 """
 
 from __future__ import annotations
@@ -149,3 +148,21 @@ rouge1 = functools.partial(_rouge, "rouge1")
 rouge2 = functools.partial(_rouge, "rouge2")
 rouge_l = functools.partial(_rouge, "rougeL")
 rouge_lsum = functools.partial(_rouge, "rougeLsum")
+
+
+def bertscore(examples: Examples) -> Statistics:
+    """Return BERTScore's F1 of each example: the best over references, no idf, not rescaled.
+
+    Raises LorakitError where the examples have no embedder.
+    """
+    from lorakit.scoring.bertscore import best_f1s
+
+    embedder = examples.embedder
+    if embedder is None:
+        raise LorakitError("this metric needs a model to embed tokens; use `lorakit score`")
+    signature = (
+        f"nrefs:{examples.reference_count}|refs:max|measure:f1|idf:no|rescaled:no"
+        f"|{embedder.signature}|version:lorakit-{version_of('lorakit')}"
+    )
+    best = best_f1s(examples.predictions, examples.references, embedder)
+    return mean_over_examples(best, signature)

@@ -240,9 +240,9 @@ def test_a_missing_library_is_named_with_its_remedy(missing: str, tmp_path: Path
         ]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
-    found = run("bertscore")
-    assert found.returncode == 1
-    assert found.stderr == (
+    result = run("bertscore")
+    assert result.returncode == 1
+    assert result.stderr == (
         f"Error: --metric bertscore needs {missing}; run: pip install lorakit\n"
     )
     assert run("rougeL").returncode == 0
