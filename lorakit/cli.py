@@ -1,4 +1,4 @@
-"""The program: one group, one line per command, and the one place where errors become messages."""
+"""The program: its commands, each imported when it runs, and what errors become for the user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 
 
-# Each command with the first sentence of its help; its module and its function have its name.
+# Each command and the first sentence of its help; its module and its function bear its name.
 COMMANDS = {
     "build-dataset": "Turn raw data into records: lines of JSON with id, prompt and completion.",
     "train-adapter": (
@@ -40,12 +40,11 @@ COMMANDS = {
 
 
 def load_command(name: str) -> click.Command:
-    """Import a command; the others stay where they are, which is what keeps help quick."""
+    """Import and return one command; that the others are not imported keeps `--help` quick."""
     function = name.replace("-", "_")
-    found: click.Command = getattr(
-        importlib.import_module(f"lorakit.commands.{function}"), function
-    )
-    return found
+    module = importlib.import_module(f"lorakit.commands.{function}")
+    command: click.Command = getattr(module, function)
+    return command
 
 
 class _Program(click.Group):
@@ -57,10 +56,10 @@ class _Program(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = formatter.width - 6 - max(map(len, COMMANDS))
-        lines = {name: click.Command(name, help=text) for name, text in COMMANDS.items()}
+        commands = {name: click.Command(name, help=text) for name, text in COMMANDS.items()}
         with formatter.section("Commands"):
             formatter.write_dl(
-                [(name, line.get_short_help_str(width)) for name, line in lines.items()]
+                [(name, command.get_short_help_str(width)) for name, command in commands.items()]
             )
 
 
@@ -74,7 +73,7 @@ def lorakit() -> None:
 
 
 def main() -> None:
-    """Run the program and leave with its exit code; a LorakitError becomes one line on stderr."""
+    """Run the program and exit with its code; a LorakitError becomes one line on stderr."""
     _open_closed_streams()
     stdout = sys.stdout
     try:
@@ -91,10 +90,10 @@ def main() -> None:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         code = EXIT_PIPE_CLOSED
-    except SystemExit as left:  # where a pipe was closed, click wraps stdout and leaves with 1
-        code = left.code if sys.stdout is stdout else EXIT_PIPE_CLOSED
+    except SystemExit as leaving:  # where a pipe was closed, click wraps stdout and exits with 1
+        code = leaving.code if sys.stdout is stdout else EXIT_PIPE_CLOSED
         sys.stdout = stdout
-    except OSError as error:  # of what names no file: stdout on a full disk, most likely
+    except OSError as error:  # one that names no file: stdout on a full disk, most likely
         _say(f"Error: {error.filename or 'stdin or stdout'}: {explain(error)}; check where it goes")
         code = 1
     _flush_stdout()
@@ -102,7 +101,7 @@ def main() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Put a file in place of each stream that was closed (`>&-`): stdout's refuses all data."""
+    """Put a file in place of each closed stream (`>&-`); the one for stdout refuses all data."""
     for number, (name, mode, flags) in enumerate(_STREAMS):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, flags), number)

@@ -1,15 +1,41 @@
-"""Settings of training, pruning, generation and tests: the only place a default is written."""
+"""The settings of every command, frozen: the only place where a default is written.
+
+What the values do is the business of the functions that take them; how they are written on the
+command line is that of commands/.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
-from typing import Any
+from typing import Literal
 
 SCHEDULES = ("linear", "cosine", "constant")
 HOLD_OUT = 0.2  # the share of --data that validates when --val is missing
-_UNTOLD = ("device",)  # what a header's history leaves out: it should not change the result
+_NOT_IN_HISTORY = ("device",)  # where a run computes should not change its result
+
+# Ratios or thresholds to choose from: none (pruning stays as set), one, several, or those that a
+# halving search tries.
+PruningValues = tuple[Decimal, ...] | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a training run is followed and resumed; `log` is the path of its log, None for none."""
+
+    resume: bool = False
+    log: str | None = None
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which base model is loaded; no `model` means the adapter's own, else the default."""
+
+    model: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,9 +64,9 @@ class TrainingSettings:
     dtype: str = "auto"
     device: str = "auto"
 
-    def told(self) -> dict[str, Any]:
-        """Return the settings as the history in an adapter's header tells them."""
-        return {name: value for name, value in asdict(self).items() if name not in _UNTOLD}
+    def history_fields(self) -> dict[str, object]:
+        """Return the settings that an adapter's history records."""
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_IN_HISTORY}
 
 
 LOSS = "loss"
@@ -48,7 +74,7 @@ LOSS = "loss"
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """By what the validation set decides: `loss`, or a metric of `score` on greedy outputs.
+    """What decides on the validation set: `loss`, or a metric of `score` on greedy outputs.
 
     `select_by` compares the epochs of a run, `metric` the runs of a search over pruning settings
     (None: as `select_by`); `max_new_tokens` bounds the outputs.
@@ -61,10 +87,11 @@ class SelectionSettings:
 
     @property
     def searches_by(self) -> str:
+        """What the runs of a search are compared by."""
         return self.metric or self.select_by
 
-    def told(self) -> dict[str, Any]:
-        """Return the settings as the history tells them: only those that had a say."""
+    def history_fields(self) -> dict[str, object]:
+        """Return the settings that an adapter's history records: only those that had a say."""
         if {self.select_by, self.searches_by} == {LOSS}:
             return {"select_by": LOSS}
         return {**asdict(self), "metric": self.searches_by}
@@ -104,8 +131,8 @@ class PruningSettings:
     @property
     def value(self) -> Decimal:
         """How much is reset: the ratio, or the threshold."""
-        found = self.prune_threshold if self.unit == "module" else self.prune_ratio
-        return Decimal(0) if found is None else found
+        amount = self.prune_threshold if self.unit == "module" else self.prune_ratio
+        return Decimal(0) if amount is None else amount
 
     @property
     def prunes(self) -> bool:
@@ -118,8 +145,8 @@ class PruningSettings:
             return replace(self, prune_threshold=value)
         return replace(self, prune_ratio=value)
 
-    def told(self) -> dict[str, Any]:
-        """Return the settings as the history in an adapter's header tells them."""
+    def history_fields(self) -> dict[str, object]:
+        """Return the settings that an adapter's history records, decimals as floats."""
         threshold = self.prune_threshold
         return {
             **asdict(self),
@@ -157,11 +184,15 @@ class GenerationSettings:
     device: str = "auto"
 
 
+def _default_request() -> dict[str, object]:
+    return {"max_tokens": 16, "temperature": 0}
+
+
 @dataclass(frozen=True)
 class JudgeSettings:
     """How judges are asked; `timeout` is in seconds, `request` the fields besides the question."""
 
-    request: Mapping[str, Any] = field(default_factory=lambda: {"max_tokens": 16, "temperature": 0})
+    request: Mapping[str, object] = field(default_factory=_default_request)
     concurrency: int = 4
     timeout: float = 60.0
     retries: int = 5
@@ -169,7 +200,7 @@ class JudgeSettings:
 
 @dataclass(frozen=True)
 class SignificanceSettings:
-    """How often a significance test swaps or draws the examples, and the seed it does so with."""
+    """How often a significance test swaps or draws the examples, and the seed of its draws."""
 
     trials: int = 10_000
     seed: int = 0
@@ -177,7 +208,7 @@ class SignificanceSettings:
 
 @dataclass(frozen=True)
 class BoundarySettings:
-    """How the boundary layer is looked for.
+    """How the boundary layer is searched for.
 
     `sample` is in records; no `boundaries` means 1 … L. `metric` decides by evaluation; `tokens`
     completion positions are read, and boundaries to `compare` drawn, by probability.

@@ -1,4 +1,4 @@
-"""The program: how it ends, and what it says when it fails."""
+"""The program: how it exits, and what it says when it fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JUDGE = ("--endpoint", "http://127.0.0.1:1/v1", "--judge-model", "x")
 
 
 def one_error(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the one line of stderr of a run that failed, without its beginning."""
+    """Return the one line on stderr of a run that failed, without `Error: `."""
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("Error: ")
     return done.stderr.removeprefix("Error: ").rstrip("\n")
@@ -264,7 +264,7 @@ def test_wrong_usage_exits_with_2_and_shows_the_usage(
     assert "Traceback" not in err
 
 
-# — what it tells of itself —
+# — what it says about itself —
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -1,4 +1,4 @@
-"""What `--help`, and the commands that need no model, must not import: it costs seconds."""
+"""What `--help`, and the commands that need no model, must not import, since it takes seconds."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ finally:
 
 
 def imported(*arguments: str, stdin: str = "") -> list[str]:
-    """Return the modules that a run of the program imports; it has to end well."""
+    """Return the modules that a run of the program imports; the run has to succeed."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *arguments],
         input=stdin,
@@ -152,8 +152,8 @@ def test_judging_needs_no_model_library(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "p", "completion": "c", "prediction": "c"}\n')
     with serving(lambda body, number: "7") as server:
-        given = ("--endpoint", server.url, "--judge-model", "x")
-        packages = packages_of(imported("judge", str(path), *given))
+        options = ("--endpoint", server.url, "--judge-model", "x")
+        packages = packages_of(imported("judge", str(path), *options))
     assert packages - SDK <= {"attr", "click", "jsonlines", "lorakit"}
 
 

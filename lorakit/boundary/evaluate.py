@@ -8,9 +8,9 @@ cannot treat so are decoded one boundary after the other.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 
@@ -25,20 +25,13 @@ from lorakit.models.lora import attach
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.records import Record, load_records, write_records
+from lorakit.reporting import Reporter
 from lorakit.scoring.cautions import find_cautions
 from lorakit.scoring.metrics import METRICS, Score, score
 from lorakit.scoring.texts import references_of
 from lorakit.settings import BoundarySettings, GenerationSettings
 
-T = TypeVar("T")
 Prompt = Sequence[int]
-
-
-class Notes(Protocol):
-    """Whoever passes notes and progress on to the user."""
-
-    def note(self, text: str) -> None: ...
-    def timed(self, items: Iterable[T], what: str, total: int) -> Iterator[T]: ...
 
 
 def draw_sample(data: str, *needed: str, sample: int, seed: int) -> list[Record]:
@@ -118,7 +111,7 @@ def evaluate(
     *,
     settings: BoundarySettings,
     generation: GenerationSettings,
-    notes: Notes,
+    reporter: Reporter,
     predictions: str | None = None,
 ) -> Evaluation:
     """Decode a sample of `data` at every boundary and score it; write the outputs if asked to.
@@ -130,10 +123,10 @@ def evaluate(
     records = draw_sample(data, "prompt", sample=settings.sample, seed=generation.seed)
     references = [references_of(record) for record in records]
     for line in find_cautions(references, metrics=[settings.metric], lang=settings.lang):
-        notes.note(f"Warning: {line}")
+        reporter.note(f"Warning: {line}")
     encoder, room = encoder_of(base, adapter, generation), generation.max_new_tokens
-    prompts = encode_all(records, lambda record: encoder.prompt(record, room), notes.note)
-    outputs = decode(base, adapter, prompts, boundaries, generation, notes)
+    prompts = encode_all(records, lambda record: encoder.prompt(record, room), reporter.note)
+    outputs = decode(base, adapter, prompts, boundaries, generation, reporter)
     scores = {
         k: score(texts, references, metric=settings.metric, lang=settings.lang)
         for k, texts in outputs.items()
@@ -142,7 +135,7 @@ def evaluate(
     if predictions:
         with open_text_output(predictions) as stream:
             write_records(found.predictions(), stream)
-    notes.note(found.baseline_note)
+    reporter.note(found.baseline_note)
     return found
 
 
@@ -152,7 +145,7 @@ def decode(
     prompts: Sequence[Example],
     boundaries: Sequence[int],
     settings: GenerationSettings,
-    notes: Notes,
+    reporter: Reporter,
 ) -> dict[int, list[str]]:
     """Return the greedy output for every prompt at every boundary, each boundary's in order.
 
@@ -163,13 +156,13 @@ def decode(
     apart, rows = list(same.values()), [prompt.ids for prompt in prompts]
     texts: dict[int, list[str]] = {k: [""] * len(prompts) for k in apart}
     sampled: dict[tuple[int, int], list[int]] = {}
-    with Gates(layers).fused_forward() as gates:
-        made = _written(base, gates, rows, apart, settings, notes)
-        for one in notes.timed(made, "decoding", len(apart) * len(prompts)):
+    with Gates(layers).standing() as gates:
+        made = _written(base, gates, rows, apart, settings, reporter)
+        for one in reporter.timed(made, "decoding", len(apart) * len(prompts)):
             texts[one.boundary][one.prompt] = text_of(base, one.tokens)
             sampled[one.boundary, one.prompt] = one.tokens
         if base.dtype != torch.float32:
-            notes.note(_differing(base, gates, rows, settings, sampled))
+            reporter.note(_differing(base, gates, rows, settings, sampled))
     return {k: texts[same[layers_on(layers, k)]] for k in boundaries}
 
 
@@ -179,13 +172,13 @@ def _written(
     prompts: Sequence[Prompt],
     boundaries: Sequence[int],
     settings: GenerationSettings,
-    notes: Notes,
+    reporter: Reporter,
 ) -> Iterator[Written]:
     if can_pool(base, gates, prompts[0]):
         pool = Pool(base, gates, prompts, settings.max_new_tokens, settings.batch_size)
         yield from pool.run(boundaries)
         return
-    notes.note(f"{base.name} cannot decode boundaries together: one after the other")
+    reporter.note(f"{base.name} cannot decode boundaries together: one after the other")
     for boundary in boundaries:
         for number, tokens in _alone(base, gates, prompts, boundary, settings):
             yield Written(number, boundary, tokens)

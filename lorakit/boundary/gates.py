@@ -48,7 +48,7 @@ class Gates:
             self._least, self._most = min(boundaries), max(boundaries)
 
     @contextlib.contextmanager
-    def fused_forward(self) -> Iterator[Gates]:
+    def standing(self) -> Iterator[Gates]:
         """Gate PEFT's layers inside the block; afterwards they are as they were."""
         try:
             for name, layer in self._layers.items():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.boundary.evaluate import Notes, draw_sample, pick_boundaries
+from lorakit.boundary.evaluate import draw_sample, pick_boundaries
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.knee import knee
 from lorakit.boundary.kv_cache import decoder_layers
@@ -26,6 +26,7 @@ from lorakit.models.forward import completion_logits
 from lorakit.models.lora import attach
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
+from lorakit.reporting import Reporter
 from lorakit.settings import BoundarySettings, GenerationSettings
 
 _Curves = tuple[torch.Tensor, torch.Tensor]  # of the gold token, of the likeliest: (layers, tokens)
@@ -38,7 +39,7 @@ def read_probabilities(
     *,
     settings: BoundarySettings,
     generation: GenerationSettings,
-    notes: Notes,
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """Return a record for each boundary k: the probabilities after k layers, by position.
 
@@ -51,13 +52,13 @@ def read_probabilities(
     compared = pick_boundaries(settings.compare, base.layers) if settings.compare else []
     sample = draw_sample(data, "prompt", "completion", sample=settings.sample, seed=generation.seed)
     encoder = encoder_of(base, adapter, generation)
-    examples = encode_all(sample, encoder.example, notes.note)
+    examples = encode_all(sample, encoder.example, reporter.note)
     batches = _batches(examples, generation.batch_size)
     curves: dict[int, _Curves] = {}
-    with Gates(attach(base, adapter)).fused_forward() as gates:
+    with Gates(attach(base, adapter)).standing() as gates:
         steps = [(k, batch) for k in (base.layers, *compared) for batch in batches]
         sums: dict[int, Any] = {}
-        for k, batch in notes.timed(steps, "reading", len(steps)):
+        for k, batch in reporter.timed(steps, "reading", len(steps)):
             gates.set([k])
             part = _batch_sums(base, batch, settings.tokens)
             sums[k] = [a + b for a, b in zip(sums[k], part, strict=True)] if k in sums else part

@@ -1,6 +1,7 @@
-"""Which method `merge` is asked for, and which of its options belong to that method.
+"""The methods of `merge`: their list for the help, the options that only `merge` has, and checks.
 
-To add a method without data: a line in static.METHODS. One that trains: a line in TRAINED.
+To add a method without data: a line in METHODS of merging/methods.py. One that trains: a line in
+TRAINED.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from collections.abc import Sequence
 
 import click
 
+from lorakit.commands import _options
+from lorakit.commands._types import Amounts, Density, MetricName, Numbers
+from lorakit.merging.criteria import CRITERIA, VALUES
 from lorakit.merging.methods import METHODS
+from lorakit.settings import LOSS, PruningSettings, PruningValues, StaticSettings
 
 TRAINED = {
     "adaptive": "train jointly on --data, pruning at every step (the default with --data)",
@@ -18,11 +23,92 @@ TRAINED = {
 HELP = {**TRAINED, **{name: method.help for name, method in METHODS.items()}}
 EPILOG = "\b\nMethods:\n" + "\n".join(f"  {name:<15}  {text}" for name, text in HELP.items())
 
-_STATIC = ("density", "rank", "weights")  # what no method that trains takes
-_SHARED = ("method", "output", "portable", "quiet")
+# Options by the methods that read them; adaptive reads all but those of _STATIC.
+_STATIC = ("density", "rank", "weights")
+_EVERY_METHOD = ("method", "output", "portable", "quiet")
 _LORAHUB = (
-    *("data", "log", "model", "revision", "trust_remote_code", "device", "dtype", "chat"),
-    *("max_length", "truncate", "micro_batch_tokens"),
+    "data",
+    "log",
+    "model",
+    "revision",
+    "trust_remote_code",
+    "device",
+    "dtype",
+    "chat",
+    "max_length",
+    "truncate",
+    "micro_batch_tokens",
+)
+
+static = _options.together(
+    click.option(
+        "--weights",
+        type=Numbers(),
+        metavar="W,…",
+        help="A factor for each adapter's change ΔW; may be negative. [default: 1 each]",
+    ),
+    click.option(
+        "--density",
+        type=Density(),
+        default=str(StaticSettings.density),
+        show_default=True,
+        metavar="D",
+        help="Share of each ΔW's parameters that is kept, in each module.",
+    ),
+    click.option(
+        "--rank",
+        type=click.IntRange(min=1),
+        metavar="R",
+        help="Rank of the result, in each module. [default: the adapters' largest]",
+    ),
+)
+
+pruning = _options.together(
+    click.option(
+        "--prune-ratio",
+        type=Amounts("ratio", below=1),
+        metavar="R|R1,R2,…|auto",
+        help="Share of each group's parameters reset after every step; of several, or of 0, 0.1, … "
+        "0.9 (auto), the best on the validation set is kept. [default: 0]",
+    ),
+    _options.field_option(
+        PruningSettings,
+        "importance",
+        click.Choice(list(CRITERIA)),
+        "What makes a parameter important.",
+    ),
+    _options.field_option(
+        PruningSettings,
+        "unit",
+        click.Choice(["parameter", "module"]),
+        "What is reset: parameters, or whole A/B pairs of one adapter at one projection.",
+    ),
+    click.option(
+        "--prune-threshold",
+        type=Amounts("threshold"),
+        metavar="T|T1,T2,…|auto",
+        help="With --unit module: the mean importance below which a pair is reset; auto tries the "
+        "tenths of its distribution, which it prints.",
+    ),
+    _options.field_option(
+        PruningSettings,
+        "prune_value",
+        click.Choice(list(VALUES)),
+        "What it is reset to: zero, its value at the start, or a fresh LoRA initialisation.",
+    ),
+    click.option(
+        "--calibrate-every",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Refresh the input norms every N steps. [default: every epoch]",
+    ),
+)
+
+metric = click.option(
+    "--metric",
+    type=MetricName(LOSS),
+    metavar=f"{LOSS}|METRIC",
+    help="What decides between several ratios or thresholds. [default: --select-by]",
 )
 
 
@@ -44,24 +130,24 @@ def choose_method(
 
 def check_options(method: str) -> None:
     """Raise a usage error for an option on the command line that the method does not read."""
-    given = _given(click.get_current_context())
-    others = given & {*_STATIC} if method == "adaptive" else given - {*_SHARED, *_read(method)}
-    for name in sorted(others):
-        takers = [each for each in HELP if each != "adaptive" and name in _read(each)]
-        takers = takers if name in _STATIC else ["adaptive", *takers]
-        raise click.UsageError(
-            f"--{name.replace('_', '-')} does not belong to --method {method}, "
-            f"but to {', '.join(takers)}."
-        )
+    for name in sorted(_options_on_command_line(click.get_current_context())):
+        if not _reads(method, name):
+            readers = [other for other in HELP if _reads(other, name)]
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} does not belong to --method {method}, "
+                f"but to {', '.join(readers)}."
+            )
 
 
-def _read(method: str) -> Sequence[str]:
-    """Return the options that are read by a method other than adaptive, which reads all but few."""
-    return _LORAHUB if method == "lorahub" else METHODS[method].settings
+def _reads(method: str, option: str) -> bool:
+    if method == "adaptive":
+        return option not in _STATIC
+    own = _LORAHUB if method == "lorahub" else METHODS[method].settings
+    return option in own or option in _EVERY_METHOD
 
 
-def _given(context: click.Context) -> set[str]:
-    """Return the names of the options that stand on the command line."""
+def _options_on_command_line(context: click.Context) -> set[str]:
+    """Return the names of the options that were written out, not left at their defaults."""
     default = click.core.ParameterSource.DEFAULT
     options = (p.name for p in context.command.params if isinstance(p, click.Option) and p.name)
     return {name for name in options if context.get_parameter_source(name) not in (default, None)}
@@ -71,3 +157,30 @@ def check_weights(weights: Sequence[float] | None, adapters: Sequence[str]) -> N
     """Raise a usage error where there is not one weight for each adapter."""
     if weights is not None and len(weights) != len(adapters):
         raise click.UsageError(f"--weights has {len(weights)} for {len(adapters)} adapters.")
+
+
+def pruning_values(
+    unit: str, ratios: PruningValues | None, thresholds: PruningValues | None
+) -> PruningValues:
+    """Return the ratios or the thresholds, whichever the unit asks for, none where none is given.
+
+    Raises a usage error where the other is given, or where a threshold is missing.
+    """
+    if unit == "module":
+        if ratios is not None:
+            raise click.UsageError("--unit module is told by --prune-threshold, not --prune-ratio.")
+        if thresholds is None:
+            raise click.UsageError("Missing option '--prune-threshold', which --unit module needs.")
+        return thresholds
+    if thresholds is not None:
+        raise click.UsageError("--prune-threshold is for --unit module only.")
+    return () if ratios is None else ratios
+
+
+def check_search(values: PruningValues, *, plot: str | None, metric: str | None) -> None:
+    """Raise a usage error for options of a search where there are no values to choose from."""
+    if values == "auto" or len(values) > 1:
+        return
+    for name, value in {"--plot": plot, "--metric": metric}.items():
+        if value:
+            raise click.UsageError(f"{name} needs several ratios or thresholds, or auto.")

@@ -1,23 +1,26 @@
-"""What the model commands do first: find and load the base, and watch the run."""
+"""What the commands that run a model do first: load the base, and set up a training run's reports.
+
+It imports torch, so commands import it when they run, not before.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
-
-import click
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import base_revision, check_fingerprint, choose_model
-from lorakit.commands._progress import TrainingProgress
-from lorakit.files import STDIO, check_adapter_output
+from lorakit.commands._options import check_resume
+from lorakit.commands._progress import TerminalReporter
+from lorakit.files import check_adapter_output
 from lorakit.models.base import Base, load_base
 from lorakit.models.devices import keep_freed_memory, pick_device, pick_dtype
+from lorakit.settings import ModelSettings, RunSettings
 
 
 def open_base(
-    given: Mapping[str, Any],
+    model: ModelSettings,
     adapters: Sequence[Adapter],
     device: str,
     dtype: str,
@@ -25,8 +28,8 @@ def open_base(
     *,
     training: bool,
 ) -> Base:
-    """Load the base model that the options, or the adapters, name."""
-    name, remark = choose_model(given["model"], adapters)
+    """Load the base model that the settings, or the adapters, name."""
+    name, remark = choose_model(model.model, adapters)
     if remark:
         note(remark)
     place = pick_device(device)
@@ -36,8 +39,8 @@ def open_base(
         name,
         device=place,
         dtype=pick_dtype(dtype, place, training=training),
-        revision=given["revision"] or base_revision(adapters, name),
-        trust_remote_code=given["trust_remote_code"],
+        revision=model.revision or base_revision(adapters, name),
+        trust_remote_code=model.trust_remote_code,
     )
     if warning := check_fingerprint(adapters, name, base.fingerprint):
         note(warning)
@@ -45,12 +48,20 @@ def open_base(
 
 
 @contextlib.contextmanager
-def watching(given: Mapping[str, Any], output: str) -> Iterator[TrainingProgress]:
-    """Yield the watcher of a training run and, when it is done, say where the adapter went."""
-    if given["resume"] and output == STDIO:
-        raise click.UsageError("--resume needs -o FILE: a pipe keeps nothing to go on from.")
+def reporting(run: RunSettings, output: str) -> Iterator[TerminalReporter]:
+    """Yield the reporter of a training run and, at its end, say where the adapter was written.
+
+    Of several processes only the first reports. Raises an error before the run where `output`
+    cannot be written or resumed.
+    """
+    check_resume(run.resume, output)
     check_adapter_output(output)
-    log, resume, quiet = given["log"], given["resume"], given["quiet"]
-    with TrainingProgress(log=log, append=resume, quiet=quiet) as watcher:
-        yield watcher
-        watcher.note(f"wrote {output}")
+    quiet, log = (run.quiet, run.log) if _is_main_process() else (True, None)
+    with TerminalReporter(quiet=quiet, log=log, append=run.resume) as reporter:
+        yield reporter
+        reporter.note(f"wrote {output}")
+
+
+def _is_main_process() -> bool:
+    """Whether this is the first of the processes that torchrun or `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,7 +1,8 @@
-"""Curves and maps drawn into PNG or SVG files by matplotlib, with their data as JSON lines beside.
+"""Curves and maps in PNG or SVG files, each with its data beside it as JSON lines.
 
-Figures are plain, labelled and readable without colour. The only file that names matplotlib, which
-comes with the extra `plot`; what is drawn is handed in as records.
+Figures are plain, labelled and readable without colour. No other file imports matplotlib, which
+comes with the extra `plot`. What is drawn comes in as records; how they were measured is not known
+here.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError, missing_package
 from lorakit.files import atomic_path, open_text_output
 from lorakit.records import write_records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _FORMATS = (".png", ".svg")
 _MARKERS = "os^Dv<>P"
@@ -22,7 +27,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def check_plot(output: str) -> None:
-    """Raise LorakitError, before the work is done, where `output` could not be drawn."""
+    """Raise LorakitError where `output` could not be drawn; call it before the work is done."""
     if Path(output).suffix.lower() not in _FORMATS:
         raise LorakitError(f"--plot {output} is neither .png nor .svg; choose one of these endings")
     try:
@@ -32,17 +37,8 @@ def check_plot(output: str) -> None:
 
 
 @contextlib.contextmanager
-def _axes(
-    output: str,
-    rows: Rows,
-    *,
-    size: tuple[float, float] = (6.4, 4.0),
-    grid: tuple[int, int] = (1, 1),
-) -> Iterator[Any]:
-    """Yield the axes of a new figure, and write it and the rows it shows when the block ends.
-
-    Of a grid of several (down, across) they are an array.
-    """
+def _figure(output: str, rows: Rows, *, size: tuple[float, float] = (6.4, 4.0)) -> Iterator[Figure]:
+    """Yield a new figure, size in inches; write it and the rows it shows when the block ends."""
     check_plot(output)
     import matplotlib
     from matplotlib.figure import Figure
@@ -50,26 +46,34 @@ def _axes(
     path = Path(output)
     with matplotlib.rc_context({"svg.hashsalt": "lorakit", "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=size, dpi=150, layout="constrained")
-        yield figure.subplots(*grid)
+        yield figure
         kind = path.suffix.lower().removeprefix(".")
-        dated = {"svg": {"Date": None}, "png": {"Software": None}}[kind]
+        undated = {"svg": {"Date": None}, "png": {"Software": None}}[kind]
         with atomic_path(path) as side:
-            figure.savefig(side, format=kind, metadata=dated)
+            figure.savefig(side, format=kind, metadata=undated)
     with open_text_output(f"{output}.jsonl") as stream:
         write_records(rows, stream)
 
 
 def _line(
-    axes: Any, number: int, x: Sequence[float], y: Sequence[float], label: str | None
+    axes: Axes, number: int, x: Sequence[float], y: Sequence[float], label: str | None
 ) -> None:
-    grey = str(0.65 * (number % 4) / 3)
-    style = {"marker": _MARKERS[number % len(_MARKERS)], "linestyle": _STYLES[number % 4]}
-    axes.plot(x, y, color=grey, markersize=4, label=label, **style)
+    """Draw a line whose grey, marker and dash its number decides."""
+    axes.plot(
+        x,
+        y,
+        color=str(0.65 * (number % 4) / 3),
+        marker=_MARKERS[number % len(_MARKERS)],
+        linestyle=_STYLES[number % len(_STYLES)],
+        markersize=4,
+        label=label,
+    )
 
 
 def plot_lines(rows: Rows, *, x: str, y: str, line: str, output: str) -> None:
     """Draw the field `y` over the field `x`, one line for each value of the field `line`."""
-    with _axes(output, rows) as axes:
+    with _figure(output, rows) as figure:
+        axes = figure.subplots()
         for number, name in enumerate(dict.fromkeys(row[line] for row in rows)):
             points = sorted((row[x], row[y]) for row in rows if row[line] == name)
             _line(axes, number, [at for at, _ in points], [value for _, value in points], str(name))
@@ -81,21 +85,20 @@ def plot_lines(rows: Rows, *, x: str, y: str, line: str, output: str) -> None:
 def plot_search(rows: Rows, *, metric: str, output: str) -> None:
     """Draw the value of every ratio or threshold tried, the best one marked (Figure 4).
 
-    Those that were stopped early are hollow, at what they had reached.
+    Those that were stopped early are hollow, at the value they had reached.
     """
     option = next(name for name in rows[0] if name.startswith("prune_"))
     ordered = sorted(rows, key=lambda row: row[option])
-    with _axes(output, ordered) as axes:
+    with _figure(output, ordered) as figure:
+        axes = figure.subplots()
         whole = [row for row in ordered if not row["stopped"]]
         _line(axes, 0, [r[option] for r in whole], [r[metric] for r in whole], "run to the end")
         early = [row for row in ordered if row["stopped"]]
         if early:
             xs, ys = [r[option] for r in early], [r[metric] for r in early]
             axes.plot(xs, ys, "o", color="0.5", mfc="white", label="stopped early")
-        best = next(row for row in ordered if row["best"])
-        axes.plot(
-            best[option], best[metric], "*", color="black", markersize=14, label="best", zorder=3
-        )
+        best = _best(ordered)
+        _mark_best(axes, best[option], best[metric])
         axes.set_xlabel(option.replace("_", " "))
         axes.set_ylabel(f"{metric} on the validation set")
         axes.legend()
@@ -108,65 +111,77 @@ def plot_importance(rows: Rows, *, output: str) -> None:
     cells = {(r["block"], r["projection"], r["layer"]): r["importance"] for r in rows}
     table = [[cells.get((*line, layer), float("nan")) for layer in layers] for line in lines]
     size = (2.5 + 0.28 * len(layers), 1.4 + 0.3 * len(lines))
-    with _axes(output, rows, size=size) as axes:
+    with _figure(output, rows, size=size) as figure:
+        axes = figure.subplots()
         image = axes.imshow(table, cmap="Greys", aspect="auto", interpolation="none")
         axes.grid(False)
         axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
         axes.set_yticks(range(len(lines)), [f"{block} {projection}" for block, projection in lines])
         axes.set_xlabel("layer")
-        axes.figure.colorbar(image, label="mean importance")
+        figure.colorbar(image, label="mean importance")
 
 
 def plot_boundaries(rows: Rows, *, output: str) -> None:
     """Draw the score of every boundary, the best marked, the base model dashed (Figure 4)."""
-    with _axes(output, rows) as axes:
+    with _figure(output, rows) as figure:
+        axes = figure.subplots()
         _line(axes, 0, [row["boundary"] for row in rows], [row["score"] for row in rows], None)
         axes.axhline(rows[0]["baseline"], color="0.5", linestyle="--", label="base model")
-        _mark_best(axes, rows)
+        best = _best(rows)
+        _mark_best(axes, best["boundary"], best["score"])
         axes.set_xlabel("boundary (layers that keep their LoRA)")
         axes.set_ylabel(f"{rows[0]['metric']} on the sample")
         axes.legend()
 
 
-def _mark_best(axes: Any, rows: Rows) -> None:
-    best = next(row for row in rows if row["best"])
-    place = (best["boundary"], best["score"])
-    axes.plot(*place, "*", color="black", markersize=14, label="best", zorder=3)
+def _mark_best(axes: Axes, x: float, y: float) -> None:
+    """Draw a star on the best point, above the lines."""
+    axes.plot(x, y, "*", color="black", markersize=14, label="best", zorder=3)
+
+
+def _best(rows: Rows) -> Mapping[str, Any]:
+    """Return the row that is marked best; there is exactly one."""
+    return next(row for row in rows if row["best"])
 
 
 def plot_probabilities(rows: Rows, *, output: str) -> None:
     """Draw the gold token's probability by layer, a line a position, and their mean (Figure 1).
 
     With curves to compare, a column of panels for each position: the gold token's and the largest
-    probability (Figure 2) of every adapter, and how the gold token's differs (Figure 5).
+    probability (Figure 2) of every adapter, and how far the gold token's differs from the whole
+    adapter's (Figure 5).
     """
     if "compared" in rows[0]:
         _plot_compared(rows, output)
         return
-    with _axes(output, rows) as axes:
+    with _figure(output, rows) as figure:
+        axes = figure.subplots()
         layers = [row["boundary"] for row in rows]
         for token in range(len(rows[0]["probabilities"])):
             values = [row["probabilities"][token] for row in rows]
             _line(axes, token + 1, layers, values, f"token {token + 1}")
         _line(axes, 0, layers, [row["score"] for row in rows], "mean")
-        _mark_best(axes, rows)
+        best = _best(rows)
+        _mark_best(axes, best["boundary"], best["score"])
         axes.set_xlabel("layers")
         axes.set_ylabel("probability of the gold token")
         axes.legend()
 
 
 def _plot_compared(rows: Rows, output: str) -> None:
+    """Draw the panels of adapters stripped at several boundaries, positions across."""
     panels = {
         "probabilities": "probability of the gold token",
         "maximum_probabilities": "maximum probability",
         "differences": "difference from the whole adapter",
     }
     layers, tokens = [row["boundary"] for row in rows], len(rows[0]["probabilities"])
-    best = next(row["boundary"] for row in rows if row["best"])
-    with _axes(output, rows, size=(3.2 * tokens, 8.0), grid=(3, tokens)) as grid:
+    best = _best(rows)["boundary"]
+    with _figure(output, rows, size=(3.2 * tokens, 8.0)) as figure:
+        grid = figure.subplots(len(panels), tokens, squeeze=False)
         for down, (name, title) in enumerate(panels.items()):
             for token in range(tokens):
-                axes = grid[down][token] if tokens > 1 else grid[down]
+                axes = grid[down, token]
                 if name in rows[0]:
                     _line(axes, 0, layers, [row[name][token] for row in rows], "all layers")
                 for number, k in enumerate(rows[0]["compared"], 1):

@@ -1,4 +1,4 @@
-"""The systems that `score` is given: files, --system and --baseline."""
+"""The systems that `score` compares, from its files, --system and --baseline."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def parse_systems(
     context: click.Context, parameter: click.Parameter, values: Sequence[str]
 ) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the name and the files of every --system NAME=FILE,FILE,…; names are unique."""
     systems = []
     for value in values:
         name, _, files = value.partition("=")
@@ -35,15 +36,15 @@ def systems_of(
     named: Sequence[tuple[str, tuple[str, ...]]],
     baseline: str | None,
 ) -> list[System]:
-    """Return what is to be scored, in order: a baseline that is not among it, files, systems.
+    """Return what is to be scored, in order: a baseline not among the rest, files, systems.
 
-    Raises a usage error for names that say nothing clear, and for stdin given twice.
+    Raises a usage error for names that are ambiguous, and for stdin given twice.
     """
     from lorakit.scoring.systems import System
 
     systems = [System((path,)) for path in predictions]
     systems += [System(files, name) for name, files in named]
-    labels = [one.label for one in systems]
+    labels = [system.label for system in systems]
     for name, _ in named:
         if labels.count(name) > 1:
             raise click.UsageError(f"--system {name} has the name of a file; choose another.")
@@ -53,6 +54,6 @@ def systems_of(
         raise click.UsageError("Missing argument 'PREDICTIONS...' or --system.")
     if len(systems) == 1 and baseline is not None:
         raise click.UsageError("--baseline needs another system to compare with it.")
-    if [path for one in systems for path in one.files].count(STDIO) > 1:
+    if [path for system in systems for path in system.files].count(STDIO) > 1:
         raise click.UsageError("`-` is given twice, but stdin can be read only once.")
     return systems

@@ -1,6 +1,6 @@
-"""What options can be besides text and numbers: lists of names, layers, ratios, metrics.
+"""Types of options besides click's own: lists of names, layers, ratios; names of metrics.
 
-Each is a type of click's, whose failures are usage errors.
+Each is a click ParamType; a value that it cannot read is a usage error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from lorakit.settings import PruningValues
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
@@ -26,7 +28,7 @@ class Names(ParamType):
     name = "names"
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+        self, value: str | tuple[str, ...], param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
@@ -42,11 +44,11 @@ class Layers(ParamType):
     name = "layers"
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+        self, value: str | tuple[int, ...], param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        chosen: set[int] = set()
+        layers: set[int] = set()
         for part in value.split(","):
             match = _LAYER_RANGE.fullmatch(part.strip())
             if match is None:
@@ -54,36 +56,41 @@ class Layers(ParamType):
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 self.fail(f"{part!r} runs backwards", param, ctx)
-            chosen.update(range(first, last + 1))
-        return tuple(sorted(chosen))
+            layers.update(range(first, last + 1))
+        return tuple(sorted(layers))
 
 
 class Boundaries(Layers):
-    """A set of boundaries, written as layers are (`8-31`), none of them 0."""
+    """A set of boundaries, written like layers (`8-31`), none of them 0."""
 
     name = "boundaries"
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+        self, value: str | tuple[int, ...], param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
-        found = super().convert(value, param, ctx)
-        if 0 in found:
+        boundaries = super().convert(value, param, ctx)
+        if 0 in boundaries:
             self.fail("boundaries begin at 1; 0, the base model, is the baseline", param, ctx)
-        return found
+        return boundaries
 
 
 class Amounts(ParamType):
-    """Ratios or thresholds, each kept as the decimal it is written as: one, a list, or `auto`."""
+    """Ratios or thresholds, one or a list, each the exact decimal as written; or `auto`."""
 
     def __init__(self, name: str, *, below: int | None = None) -> None:
         self.name = name
         self._below = below
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Decimal, ...] | str:
-        if isinstance(value, tuple) or value == "auto":
-            return value  # type: ignore[no-any-return]
+        self,
+        value: str | tuple[Decimal, ...],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> PruningValues:
+        if isinstance(value, tuple):
+            return value
+        if value == "auto":
+            return "auto"
         return tuple(self._amount(part.strip(), param, ctx) for part in value.split(","))
 
     def _amount(
@@ -99,7 +106,7 @@ class Amounts(ParamType):
 
 
 def _decimal(text: str) -> Decimal:
-    """Return the decimal as it is written, not a number where it is none."""
+    """Return the decimal that a text writes, NaN where it writes none."""
     try:
         return Decimal(text)
     except InvalidOperation:
@@ -107,12 +114,12 @@ def _decimal(text: str) -> Decimal:
 
 
 class Density(ParamType):
-    """A share above 0 and up to 1, kept as the decimal it is written as."""
+    """A share above 0 and up to 1, the exact decimal as written."""
 
     name = "density"
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> Decimal:
         density = _decimal(value)
         if density.is_nan():
@@ -123,12 +130,15 @@ class Density(ParamType):
 
 
 class Numbers(ParamType):
-    """A list of numbers, separated by commas (`0.5,-0.3`); none is infinite."""
+    """A list of finite numbers, separated by commas (`0.5,-0.3`)."""
 
     name = "numbers"
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+        self,
+        value: str | tuple[float, ...],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
     ) -> tuple[float, ...]:
         if isinstance(value, tuple):
             return value
@@ -145,14 +155,14 @@ class Numbers(ParamType):
 
 
 class MetricName(ParamType):
-    """The name of a metric of `score` that needs predictions and references alone, or `others`."""
+    """The name of a metric that needs predictions and references alone, or one of `others`."""
 
     name = "metric"
 
     def __init__(self, *others: str) -> None:
         self._others = others
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from lorakit.scoring.metrics import METRICS
 
         names = [

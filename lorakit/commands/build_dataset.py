@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from lorakit.commands import _options as options
+from lorakit.commands import _options
 from lorakit.files import STDIO
 from lorakit.recipes.request import SPLITS, Request
 from lorakit.recipes.table import RECIPES
 
 HUB = "hf://"
-_LIST = "\n".join(f"  {name:<12}{recipe.help}" for name, recipe in RECIPES.items())
-
+_RECIPE_LIST = "\n".join(f"  {name:<12}{recipe.help}" for name, recipe in RECIPES.items())
 
 if TYPE_CHECKING:
     Choice = click.Choice[str]
@@ -24,13 +23,13 @@ else:
 class RecipeName(Choice):
     """A name in RECIPES, or the address of a data set on the hub."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if str(value).startswith(HUB):
-            return str(value)
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value.startswith(HUB):
+            return value
         return super().convert(value, param, ctx)
 
 
-@click.command("build-dataset", epilog=f"\b\nRecipes:\n{_LIST}")
+@click.command("build-dataset", epilog=f"\b\nRecipes:\n{_RECIPE_LIST}")
 @click.argument("recipe", type=RecipeName(list(RECIPES)), metavar="RECIPE")
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @click.option("--split", type=click.Choice(SPLITS), default=Request.split, show_default=True)
@@ -40,7 +39,7 @@ class RecipeName(Choice):
     help="Take texts of this language. [default: what there is; of microworld, en]",
 )
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Draw N records.")
-@options.seed
+@_options.seed
 @click.option("--template", metavar="TEXT", help="The prompt, with {{field}} for a row's fields.")
 @click.option(
     "--completion", metavar="TEXT", help="The completion, likewise; joined to the prompt as is."
@@ -68,8 +67,9 @@ class RecipeName(Choice):
     help="What to do at a malformed row; skipped ones are counted.",
 )
 @click.option("--show", is_flag=True, help="Print one record; without SOURCE of a sample row.")
-@options.output(STDIO, "the records")
-@options.quiet
+@_options.output(STDIO, "the records")
+@_options.quiet
+@_options.settings(request=Request)
 def build_dataset(
     recipe: str,
     sources: tuple[str, ...],
@@ -77,7 +77,7 @@ def build_dataset(
     show: bool,
     output: str,
     quiet: bool,
-    **asked: Any,
+    request: Request,
 ) -> None:
     """Turn raw data into records: lines of JSON with id, prompt and completion.
 
@@ -90,25 +90,27 @@ def build_dataset(
     lorakit build-dataset csv a.csv --template 'Summarize: {{text}}' --completion ' {{summary}}'
     lorakit build-dataset mimic --show
     """
-    options.one_pipe(*sources, *asked["overlap"], *asked["drop_overlap"])
+    _options.one_pipe(*sources, *request.overlap, *request.drop_overlap)
     if recipe.startswith(HUB):
         recipe, sources = "hf", (recipe, *sources)
     from itertools import islice
 
-    from lorakit.commands._progress import Notes
+    from lorakit.commands._progress import TerminalReporter
     from lorakit.files import open_text_output
-    from lorakit.recipes import table as recipes
+    from lorakit.recipes import table
     from lorakit.recipes.request import Tally
     from lorakit.records import write_records
 
-    request, notes = Request(**asked), Notes(quiet=quiet)
-    with notes.bytes_read(sources) as advance, open_text_output(output) as stream:
-        tally = Tally(skip=on_error == "skip", say=notes.note, advance=advance)
-        made = recipes.build_dataset(recipe, sources, request, tally)
+    reporter = TerminalReporter(quiet=quiet)
+    with reporter.bytes_read(sources) as advance, open_text_output(output) as stream:
+        tally = Tally(skip=on_error == "skip", say=reporter.note, advance=advance)
+        records = table.build_dataset(recipe, sources, request, tally)
         if show:
-            made = islice(made, 1) if sources else iter([recipes.sample_record(recipe, request)])
-        count = write_records(made, stream)
+            records = (
+                islice(records, 1) if sources else iter([table.sample_record(recipe, request)])
+            )
+        count = write_records(records, stream)
     for line in tally.lines() if not show else ():
-        notes.note(line)
+        reporter.note(line)
     if request.sample is not None and count < request.sample:
-        notes.note(f"only {count} records for --sample {request.sample}.")
+        reporter.note(f"only {count} records for --sample {request.sample}.")

@@ -1,26 +1,29 @@
-"""`lorakit find-boundary`: an adapter and records to one record for each boundary, one the best."""
+"""`lorakit find-boundary`: an adapter and records to one record per boundary, the best marked."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from lorakit.commands import _options as options
+from lorakit.commands import _options
 from lorakit.commands._types import Boundaries, MetricName
 from lorakit.files import STDIO
-from lorakit.settings import BoundarySettings, GenerationSettings
+from lorakit.settings import BoundarySettings, GenerationSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from lorakit.commands._plots import Rows
+    from lorakit.commands._progress import TerminalReporter
 
 
 @click.command("find-boundary")
 @click.argument("adapter", default=STDIO)
-@options.data
-@click.option(
-    "--by",
-    type=click.Choice(["evaluation", "probability"]),
-    default=BoundarySettings.by,
-    show_default=True,
-    help="Score greedy outputs, or read the probability of the completion after every layer.",
+@_options.data
+@_options.field_option(
+    BoundarySettings,
+    "by",
+    click.Choice(["evaluation", "probability"]),
+    "Score greedy outputs, or read the probability of the completion after every layer.",
 )
 @click.option(
     "--boundaries",
@@ -28,32 +31,26 @@ from lorakit.settings import BoundarySettings, GenerationSettings
     metavar="K",
     help="Those to try: 8-31. [default: all]",
 )
-@click.option(
-    "--sample",
-    type=click.IntRange(min=1),
-    default=BoundarySettings.sample,
-    show_default=True,
-    help="Records drawn at random from --data.",
+@_options.field_option(
+    BoundarySettings, "sample", click.IntRange(min=1), "Records drawn at random from --data."
 )
-@click.option(
-    "--metric",
-    type=MetricName(),
-    default=BoundarySettings.metric,
-    show_default=True,
+@_options.field_option(
+    BoundarySettings,
+    "metric",
+    MetricName(),
+    "What scores the outputs, as in `score`.",
     metavar="METRIC",
-    help="What scores the outputs, as in `score`.",
 )
-@options.lang
-@options.decoding
+@_options.lang
+@_options.decoding
 @click.option(
     "--predictions", metavar="FILE", help="Write the outputs of every boundary, 0 too (JSONL)."
 )
-@click.option(
-    "--tokens",
-    type=click.IntRange(min=1),
-    default=BoundarySettings.tokens,
-    show_default=True,
-    help="By probability: how many positions of the completion are read.",
+@_options.field_option(
+    BoundarySettings,
+    "tokens",
+    click.IntRange(min=1),
+    "By probability: how many positions of the completion are read.",
 )
 @click.option(
     "--compare",
@@ -62,15 +59,24 @@ from lorakit.settings import BoundarySettings, GenerationSettings
     metavar="K",
     help="By probability: boundaries whose curves are compared with the whole adapter's: 10,20,25.",
 )
-@options.model
-@options.max_length
-@options.truncate
-@options.seed
-@options.plot("the score or the probabilities by boundary")
-@options.output(STDIO, "the records")
-@options.quiet
+@_options.model
+@_options.max_length
+@_options.truncate
+@_options.seed
+@_options.plot("the score or the probabilities by boundary")
+@_options.output(STDIO, "the records")
+@_options.quiet
+@_options.settings(model=ModelSettings, boundary=BoundarySettings, generation=GenerationSettings)
 def find_boundary(
-    adapter: str, data: str, predictions: str | None, plot: str | None, output: str, **given: Any
+    adapter: str,
+    data: str,
+    predictions: str | None,
+    plot: str | None,
+    output: str,
+    quiet: bool,
+    model: ModelSettings,
+    boundary: BoundarySettings,
+    generation: GenerationSettings,
 ) -> None:
     """Find the layer above which an adapter's LoRA can be dropped.
 
@@ -85,54 +91,59 @@ def find_boundary(
     lorakit find-boundary merged.safetensors --data val.jsonl |
         lorakit strip-layers merged.safetensors --boundary - -o final.safetensors
     """
-    options.one_pipe(adapter, data)
-    _check(given, predictions)
+    _options.one_pipe(adapter, data)
+    _check_method(boundary, predictions)
+    from lorakit.commands._plots import check_plot, plot_boundaries, plot_probabilities
+
+    if plot:
+        check_plot(plot)
+    from lorakit.adapters.storage import load_adapter
+    from lorakit.boundary.evaluate import evaluate
+    from lorakit.boundary.probability import read_probabilities
+    from lorakit.commands._opening import open_base
+    from lorakit.commands._progress import TerminalReporter
     from lorakit.files import open_text_output
     from lorakit.records import write_records
 
+    reporter = TerminalReporter(quiet=quiet)
+    loaded = load_adapter(adapter)
+    base = open_base(
+        model, [loaded], generation.device, generation.dtype, reporter.note, training=False
+    )
+    if boundary.by == "evaluation":
+        rows = evaluate(
+            base,
+            loaded,
+            data,
+            settings=boundary,
+            generation=generation,
+            reporter=reporter,
+            predictions=predictions,
+        ).as_records()
+    else:
+        rows = read_probabilities(
+            base, loaded, data, settings=boundary, generation=generation, reporter=reporter
+        )
     if plot:
-        from lorakit.commands._plots import check_plot
-
-        check_plot(plot)
-    rows = _find(adapter, data, predictions, plot, given)
+        draw = plot_boundaries if boundary.by == "evaluation" else plot_probabilities
+        draw(rows, output=plot)
+    _sketch(rows, reporter)
     with open_text_output(output) as stream:
         write_records(rows, stream)
 
 
-def _check(given: dict[str, Any], predictions: str | None) -> None:
-    if given["by"] == "evaluation" and given["compare"]:
+def _check_method(boundary: BoundarySettings, predictions: str | None) -> None:
+    """Raise a usage error for an option of the other way to find the boundary."""
+    if boundary.by == "evaluation" and boundary.compare:
         raise click.UsageError("--compare is for --by probability only.")
-    if given["by"] == "probability" and predictions:
+    if boundary.by == "probability" and predictions:
         raise click.UsageError("--predictions is for --by evaluation only.")
 
 
-def _find(
-    source: str, data: str, predictions: str | None, plot: str | None, given: dict[str, Any]
-) -> list[dict[str, Any]]:
-    from lorakit.adapters.storage import load_adapter
-    from lorakit.boundary.evaluate import evaluate
+def _sketch(rows: Rows, reporter: TerminalReporter) -> None:
+    """Show the score of every boundary as a curve in text, where stderr is a terminal."""
     from lorakit.boundary.knee import sketch
-    from lorakit.boundary.probability import read_probabilities
-    from lorakit.commands._opening import open_base
-    from lorakit.commands._plots import plot_boundaries, plot_probabilities
-    from lorakit.commands._progress import Notes
 
-    notes = Notes(quiet=given["quiet"])
-    settings = options.settings_of(BoundarySettings, given)
-    generation = options.settings_of(GenerationSettings, given)
-    adapter = load_adapter(source)
-    base = open_base(
-        given, [adapter], generation.device, generation.dtype, notes.note, training=False
-    )
-    told: dict[str, Any] = {"settings": settings, "generation": generation, "notes": notes}
-    if settings.by == "evaluation":
-        rows = evaluate(base, adapter, data, predictions=predictions, **told).as_records()
-    else:
-        rows = read_probabilities(base, adapter, data, **told)
-    if plot:
-        draw = plot_boundaries if settings.by == "evaluation" else plot_probabilities
-        draw(rows, output=plot)
+    boundaries = [row["boundary"] for row in rows]
     best = next(row["boundary"] for row in rows if row["best"])
-    scores = [row["score"] for row in rows]
-    notes.sketch(sketch([row["boundary"] for row in rows], scores, best))
-    return rows
+    reporter.sketch(sketch(boundaries, [row["score"] for row in rows], best))

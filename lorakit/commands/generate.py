@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from lorakit.commands import _options as options
+from lorakit.commands import _options
 from lorakit.files import STDIO
-from lorakit.settings import GenerationSettings
+from lorakit.settings import GenerationSettings, ModelSettings
 
 
 @click.command()
 @click.argument("adapter", required=False)
-@options.data
-@options.model
-@options.generation
-@options.output(STDIO, "the records")
-@click.option("--resume", is_flag=True, help="Go on where a killed run stopped; needs -o.")
-@options.quiet
-def generate(adapter: str | None, data: str, output: str, **given: Any) -> None:
+@_options.data
+@_options.model
+@_options.decoding
+@_options.field_option(
+    GenerationSettings,
+    "temperature",
+    click.FloatRange(min=0),
+    "Sample at this temperature; 0 is greedy decoding.",
+)
+@_options.field_option(
+    GenerationSettings,
+    "top_p",
+    click.FloatRange(min=0, min_open=True, max=1),
+    "Sample from the most probable tokens that make up this share.",
+)
+@_options.max_length
+@_options.truncate
+@_options.seed
+@_options.output(STDIO, "the records")
+@_options.resume
+@_options.quiet
+@_options.settings(model=ModelSettings, generation=GenerationSettings)
+def generate(
+    adapter: str | None,
+    data: str,
+    output: str,
+    resume: bool,
+    quiet: bool,
+    model: ModelSettings,
+    generation: GenerationSettings,
+) -> None:
     """Write a completion for every record, greedily by default, as its field `prediction`.
 
     Records come out in the order they went in. Without ADAPTER the base model answers (zero-shot).
@@ -27,21 +49,26 @@ def generate(adapter: str | None, data: str, output: str, **given: Any) -> None:
     \b
     lorakit generate merged.safetensors --data test.jsonl | lorakit score -
     """
-    options.one_pipe(adapter, data)
-    if given["resume"] and output == STDIO:
-        raise click.UsageError("--resume needs -o FILE: a pipe keeps nothing to go on from.")
+    _options.one_pipe(adapter, data)
+    _options.check_resume(resume, output)
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base
-    from lorakit.commands._progress import Notes
+    from lorakit.commands._progress import TerminalReporter
     from lorakit.models.predictions import write_predictions
 
-    settings = options.settings_of(GenerationSettings, given)
-    notes = Notes(quiet=given["quiet"])
-    loaded = load_adapter(adapter) if adapter else None
-    if loaded is None:
-        notes.note("no ADAPTER: the base model answers zero-shot")
-    known = [loaded] if loaded else []
-    base = open_base(given, known, settings.device, settings.dtype, notes.note, training=False)
+    reporter = TerminalReporter(quiet=quiet)
+    adapters = [load_adapter(adapter)] if adapter else []
+    if not adapters:
+        reporter.note("no ADAPTER: the base model answers zero-shot")
+    base = open_base(
+        model, adapters, generation.device, generation.dtype, reporter.note, training=False
+    )
     write_predictions(
-        base, loaded, data, settings=settings, output=output, resume=given["resume"], notes=notes
+        base,
+        adapters[0] if adapters else None,
+        data,
+        settings=generation,
+        output=output,
+        resume=resume,
+        reporter=reporter,
     )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import click
 
-from lorakit.commands import _options as options
-from lorakit.settings import TrainingSettings
+from lorakit.commands import _options
+from lorakit.settings import ModelSettings, TrainingSettings
 
 
 @click.command()
@@ -25,9 +24,10 @@ from lorakit.settings import TrainingSettings
     "--importance", is_flag=True, help="Show how important each module is on --data instead."
 )
 @click.option("--data", metavar="FILE", help="Records (JSONL) for --importance; `-` is stdin.")
-@options.plot("the importance by layer and module")
-@options.model
-@options.quiet
+@_options.plot("the importance by layer and module")
+@_options.model
+@_options.quiet
+@_options.settings(model=ModelSettings, training=TrainingSettings)
 def inspect(
     adapter: str,
     layout: str,
@@ -35,7 +35,8 @@ def inspect(
     data: str | None,
     plot: str | None,
     quiet: bool,
-    **given: Any,
+    model: ModelSettings,
+    training: TrainingSettings,
 ) -> None:
     """Show what is in an adapter: config, layers, blocks and history.
 
@@ -48,18 +49,21 @@ def inspect(
         raise click.UsageError(
             "--importance needs --data, and --data and --plot need --importance."
         )
-    options.one_pipe(adapter, data)
+    _options.one_pipe(adapter, data)
+    if data is None:
+        _describe(adapter, layout)
+    else:
+        _measure(adapter, data, plot, quiet=quiet, model=model, training=training)
+
+
+def _describe(source: str, layout: str) -> None:
+    """Write the description of an adapter to stdout."""
     from lorakit.adapters.describe import inspect_adapter, write_table
     from lorakit.adapters.storage import load_adapter
     from lorakit.files import STDIO, open_text_output
     from lorakit.records import write_records
 
-    if data is not None:
-        rows = _importance(adapter, data, plot, quiet, given)
-        with open_text_output(STDIO) as stream:
-            write_records(rows, stream)
-        return
-    record = inspect_adapter(load_adapter(adapter))
+    record = inspect_adapter(load_adapter(source))
     if layout == "auto":
         layout = "table" if sys.stdout.isatty() else "json"
     with open_text_output(STDIO) as stream:
@@ -69,22 +73,31 @@ def inspect(
             write_records([record], stream)
 
 
-def _importance(
-    source: str, data: str, plot: str | None, quiet: bool, given: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _measure(
+    source: str,
+    data: str,
+    plot: str | None,
+    *,
+    quiet: bool,
+    model: ModelSettings,
+    training: TrainingSettings,
+) -> None:
+    """Write the importance of an adapter's modules on the records to stdout, and draw it."""
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base
     from lorakit.commands._plots import check_plot, plot_importance
-    from lorakit.commands._progress import Notes
+    from lorakit.commands._progress import TerminalReporter
+    from lorakit.files import STDIO, open_text_output
     from lorakit.merging.importance import measure_importance
+    from lorakit.records import write_records
 
     if plot:
         check_plot(plot)
-    settings = options.settings_of(TrainingSettings, given)
     adapter = load_adapter(source)
-    note = Notes(quiet=quiet).note
-    base = open_base(given, [adapter], settings.device, settings.dtype, note, training=False)
-    rows = measure_importance(base, adapter, data, settings=settings)
+    note = TerminalReporter(quiet=quiet).note
+    base = open_base(model, [adapter], training.device, training.dtype, note, training=False)
+    rows = measure_importance(base, adapter, data, settings=training)
     if plot:
         plot_importance(rows, output=plot)
-    return rows
+    with open_text_output(STDIO) as stream:
+        write_records(rows, stream)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import click
 
-from lorakit.commands import _options as options
+from lorakit.commands import _options
 from lorakit.files import STDIO
 from lorakit.settings import JudgeSettings
 
 
 def _parse_request(
     context: click.Context, parameter: click.Parameter, value: str | None
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
+    """Return the default fields of the request with those of a JSON object; null drops one."""
     try:
-        given = json.loads(value or "{}")
+        fields = json.loads(value or "{}")
     except ValueError:
-        given = None
-    if not isinstance(given, dict):
+        fields = None
+    if not isinstance(fields, dict):
         raise click.BadParameter(f"{value!r} is not a JSON object.")
-    merged = {**JudgeSettings().request, **given}
+    merged = {**JudgeSettings().request, **fields}
     return {name: item for name, item in merged.items() if item is not None}
 
 
@@ -57,31 +58,23 @@ def _parse_request(
     metavar="JSON",
     help=f"Fields of the request; null drops one. [default: {json.dumps(JudgeSettings().request)}]",
 )
-@click.option(
-    "--concurrency",
-    type=click.IntRange(min=1),
-    default=JudgeSettings.concurrency,
-    show_default=True,
-    help="Questions asked at a time.",
+@_options.field_option(
+    JudgeSettings, "concurrency", click.IntRange(min=1), "Questions asked at a time."
 )
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=JudgeSettings.timeout,
-    show_default=True,
-    help="Seconds of silence after which a question is asked again.",
+@_options.field_option(
+    JudgeSettings,
+    "timeout",
+    click.FloatRange(min=0, min_open=True),
+    "Seconds of silence after which a question is asked again.",
 )
-@click.option(
-    "--retries",
-    type=click.IntRange(min=0),
-    default=JudgeSettings.retries,
-    show_default=True,
-    help="How often a question is asked again.",
+@_options.field_option(
+    JudgeSettings, "retries", click.IntRange(min=0), "How often a question is asked again."
 )
 @click.option("--ratings", metavar="FILE", help="Where to write each record's answers (JSONL).")
-@options.output(STDIO, "the summary")
-@click.option("--resume", is_flag=True, help="Go on where a killed run stopped; needs -o.")
-@options.quiet
+@_options.output(STDIO, "the summary")
+@_options.resume
+@_options.quiet
+@_options.settings(judging=JudgeSettings)
 def judge(
     predictions: tuple[str, ...],
     endpoint: tuple[str, ...],
@@ -91,9 +84,9 @@ def judge(
     template: str | None,
     ratings: str | None,
     output: str,
-    quiet: bool,
     resume: bool,
-    **given: Any,
+    quiet: bool,
+    judging: JudgeSettings,
 ) -> None:
     """Let language models rate predictions from 0 to 10 (GPT-Score), or choose (--against).
 
@@ -103,28 +96,31 @@ def judge(
     \b
     lorakit judge test.jsonl --endpoint http://localhost:8000/v1 --judge-model my-judge
     """
-    options.one_pipe(*predictions, against)
-    if resume and output == STDIO:
-        raise click.UsageError("--resume needs -o FILE: a pipe keeps nothing to go on from.")
+    _options.one_pipe(*predictions, against)
+    _options.check_resume(resume, output)
     if (ratings, output) == (STDIO, STDIO):
         raise click.UsageError("Only one of --ratings and -o can be stdout.")
-    if len(set(judge_model)) < len(judge_model):
-        raise click.UsageError("A --judge-model is given twice.")
-    for name, values in (("--endpoint", endpoint), ("--key-variable", key_variable)):
-        if len(values) not in (1, len(judge_model)):
-            raise click.UsageError(f"Give {name} once, or once for each --judge-model.")
-    from lorakit.commands._progress import Notes
+    _check_judges(judge_model, {"--endpoint": endpoint, "--key-variable": key_variable})
+    from lorakit.commands._progress import TerminalReporter
     from lorakit.judging.panel import open_panel, write_judgements
 
-    settings = options.settings_of(JudgeSettings, given)
     write_judgements(
         predictions,
-        open_panel(judge_model, endpoint, key_variable, settings),
-        settings=settings,
+        open_panel(judge_model, endpoint, key_variable, judging),
+        settings=judging,
         against=against,
         template=template,
         ratings=ratings,
         output=output,
         resume=resume,
-        notes=Notes(quiet=quiet),
+        reporter=TerminalReporter(quiet=quiet),
     )
+
+
+def _check_judges(models: Sequence[str], options: Mapping[str, Sequence[str]]) -> None:
+    """Raise a usage error for a judge named twice, and for options that do not fit the judges."""
+    if len(set(models)) < len(models):
+        raise click.UsageError("A --judge-model is given twice.")
+    for name, values in options.items():
+        if len(values) not in (1, len(models)):
+            raise click.UsageError(f"Give {name} once, or once for each --judge-model.")

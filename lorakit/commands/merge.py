@@ -2,51 +2,68 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
-
 import click
 
-from lorakit.commands import _options as options
-from lorakit.commands._methods import EPILOG, HELP, check_options, check_weights, choose_method
+from lorakit.commands import _methods, _options, _training_options
 from lorakit.merging.methods import METHODS
 from lorakit.settings import (
+    ModelSettings,
     PruningSettings,
+    PruningValues,
+    RunSettings,
     SelectionSettings,
     StaticSettings,
     TrainingSettings,
 )
 
-if TYPE_CHECKING:
-    from lorakit.reporting import Reporter
 
-
-@click.command(epilog=EPILOG)
+@click.command(epilog=_methods.EPILOG)
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--data", metavar="FILE", help="Target records (JSONL); `-` is stdin.")
-@options.val
+@_training_options.val
 @click.option(
     "--method",
-    type=click.Choice(list(HELP)),
+    type=click.Choice(list(_methods.HELP)),
     help="How to merge, see below. [default: adaptive with --data; svd for one adapter and --rank]",
 )
-@options.static
-@options.portable
-@options.pruning
-@options.model
-@options.training
-@options.selection
-@options.metric
-@options.plot("the score of every ratio or threshold tried")
-@options.output("merged.safetensors", "the merged adapter")
-@options.run
+@_methods.static
+@click.option(
+    "--portable",
+    is_flag=True,
+    help="Write it as PEFT, vLLM and llama.cpp read alike: one rank and alpha, zero-padded.",
+)
+@_methods.pruning
+@_options.model
+@_training_options.training
+@_training_options.selection
+@_methods.metric
+@_options.plot("the score of every ratio or threshold tried")
+@_options.output("merged.safetensors", "the merged adapter")
+@_training_options.run
+@_options.settings(
+    static=StaticSettings,
+    pruning=PruningSettings,
+    model=ModelSettings,
+    training=TrainingSettings,
+    selection=SelectionSettings,
+    run=RunSettings,
+)
 def merge(
     adapters: tuple[str, ...],
     data: str | None,
     val: str | None,
     method: str | None,
-    output: str,
+    prune_ratio: PruningValues | None,
+    prune_threshold: PruningValues | None,
+    portable: bool,
     plot: str | None,
-    **given: Any,
+    output: str,
+    static: StaticSettings,
+    pruning: PruningSettings,
+    model: ModelSettings,
+    training: TrainingSettings,
+    selection: SelectionSettings,
+    run: RunSettings,
 ) -> None:
     """Merge adapters into one: trained jointly on a few target examples, or from the files alone.
 
@@ -62,118 +79,82 @@ def merge(
     lorakit merge xs.safetensors wl.safetensors --data few.jsonl --method lorahub
     lorakit merge xs.safetensors --rank 4
     """
-    method = choose_method(method, data, given["rank"], adapters)
-    check_options(method)
-    check_weights(given["weights"], adapters)
-    options.one_pipe(*adapters, data, val)
+    method = _methods.choose_method(method, data, static.rank, adapters)
+    _methods.check_options(method)
+    _methods.check_weights(static.weights, adapters)
+    _options.one_pipe(*adapters, data, val)
     if method in METHODS:
-        _merge_statically(adapters, method, output, given)
-    elif method == "lorahub":
-        _merge_lorahub(adapters, str(data), output, given)
-    else:
-        _merge_adaptively(adapters, str(data), val, output, plot, given)
-
-
-def _merge_adaptively(
-    adapters: tuple[str, ...],
-    data: str,
-    val: str | None,
-    output: str,
-    plot: str | None,
-    given: dict[str, Any],
-) -> None:
-    values = _amounts(given)
-    several = values == "auto" or len(values) > 1
-    for name, value in (("--plot", plot), ("--metric", given["metric"])):
-        if value and not several:
-            raise click.UsageError(f"{name} needs several ratios or thresholds, or auto.")
+        _merge_statically(
+            adapters, method, static, output=output, portable=portable, quiet=run.quiet
+        )
+        return
+    values = _methods.pruning_values(pruning.unit, prune_ratio, prune_threshold)
+    _methods.check_search(values, plot=plot, metric=selection.metric)
     from lorakit.adapters.storage import load_adapter
-    from lorakit.commands._opening import open_base, watching
+    from lorakit.commands._opening import open_base, reporting
     from lorakit.commands._plots import check_plot, plot_search
-    from lorakit.merging import adaptive
+    from lorakit.merging.adaptive import merge_adaptively
+    from lorakit.merging.lorahub import merge_lorahub
 
     if plot:
         check_plot(plot)
-    settings = options.settings_of(TrainingSettings, given)
-    pruning = options.settings_of(PruningSettings, given)
-    selection = options.settings_of(SelectionSettings, given)
-    with watching(given, output) as watcher:
+    with reporting(run, output) as reporter:
         loaded = [load_adapter(source) for source in adapters]
         base = open_base(
-            given, loaded, settings.device, settings.dtype, watcher.note, training=True
+            model, loaded, training.device, training.dtype, reporter.note, training=True
         )
-        tried = adaptive.merge_adaptively(
+        if method == "lorahub":
+            merge_lorahub(
+                loaded,
+                base,
+                str(data),
+                settings=training,
+                output=output,
+                reporter=reporter,
+                portable=portable,
+            )
+            return
+        rows = merge_adaptively(
             loaded,
             base,
-            data,
+            str(data),
             val,
-            settings=settings,
+            settings=training,
             pruning=pruning,
-            output=output,
-            reporter=watcher,
-            resume=given["resume"],
             values=values,
             selection=selection,
-            portable=given["portable"],
+            output=output,
+            reporter=reporter,
+            resume=run.resume,
+            portable=portable,
         )
         if plot:
-            plot_search(tried, metric=selection.searches_by, output=plot)
-
-
-def _merge_lorahub(
-    adapters: tuple[str, ...], data: str, output: str, given: dict[str, Any]
-) -> None:
-    from lorakit.adapters.storage import load_adapter
-    from lorakit.commands._opening import open_base, watching
-    from lorakit.merging import lorahub
-
-    settings = options.settings_of(TrainingSettings, given)
-    with watching(given, output) as watcher:
-        loaded = [load_adapter(source) for source in adapters]
-        base = open_base(
-            given, loaded, settings.device, settings.dtype, watcher.note, training=True
-        )
-        lorahub.merge_lorahub(
-            loaded,
-            base,
-            data,
-            settings=settings,
-            output=output,
-            reporter=watcher,
-            portable=given["portable"],
-        )
-
-
-def _amounts(given: dict[str, Any]) -> Any:
-    """Take the ratios or thresholds, whichever the unit asks for, out of the arguments."""
-    ratio, threshold = given.pop("prune_ratio"), given.pop("prune_threshold")
-    if given["unit"] == "module":
-        if ratio is not None:
-            raise click.UsageError("--unit module is told by --prune-threshold, not --prune-ratio.")
-        if threshold is None:
-            raise click.UsageError("Missing option '--prune-threshold', which --unit module needs.")
-        return threshold
-    if threshold is not None:
-        raise click.UsageError("--prune-threshold is for --unit module only.")
-    return () if ratio is None else ratio
+            plot_search(rows, metric=selection.searches_by, output=plot)
 
 
 def _merge_statically(
-    adapters: tuple[str, ...], method: str, output: str, given: dict[str, Any]
+    adapters: tuple[str, ...],
+    method: str,
+    settings: StaticSettings,
+    *,
+    output: str,
+    portable: bool,
+    quiet: bool,
 ) -> None:
+    """Merge without data: no base model is loaded, and torch is not imported."""
     from lorakit.adapters.storage import load_adapter
-    from lorakit.commands._progress import Notes
+    from lorakit.commands._progress import TerminalReporter
     from lorakit.files import check_adapter_output
-    from lorakit.merging import static as static_merge
+    from lorakit.merging.static import merge_statically
 
-    notes = Notes(quiet=given["quiet"])
+    reporter = TerminalReporter(quiet=quiet)
     check_adapter_output(output)
-    static_merge.merge_statically(
+    merge_statically(
         [load_adapter(source) for source in adapters],
         method,
-        settings=options.settings_of(StaticSettings, given),
+        settings=settings,
         output=output,
-        reporter=cast("Reporter", notes),
-        portable=given["portable"],
+        reporter=reporter,
+        portable=portable,
     )
-    notes.note(f"wrote {output}")
+    reporter.note(f"wrote {output}")

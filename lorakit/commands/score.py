@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from lorakit.commands import _options as options
+from lorakit.commands import _options
 from lorakit.commands._systems import parse_systems, systems_of
 from lorakit.files import STDIO
 from lorakit.scoring.metrics import METRICS
 from lorakit.settings import SignificanceSettings
+
+if TYPE_CHECKING:
+    from lorakit.scoring.bertscore import Embedder
+    from lorakit.scoring.systems import SystemScores
 
 _METRIC_LIST = "\b\nMetrics, in percent:\n" + "\n".join(
     f"  {name:<10} {metric.help}" for name, metric in METRICS.items()
@@ -40,7 +44,7 @@ def _parse_metrics(
     metavar="NAME[,NAME…]",
     help="What to compute; may be repeated.",
 )
-@options.lang
+@_options.lang
 @click.option(
     "--system",
     multiple=True,
@@ -58,14 +62,13 @@ def _parse_metrics(
     metavar="FILE|NAME",
     help="Compare every other system with this one: p-values.",
 )
-@click.option(
-    "--trials",
-    type=click.IntRange(min=1),
-    default=SignificanceSettings.trials,
-    show_default=True,
-    help="Trials of the randomization test and of the bootstrap.",
+@_options.field_option(
+    SignificanceSettings,
+    "trials",
+    click.IntRange(min=1),
+    "Trials of the randomization test and of the bootstrap.",
 )
-@options.seed
+@_options.seed
 @click.option(
     "--bertscore-model",
     metavar="NAME",
@@ -85,8 +88,9 @@ def _parse_metrics(
     show_default=True,
     help="JSON lines or a table; auto: a table on a terminal.",
 )
-@options.output("-", "the scores")
-@options.quiet
+@_options.output("-", "the scores")
+@_options.quiet
+@_options.settings(significance=SignificanceSettings)
 def score(
     predictions: Sequence[str],
     metric: Sequence[str],
@@ -99,7 +103,7 @@ def score(
     layout: str,
     output: str,
     quiet: bool,
-    **given: Any,
+    significance: SignificanceSettings,
 ) -> None:
     """Score records that hold a prediction: one line per file or --system.
 
@@ -114,40 +118,48 @@ def score(
     an example in all runs of a system at once, run 1 with run 1 of the baseline and so on, or each
     with the only one.
     """
-    from lorakit.files import open_text_output
-    from lorakit.records import write_records
     from lorakit.scoring.systems import score_systems
-    from lorakit.scoring.table import write_score_table
 
     if baseline is None and any(METRICS[name].needs == "baseline" for name in metric):
         raise click.UsageError("--metric contains-baseline needs --baseline.")
     systems = systems_of(predictions, system, baseline)
-    several = baseline is not None or sum(len(one.files) for one in systems) > 1
-    settings = options.settings_of(SignificanceSettings, given) if several else None
-    embedder = None
-    if any(METRICS[name].needs == "model" for name in metric):
-        from lorakit.scoring.bertscore import check_libraries
-
-        check_libraries()
-        from lorakit.models.text_encoder import open_embedder
-
-        embedder = open_embedder(lang, bertscore_model, bertscore_layer)
-    scored = score_systems(
+    several = baseline is not None or sum(len(system.files) for system in systems) > 1
+    embeds = any(METRICS[name].needs == "model" for name in metric)
+    rows = score_systems(
         systems,
         metrics=metric,
         lang=lang,
         baseline=baseline,
-        settings=settings,
-        embedder=embedder,
+        settings=significance if several else None,
+        embedder=_open_embedder(lang, bertscore_model, bertscore_layer) if embeds else None,
         group_by=group_by,
     )
-    cautions = dict.fromkeys(line for one in scored for line in one.cautions)
-    for line in () if quiet else cautions:
-        click.echo(f"Warning: {line}", err=True)
+    if not quiet:
+        for line in dict.fromkeys(line for row in rows for line in row.cautions):
+            click.echo(f"Warning: {line}", err=True)
+    _write_scores(rows, layout, output)
+
+
+def _open_embedder(lang: str, model: str | None, layer: int | None) -> Embedder:
+    """Load bertscore's model, once it is clear that its library is there."""
+    from lorakit.scoring.bertscore import check_libraries
+
+    check_libraries()
+    from lorakit.models.text_encoder import open_embedder
+
+    return open_embedder(lang, model, layer)
+
+
+def _write_scores(rows: Sequence[SystemScores], layout: str, output: str) -> None:
+    """Write a table, or lines of JSON, to `output`; `auto` is a table on a terminal."""
+    from lorakit.files import open_text_output
+    from lorakit.records import write_records
+    from lorakit.scoring.table import write_score_table
+
     if layout == "auto":
         layout = "table" if output == STDIO and sys.stdout.isatty() else "json"
     with open_text_output(output) as stream:
         if layout == "table":
-            write_score_table(scored, stream)
+            write_score_table(rows, stream)
         else:
-            write_records((one.as_record() for one in scored), stream)
+            write_records((row.as_record() for row in rows), stream)

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from lorakit.commands import _options as options
+from lorakit.commands import _options
 from lorakit.commands._types import Layers
 from lorakit.files import STDIO
 
@@ -22,8 +22,8 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
     help="Keep LoRA on the bottom K layers: a number, or find-boundary's records (a file or `-`).",
 )
 @click.option("--keep", type=Layers(), metavar="LAYERS", help="Keep LoRA on these layers: 0-9,12.")
-@options.output("stripped.safetensors", "the stripped adapter")
-@options.quiet
+@_options.output("stripped.safetensors", "the stripped adapter")
+@_options.quiet
 def strip_layers(
     adapter: str | None,
     boundary: str | None,
@@ -44,34 +44,36 @@ def strip_layers(
     if boundary is not None and re.fullmatch(r"-[0-9]+", boundary):
         raise click.BadParameter(f"{boundary} is below 0.", param_hint="'--boundary'")
     source = _source(adapter)
-    options.one_pipe(source, boundary)
+    _options.one_pipe(source, boundary)
     from lorakit.adapters.storage import load_adapter
     from lorakit.boundary.records import read_boundary
     from lorakit.boundary.strip import write_stripped
-    from lorakit.commands._progress import Notes
+    from lorakit.commands._progress import TerminalReporter
     from lorakit.files import refuse_terminal
 
     if output == STDIO:
         refuse_terminal("an adapter")
-    notes = Notes(quiet=quiet)
+    reporter = TerminalReporter(quiet=quiet)
     number = None
     if boundary is not None:
         number = int(boundary) if _NUMBER.fullmatch(boundary) else read_boundary(boundary)
     loaded = load_adapter(source, check_values=False)
     stripped = write_stripped(loaded, output, boundary=number, keep=keep)
-    notes.note(_account(len(loaded.modules()), len(stripped.modules())))
+    reporter.note(_account(len(loaded.modules()), len(stripped.modules())))
     if any(module.layer is None for module in stripped.modules()):
-        notes.note("modules outside the layers keep their LoRA")
-    notes.note(f"wrote {output}")
+        reporter.note("modules outside the layers keep their LoRA")
+    reporter.note(f"wrote {output}")
 
 
 def _source(adapter: str | None) -> str:
+    """Return where the adapter is read from; stdin unless it is a terminal."""
     if adapter is None and sys.stdin.isatty():
         raise click.UsageError("Missing argument '[ADAPTER]': stdin is a terminal, not a pipe.")
     return STDIO if adapter is None else adapter
 
 
 def _account(before: int, after: int) -> str:
+    """Return a note on how many modules are left."""
     if before == after:
         return "no LoRA on the layers to strip: every tensor is kept"
     return f"kept {after} of {before} modules"

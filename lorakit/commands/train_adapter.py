@@ -2,46 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from lorakit.commands import _options as options
-from lorakit.settings import LoraSettings, SelectionSettings, TrainingSettings
+from lorakit.commands import _options, _training_options
+from lorakit.commands._types import Layers, Names
+from lorakit.settings import (
+    LoraSettings,
+    ModelSettings,
+    RunSettings,
+    SelectionSettings,
+    TrainingSettings,
+)
 
 
 @click.command("train-adapter")
-@options.data
-@options.val
-@options.model
-@options.lora
-@options.training
-@options.selection
-@options.output("adapter.safetensors", "the adapter")
-@options.run
-def train_adapter(data: str, val: str | None, output: str, **given: Any) -> None:
+@_options.data
+@_training_options.val
+@_options.model
+@click.option("--rank", type=click.IntRange(min=1), default=LoraSettings.rank, show_default=True)
+@click.option(
+    "--alpha", type=_training_options.POSITIVE, default=LoraSettings.alpha, show_default=True
+)
+@click.option(
+    "--target-modules",
+    type=Names(),
+    metavar="NAMES",
+    help="Projections to adapt, or all-linear. [default: query and value]",
+)
+@click.option(
+    "--layers", type=Layers(), metavar="LAYERS", help="Layers to adapt: 0-19. [default: all]"
+)
+@_training_options.training
+@_training_options.selection
+@_options.output("adapter.safetensors", "the adapter")
+@_training_options.run
+@_options.settings(
+    model=ModelSettings,
+    lora=LoraSettings,
+    training=TrainingSettings,
+    selection=SelectionSettings,
+    run=RunSettings,
+)
+def train_adapter(
+    data: str,
+    val: str | None,
+    output: str,
+    model: ModelSettings,
+    lora: LoraSettings,
+    training: TrainingSettings,
+    selection: SelectionSettings,
+    run: RunSettings,
+) -> None:
     """Train a LoRA adapter on records; the best epoch on the validation set is kept.
 
     \b
     lorakit train-adapter --data train.jsonl --val val.jsonl -o xs.safetensors
     """
-    options.one_pipe(data, val)
-    from lorakit.commands._opening import open_base, watching
-    from lorakit.training import train as fitting
+    _options.one_pipe(data, val)
+    from lorakit.commands._opening import open_base, reporting
+    from lorakit.training import train
 
-    settings = options.settings_of(TrainingSettings, given)
-    selection = options.settings_of(SelectionSettings, given)
-    lora = options.settings_of(LoraSettings, given)
-    with watching(given, output) as watcher:
-        base = open_base(given, (), settings.device, settings.dtype, watcher.note, training=True)
-        fitting.train_adapter(
+    with reporting(run, output) as reporter:
+        base = open_base(model, (), training.device, training.dtype, reporter.note, training=True)
+        train.train_adapter(
             base,
             data,
             val,
-            settings=settings,
+            settings=training,
             lora=lora,
             output=output,
-            reporter=watcher,
-            resume=given["resume"],
+            reporter=reporter,
+            resume=run.resume,
             selection=selection,
         )

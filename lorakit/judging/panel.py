@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.errors import missing_package
 from lorakit.files import check_output, is_stream, open_text_output
@@ -24,6 +24,7 @@ from lorakit.judging.questions import (
     rating_summary,
 )
 from lorakit.records import load_records, write_records
+from lorakit.reporting import Reporter
 from lorakit.resume import FoundValues, hidden_beside, run_key
 from lorakit.settings import JudgeSettings
 from lorakit.versions import version_of
@@ -34,13 +35,6 @@ if TYPE_CHECKING:  # it imports the SDK
     Panel = Mapping[str, Endpoint]  # by the judge's model name
 
 T = TypeVar("T")
-
-
-class Notes(Protocol):
-    """Whoever passes notes and progress on to the user."""
-
-    def note(self, text: str) -> None: ...
-    def tracked(self, items: Iterable[T], what: str) -> Iterator[T]: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ def write_judgements(
     ratings: str | None,
     output: str,
     resume: bool,
-    notes: Notes,
+    reporter: Reporter,
 ) -> None:
     """Judge every file and write a summary for each to `output`, the answers to `ratings`.
 
@@ -105,7 +99,7 @@ def write_judgements(
     files = _items(paths, against, text)
     side = None if is_stream(output) else hidden_beside(output, "answers.part")
     with FoundValues(side, resume=resume, writer="judge") as answers:
-        _ask(files, panel, settings, answers, notes)
+        _ask(files, panel, settings, answers, reporter)
 
         def answer(judge: str, prompt: str) -> str:
             return str(answers.known[_key(Question(judge, prompt), panel, settings)])
@@ -119,7 +113,7 @@ def write_judgements(
             summaries.append({**head, "count": len(items), **summary, "signature": signature})
             lines += [{**head, **row} for row in rows]
             for warning in malformed_warnings(path, summary, rows):
-                notes.note(warning)
+                reporter.note(warning)
         if ratings is not None:
             with open_text_output(ratings) as stream:
                 write_records(lines, stream)
@@ -148,7 +142,7 @@ def _ask(
     panel: Panel,
     settings: JudgeSettings,
     answers: FoundValues,
-    notes: Notes,
+    reporter: Reporter,
 ) -> None:
     """Ask what has no answer yet; the same question to the same judge is asked once."""
     questions = (
@@ -161,7 +155,7 @@ def _ask(
     by_key = {_key(question, panel, settings): question for question in questions}
     done = len(by_key.keys() & answers.known.keys())
     if done:
-        notes.note(f"going on after {done} of {len(by_key)} answers")
+        reporter.note(f"going on after {done} of {len(by_key)} answers")
     left = [(key, question) for key, question in by_key.items() if key not in answers.known]
 
     def ask(keyed: tuple[str, Question]) -> str:
@@ -169,7 +163,7 @@ def _ask(
         return panel[question.model].ask(question.body(settings))
 
     answered = ask_all(left, ask, concurrency=settings.concurrency)
-    for (key, _), text in notes.tracked(answered, "judging"):
+    for (key, _), text in reporter.track(answered, "judging"):
         answers.add(key, text)
 
 

@@ -70,7 +70,11 @@ class Merge:
 
     def entry(self, pruning: PruningSettings) -> HistoryEntry:
         """Return what the history tells of a run with these pruning settings."""
-        told = {**self.settings.told(), **pruning.told(), **self.selection.told()}
+        told: dict[str, Any] = {
+            **self.settings.history_fields(),
+            **pruning.history_fields(),
+            **self.selection.history_fields(),
+        }
         if self.portable:
             told["portable"] = True
         return new_entry(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.errors import LorakitError
@@ -19,15 +19,9 @@ from lorakit.models.generation import generate, window_size
 from lorakit.models.lora import attach
 from lorakit.models.tokens import CutTally, Encoder, Example
 from lorakit.records import Record, read_records, write_records
+from lorakit.reporting import Reporter
 from lorakit.resume import OutputLines, run_key
 from lorakit.settings import GenerationSettings, TrainingSettings
-
-
-class Notes(Protocol):
-    """Whoever passes notes and progress on to the user."""
-
-    def note(self, text: str) -> None: ...
-    def tracked(self, records: Iterable[Record], what: str) -> Iterator[Record]: ...
 
 
 def write_predictions(
@@ -37,7 +31,7 @@ def write_predictions(
     *,
     settings: GenerationSettings,
     output: str,
-    notes: Notes,
+    reporter: Reporter,
     resume: bool = False,
 ) -> None:
     """Generate for every record of `data` and write the records to `output` as they are done.
@@ -49,19 +43,19 @@ def write_predictions(
     encoder = encoder_of(base, adapter, settings)
     if adapter is not None:
         attach(base, adapter)
-    records = notes.tracked(read_records(data, "prompt"), "generating")
+    records = reporter.track(read_records(data, "prompt"), "generating")
     tally = CutTally()
     key = _key(base, adapter, settings, chat)
     with _opened(output, key, window_size(settings), resume) as (stream, done):
         _skip(records, done)
         if done:
-            notes.note(f"going on after {len(done)} records")
+            reporter.note(f"going on after {len(done)} records")
         made = generate(base, encoder, records, settings, first=len(done))
         fields = (_tallied(record, prompt, tally) for record, prompt in made)
         if not write_records(fields, stream) + len(done):
             raise LorakitError(f"{data} holds no records; check what wrote it")
     if tally.note:
-        notes.note(tally.note)
+        reporter.note(tally.note)
 
 
 def _tallied(record: Record, prompt: Example, tally: CutTally) -> Mapping[str, Any]:

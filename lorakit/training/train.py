@@ -134,7 +134,7 @@ def train_adapter(
     entry = new_entry(
         "train-adapter",
         versions=versions(),
-        settings={**settings.told(), **selection.told(), **shape},
+        settings={**settings.history_fields(), **selection.history_fields(), **shape},
         hashes=corpus.hashes,
     )
     ranks = dict.fromkeys(modules, lora.rank)

@@ -166,7 +166,7 @@ def one_after_another(
 def together(
     base: Base, adapter: Adapter, boundaries: Sequence[int], prompts: Sequence[Any], given: Any
 ) -> Outputs:
-    with Gates(attach(base, adapter)).fused_forward() as gates:
+    with Gates(attach(base, adapter)).standing() as gates:
         pool = Pool(base, gates, prompts, given.max_new_tokens, given.batch_size)
         return {(one.prompt, one.boundary): one.tokens for one in pool.run(boundaries)}
 

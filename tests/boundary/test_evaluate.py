@@ -70,7 +70,7 @@ def test_every_boundary_writes_what_it_writes_alone(family: str, tmp_path: Path)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_decoded_together(family: str, tmp_path: Path) -> None:
     base = open_base(save_model(tmp_path, family))
-    with Gates(attach(base, random_adapter(base))).fused_forward() as gates:
+    with Gates(attach(base, random_adapter(base))).standing() as gates:
         assert can_pool(base, gates, prompts(base, records(1))[0].ids)
 
 
@@ -173,7 +173,7 @@ def adapter(llama: str) -> Adapter:
 
 def look(base: Base, adapter: Adapter, data: str, notes: Notes | None = None, **more: Any) -> Any:
     settings = {"settings": BoundarySettings(sample=8), "generation": SETTINGS, **more}
-    return evaluate(base, adapter, data, notes=notes or Notes(), **settings)
+    return evaluate(base, adapter, data, reporter=notes or Notes(), **settings)
 
 
 def test_scores_are_those_that_score_gives_the_predictions(

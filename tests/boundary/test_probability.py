@@ -29,7 +29,7 @@ def data(tmp_path: Path) -> str:
 
 
 def look(base: Base, adapter: Adapter, data: str, **settings: Any) -> list[dict[str, Any]]:
-    told: dict[str, Any] = {"settings": BoundarySettings(**settings), "notes": Notes()}
+    told: dict[str, Any] = {"settings": BoundarySettings(**settings), "reporter": Notes()}
     return read_probabilities(base, adapter, data, generation=SETTINGS, **told)
 
 

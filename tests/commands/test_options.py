@@ -147,10 +147,25 @@ def test_a_value_that_is_read_already_stays(kind: click.ParamType[Any]) -> None:
     assert kind.convert((1, 2), None, None) == (1, 2)
 
 
-def test_settings_take_their_own_fields_out_of_the_arguments() -> None:
-    given: dict[str, Any] = {"rank": 4, "layers": (1,), "output": "x"}
-    assert _options.settings_of(LoraSettings, given) == LoraSettings(rank=4, layers=(1,))
-    assert given == {"output": "x"}
+def test_settings_take_their_own_fields_from_the_parameters() -> None:
+    parameters = {"rank": 4, "layers": (1,), "output": "x"}
+    assert _options.settings_of(LoraSettings, parameters) == LoraSettings(rank=4, layers=(1,))
+    assert parameters == {"rank": 4, "layers": (1,), "output": "x"}
+
+
+def test_a_command_gets_its_parameters_as_settings_and_the_rest_as_they_are() -> None:
+    calls: list[tuple[object, ...]] = []
+
+    @_options.settings(lora=LoraSettings, static=StaticSettings)
+    def command(output: str, weights: str, lora: LoraSettings, static: StaticSettings) -> None:
+        """Take weights itself, though the static settings have such a field."""
+        calls.append((output, weights, lora, static))
+
+    command(output="x", weights="w", rank=4, seed=1)
+    assert calls == [("x", "w", LoraSettings(rank=4), StaticSettings(rank=4, seed=1))]
+    assert command.__name__ == "command"
+    with pytest.raises(TypeError, match="unknown"):
+        command(output="x", weights="w", unknown=1)
 
 
 @pytest.mark.parametrize(
@@ -177,11 +192,11 @@ def test_a_command_without_options_has_the_defaults_of_the_settings(
         "judge": ["a", "--endpoint", "http://x/v1", "--judge-model", "x"],
     }.get(command, ["--data", "x"])
     context = load_command(command).make_context(command, arguments)
-    given = dict(context.params)
+    parameters = dict(context.params)
     if command == "merge":  # a list of ratios: none is the settings' own
-        assert given["prune_ratio"] is None
-        given["prune_ratio"] = PruningSettings.prune_ratio
-    assert _options.settings_of(type(settings), given) == settings
+        assert parameters["prune_ratio"] is None
+        parameters["prune_ratio"] = PruningSettings.prune_ratio
+    assert _options.settings_of(type(settings), parameters) == settings
     assert set(vars(settings)) <= set(context.params), "a setting that no option can change"
 
 

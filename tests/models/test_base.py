@@ -18,6 +18,7 @@ from lorakit.errors import LorakitError
 from lorakit.models.base import Base, load_base
 from lorakit.models.devices import pick_device, pick_dtype
 from lorakit.models.lora import default_targets, inject, pick_modules, projections
+from lorakit.settings import ModelSettings
 from tests.support.models import save_model
 
 CPU = torch.device("cpu")
@@ -234,6 +235,6 @@ def test_commands_keep_freed_memory_where_they_compute_on_a_cpu(
     monkeypatch.setattr(_opening, "keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr(_opening, "pick_device", torch.device)
     monkeypatch.setattr(_opening, "load_base", lambda *_, **__: base)
-    given = {"model": "any", "revision": None, "trust_remote_code": False}
-    _opening.open_base(given, [], device, "float32", pytest.fail, training=False)
+    model = ModelSettings(model="any")
+    _opening.open_base(model, [], device, "float32", pytest.fail, training=False)
     assert len(kept) == times

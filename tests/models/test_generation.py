@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lorakit.models.base import Base
 from lorakit.models.generation import complete, generate, window_size
 from lorakit.models.predictions import write_predictions
 from lorakit.records import Record
+from lorakit.reporting import Silent
 from lorakit.settings import GenerationSettings
 from tests.support.models import open_base
 from tests.support.training_data import rows, save_rows
@@ -27,15 +28,12 @@ def base(llama: str) -> Base:
     return open_base(llama)
 
 
-class Notes:
+class Notes(Silent):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-    def tracked(self, records: Iterable[Record], what: str) -> Iterator[Record]:
-        yield from records
 
 
 def records(count: int) -> list[Record]:
@@ -103,7 +101,7 @@ def write(base: Base, data: str, output: Path, resume: bool = False, **changes: 
     notes = Notes()
     settings = replace(SETTINGS, **{"batch_size": 1, **changes})
     write_predictions(
-        base, None, data, settings=settings, output=str(output), notes=notes, resume=resume
+        base, None, data, settings=settings, output=str(output), reporter=notes, resume=resume
     )
     return notes.notes
 

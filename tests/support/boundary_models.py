@@ -14,13 +14,14 @@ from lorakit.models.base import Base
 from lorakit.models.generation import generate
 from lorakit.models.lora import attach, default_targets, is_transposed, pick_modules, projections
 from lorakit.records import Record
+from lorakit.reporting import Silent
 from lorakit.settings import GenerationSettings
 
 T = TypeVar("T")
 SETTINGS = GenerationSettings(max_new_tokens=12, device="cpu", dtype="float32")
 
 
-class Notes:
+class Notes(Silent):
     def __init__(self) -> None:
         self.notes: list[str] = []
 

@@ -1,0 +1,72 @@
+"""Options of the commands that train, `train-adapter` and `merge`; see _options.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from lorakit.commands import _options
+from lorakit.commands._options import F
+from lorakit.commands._types import MetricName, ParamType
+from lorakit.settings import LOSS, SCHEDULES, SelectionSettings, TrainingSettings
+
+POSITIVE = click.FloatRange(min=0, min_open=True)
+_SHARE = click.FloatRange(min=0, max=1, max_open=True)
+
+
+def _training_option(field: str, type: ParamType, help: str) -> Callable[[F], F]:
+    return _options.field_option(TrainingSettings, field, type, help)
+
+
+val = click.option(
+    "--val", metavar="FILE", help="Records to validate on. [default: a fifth of --data, held out]"
+)
+
+training = _options.together(
+    _training_option("lr", POSITIVE, "Highest learning rate."),
+    _training_option("epochs", click.IntRange(min=1), "Most passes over the data."),
+    _training_option(
+        "patience", click.IntRange(min=1), "Epochs without a lower loss before stopping."
+    ),
+    _training_option("batch_size", click.IntRange(min=1), "Examples an optimiser step."),
+    _training_option(
+        "micro_batch_tokens", click.IntRange(min=1), "Tokens that are computed together."
+    ),
+    _training_option("dropout", _SHARE, "Dropout on LoRA's input."),
+    _training_option("warmup", _SHARE, "Share of the steps in which the learning rate rises."),
+    _training_option("schedule", click.Choice(SCHEDULES), "How the learning rate falls."),
+    _training_option("weight_decay", click.FloatRange(min=0), "AdamW's weight decay."),
+    _training_option("max_grad_norm", POSITIVE, "Gradient norm above which it is clipped."),
+    click.option(
+        "--gradient-checkpointing", is_flag=True, help="Compute activations twice to save memory."
+    ),
+    _options.max_length,
+    _options.truncate,
+    _options.seed,
+)
+
+selection = _options.together(
+    _options.field_option(
+        SelectionSettings,
+        "select_by",
+        MetricName(LOSS),
+        "What decides on the validation set when to stop and which epoch to keep.",
+        metavar=f"{LOSS}|METRIC",
+    ),
+    _options.field_option(
+        SelectionSettings,
+        "max_new_tokens",
+        click.IntRange(min=1),
+        "Longest output, where a metric decides.",
+    ),
+    _options.lang,
+)
+
+run = _options.together(
+    click.option(
+        "--resume", is_flag=True, help="Go on where a killed run of the same command stopped."
+    ),
+    click.option("--log", metavar="FILE", help="Write a line of JSON for every step and epoch."),
+    _options.quiet,
+)
