@@ -1,4 +1,4 @@
-"""The one error a user of lorakit can cause.
+"""The one error that users of lorakit see.
 
 Whatever is wrong with a file, a record, an adapter or a setting is raised as LorakitError with one
 line of text, `<what is wrong, where>; <what to do>`; lorakit.cli prints it and exits with 1.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class LorakitError(Exception):
-    """Something the user can put right; the message says what is wrong, where, and what to do."""
+    """A problem the user can fix; the message says what is wrong, where, and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

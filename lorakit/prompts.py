@@ -1,15 +1,16 @@
-"""Prompts: the papers' wordings, and the small template language that users write their own in.
+"""Prompts: the wordings of the papers, and the template language in which users write their own.
 
-A template is a text with `{{name}}` where a field of the raw row goes. To add a prompt: one line in
-PROMPTS. Wordings are those of the adaptive-merge paper's Appendix B (Table 6) where it has the data
-set; the line breaks, which its text form lost, are ours.
+A template is a text with `{{name}}` where a field of the raw row goes. To add a prompt, add a line
+to PROMPTS. The wordings are those of the adaptive-merge paper's Appendix B (Table 6) where it has
+the data set; the line breaks, which its text form lost, are ours. This file knows nothing of where
+the rows come from.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lorakit.errors import LorakitError
 
@@ -38,7 +39,7 @@ PROMPTS: dict[str, str] = {
     ),
     "latex": _TITLE,
     "jstage": _TITLE,
-    "mimic": ("Summarize the following radiology report.\nFindings: {{article}}\nImpression:"),
+    "mimic": "Summarize the following radiology report.\nFindings: {{article}}\nImpression:",
     "scitldr": (
         "Write a TLDR by summarizing the following scientific paper in one sentence based on its "
         "Key Sections (Abstract, Introduction, and Conclusion).\n"
@@ -67,8 +68,8 @@ PROMPTS: dict[str, str] = {
     "jawikinews": "Write a headline for the article.\nArticle: {{article}}\nHeadline:",
 }
 
-# What judges are asked, by the name --template takes. `dialogue-summary` is the boundary-layer
-# paper's wording (Tables 8 and 9, for SAMSum); `general` is ours, after it, for any task.
+# What judges are asked, by the name that --template takes. `dialogue-summary` is the boundary-layer
+# paper's wording (Tables 8 and 9, for SAMSum); `general` is our adaptation of it to any task.
 RATING_PROMPTS: dict[str, str] = {
     "general": (
         "Here is the given input: {{prompt}}\n"
@@ -118,36 +119,36 @@ _PLACE = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
 
 
 class Prompt(NamedTuple):
-    """What the model reads (`prefix`) and what it is to write after it, joined as written."""
+    """What the model reads (`prefix`) and what it should write next; nothing goes between them."""
 
     prefix: str
     completion: str
 
 
 def fields_of(template: str) -> list[str]:
-    """Return the names a template asks for, in order of appearance."""
+    """Return the field names in a template, in order of appearance."""
     return _PLACE.findall(template)
 
 
-def fill(template: str, row: Mapping[str, Any], where: str) -> str:
+def fill(template: str, row: Mapping[str, object], where: str) -> str:
     """Return the template with every `{{name}}` replaced by the row's field of that name.
 
-    Raises LorakitError naming `where` and the fields there are, when the row lacks one or it is
-    neither a text nor a number.
+    Raises LorakitError naming `where` if the row lacks a field (the message lists those it has), or
+    if a field is neither a text nor a number.
     """
 
-    def value(match: re.Match[str]) -> str:
+    def text_for(match: re.Match[str]) -> str:
         name = match[1]
         if name not in row:
-            there = ", ".join(row) or "none"
+            names = ", ".join(row) or "none"
             raise LorakitError(
-                f"{where}: no field {name!r}; name one of those there are in the template: {there}"
+                f"{where}: no field {name!r}; name one of those there are in the template: {names}"
             )
-        found = row[name]
-        if isinstance(found, bool) or not isinstance(found, str | int | float):
+        value = row[name]
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise LorakitError(
                 f"{where}: field {name!r} is not a text; use another in the template"
             )
-        return str(found)
+        return str(value)
 
-    return _PLACE.sub(value, template)
+    return _PLACE.sub(text_for, template)

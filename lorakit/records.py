@@ -1,8 +1,8 @@
 """Records: the lines of JSON that every command reads and writes.
 
-A record is one JSON object with `id`, `prompt`, `completion`, optionally `references` and whatever
-else its author put there; fields this file does not know pass through untouched and in order.
-It knows nothing of tokens or models.
+A record is one JSON object with `id`, `prompt`, `completion`, optionally `references`, and any
+other fields; those that this file does not know pass through untouched and in order. It knows
+nothing of tokens or models.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TEXT_FIELDS = ("prompt", "completion", "prediction")
 
 @dataclass(frozen=True)
 class Record:
-    """One JSON object and the place it was read from (`file:line`), for messages about it."""
+    """One JSON object and the place it was read from (`file:line`), named in messages about it."""
 
     fields: Mapping[str, Any]
     where: str
@@ -49,17 +49,17 @@ class Record:
     @property
     def references(self) -> list[str]:
         """The texts a prediction is compared with: `references`, else the completion alone."""
-        listed = self.fields.get("references")
-        return [self.completion] if listed is None else list(listed)
+        references = self.fields.get("references")
+        return [self.completion] if references is None else list(references)
 
     def text(self, name: str) -> str:
-        """Return the text of field `name`; LorakitError where the record does not have it."""
+        """Return the text of field `name`; LorakitError if the record does not have it."""
         if name not in self.fields:
             raise LorakitError(f"{self.where}: the record has no {name!r}; {_REMEDY[name]}")
         return str(self.fields[name])
 
     def with_field(self, name: str, value: object) -> Record:
-        """Return the record with one field more (or replaced)."""
+        """Return the record with one field added or replaced."""
         return Record({**self.fields, name: value}, self.where)
 
 
@@ -73,22 +73,24 @@ _REMEDY = {
 def read_records(path: str, *needed: str) -> Iterator[Record]:
     """Yield the records of a JSONL file (`-`: stdin), each checked to have the fields `needed`.
 
-    Raises LorakitError naming file and line for what is not JSON, not an object, or has a field of
-    the wrong type. Empty lines are passed over, as other JSONL readers do.
+    Raises LorakitError naming file and line if a line is not JSON, is not an object, or has a field
+    of the wrong type. Empty lines are skipped, as other JSONL readers do.
     """
     return _checked(_read(path), needed)
 
 
 def read_objects(path: str) -> Iterator[Record]:
-    """Yield the JSON objects of a JSONL file as they are, whatever their fields."""
+    """Yield the JSON objects of a JSONL file without checking their fields."""
     return _read(path)
 
 
-def _read(path: str, seen: Callable[[bytes], object] = bytes) -> Iterator[Record]:
+def _read(path: str, on_line: Callable[[bytes], object] | None = None) -> Iterator[Record]:
+    """Yield the objects of a file, passing every line of bytes to `on_line` first."""
     name = "stdin" if path == STDIO else path
     with reading(path) as stream:
         for number, line in enumerate(stream, 1):
-            seen(line)
+            if on_line is not None:
+                on_line(line)
             if line.strip():
                 yield Record(parse_object(line, f"{name}:{number}"), f"{name}:{number}")
 
@@ -102,9 +104,9 @@ def _checked(records: Iterable[Record], needed: Sequence[str]) -> Iterator[Recor
 
 
 def load_records(path: str, *needed: str) -> tuple[list[Record], str]:
-    """Return all records of a file at once and the SHA-256 of its bytes.
+    """Return all records of a file and the SHA-256 of its bytes.
 
-    Raises LorakitError as `read_records` does, and when there are none.
+    Raises LorakitError as `read_records` does, and if the file holds no records.
     """
     import hashlib
 
@@ -116,8 +118,8 @@ def load_records(path: str, *needed: str) -> tuple[list[Record], str]:
     return records, digest.hexdigest()
 
 
-def parse_object(line: bytes, where: str) -> dict[str, Any]:
-    """Return the JSON object of a line; LorakitError, naming `where`, when it is none."""
+def parse_object(line: bytes, where: str) -> dict[str, object]:
+    """Return the JSON object on a line; LorakitError naming `where` if there is none."""
     import jsonlines
 
     try:
@@ -136,8 +138,8 @@ def _reason(error: jsonlines.InvalidLineError | UnicodeDecodeError) -> str:
     return f"not JSON ({cause})" if isinstance(cause, ValueError) else "not a JSON object"
 
 
-def _loads(text: str | bytes) -> Any:
-    """Parse JSON as its standard has it; ValueError also for what Python lets pass, or trips on."""
+def _loads(text: str | bytes) -> object:
+    """Parse JSON by its standard; ValueError also where Python is laxer or gives up."""
     try:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except json.JSONDecodeError:
@@ -149,8 +151,11 @@ def _loads(text: str | bytes) -> Any:
         raise ValueError("a number with too many digits" if long else str(error)) from None
 
 
-def parse_json(text: str, start: int) -> tuple[Any, int, str]:
-    """Return the JSON value at `start`, where it ends, and why there is none (else empty)."""
+def parse_json(text: str, start: int) -> tuple[object, int, str]:
+    """Return the JSON value at `start`, where it ends, and an empty text.
+
+    If there is none, return None, `start` and the reason.
+    """
     try:
         value, end = _decoder().raw_decode(text, start)
     except json.JSONDecodeError as error:
@@ -179,21 +184,23 @@ def _finite(text: str) -> float:
 
 
 def _check(record: Record) -> None:
+    """Raise LorakitError if a field that lorakit reads has the wrong type."""
     for name in _TEXT_FIELDS:
         if name in record.fields and not isinstance(record.fields[name], str):
             raise LorakitError(f"{record.where}: {name!r} is not a text; write it as a JSON string")
-    listed = record.fields.get("references")
-    if listed is None:
+    references = record.fields.get("references")
+    if references is None:
         return
-    if not (isinstance(listed, list) and listed and all(isinstance(x, str) for x in listed)):
+    is_list = isinstance(references, list) and bool(references)
+    if not (is_list and all(isinstance(text, str) for text in references)):
         raise LorakitError(
             f"{record.where}: 'references' is not a list of texts; "
             "write it as a JSON array of one or more strings"
         )
 
 
-def write_records(records: Iterable[Mapping[str, Any]], stream: IO[str]) -> int:
-    """Write records to a text stream, one flushed line each as they come; return their number."""
+def write_records(records: Iterable[Mapping[str, object]], stream: IO[str]) -> int:
+    """Write records to a text stream, flushing after each line; return how many there were."""
     import jsonlines
 
     count = 0

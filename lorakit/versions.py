@@ -1,4 +1,4 @@
-"""Which version of a package is installed, as headers and signatures tell it."""
+"""Which version of a package is installed, as headers and signatures state it."""
 
 from __future__ import annotations
 
