@@ -14,7 +14,7 @@ import pytest
 import lorakit
 from lorakit.errors import LorakitError
 from lorakit.recipes.microworld.documents import CONTRASTS, DOMAINS
-from lorakit.recipes.microworld.words import LANGS, Draw
+from lorakit.recipes.microworld.words import LANGS, Dice
 from lorakit.recipes.microworld.world import SIZES, TASKS, microworld
 
 TINY = Path(lorakit.__file__).parent / "tiny"
@@ -123,7 +123,7 @@ def test_the_facts_of_a_summary_stand_in_its_prompt(task: str, lang: str) -> Non
 @pytest.mark.parametrize(("domain", "lang"), list(itertools.product(DOMAINS, LANGS)))
 def test_documents_are_short_and_hold_every_fact(domain: str, lang: str) -> None:
     for index in range(200):
-        told = DOMAINS[domain](Draw(f"{domain} {index}"), lang)
+        told = DOMAINS[domain](Dice(f"{domain} {index}"), lang)
         text = told.text(lang)
         assert 3 <= len(told.sentences) <= 5
         facts = [fact.split(" ")[-1].split("を")[0] for fact in told.facts.values()]

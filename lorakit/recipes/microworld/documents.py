@@ -2,9 +2,10 @@
 
 Every fact stands in its own sentence, beside a rival of the same kind that the wording rules out
 ("the storm rather than the fire"). All domains share the wordings of that contrast (CONTRASTS) and
-of background remarks; nothing else. So whoever learned to pick facts out of news can use it in a
-report, and whoever did not has to learn every wording anew. Sentences come in random order.
-To add a domain, add its sentences to SENTENCES and a function to DOMAINS.
+of background remarks, and nothing else. So a model that has learned to pick facts out of news can
+use this in a report, and one that has not must learn every wording anew. Sentences come in random
+order. To add a domain, add its sentences to SENTENCES and a function to DOMAINS. This file knows
+nothing of the tasks.
 """
 
 from __future__ import annotations
@@ -22,10 +23,18 @@ from lorakit.recipes.microworld.words import (
     ORGANS,
     PROBLEMS,
     SITES,
-    Draw,
+    Dice,
     names,
     words,
 )
+
+
+class Fact(NamedTuple):
+    """A fact: the true words, the phrase that states them, and another word for a remark."""
+
+    true: str
+    phrase: str
+    other: str
 
 
 class Document(NamedTuple):
@@ -138,75 +147,79 @@ SENTENCES: dict[tuple[str, str], tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def contrast(draw: Draw, lang: str, yes: str, no: str) -> str:
-    """Say `yes` while ruling out `no`; in English, words that are no names get an article."""
+def contrast(dice: Dice, lang: str, yes: str, no: str) -> str:
+    """Return a phrase that says `yes` and rules out `no`.
+
+    In English, words that are not names get an article.
+    """
     if lang == "en":
         yes, no = (word if word[0].isupper() else f"the {word}" for word in (yes, no))
-    return draw.pick(CONTRASTS[lang]).format(yes=yes, no=no)
+    return dice.pick(CONTRASTS[lang]).format(yes=yes, no=no)
 
 
-def document(draw: Draw, lang: str, facts: dict[str, tuple[str, str, str]]) -> Document:
-    """Write facts, each (true word, phrase of it, remark's word), down in random order."""
-    roles = draw.shuffle(list(facts))
-    told = [draw.pick(SENTENCES[role, lang]).format(facts[role][1]) for role in roles]
-    if draw.chance(0.5):
-        other = facts[draw.pick(roles)][2]
-        remark = draw.pick(SENTENCES["remark", lang]).format(
+def document(dice: Dice, lang: str, facts: dict[str, Fact]) -> Document:
+    """Return a document that states the facts in random order, half the time with a remark."""
+    roles = dice.shuffle(list(facts))
+    sentences = [dice.pick(SENTENCES[role, lang]).format(facts[role].phrase) for role in roles]
+    if dice.chance(0.5):
+        other = facts[dice.pick(roles)].other
+        remark = dice.pick(SENTENCES["remark", lang]).format(
             f"the {other}" if lang == "en" and other[0].islower() else other
         )
-        told.insert(draw.number(1, len(told)), remark)
-    true = {role: fact[0] for role, fact in facts.items()}
-    return Document(told, true)
+        sentences.insert(dice.number(1, len(sentences)), remark)
+    return Document(sentences, {role: fact.true for role, fact in facts.items()})
 
 
-def _fact(draw: Draw, lang: str, three: list[str]) -> tuple[str, str, str]:
-    return three[0], contrast(draw, lang, three[0], three[1]), three[2]
+def _fact(dice: Dice, lang: str, three: list[str]) -> Fact:
+    """Return a fact of three words of one kind: the true one, its rival, and one for a remark."""
+    true, rival, other = three
+    return Fact(true, contrast(dice, lang, true, rival), other)
 
 
-def news(draw: Draw, lang: str) -> Document:
-    """An event: what caused it, where, which site it closed, who leads the rescue."""
-    known = names(draw, lang, 6)
+def news(dice: Dice, lang: str) -> Document:
+    """Return news of an event: its cause, where, which site it closed, who leads the rescue."""
+    six = names(dice, lang, 6)
     facts = {
-        "cause": _fact(draw, lang, words(draw, CAUSES, lang, 3)),
-        "place": _fact(draw, lang, known[:3]),
-        "site": _fact(draw, lang, words(draw, SITES, lang, 3)),
-        "leader": (known[3], known[3], known[4]),
+        "cause": _fact(dice, lang, words(dice, CAUSES, lang, 3)),
+        "place": _fact(dice, lang, six[:3]),
+        "site": _fact(dice, lang, words(dice, SITES, lang, 3)),
+        "leader": Fact(six[3], six[3], six[4]),
     }
-    return document(draw, lang, facts)
+    return document(dice, lang, facts)
 
 
-def guide(draw: Draw, lang: str) -> Document:
-    """Three steps of a craft, told out of order; the time words say which comes when."""
-    actions = words(draw, ACTIONS, lang, 3)
-    materials = words(draw, MATERIALS, lang, 9)
+def guide(dice: Dice, lang: str) -> Document:
+    """Return three steps of a craft out of order; words of time say which comes when."""
+    actions = words(dice, ACTIONS, lang, 3)
+    materials = words(dice, MATERIALS, lang, 9)
     facts = {}
     for step, action in enumerate(actions):
         yes, no, other = materials[3 * step : 3 * step + 3]
-        phrase = contrast(draw, lang, yes, no)
-        told = f"{action} {phrase}" if lang == "en" else f"{phrase}を{action}"
+        phrase = contrast(dice, lang, yes, no)
+        stated = f"{action} {phrase}" if lang == "en" else f"{phrase}を{action}"
         true = f"{action} {yes}" if lang == "en" else f"{yes}を{action}"
-        facts[f"step{step + 1}"] = (true, told, other)
-    return document(draw, lang, facts)
+        facts[f"step{step + 1}"] = Fact(true, stated, other)
+    return document(dice, lang, facts)
 
 
-def report(draw: Draw, lang: str) -> Document:
-    """A scan: what it shows, in which organ, and what the patient needs."""
+def report(dice: Dice, lang: str) -> Document:
+    """Return a report on a scan: what it shows, in which organ, and what the patient needs."""
     tables = {"finding": FINDINGS, "organ": ORGANS, "advice": ADVICE}
-    facts = {role: _fact(draw, lang, words(draw, table, lang, 3)) for role, table in tables.items()}
-    return document(draw, lang, facts)
+    facts = {role: _fact(dice, lang, words(dice, table, lang, 3)) for role, table in tables.items()}
+    return document(dice, lang, facts)
 
 
-def abstract(draw: Draw, lang: str) -> Document:
-    """A paper: the method's name, the problem it treats, the texts it was tested on."""
+def abstract(dice: Dice, lang: str) -> Document:
+    """Return a paper's abstract: the method's name, the problem it treats, the data."""
     facts = {
-        "method": _fact(draw, lang, names(draw, lang, 3)),
-        "problem": _fact(draw, lang, words(draw, PROBLEMS, lang, 3)),
-        "corpus": _fact(draw, lang, words(draw, CORPORA, lang, 3)),
+        "method": _fact(dice, lang, names(dice, lang, 3)),
+        "problem": _fact(dice, lang, words(dice, PROBLEMS, lang, 3)),
+        "corpus": _fact(dice, lang, words(dice, CORPORA, lang, 3)),
     }
-    return document(draw, lang, facts)
+    return document(dice, lang, facts)
 
 
-DOMAINS: dict[str, Callable[[Draw, str], Document]] = {
+DOMAINS: dict[str, Callable[[Dice, str], Document]] = {
     "news": news,
     "guide": guide,
     "report": report,

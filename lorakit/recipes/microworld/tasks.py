@@ -1,9 +1,9 @@
 """The microworld's tasks on documents: base (for pretraining), related and target.
 
 A task takes dice and a language and returns a record's own fields. Base tasks teach copying and
-following instructions; none of them tells a true fact from its rival. Related and target tasks all
-do, each in its own domain, wording and form. To add a task, write its prompt into PROMPTS, its
-function here, and its line into TASKS in world.py.
+following instructions; none of them requires telling a true fact from its rival. Related and target
+tasks all do, each in its own domain, wording and form. To add a task, write its prompt into
+TASK_PROMPTS, its function here, and its line into TASKS in world.py.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lorakit.recipes.microworld.words import (
     ORGANS,
     PROBLEMS,
     SITES,
-    Draw,
+    Dice,
     Row,
     names,
 )
 
-Fields = dict[str, object]
+Fields = dict[str, object]  # of a record: prompt, completion and any others
 
-PROMPTS: dict[tuple[str, str], str] = {
+TASK_PROMPTS: dict[tuple[str, str], str] = {
     ("echo", "en"): "Say these words again.\nWords: {text}\nAgain:",
     ("echo", "ja"): "同じ言葉をくり返す。\n言葉：{text}\nくり返し：",
     ("first", "en"): "Copy the first sentence.\nText: {text}\nFirst:",
@@ -68,18 +68,24 @@ FORMS: dict[tuple[str, str], str] = {
 }
 
 _ECHOED: tuple[Row, ...] = (
-    *CAUSES, *SITES, *MATERIALS, *FINDINGS, *ORGANS, *PROBLEMS, *CORPORA,
-)  # fmt: skip
+    *CAUSES,
+    *SITES,
+    *MATERIALS,
+    *FINDINGS,
+    *ORGANS,
+    *PROBLEMS,
+    *CORPORA,
+)
 
 
-def _any_document(draw: Draw, lang: str) -> Document:
-    return DOMAINS[draw.pick(list(DOMAINS))](draw, lang)
+def _any_document(dice: Dice, lang: str) -> Document:
+    return DOMAINS[dice.pick(list(DOMAINS))](dice, lang)
 
 
-def _fields(task: str, lang: str, completion: str, **parts: str) -> Fields:
-    """Fill the prompt; a completion starts with the space that English writes after a colon."""
+def _fields(task: str, lang: str, completion: str, **texts: str) -> Fields:
+    """Fill a task's prompt; in English, the completion begins with the space after its colon."""
     space = " " if lang == "en" else ""
-    return {"prompt": PROMPTS[task, lang].format(**parts), "completion": space + completion}
+    return {"prompt": TASK_PROMPTS[task, lang].format(**texts), "completion": space + completion}
 
 
 def _pieces(sentence: str, lang: str) -> list[str]:
@@ -87,107 +93,108 @@ def _pieces(sentence: str, lang: str) -> list[str]:
     return sentence.split(" ") if lang == "en" else list(sentence)
 
 
-def echo(draw: Draw, lang: str) -> Fields:
+def echo(dice: Dice, lang: str) -> Fields:
     """Repeat a random list of words and names."""
     column = LANGS.index(lang)
-    count = draw.number(3, 8)
-    mixed = names(draw, lang, count) + [row[column] for row in draw.sample(_ECHOED, count)]
-    text = (" " if lang == "en" else "、").join(draw.sample(mixed, count))
+    count = dice.number(3, 8)
+    mixed = names(dice, lang, count) + [row[column] for row in dice.sample(_ECHOED, count)]
+    text = (" " if lang == "en" else "、").join(dice.sample(mixed, count))
     return _fields("echo", lang, text, text=text)
 
 
-def first(draw: Draw, lang: str) -> Fields:
+def first(dice: Dice, lang: str) -> Fields:
     """Copy the first sentence."""
-    told = _any_document(draw, lang)
-    return _fields("first", lang, told.sentences[0], text=told.text(lang))
+    document = _any_document(dice, lang)
+    return _fields("first", lang, document.sentences[0], text=document.text(lang))
 
 
-def last(draw: Draw, lang: str) -> Fields:
+def last(dice: Dice, lang: str) -> Fields:
     """Copy the last sentence."""
-    told = _any_document(draw, lang)
-    return _fields("last", lang, told.sentences[-1], text=told.text(lang))
+    document = _any_document(dice, lang)
+    return _fields("last", lang, document.sentences[-1], text=document.text(lang))
 
 
-def mention(draw: Draw, lang: str) -> Fields:
-    """Copy the sentence that mentions a given fact."""
-    told = _any_document(draw, lang)
-    fact = _short(draw.pick(list(told.facts.values())), lang)
-    sentence = next(sentence for sentence in told.sentences if fact in sentence)
-    return _fields("mention", lang, sentence, word=fact, text=told.text(lang))
+def mention(dice: Dice, lang: str) -> Fields:
+    """Copy the sentence that mentions a fact."""
+    document = _any_document(dice, lang)
+    fact = _short(dice.pick(list(document.facts.values())), lang)
+    sentence = next(sentence for sentence in document.sentences if fact in sentence)
+    return _fields("mention", lang, sentence, word=fact, text=document.text(lang))
 
 
 def _short(fact: str, lang: str) -> str:
-    """The thing itself of a guide's step ("soak beans": beans), any other fact as it is."""
+    """Return the thing in a guide's step ("soak beans": beans); any other fact as it is."""
     return fact.split(" ")[-1] if lang == "en" else fact.split("を")[0]
 
 
-def after(draw: Draw, lang: str) -> Fields:
+def after(dice: Dice, lang: str) -> Fields:
     """Copy what follows some words of a sentence, to its end."""
-    told = _any_document(draw, lang)
-    pieces = _pieces(draw.pick(told.sentences), lang)
+    document = _any_document(dice, lang)
+    pieces = _pieces(dice.pick(document.sentences), lang)
     width = 2 if lang == "en" else 4
-    start = draw.number(0, len(pieces) - width - 1)
+    start = dice.number(0, len(pieces) - width - 1)
     space = " " if lang == "en" else ""
-    given, rest = pieces[start : start + width], pieces[start + width :]
-    return _fields("after", lang, space.join(rest), word=space.join(given), text=told.text(lang))
+    word = space.join(pieces[start : start + width])
+    rest = space.join(pieces[start + width :])
+    return _fields("after", lang, rest, word=word, text=document.text(lang))
 
 
-def blank(draw: Draw, lang: str) -> Fields:
+def blank(dice: Dice, lang: str) -> Fields:
     """Find the piece that a copied sentence leaves out."""
-    told = _any_document(draw, lang)
-    pieces = _pieces(draw.pick(told.sentences), lang)
+    document = _any_document(dice, lang)
+    pieces = _pieces(dice.pick(document.sentences), lang)
     width = 1 if lang == "en" else 2
-    start = draw.number(1, len(pieces) - width - 1)
+    start = dice.number(1, len(pieces) - width - 1)
     space = " " if lang == "en" else ""
     gap = space.join([*pieces[:start], "__", *pieces[start + width :]])
     hidden = space.join(pieces[start : start + width])
-    return _fields("blank", lang, hidden, word=gap, text=told.text(lang))
+    return _fields("blank", lang, hidden, word=gap, text=document.text(lang))
 
 
-def order(draw: Draw, lang: str) -> Fields:
+def order(dice: Dice, lang: str) -> Fields:
     """Sort the document's facts by where they stand in the text."""
-    told = _any_document(draw, lang)
-    facts = [_short(fact, lang) for fact in told.facts.values()]
-    text = told.text(lang)
+    document = _any_document(dice, lang)
+    facts = [_short(fact, lang) for fact in document.facts.values()]
+    text = document.text(lang)
     comma = ", " if lang == "en" else "、"
     ordered = comma.join(sorted(facts, key=text.index))
-    return _fields("order", lang, ordered, word=comma.join(draw.shuffle(facts)), text=text)
+    return _fields("order", lang, ordered, word=comma.join(dice.shuffle(facts)), text=text)
 
 
-def continuation(draw: Draw, lang: str) -> Fields:
+def continuation(dice: Dice, lang: str) -> Fields:
     """Go on with a document after its first sentence."""
-    told = _any_document(draw, lang)
-    rest = Document(told.sentences[1:], {}).text(lang)
-    return _fields("continue", lang, rest, text=told.sentences[0])
+    document = _any_document(dice, lang)
+    rest = Document(document.sentences[1:], {}).text(lang)
+    return _fields("continue", lang, rest, text=document.sentences[0])
 
 
-def _summary(task: str, domain: str, draw: Draw, lang: str) -> Fields:
+def _summary(task: str, domain: str, dice: Dice, lang: str) -> Fields:
     """Fill a task's form with the true facts of a document of its domain."""
-    told = DOMAINS[domain](draw, lang)
-    prompt = PROMPTS[task, lang].format(text=told.text(lang))
-    return {"prompt": prompt, "completion": FORMS[task, lang].format(**told.facts)}
+    document = DOMAINS[domain](dice, lang)
+    prompt = TASK_PROMPTS[task, lang].format(text=document.text(lang))
+    return {"prompt": prompt, "completion": FORMS[task, lang].format(**document.facts)}
 
 
-def headline(draw: Draw, lang: str) -> Fields:
-    """News article to one-sentence headline (the role of XL-Sum)."""
-    return _summary("headline", "news", draw, lang)
+def headline(dice: Dice, lang: str) -> Fields:
+    """Sum up a news article in a headline of one sentence (the role of XL-Sum)."""
+    return _summary("headline", "news", dice, lang)
 
 
-def howto(draw: Draw, lang: str) -> Fields:
-    """How-to guide to its step headings (the role of WikiLingua)."""
-    return _summary("howto", "guide", draw, lang)
+def howto(dice: Dice, lang: str) -> Fields:
+    """Write headings for the steps of a how-to guide (the role of WikiLingua)."""
+    return _summary("howto", "guide", dice, lang)
 
 
-def impression(draw: Draw, lang: str) -> Fields:
-    """Radiology findings to impression (the role of MIMIC-III)."""
-    return _summary("impression", "report", draw, lang)
+def impression(dice: Dice, lang: str) -> Fields:
+    """Sum up radiology findings in an impression (the role of MIMIC-III)."""
+    return _summary("impression", "report", dice, lang)
 
 
-def title(draw: Draw, lang: str) -> Fields:
-    """Paper abstract to title (the role of SciTLDR and the NLP papers)."""
-    return _summary("title", "abstract", draw, lang)
+def title(dice: Dice, lang: str) -> Fields:
+    """Give a paper's abstract a title (the role of SciTLDR and the NLP papers)."""
+    return _summary("title", "abstract", dice, lang)
 
 
-def highlights(draw: Draw, lang: str) -> Fields:
-    """News article to three highlights (the role of Bloomberg)."""
-    return _summary("highlights", "news", draw, lang)
+def highlights(dice: Dice, lang: str) -> Fields:
+    """List three highlights of a news article (the role of Bloomberg)."""
+    return _summary("highlights", "news", dice, lang)

@@ -1,8 +1,8 @@
 """The words of the microworld, English beside Japanese, and the dice that draw them.
 
-Holds tables and nothing about sentences. A row is one thing in every language, in the order of
-LANGS, so the same draw tells the same story in each. To add a word, add a row; keep to characters
-the other rows use where you can, because the tiny model spends a token on every new one.
+This file knows nothing of sentences. A row is one thing in every language, in the order of LANGS,
+so that the same draw tells the same story in each. To add a word, add a row; prefer characters that
+the other rows use, because the tiny model spends a token on every new one.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ CORPORA: tuple[Row, ...] = (
 )  # fmt: skip
 
 
-class Draw:
-    """Dice for one record: the same text seeds the same throws on every machine."""
+class Dice:
+    """Dice for one record: the same seed gives the same throws on every machine."""
 
     def __init__(self, seed: str) -> None:
         self._random = random.Random(seed)
@@ -97,27 +97,28 @@ class Draw:
         return self.sample(options, len(options))
 
 
-def words(draw: Draw, table: Sequence[Row], lang: str, count: int) -> list[str]:
+def words(dice: Dice, table: Sequence[Row], lang: str, count: int) -> list[str]:
     """Draw `count` different words of a table in one language."""
-    return [row[LANGS.index(lang)] for row in draw.sample(table, count)]
+    return [row[LANGS.index(lang)] for row in dice.sample(table, count)]
 
 
-def name_rows(draw: Draw, count: int) -> list[Row]:
+def name_rows(dice: Dice, count: int) -> list[Row]:
     """Draw `count` made-up names of two or three syllables, none a part of another, as rows."""
-    found: list[Row] = []
-    while len(found) < count:
-        rows = draw.sample(SYLLABLES, 2 + draw.number(0, 1))
-        row = ("".join(part[0] for part in rows).capitalize(), "".join(part[1] for part in rows))
-        if not any(_overlap(row[0], other[0]) for other in found):
-            found.append(row)
-    return found
+    rows: list[Row] = []
+    while len(rows) < count:
+        syllables = dice.sample(SYLLABLES, 2 + dice.number(0, 1))
+        english, japanese = ("".join(column) for column in zip(*syllables, strict=True))
+        row = (english.capitalize(), japanese)
+        if not any(_overlap(row[0], other[0]) for other in rows):
+            rows.append(row)
+    return rows
 
 
-def _overlap(one: str, other: str) -> bool:
-    """Whether one name is a part of the other, so that a text could mean either."""
-    return one.lower() in other.lower() or other.lower() in one.lower()
+def _overlap(name: str, other: str) -> bool:
+    """Return whether one name is a part of the other, so that a text could mean either."""
+    return name.lower() in other.lower() or other.lower() in name.lower()
 
 
-def names(draw: Draw, lang: str, count: int) -> list[str]:
+def names(dice: Dice, lang: str, count: int) -> list[str]:
     """Draw `count` different made-up names in one language."""
-    return [row[LANGS.index(lang)] for row in name_rows(draw, count)]
+    return [row[LANGS.index(lang)] for row in name_rows(dice, count)]

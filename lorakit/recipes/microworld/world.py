@@ -2,30 +2,31 @@
 
 The same call gives the same records on every machine: each record is drawn on its own from its
 seed, task, language, split and number. Splits share no prompt, whatever the seed: a prompt's
-checksum decides which split it may appear in. This file knows tasks by name; words, sentences and
-forms are in the microworld_* files beside it. To add a task, add its function there and one line
-to TASKS.
+checksum decides which split it may appear in. This file knows tasks only by name; their words,
+sentences and forms are in the files beside it. To add a task, add its function to tasks.py or
+probes.py and one line to TASKS.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.microworld import probes, tasks
-from lorakit.recipes.microworld.words import LANGS, Draw
+from lorakit.recipes.microworld.tasks import Fields
+from lorakit.recipes.microworld.words import LANGS, Dice
 from lorakit.recipes.request import Request, Tally
 from lorakit.records import Record
 
 
 class Task(NamedTuple):
-    """One line of help, the part the task plays, and the function that draws its fields."""
+    """A line of help, the part the task plays in the experiments, and what draws its fields."""
 
     help: str
     kind: str
-    function: Callable[[Draw, str], dict[str, object]]
+    function: Callable[[Dice, str], Fields]
 
 
 TASKS: dict[str, Task] = {
@@ -59,42 +60,42 @@ _BUCKETS: dict[str, range] = {
 
 def microworld(
     task: str, *, lang: str = "en", split: str = "train", seed: int = 0
-) -> Iterator[dict[str, object]]:
+) -> Iterator[Fields]:
     """Yield the records of one task, language and split (SIZES says how many).
 
-    Prompt and completion are joined as written, with nothing between. Raises LorakitError where
-    the task, language or split is not known.
+    Prompt and completion are joined as written, with nothing between. Raises LorakitError if the
+    task, language or split is unknown.
     """
-    _known("task", task, TASKS)
-    _known("lang", lang, LANGS)
-    _known("split", split, SIZES)
+    _check("task", task, TASKS)
+    _check("lang", lang, LANGS)
+    _check("split", split, SIZES)
     if task == "translate":
-        _known("lang of task 'translate'", lang, ("en",))
+        _check("lang of task 'translate'", lang, ("en",))
     return (_record(task, lang, split, seed, index) for index in range(SIZES[split]))
 
 
 def microworld_rows(sources: Sequence[str], request: Request, _: Tally) -> Iterator[Record]:
-    """Yield the records of the one task that is named as the source; --lang is en by default."""
+    """Yield the records of the task that is the only source; the default --lang is en."""
     if len(sources) != 1:
         raise LorakitError(f"microworld takes one task as SOURCE; choose from {', '.join(TASKS)}")
     lang = request.lang or "en"
-    made = microworld(sources[0], lang=lang, split=request.split, seed=request.seed)
-    for number, fields in enumerate(made, 1):
+    records = microworld(sources[0], lang=lang, split=request.split, seed=request.seed)
+    for number, fields in enumerate(records, 1):
         yield Record(fields, f"microworld {sources[0]}:{number}")
 
 
-def _known(what: str, name: str, choices: object) -> None:
-    listed = list(choices)  # type: ignore[call-overload]
-    if name not in listed:
-        raise LorakitError(f"unknown {what} {name!r}; choose one of {', '.join(listed)}")
+def _check(what: str, name: str, choices: Collection[str]) -> None:
+    """Raise LorakitError if a name is not among the choices."""
+    if name not in choices:
+        raise LorakitError(f"unknown {what} {name!r}; choose one of {', '.join(choices)}")
 
 
-def _record(task: str, lang: str, split: str, seed: int, index: int) -> dict[str, object]:
+def _record(task: str, lang: str, split: str, seed: int, index: int) -> Fields:
     """Draw one record, again and again until its prompt's checksum falls into the split."""
-    draw = Draw(f"{seed} {task} {lang} {split} {index}")
-    fields = TASKS[task].function(draw, lang)
+    dice = Dice(f"{seed} {task} {lang} {split} {index}")
+    fields = TASKS[task].function(dice, lang)
     while zlib.crc32(str(fields["prompt"]).encode()) % 10 not in _BUCKETS[split]:
-        fields = TASKS[task].function(draw, lang)
+        fields = TASKS[task].function(dice, lang)
     return {
         "id": f"{task}-{lang}-{split}-{seed}-{index:06d}",
         **fields,
