@@ -25,10 +25,10 @@ _LANGUAGES = {"en": "english", "ja": "japanese", "zh": "chinese_simplified"}
 
 
 def xlsum_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
-    """Yield XL-Sum's BBC articles and summaries (Hasan et al., 2021), a language per file.
+    """Yield XL-Sum's BBC articles and summaries (Hasan et al., 2021), one language per file.
 
-    A source is a file such as japanese_train.jsonl, or the folder or tar archive that has the
-    split's file (of --lang). A line:
+    A source is a file such as japanese_train.jsonl, or the folder or tar archive with the split's
+    file (in --lang). A line:
 
         {"id": "japanese-55031622", "url": "https://www.bbc.com/japanese/55031622",
          "title": "英で新たな規制", "summary": "英政府は17日、新たな規制を発表した。",
@@ -41,8 +41,12 @@ def xlsum_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterat
 
 
 def _xlsum(row: Record) -> Record:
-    made = {"article": text_of(row, "text"), "summary": text_of(row, "summary")}
-    return Record({"id": id_of(row, "id"), **made, **rest_of(row, "text", "summary")}, row.where)
+    fields = {
+        "id": id_of(row, "id"),
+        "article": text_of(row, "text"),
+        "summary": text_of(row, "summary"),
+    }
+    return Record({**fields, **rest_of(row, "text", "summary")}, row.where)
 
 
 def jawikinews_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator[Record]:

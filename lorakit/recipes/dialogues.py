@@ -1,4 +1,4 @@
-"""Dialogues: SAMSum and DialogSum (to a summary), and E-commerce (does a response fit)."""
+"""Dialogues: SAMSum and DialogSum to summaries, and E-commerce to whether a response fits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def samsum_rows(sources: Sequence[str], request: Request, tally: Tally) -> Itera
     """Yield SAMSum's dialogues and summaries (Gliwa et al., 2019).
 
     A source is a JSON file (an array, or lines), a CSV file with the same fields, or the folder
-    that has the split's. A line:
+    with the split's file. A line:
 
         {"id": "13818513", "summary": "Amanda baked cookies and will bring Jerry some tomorrow.",
          "dialogue": "Amanda: I baked  cookies. Do you want some?\\r\\nJerry: Sure!"}
@@ -39,9 +39,9 @@ def samsum_rows(sources: Sequence[str], request: Request, tally: Tally) -> Itera
 
 
 def dialogsum_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
-    """Yield DialogSum's dialogues and summaries (Chen et al., 2021); of the test set all three.
+    """Yield DialogSum's dialogues and summaries (Chen et al., 2021); in the test set all three.
 
-    A source is a JSONL or CSV file or the folder that has the split's. A line:
+    A source is a JSONL or CSV file, or the folder with the split's file. A line:
 
         {"fname": "test_0", "dialogue": "#Person1#: Take a memo.\\n#Person2#: Yes, sir.",
          "summary1": "#Person2# takes a memo.", "summary2": "#Person1# dictates a memo.",
@@ -57,17 +57,17 @@ def _summarized(row: Record) -> Record:
     summaries = [text_of(row, name) for name in _SUMMARIES if name in row.fields]
     if not summaries:
         raise LorakitError(f"{row.where}: no field 'summary'; check that this is the data set")
-    several = {"references": summaries} if len(summaries) > 1 else {}
+    references = {"references": summaries} if len(summaries) > 1 else {}
     fields = {"id": id_of(row, "id", "fname"), "dialogue": dialogue, "summary": summaries[0]}
     rest = rest_of(row, "dialogue", "fname", *_SUMMARIES)
-    return Record({**fields, **several, **rest}, row.where)
+    return Record({**fields, **references, **rest}, row.where)
 
 
 def ecommerce_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
-    """Yield E-commerce's dialogues and candidate responses, to Yes or No (Zhang et al., 2018).
+    """Yield E-commerce's dialogues, candidate responses and Yes or No (Zhang et al., 2018).
 
     A source is a file of lines with a label, the utterances and the response between tabs, words
-    separated by spaces, or the folder that has the split's:
+    separated by spaces, or the folder with the split's file:
 
         1⇥有 现货 吗⇥亲 , 有 的⇥什么 时候 发货⇥今天 就 可以 发货 的 哦
     """

@@ -1,93 +1,95 @@
 """Filters over finished records: their length in words, duplicates, overlap with other files.
 
-A word is a run of characters between spaces, but each Chinese or Japanese character counts alone:
+A word is a run of characters between spaces, but each Chinese or Japanese character counts as one:
 the same number on every machine, without a segmenter. Prompts are compared by a 64-bit hash of
-their text, spaces folded, so that a file of millions takes some sixty bytes of memory a record.
+their text, spaces folded, so that a file of millions takes some sixty bytes of memory per record.
+This file knows nothing of where the records come from.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 from lorakit.recipes.request import Request, Tally
-from lorakit.records import read_records
+from lorakit.records import Record, read_records
 
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
-_WORD = rf"[{CJK}]|[^\s{CJK}]+"
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+_WORD = rf"[{_CJK}]|[^\s{_CJK}]+"
 _LATIN = "A-Za-z0-9\u00c0-\u024f"
 _KANA = "[\u3041-\u3096\u30a1-\u30fa]"
 
-Fields = dict[str, Any]
-
 
 def count_words(text: str) -> int:
-    """Return the number of words of a text; a Chinese or Japanese character is one."""
+    """Return the number of words in a text; a Chinese or Japanese character counts as one."""
     if text.isascii():
         return len(text.split())
     return len(re.findall(_WORD, text))
 
 
 def is_japanese(text: str) -> bool:
-    """Return whether a text has kana, which no other language writes."""
+    """Return whether a text contains kana, which no other language uses."""
     return re.search(_KANA, text) is not None
 
 
 def unspaced(text: str) -> str:
-    """Return a text of separated words as it is written: spaces stay between Latin words alone."""
+    """Return a segmented text as it is normally written, with spaces only between Latin words."""
     return re.sub(rf"(?<![{_LATIN}])\s+|\s+(?![{_LATIN}])", "", text.strip())
 
 
-def filtered(records: Iterable[Fields], request: Request, tally: Tally) -> Iterator[Fields]:
-    """Yield the records that the request's limits keep; the others are counted."""
-    least, most = request.min_words, request.max_words
-    dropped = {path: prompts_of(path) for path in request.drop_overlap}
+def filtered(records: Iterable[Record], request: Request, tally: Tally) -> Iterator[Record]:
+    """Yield the records within the request's limits; count the others by the reason."""
+    hashes = {path: prompt_hashes(path) for path in request.drop_overlap}
     for record in records:
-        reason = _too_long_or_short(record, least, most) or _overlap(record, dropped)
+        reason = _length_reason(record.prompt, request) or _overlap_reason(record.prompt, hashes)
         if reason:
             tally.remove(reason)
         else:
             yield record
 
 
-def _too_long_or_short(record: Fields, least: int | None, most: int | None) -> str:
+def _length_reason(prompt: str, request: Request) -> str:
+    """Return why a prompt's length removes its record; empty if it does not."""
+    least, most = request.min_words, request.max_words
     if least is None and most is None:
         return ""
-    count = count_words(record["prompt"])
+    count = count_words(prompt)
     if least is not None and count < least:
         return f"a prompt of fewer than {least} words"
     return f"a prompt of more than {most} words" if most is not None and count > most else ""
 
 
-def _overlap(record: Fields, others: dict[str, set[int]]) -> str:
-    for path, prompts in others.items():
-        if _key(record["prompt"]) in prompts:
+def _overlap_reason(prompt: str, hashes: Mapping[str, set[int]]) -> str:
+    """Return which of the files, given by the hashes of their prompts, has this prompt too."""
+    for path, others in hashes.items():
+        if _hash(prompt) in others:
             return f"a prompt that stands in {path}"
     return ""
 
 
-def noticed(records: Iterable[Fields], request: Request, tally: Tally) -> Iterator[Fields]:
-    """Yield the records as they are and count those that repeat a prompt or overlap a file."""
-    seen: set[int] = set()
-    others = {path: prompts_of(path) for path in request.overlap}
+def counting_overlaps(
+    records: Iterable[Record], request: Request, tally: Tally
+) -> Iterator[Record]:
+    """Yield the records unchanged, counting those that repeat a prompt or overlap with a file."""
+    earlier: set[int] = set()
+    hashes = {path: prompt_hashes(path) for path in request.overlap}
     for record in records:
-        key = _key(record["prompt"])
-        if key in seen:
+        key = _hash(record.prompt)
+        if key in earlier:
             tally.noticed["prompts that an earlier record has"] += 1
-        seen.add(key)
-        for path, prompts in others.items():
-            if key in prompts:
+        earlier.add(key)
+        for path, others in hashes.items():
+            if key in others:
                 tally.noticed[f"prompts that stand in {path}"] += 1
         yield record
 
 
-def prompts_of(path: str) -> set[int]:
-    """Return the hashes of the prompts of a file of records."""
-    return {_key(record.prompt) for record in read_records(path, "prompt")}
+def prompt_hashes(path: str) -> set[int]:
+    """Return the hashes of all prompts in a file of records."""
+    return {_hash(record.prompt) for record in read_records(path, "prompt")}
 
 
-def _key(prompt: str) -> int:
+def _hash(prompt: str) -> int:
     import hashlib
 
     folded = " ".join(prompt.split()).encode("utf-8", "surrogatepass")

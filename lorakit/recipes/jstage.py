@@ -1,8 +1,8 @@
-"""J-STAGE: titles from abstracts, by the metadata of journal articles.
+"""J-STAGE: titles from abstracts, in the metadata of journal articles.
 
-The adaptive-merge paper's medical papers are case reports from there. Metadata come as XML (JATS
-and its kin, OAI-PMH's Dublin Core) or as the meta tags of an article's page; both have texts in
-several languages, of which --lang chooses (default: Japanese where there is, else what there is).
+The adaptive-merge paper takes its medical papers, case reports, from there. Metadata come as XML
+(JATS and its kin, OAI-PMH's Dublin Core) or as the meta tags of an article's page; both have texts
+in several languages, of which --lang chooses one (by default Japanese or, without it, any other).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
 from lorakit.recipes.filters import is_japanese
-from lorakit.recipes.readers.decoding import decoded
-from lorakit.recipes.readers.rows import converted, id_of, survived
+from lorakit.recipes.readers.decoding import declared_encoding, decoded
+from lorakit.recipes.readers.rows import converted, id_of, until_damage
 from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.readers.xmltrees import elements, text_in
 from lorakit.recipes.request import Request, Tally, UnwantedError
@@ -29,7 +29,7 @@ _ARTICLES = frozenset({"article", "entry", "record", "item"})
 _IGNORED = frozenset({"ref-list", "back", "body", "sub-article", "response", "related-article"})
 _TITLES = ("article-title", "trans-title", "article_title", "title")
 _ABSTRACTS = ("abstract", "trans-abstract", "description")
-_SAID = ("抄録", "要旨", "要約", "abstract", "summary")
+_ABSTRACT_HEADINGS = ("抄録", "要旨", "要約", "abstract", "summary")
 _META_TITLES = ("citation_title", "dc.title", "dcterms.title")
 _META_ABSTRACTS = ("citation_abstract", "dc.description", "dcterms.abstract", "abstract")
 _IDS = ("article-id", "identifier", "doi", "citation_doi", "dc.identifier")
@@ -39,7 +39,8 @@ def jstage_rows(sources: Sequence[str], request: Request, tally: Tally) -> Itera
     """Yield rows with `article` (the abstract) and `title` of journal articles.
 
     A source is an XML file of any number of articles, an article's page, or a folder or archive of
-    them. Articles that lack a title or an abstract in the language are counted. An article:
+    them. Articles without a title or an abstract in the language are removed and counted. An
+    article:
 
         <article xml:lang="ja"><front><article-meta>
           <article-id pub-id-type="doi">10.1234/jjem.31.5</article-id>
@@ -51,10 +52,12 @@ def jstage_rows(sources: Sequence[str], request: Request, tally: Tally) -> Itera
     """
     for part in parts(sources, tally, _FILES):
         rows = _page(part) if _is_page(part) else _xml(part)
-        yield from converted(survived(rows, tally), lambda row: _chosen(row, request.lang), tally)
+        rows = until_damage(rows, tally)
+        yield from converted(rows, lambda row: _in_language(row, request.lang), tally)
 
 
 def _is_page(part: Part) -> bool:
+    """Return whether a file is an HTML page rather than XML."""
     head = part.stream.peek(4096)[:4096].lower()
     return re.search(rb"<(?:html|meta|!doctype html)[\s>]", head) is not None
 
@@ -63,7 +66,7 @@ def _xml(part: Part) -> Iterator[Record]:
     for where, article in elements(part, _ARTICLES, _IGNORED):
         language = article.get("xml:lang", "")
         fields = {
-            "id": next((text_in(each) for name in _IDS for each in article.iter(name)), ""),
+            "id": next((text_in(element) for name in _IDS for element in article.iter(name)), ""),
             "titles": _texts(article, _TITLES, language),
             "abstracts": _texts(article, _ABSTRACTS, language),
         }
@@ -71,64 +74,61 @@ def _xml(part: Part) -> Iterator[Record]:
 
 
 def _texts(article: Element, names: Sequence[str], language: str) -> list[tuple[str, str]]:
-    """Return the language and the text of every element of these names, its parents' language."""
-    found: list[tuple[str, str]] = []
+    """Return the language and the text of every element with one of these names.
+
+    An element that names no language has its parents'.
+    """
+    texts: list[tuple[str, str]] = []
 
     def visit(element: Element, language: str) -> None:
         language = element.get("xml:lang", language)
         if element.tag in names:
             children = [child for child in element if child.tag in ("ja", "en")]
             if children:
-                found.extend((child.tag, _plain(text_in(child))) for child in children)
+                texts.extend((child.tag, _plain(text_in(child))) for child in children)
             else:
-                found.append((language, _plain(" ".join(_blocks(element)) or text_in(element))))
+                texts.append((language, _plain(" ".join(_blocks(element)) or text_in(element))))
             return
         for child in element:
             visit(child, language)
 
     visit(article, language)
-    return found
+    return texts
 
 
 def _blocks(element: Element) -> list[str]:
-    """Return the headings and paragraphs of an abstract, but not the heading that calls it so."""
-    found: list[str] = []
+    """Return the headings and paragraphs of an abstract, without the heading "Abstract"."""
+    blocks: list[str] = []
     for child in element:
         if child.tag == "sec":
-            found += _blocks(child)
-        elif child.tag in ("p", "title") and text_in(child).lower() not in _SAID:
-            found.append(text_in(child))
-    return found
+            blocks += _blocks(child)
+        elif child.tag in ("p", "title") and text_in(child).lower() not in _ABSTRACT_HEADINGS:
+            blocks.append(text_in(child))
+    return blocks
 
 
-class _Metas(HTMLParser):
+class _MetaTags(HTMLParser):
     """Collects the meta tags of a page: name, language and content."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self.found: list[tuple[str, str, str]] = []
+        self.tags: list[tuple[str, str, str]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "meta":
-            given = {name: value or "" for name, value in attrs}
-            language = given.get("xml:lang") or given.get("lang") or ""
-            name = given.get("name", given.get("property", "")).lower()
-            self.found.append((name, language, given.get("content", "")))
-
-
-def declared_encoding(content: bytes) -> str | None:
-    """Return the encoding that a page or an XML file names at its beginning."""
-    match = re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w.:-]+)", content[:2048], re.I)
-    return match[1].decode("ascii", "replace") if match else None
+            values = {name: value or "" for name, value in attrs}
+            language = values.get("xml:lang") or values.get("lang") or ""
+            name = values.get("name", values.get("property", "")).lower()
+            self.tags.append((name, language, values.get("content", "")))
 
 
 def _page(part: Part) -> Iterator[Record]:
     content = part.whole()
-    metas = _Metas()
-    metas.feed(decoded(content, part.name, declared_encoding(content)))
+    meta = _MetaTags()
+    meta.feed(decoded(content, part.name, declared_encoding(content)))
 
     def named(*names: str) -> list[tuple[str, str]]:
-        return [(lang, _plain(text)) for name, lang, text in metas.found if name in names]
+        return [(lang, _plain(text)) for name, lang, text in meta.tags if name in names]
 
     ids = [text for _, text in named(*_IDS)]
     fields = {"id": next(iter(ids), part.inside), "titles": named(*_META_TITLES)}
@@ -136,22 +136,23 @@ def _page(part: Part) -> Iterator[Record]:
 
 
 def _plain(text: str) -> str:
-    """Return a text without the tags that some metadata carry in escaped form."""
+    """Return a text without the escaped tags that some metadata contain."""
     return " ".join(html.unescape(re.sub(r"</?[a-zA-Z][^<>]{0,200}>", "", text)).split())
 
 
-def _chosen(row: Record, lang: str | None) -> Record:
+def _in_language(row: Record, lang: str | None) -> Record:
+    """Return the row with the title and abstract in a language; UnwantedError if it has none."""
     for language in [lang] if lang else ["ja", None]:
-        title = _of_language(row.fields["titles"], language)
-        abstract = _of_language(row.fields["abstracts"], language)
+        title = _first_in(row.fields["titles"], language)
+        abstract = _first_in(row.fields["abstracts"], language)
         if title and abstract:
             fields = {"id": id_of(row, "id"), "article": abstract, "title": title}
             return Record(fields, row.where)
     raise UnwantedError(f"an article without title and abstract{f' in {lang}' if lang else ''}")
 
 
-def _of_language(texts: Sequence[tuple[str, str]], lang: str | None) -> str:
-    """Return the first text of a language: the one it is marked with or, unmarked, its kana's."""
+def _first_in(texts: Sequence[tuple[str, str]], lang: str | None) -> str:
+    """Return the first text in a language, by its mark or, without one, by whether it has kana."""
     for marked, text in texts:
         language = marked.lower()[:2] or ("ja" if is_japanese(text) else "en")
         if text and lang in (None, language):

@@ -1,18 +1,18 @@
 r"""Journal papers in LaTeX: titles from abstracts.
 
-The adaptive-merge paper's NLP papers are from the LaTeX corpus of the Journal of Natural Language
-Processing (Appendix A.2.1): the title is `\jtitle` or `\title`, the abstract `\jabstract` or
-`abstract`, a macro or an environment. The author's own macros are expanded; pylatexenc then turns
-the LaTeX to text, without citations, references and spacing.
+The adaptive-merge paper takes its NLP papers from the LaTeX corpus of the Journal of Natural
+Language Processing (Appendix A.2.1): the title is `\jtitle` or `\title`, the abstract `\jabstract`
+or `abstract`, a macro or an environment. The author's own macros are expanded; pylatexenc then
+turns the LaTeX into text, without citations, references and spacing.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lorakit.errors import LorakitError, missing_package
 from lorakit.recipes.filters import is_japanese
@@ -37,9 +37,10 @@ _GLUE = (
 _WIDE = "\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
 _LARGEST = 1 << 20  # characters of an expanded field: macros that double themselves end here
 _PASSES = 20
-_TRIPPED = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # of pylatexenc's
+# What pylatexenc lets escape at LaTeX that it cannot read.
+_PARSER_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
-# What is removed with its arguments, by the arguments' form: * a star, [ optional, { required.
+# Macros to remove with their arguments, by the form of those: * a star, [ optional, { required.
 _REMOVED = {
     "*[[{": "cite citep citet citeA citeB citealp citealt citeauthor citeyear citeyearpar nocite",
     "*{": "vspace hspace ref pageref eqref label",
@@ -64,7 +65,7 @@ def latex_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterat
 
     A source is a LaTeX file in UTF-8, EUC-JP, Shift_JIS or ISO-2022-JP, or a folder or archive of
     them; --lang ja takes papers in Japanese only, --lang en English titles and abstracts. Files
-    without both are counted. A paper:
+    without a title and an abstract are removed and counted. A paper:
 
         \documentclass{jnlp}
         \newcommand{\model}[1]{モデル#1}
@@ -79,16 +80,17 @@ def latex_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterat
         yield from converted([Record({}, part.name)], partial(_paper, part, request.lang), tally)
 
 
-def _paper(part: Part, asked: str | None, _: Record) -> Record:
+def _paper(part: Part, lang: str | None, _: Record) -> Record:
+    """Return the row of one file; UnwantedError if it lacks a field or is in another language."""
     source = decoded(part.whole(), part.name).replace("\r\n", "\n").replace("\r", "\n")
     source = re.sub(_COMMENT, r"\1", source)
     macros = macros_of(source)
-    lang = asked if asked in _TITLES else "ja"
-    title = _first_field(source, _TITLES[lang], macros, part.name)
-    abstract = _first_field(source, _ABSTRACTS[lang], macros, part.name)
+    fields_of = lang if lang in _TITLES else "ja"
+    title = _first_field(source, _TITLES[fields_of], macros, part.name)
+    abstract = _first_field(source, _ABSTRACTS[fields_of], macros, part.name)
     if not title or not abstract:
         raise UnwantedError("a file without a title and an abstract")
-    _check_language(title + abstract, asked)
+    _check_language(title + abstract, lang)
     return Record({"id": part.inside, "article": abstract, "title": title}, part.name)
 
 
@@ -98,7 +100,7 @@ def _check_language(text: str, lang: str | None) -> None:
 
 
 def _first_field(source: str, names: Sequence[str], macros: dict[str, Macro], where: str) -> str:
-    """Return the text of the first field that there is, macro or environment."""
+    """Return the text of the first of these fields that has any, macro or environment."""
     for name in names:
         for content in _contents(source, name, where):
             text = to_text(expanded(content, macros, where), where)
@@ -108,6 +110,7 @@ def _first_field(source: str, names: Sequence[str], macros: dict[str, Macro], wh
 
 
 def _contents(source: str, name: str, where: str) -> Iterator[str]:
+    """Yield the LaTeX in every macro, then in every environment, with this name."""
     for match in re.finditer(rf"\\{name}(?![A-Za-z@])\s*(?:\[[^\]]*\]\s*)?(?=\{{)", source):
         end = group_end(source, match.end())
         if end < 0:
@@ -117,7 +120,7 @@ def _contents(source: str, name: str, where: str) -> Iterator[str]:
 
 
 def group_end(text: str, start: int) -> int:
-    """Return the place after the group that opens at `start`; -1 where it does not close."""
+    """Return the position after the group that opens at `start`; -1 if it does not close."""
     depth = 0
     for match in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -128,73 +131,74 @@ def group_end(text: str, start: int) -> int:
 
 def macros_of(source: str) -> dict[str, Macro]:
     r"""Return the macros that a paper defines by \newcommand and its kin or by \def."""
-    found: dict[str, Macro] = {}
+    macros: dict[str, Macro] = {}
     for match in re.finditer(_DEFINITION, source):
         end = group_end(source, match.end())
         if end < 0:
             continue
         body = source[match.end() + 1 : end - 1]
         if match[4]:
-            found[match[4]] = Macro(len(match[5]) // 2, None, body)
+            macros[match[4]] = Macro(len(match[5]) // 2, None, body)
         else:
-            found[match[1]] = Macro(int(match[2] or 0), match[3], body)
-    return {name: macro for name, macro in found.items() if name not in _kept_names()}
+            macros[match[1]] = Macro(int(match[2] or 0), match[3], body)
+    return {name: macro for name, macro in macros.items() if name not in _reserved_names()}
 
 
 @functools.cache
-def _kept_names() -> frozenset[str]:
-    """Return the names whose meaning is known here, whatever a paper defines them as."""
+def _reserved_names() -> frozenset[str]:
+    """Return the names whose meaning is fixed here, however a paper defines them."""
     fields = [name for table in (_TITLES, _ABSTRACTS) for names in table.values() for name in names]
     return frozenset([*fields, *" ".join(_REMOVED.values()).split()])
 
 
 def expanded(text: str, macros: dict[str, Macro], where: str) -> str:
-    """Return a text with the user's macros replaced; LorakitError where they do not end."""
+    """Return a text with the user's macros expanded; LorakitError if they grow without end."""
     if not macros:
         return text
     names = "|".join(sorted(map(re.escape, macros), key=len, reverse=True))
     used = re.compile(rf"\\({names})(?![A-Za-z@])[ \t]*")
     for _ in range(_PASSES):
-        made = _expanded_once(text, used, macros)
-        if len(made) > _LARGEST:
+        before, text = text, _expanded_once(text, used, macros)
+        if len(text) > _LARGEST:
             raise LorakitError(f"{where}: macros that grow without end; define them plainly")
-        if made == text:
+        if text == before:
             break
-        text = made
     return text
 
 
 def _expanded_once(text: str, used: re.Pattern[str], macros: dict[str, Macro]) -> str:
-    made: list[str] = []
-    place = size = 0
-    while size <= _LARGEST and (match := used.search(text, place)):
+    """Return a text with every macro in it replaced by its body, but not the macros in that."""
+    pieces: list[str] = []
+    position = size = 0
+    while size <= _LARGEST and (match := used.search(text, position)):
         body, end = _applied(macros[match[1]], text, match.end())
-        made += [text[place : match.start()], body]
-        size += len(made[-2]) + len(body)
-        place = end
-    return "".join([*made, text[place:]])
+        pieces += [text[position : match.start()], body]
+        size += len(pieces[-2]) + len(body)
+        position = end
+    return "".join([*pieces, text[position:]])
 
 
-def _applied(macro: Macro, text: str, place: int) -> tuple[str, int]:
-    """Return the body of a macro with its arguments, read from `place`, and where they end."""
-    given: list[str] = []
+def _applied(macro: Macro, text: str, position: int) -> tuple[str, int]:
+    """Return the body of a macro with its arguments, read from `position`, and where they end."""
+    arguments: list[str] = []
     if macro.default is not None:
-        option = re.compile(r"\s*\[([^\]]*)\]").match(text, place)
-        given.append(option[1] if option else macro.default)
-        place = option.end() if option else place
-    while len(given) < macro.arguments:
-        argument, place = _argument(text, place)
-        given.append(argument)
+        option = re.compile(r"\s*\[([^\]]*)\]").match(text, position)
+        arguments.append(option[1] if option else macro.default)
+        position = option.end() if option else position
+    while len(arguments) < macro.arguments:
+        argument, position = _argument(text, position)
+        arguments.append(argument)
 
-    def value(match: re.Match[str]) -> str:
+    def argument_for(match: re.Match[str]) -> str:
         number = int(match[1])
-        return given[number - 1] if number <= len(given) else ""
+        return arguments[number - 1] if number <= len(arguments) else ""
 
-    return re.sub(r"#([1-9])", value, macro.body), place
+    return re.sub(r"#([1-9])", argument_for, macro.body), position
 
 
-def _argument(text: str, place: int) -> tuple[str, int]:
-    match = re.compile(r"\s*(\\[A-Za-z@]+|\\.|[^\s])", re.S).match(text, place)
+def _argument(text: str, position: int) -> tuple[str, int]:
+    """Return the group, macro or character at a position, and where it ends."""
+    match = re.compile(r"\s*(\\[A-Za-z@]+|\\.|[^\s])", re.S).match(text, position)
     if match is None:
         return "", len(text)
     end = group_end(text, match.start(1)) if match[1] == "{" else match.end()
@@ -205,14 +209,12 @@ def _argument(text: str, place: int) -> tuple[str, int]:
 
 def to_text(fragment: str, where: str) -> str:
     """Return a piece of LaTeX as text in one line, without citations, references and spacing."""
-    walker, writer = _converter()
-    fragment = re.sub(_GLUE, " ", fragment)
+    convert = _converter()
     try:
-        nodes, _, _ = walker(fragment).get_latex_nodes()
-        text = str(writer.nodelist_to_text(nodes))
+        text = convert(re.sub(_GLUE, " ", fragment))
     except RecursionError:
         raise LorakitError(f"{where}: braces nested too deeply; mend the file") from None
-    except _TRIPPED as error:
+    except _PARSER_ERRORS as error:
         raise LorakitError(
             f"{where}: LaTeX that cannot be read ({type(error).__name__}); mend the file"
         ) from error
@@ -220,7 +222,7 @@ def to_text(fragment: str, where: str) -> str:
 
 
 def _tidied(text: str) -> str:
-    """Fold space; a line's end after a Japanese character is none, nor is one between two."""
+    """Return a text with spaces folded, and with none after or between Japanese characters."""
     text = re.sub(rf"(?<=[{_WIDE}])[ \t]*\n\s*", "", text.strip())
     text = " ".join(text.split())
     text = re.sub(r"\(\s*\)|（\s*）|\[\s*\]", "", text)
@@ -228,8 +230,8 @@ def _tidied(text: str) -> str:
 
 
 @functools.cache
-def _converter() -> tuple[Any, Any]:
-    """Return what makes a walker of a fragment, and the writer of its nodes."""
+def _converter() -> Callable[[str], str]:
+    """Return pylatexenc's conversion of LaTeX to text, with our list of macros to remove."""
     import logging
 
     try:
@@ -245,5 +247,11 @@ def _converter() -> tuple[Any, Any]:
     empty = [latex2text.MacroTextSpec(name, simplify_repl=" ") for name, _ in forms]
     empty.append(latex2text.MacroTextSpec("\\", simplify_repl="\n"))
     meaning.add_context_category("lorakit", prepend=True, macros=empty)
-    walker = partial(latexwalker.LatexWalker, latex_context=syntax, tolerant_parsing=True)
-    return walker, latex2text.LatexNodes2Text(latex_context=meaning, math_mode="text")
+    writer = latex2text.LatexNodes2Text(latex_context=meaning, math_mode="text")
+
+    def convert(fragment: str) -> str:
+        walker = latexwalker.LatexWalker(fragment, latex_context=syntax, tolerant_parsing=True)
+        nodes, _, _ = walker.get_latex_nodes()
+        return str(writer.nodelist_to_text(nodes))
+
+    return convert

@@ -1,9 +1,9 @@
 """MIMIC-III: findings and impressions of radiology reports (Johnson et al., 2016).
 
-Sections are cut out of raw reports as RadAdapt (Van Veen et al., 2023) and Appendix A.3 of the
-adaptive-merge paper have it; the headings are those that the reports write. De-identification marks
-(`[**Hospital 12**]`) stay. The paper removes findings "shorter than or comparable in length to" the
-impression without a number; the bound of 1.5 words to one is ours.
+Sections are cut out of raw reports after RadAdapt (Van Veen et al., 2023) and Appendix A.3 of the
+adaptive-merge paper, by the headings that the reports use. De-identification marks (`[**Hospital
+12**]`) stay. The paper removes findings "shorter than or comparable in length to" the impression
+and gives no number; the bound of 1.5 words of findings to one of the impression is ours.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FILES = ("NOTEEVENTS*.csv", "radiology*.csv", "*.csv", "*.tsv", "*.txt")
 
 # Names of sections. With a colon, a heading stands at a line's beginning in any case, or anywhere
 # in capitals (some reports are one line); without one it is a line of its own. "CT CHEST FINDINGS:"
-# is a heading as well; "LUNGS:", within the findings, is none.
+# is a heading as well; "LUNGS:", within the findings, is not.
 _FINDINGS = "FINDINGS?"
 _IMPRESSION = (
     "IMPRESSIONS?(?: AND (?:PLAN|RECOMMENDATIONS?))?|CONCLUSIONS?|INTERPRETATION|OPINION|"
@@ -47,7 +47,7 @@ _FINAL = r"^[ \t]*FINAL REPORT[^\n:]{0,30}:?[ \t]*$"
 
 
 def _heading(before: str, qualified: str, flags: str, after: str) -> str:
-    """Return the pattern of a heading, whose one named group tells the section."""
+    """Return the pattern of a heading; its one named group that matches is the section."""
     return (
         rf"{before}(?:(?P<other>(?{flags}:{_OTHER}))|{qualified}(?:"
         rf"(?P<findings>(?{flags}:{_FINDINGS}))|(?P<impression>(?{flags}:{_IMPRESSION})))){after}"
@@ -66,8 +66,8 @@ def mimic_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterat
     """Yield rows with `article` (the findings) and `summary` (the impression) of reports.
 
     A source is NOTEEVENTS.csv, whose radiology reports are read, a CSV file with the columns
-    findings and impression, a report, or a folder of them (`.txt`). Reports without both sections
-    and those the ratio removes are counted. A row of NOTEEVENTS.csv, with fewer columns:
+    findings and impression, a report, or a folder of reports (`.txt`). Reports that lack a section
+    or have too short findings are removed and counted. A row of NOTEEVENTS.csv, with fewer columns:
 
         ROW_ID,SUBJECT_ID,CATEGORY,DESCRIPTION,TEXT
         741,26880,Radiology,CHEST (PA & LAT),"[**2162-3-3**] 8:33 AM
@@ -99,6 +99,7 @@ def _report_in(part: Part) -> Iterator[Record]:
 
 
 def _report(row: Record, ratio: float) -> Record:
+    """Return the sections of a note or a table's row; UnwantedError if it is to be removed."""
     columns = {name.lower(): value for name, value in row.fields.items()}
     _check_note(columns)
     if "findings" in columns and "impression" in columns:
@@ -111,9 +112,9 @@ def _report(row: Record, ratio: float) -> Record:
         )
     _check_sections(findings, impression, ratio)
     rest = {name: columns[name] for name in ("subject_id", "hadm_id") if columns.get(name)}
-    made = Record(columns, row.where)
-    fields = {"id": id_of(made, "row_id", "note_id", "study_id", "id"), "article": findings}
-    return Record({**fields, "summary": impression, **rest}, row.where)
+    report_id = id_of(Record(columns, row.where), "row_id", "note_id", "study_id", "id")
+    fields = {"id": report_id, "article": findings, "summary": impression}
+    return Record({**fields, **rest}, row.where)
 
 
 def _check_note(columns: dict[str, str]) -> None:
@@ -133,10 +134,11 @@ def _check_sections(findings: str, impression: str, ratio: float) -> None:
 
 
 def sections_of(report: str) -> tuple[str, str]:
-    """Return the findings and the impression of a raw report, each empty where there is none.
+    """Return the findings and the impression of a raw report, each empty if it is missing.
 
-    A section goes up to the next heading, rule of underscores or end; page breaks are taken out.
-    Of a report with a preliminary reading, what follows the last FINAL REPORT that has both counts.
+    A section goes up to the next heading, a rule of underscores or the end; page breaks are taken
+    out. If a report has a preliminary reading, only what follows the last FINAL REPORT with both
+    sections counts.
     """
     text = re.sub(_PAGE_BREAK, "\n", report.replace("\r\n", "\n"))
     starts = [0, *(match.end() for match in re.finditer(_FINAL, text, re.M))]
@@ -148,26 +150,27 @@ def sections_of(report: str) -> tuple[str, str]:
 
 
 def _sections(text: str) -> tuple[str, str]:
-    found: dict[str, list[str]] = {"findings": [], "impression": [], "other": []}
+    """Return the findings and the impression under the headings of a text, page breaks removed."""
+    bodies: dict[str, list[str]] = {"findings": [], "impression": [], "other": []}
     headings = _headings(text)
     for heading, following in zip_longest(headings, headings[1:]):
         body = text[heading.end() : following.start() if following else len(text)]
         body = re.split(_RULE, body, maxsplit=1, flags=re.M)[0]
-        found[str(heading.lastgroup)].append(_folded(body))
-    return " ".join(found["findings"]).strip(), " ".join(found["impression"]).strip()
+        bodies[str(heading.lastgroup)].append(_folded(body))
+    return " ".join(bodies["findings"]).strip(), " ".join(bodies["impression"]).strip()
 
 
 def _headings(text: str) -> list[re.Match[str]]:
     """Return the headings in order; of two that overlap, the one that begins first."""
     at_lines, alone, anywhere = (re.compile(pattern, re.M) for pattern in _HEADINGS)
-    every = [*at_lines.finditer(text), *alone.finditer(text)]
-    for capitals in re.finditer(_CAPITALS, text):  # a search that is fast where there are none
-        every += anywhere.finditer(text, *capitals.span())
-    kept: list[re.Match[str]] = []
-    for match in sorted(every, key=re.Match.start):
-        if not kept or match.start() >= kept[-1].end():
-            kept.append(match)
-    return kept
+    candidates = [*at_lines.finditer(text), *alone.finditer(text)]
+    for capitals in re.finditer(_CAPITALS, text):  # fast in texts that have none
+        candidates += anywhere.finditer(text, *capitals.span())
+    headings: list[re.Match[str]] = []
+    for candidate in sorted(candidates, key=re.Match.start):
+        if not headings or candidate.start() >= headings[-1].end():
+            headings.append(candidate)
+    return headings
 
 
 def _folded(text: str) -> str:

@@ -1,7 +1,8 @@
 """News pages: articles with the bullet list of highlights that stands before them.
 
-The adaptive-merge paper's Bloomberg set (Appendix A.1): the highlights, joined with the title, are
-the summary, the full text without them is the article. trafilatura takes the boilerplate off.
+As in the adaptive-merge paper's Bloomberg set (Appendix A.1), the highlights, joined with the
+title, are the summary, and the full text without them is the article. trafilatura removes the
+boilerplate.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError, missing_package
-from lorakit.recipes.jstage import declared_encoding
-from lorakit.recipes.readers.decoding import decoded
+from lorakit.recipes.readers.decoding import declared_encoding, decoded
 from lorakit.recipes.readers.rows import converted
 from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.request import Request, Tally, UnwantedError
 from lorakit.records import Record
+
+if TYPE_CHECKING:
+    from lxml.html import HtmlElement
 
 _MOST_ITEMS = 8
 _SHORTEST_ITEM = 8  # characters
@@ -31,9 +34,9 @@ _FURNITURE = (
 def news_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
     """Yield rows with `article`, `summary` (title and highlights, a line each), `title`, `url`.
 
-    A source is a page, or a folder or archive of them. The highlights are the items that the CSS
+    A source is a page, or a folder or archive of pages. The highlights are the items that the CSS
     selector of --highlights finds or, without one, the first list between the heading and the first
-    paragraph. Pages without highlights or text are counted. A page:
+    paragraph. Pages without highlights or text are removed and counted. A page:
 
         <html><head><title>Markets rise - Daily News</title></head><body>
         <nav><ul><li><a href="/">Home page</a></li><li><a href="/w">The world</a></li></ul></nav>
@@ -49,15 +52,16 @@ def news_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterato
 
 
 def _page(part: Part, selector: str | None, _: Record) -> Record:
+    """Return the row of one page; UnwantedError if it has no highlights or no text."""
     tree = _tree(part)
     title = _title(tree)
-    found = _selected(tree, selector) if selector else _listed(tree)
-    highlights = [text for element in found for text in [_text(element)] if text]
+    items = _selected(tree, selector) if selector else _listed(tree)
+    highlights = [text for item in items if (text := _text(item))]
     if not highlights:
         raise UnwantedError("a page without highlights")
     headings = [element for element in tree.iter("h1") if _text(element) == title]
     menus = [element for element in tree.iter("ul", "ol") if _is_furniture(element)]
-    for element in (*found, *headings, *menus):  # the summary must not stand in its article
+    for element in (*items, *headings, *menus):  # the summary must not stand in its article
         if element.getparent() is not None:
             element.drop_tree()
     article = _body(tree, part.name)
@@ -69,8 +73,8 @@ def _page(part: Part, selector: str | None, _: Record) -> Record:
     return Record({**fields, "summary": summary, "title": title}, part.name)
 
 
-def _tree(part: Part) -> Any:
-    """Return the parsed page; no DTD or entity of its own is read, and nothing is fetched."""
+def _tree(part: Part) -> HtmlElement:
+    """Return the parsed page, without reading a DTD or entities or fetching anything."""
     try:
         from lxml import etree, html
     except ImportError:
@@ -85,44 +89,46 @@ def _tree(part: Part) -> Any:
         raise LorakitError(f"{part.name}: no page ({error}); check the file") from error
 
 
-def _text(element: Any) -> str:
+def _text(element: HtmlElement) -> str:
+    """Return the text of an element, spaces folded."""
     return " ".join(str(element.text_content()).split())
 
 
-def _meta(tree: Any, name: str) -> str:
-    found = tree.xpath("//meta[@property=$name or @name=$name]/@content", name=name)
-    return " ".join(str(found[0]).split()) if found else ""
+def _meta(tree: HtmlElement, name: str) -> str:
+    """Return the content of the first meta tag with this name; empty if there is none."""
+    contents = tree.xpath("//meta[@property=$name or @name=$name]/@content", name=name)
+    return " ".join(str(contents[0]).split()) if contents else ""
 
 
-def _title(tree: Any) -> str:
-    """Return the first heading, which lacks the paper's name that other titles end with."""
-    headings = [text for element in tree.iter("h1") for text in [_text(element)] if text]
+def _title(tree: HtmlElement) -> str:
+    """Return the first heading, since other titles often end with the newspaper's name."""
+    headings = [text for element in tree.iter("h1") if (text := _text(element))]
     if headings:
         return headings[0]
-    return _meta(tree, "og:title") or next((_text(each) for each in tree.iter("title")), "")
+    return _meta(tree, "og:title") or next((_text(element) for element in tree.iter("title")), "")
 
 
-def _selected(tree: Any, selector: str) -> list[Any]:
-    """Return the elements of a CSS selector; of a list, its items."""
+def _selected(tree: HtmlElement, selector: str) -> list[HtmlElement]:
+    """Return the elements that a CSS selector matches; for a list, its items."""
     try:
         from cssselect import SelectorError
         from lxml.cssselect import CSSSelector
     except ImportError:
         raise missing_package("--highlights", "cssselect", "html") from None
     try:
-        found = CSSSelector(selector, translator="html")(tree)
+        elements = CSSSelector(selector, translator="html")(tree)
     except SelectorError as error:
         raise LorakitError(f"--highlights {selector!r}: {error}; mend the selector") from error
-    items = [item for each in found for item in (each.findall("li") or [each])]
+    items = [item for element in elements for item in (element.findall("li") or [element])]
     return [item for item in dict.fromkeys(items) if not _inside(item, items)]
 
 
-def _inside(element: Any, others: Sequence[Any]) -> bool:
+def _inside(element: HtmlElement, others: Sequence[HtmlElement]) -> bool:
     around = set(element.iterancestors())
     return any(other in around for other in others)
 
 
-def _listed(tree: Any) -> list[Any]:
+def _listed(tree: HtmlElement) -> list[HtmlElement]:
     """Return the items of the first list of sentences between the heading and the body."""
     started = not any(True for _ in tree.iter("h1"))
     for element in tree.iter("h1", "ul", "ol", "p"):
@@ -138,11 +144,12 @@ def _listed(tree: Any) -> list[Any]:
     return []
 
 
-def _in_item(element: Any) -> bool:
+def _in_item(element: HtmlElement) -> bool:
     return any(around.tag == "li" for around in element.iterancestors())
 
 
-def _is_highlights(element: Any) -> bool:
+def _is_highlights(element: HtmlElement) -> bool:
+    """Return whether a list has few items, each of them a sentence rather than a link."""
     items = element.findall("li")
     if not 1 <= len(items) <= _MOST_ITEMS or element.xpath(".//ul|.//ol"):
         return False
@@ -151,19 +158,19 @@ def _is_highlights(element: Any) -> bool:
     return all(len(text) >= _SHORTEST_ITEM for text in texts) and 2 * linked < sum(map(len, texts))
 
 
-def _is_furniture(element: Any) -> bool:
+def _is_furniture(element: HtmlElement) -> bool:
     """Return whether an element is part of a page's navigation, not of its article."""
-    for each in (element, *element.iterancestors()):
-        names = f"{each.get('class', '')} {each.get('id', '')} {each.get('role', '')}".lower()
-        if each.tag in _ASIDE or (each.tag == "header" and not each.xpath(".//h1")):
+    for box in (element, *element.iterancestors()):
+        names = f"{box.get('class', '')} {box.get('id', '')} {box.get('role', '')}".lower()
+        if box.tag in _ASIDE or (box.tag == "header" and not box.xpath(".//h1")):
             return True
-        if each.tag not in ("body", "html") and re.search(_FURNITURE, names):
+        if box.tag not in ("body", "html") and re.search(_FURNITURE, names):
             return True
     return False
 
 
-def _body(tree: Any, where: str) -> str:
-    """Return the text of the article, a paragraph a line."""
+def _body(tree: HtmlElement, where: str) -> str:
+    """Return the text of the article, one paragraph a line."""
     import logging
 
     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.readers.rows import (
@@ -28,8 +28,8 @@ _GSM8K_FILES = {"train": ("train.jsonl",), "test": ("test.jsonl",)}
 def hotpotqa_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
     """Yield HotpotQA's questions over paragraphs, the distractor setting (Yang et al., 2018).
 
-    A source is the JSON file, or the folder that has the split's (the published test set has no
-    answers; the inference-necessity paper tests on the validation set). A row:
+    A source is the JSON file, or the folder with the split's file. The published test set has no
+    answers; the inference-necessity paper tests on the validation set. A row:
 
         {"_id": "5a7574e25542996c70cfaf01", "type": "comparison", "level": "hard",
          "question": "Who was born first, Mahbub ul Haq or Ibn Arabi?", "answer": "Ibn Arabi",
@@ -52,12 +52,18 @@ def _hotpot(row: Record) -> Record:
     return Record({**fields, **rest}, row.where)
 
 
-def _paragraphs(context: Any, where: str) -> str:
-    """Return the paragraphs, each its title and text in a line; both published forms are read."""
-    if isinstance(context, dict):
-        context = list(zip(context.get("title", ()), context.get("sentences", ()), strict=False))
+def _paragraphs(context: object, where: str) -> str:
+    """Return the paragraphs, a line each with title and text.
+
+    `context` is a list of pairs of title and sentences, as HotpotQA publishes it, or a dict with a
+    list of each, as the hub does.
+    """
     try:
-        pairs = [(title, "".join(sentences)) for title, sentences in context]
+        if isinstance(context, dict):
+            titles, texts = context.get("title", ()), context.get("sentences", ())
+            context = list(zip(titles, texts, strict=False))
+        paragraphs = cast(Iterable[tuple[str, Iterable[str]]], context)
+        pairs = [(title, "".join(sentences)) for title, sentences in paragraphs]
     except (TypeError, ValueError):
         raise LorakitError(
             f"{where}: 'context' is not a list of titles with sentences; give HotpotQA's own file"
@@ -66,21 +72,21 @@ def _paragraphs(context: Any, where: str) -> str:
 
 
 def gsm8k_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
-    """Yield GSM8K's word problems and worked answers, calculations kept (Cobbe et al., 2021).
+    """Yield GSM8K's word problems and worked answers with their calculations (Cobbe et al., 2021).
 
-    A source is a JSONL file or the folder that has the split's. A line:
+    A source is a JSONL file or the folder with the split's file. A line:
 
         {"question": "Natalia sold 48 clips in April and half as many in May. How many in all?",
          "answer": "In May she sold 48/2 = <<48/2=24>>24 clips.\\n#### 72"}
     """
     for part in split_parts(sources, request, tally, _GSM8K_FILES):
-        yield from converted(objects_in(part, tally), _answered, tally)
+        yield from converted(objects_in(part, tally), _question, tally)
 
 
 def jemhopqa_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
-    """Yield JEMHopQA's Japanese multi-hop questions (Ishii et al., 2024); derivations pass through.
+    """Yield JEMHopQA's Japanese multi-hop questions (Ishii et al., 2024) with their derivations.
 
-    A source is a JSON file or the folder that has the split's. A row:
+    A source is a JSON file or the folder with the split's file. A row:
 
         {"qid": "a6c300397ad4c16dd02702a32bf6ebd6", "type": "comparison", "answer": "YES",
          "question": "奥州市と酒田市はどちらも東北地方の都市ですか？",
@@ -88,10 +94,10 @@ def jemhopqa_rows(sources: Sequence[str], request: Request, tally: Tally) -> Ite
     """
     names = split_names("{}.json", "{}_ver*.json")
     for part in split_parts(sources, request, tally, names):
-        yield from converted(objects_in(part, tally), _answered, tally)
+        yield from converted(objects_in(part, tally), _question, tally)
 
 
-def _answered(row: Record) -> Record:
+def _question(row: Record) -> Record:
     fields = {"question": text_of(row, "question"), "answer": text_of(row, "answer")}
     rest = rest_of(row, "id", "qid", "question", "answer")
     return Record({"id": id_of(row, "id", "qid"), **fields, **rest}, row.where)

@@ -1,8 +1,8 @@
-"""What is asked of a recipe, and the tally of what became of its rows.
+"""What the user asks of a recipe, and the tally of what became of its rows.
 
-Every recipe takes its sources, a Request and a Tally; it knows nothing of the command that made
-them. A row that is malformed goes to `Tally.bad`, one that a filter removes to `Tally.remove`, so
-that nothing is dropped without being counted.
+Every recipe takes its sources, a Request and a Tally. A malformed row goes to `Tally.reject`, one
+that a filter removes to `Tally.remove`, so that nothing is dropped without being counted. This file
+knows nothing of the command line.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from lorakit.errors import LorakitError
 from lorakit.records import Record
 
 SPLITS = ("train", "validation", "test")
-TOLD = 10  # malformed rows that are named one by one; the rest is only counted
+_REPORTED_ROWS = 10  # malformed rows that are named one by one; the rest is only counted
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked of a recipe, beside its sources; None leaves it to the recipe."""
+    """What the user asks of a recipe, besides its sources; None leaves it to the recipe."""
 
     split: str = "train"
     lang: str | None = None
@@ -39,31 +38,31 @@ class Request:
     drop_overlap: tuple[str, ...] = ()
 
 
-def _nothing(_: object) -> None:
+def _ignore(_: object) -> None:
     pass
 
 
 @dataclass
 class Tally:
-    """Counts of rows: skipped for being malformed, removed by a filter, noticed and kept.
+    """Counts of rows: skipped because malformed, removed by a filter, or kept but worth a notice.
 
-    `skip` says whether malformed rows are passed over; `say` is told of each of the first ones;
-    `advance` is told how many bytes of the sources were read.
+    `skip` says whether malformed rows are skipped; `say` receives a line on each of the first ones;
+    `advance` receives the number of bytes read from the sources.
     """
 
     skip: bool = False
-    say: Callable[[str], object] = _nothing
-    advance: Callable[[int], object] = _nothing
+    say: Callable[[str], object] = _ignore
+    advance: Callable[[int], object] = _ignore
     skipped: int = 0
     removed: Counter[str] = field(default_factory=Counter)
     noticed: Counter[str] = field(default_factory=Counter)
 
-    def bad(self, error: LorakitError) -> None:
-        """Count a malformed row, or raise its error where rows are not to be skipped."""
+    def reject(self, error: LorakitError) -> None:
+        """Count a malformed row, or raise its error unless malformed rows are skipped."""
         if not self.skip:
             raise error
         self.skipped += 1
-        if self.skipped <= TOLD:
+        if self.skipped <= _REPORTED_ROWS:
             self.say(f"skipped {error}")
 
     def remove(self, reason: str) -> None:
@@ -71,7 +70,7 @@ class Tally:
         self.removed[reason] += 1
 
     def lines(self) -> Iterator[str]:
-        """Yield what is to be said at the end, a line for each reason."""
+        """Yield the report at the end, one line for each reason."""
         if self.skipped:
             yield f"skipped {self.skipped} malformed rows in all."
         for reason, count in self.removed.items():
@@ -85,30 +84,3 @@ class UnwantedError(Exception):
 
 
 Rows = Callable[[Sequence[str], Request, Tally], Iterator[Record]]
-
-
-class Recipe(NamedTuple):
-    """One data set: a line of help, its rows, and the templates of prompt and completion.
-
-    `rows` names the function that yields them by its module in this folder: `news.news_rows`.
-    `sample` is the name of a file that holds the documented row of the function `rows`, and
-    `options` names the fields of Request that only some recipes read. A row that stands in no text
-    file is shown by another recipe, `shown_by`.
-    """
-
-    help: str
-    rows: str
-    prompt: str = "{{prompt}}"
-    completion: str = "{{completion}}"
-    sample: str = "sample.jsonl"
-    options: tuple[str, ...] = ()
-    shown_by: str = ""
-
-    @property
-    def function(self) -> Rows:
-        """The function that yields the rows; its module is imported now."""
-        import importlib
-
-        module, _, name = self.rows.rpartition(".")
-        found: Rows = getattr(importlib.import_module(f"lorakit.recipes.{module}"), name)
-        return found

@@ -1,4 +1,4 @@
-"""The documented row of each recipe, as the file it would stand in.
+"""Samples: a random draw of the records, and the documented row of each recipe as a file.
 
 A recipe's function shows a real-shaped row, indented, at the end of its docstring; `⇥` is a tab.
 `build-dataset RECIPE --show` reads it from there, so what the documentation shows is what works.
@@ -6,16 +6,42 @@ A recipe's function shows a real-shaped row, indented, at the end of its docstri
 
 from __future__ import annotations
 
-import inspect
-import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.request import Rows
 
+T = TypeVar("T")
+
+
+def draw(rows: Iterable[T], count: int, seed: int) -> list[T]:
+    """Return `count` of the rows in their order: those with the least hash of seed and position.
+
+    The draw is the same on every machine and holds only `count` rows in memory; a larger draw with
+    the same seed contains the smaller one.
+    """
+    import heapq
+
+    least = heapq.nsmallest(count, enumerate(rows), key=lambda item: _position_hash(item[0], seed))
+    return [row for _, row in sorted(least, key=lambda item: item[0])]
+
+
+def _position_hash(position: int, seed: int) -> bytes:
+    import hashlib
+
+    return hashlib.sha256(f"{seed}:{position}".encode()).digest()
+
 
 def sample_text(rows: Rows, name: str) -> str:
-    """Return the indented text at the end of a recipe's docstring; JSON lines in one line each."""
+    """Return the indented text at the end of a recipe's docstring, as the file `name` holds it.
+
+    A row of a `.jsonl` file becomes one line. Raises LorakitError if Python dropped the docstring.
+    """
+    import inspect
+    import json
+
     lines = (inspect.getdoc(rows) or "").splitlines()
     start = len(lines)
     while start and (not lines[start - 1].strip() or lines[start - 1].startswith("    ")):

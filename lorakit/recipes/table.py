@@ -1,127 +1,181 @@
 """Recipes: from raw data to records.
 
-A recipe yields the raw rows of one data set and names the templates that make a prompt and a
-completion of a row. To add one: a function that yields rows, with a sample row at the end of its
-docstring, and a line in RECIPES. The table names functions by their module, which is imported when
-the recipe is used: `--help` needs none of them.
+A recipe yields the raw rows of one data set and names the templates that turn a row into a prompt
+and a completion. To add one, write a function that yields rows, with a sample row at the end of its
+docstring, and add an entry to RECIPES. The table names functions by their module, which is imported
+when the recipe is used: `--help` needs none of them. This file knows nothing of file formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from lorakit.errors import LorakitError
 from lorakit.prompts import PROMPTS, Prompt, fields_of, fill
-from lorakit.recipes.request import Recipe as Recipe
-from lorakit.recipes.request import Request as Request
-from lorakit.recipes.request import Tally as Tally
+from lorakit.recipes.request import Request, Rows, Tally
 from lorakit.records import Record
 
-_KEPT = ("id", "references")
-_SPECIFIC = ("highlights", "min_ratio", "source", "target")  # options of Request for some recipes
-
-T = TypeVar("T")
+_ALWAYS_KEPT = ("id", "references")
 
 
-def _paper(
-    name: str, text: str, rows: str, answer: str, sample: str = "sample.jsonl", *options: str
-) -> Recipe:
-    """Return a recipe with the prompt of its name, to which the row's `answer` is joined."""
-    return Recipe(text, rows, PROMPTS[name], f" {{{{{answer}}}}}", sample, options)
+class Recipe(NamedTuple):
+    """One data set: a line of help, its rows, and the templates of prompt and completion.
+
+    `rows` names the function that yields them by its module in this folder: `news.news_rows`.
+    `sample` is a file name for the row documented in that function, `options` are the fields of
+    Request that only some recipes read. If its rows do not stand in text files, `shown_by` names
+    the recipe that reads the sample instead.
+    """
+
+    help: str
+    rows: str
+    prompt: str = "{{prompt}}"
+    completion: str = "{{completion}}"
+    sample: str = "sample.jsonl"
+    options: tuple[str, ...] = ()
+    shown_by: str = ""
+
+    @property
+    def function(self) -> Rows:
+        """The function that yields the rows; its module is imported now."""
+        import importlib
+
+        module, _, name = self.rows.rpartition(".")
+        function: Rows = getattr(importlib.import_module(f"lorakit.recipes.{module}"), name)
+        return function
 
 
 RECIPES: dict[str, Recipe] = {
-    "jsonl": Recipe("lines of JSON; --template names their fields", "readers.rows.json_rows"),
-    "csv": Recipe(
-        "CSV or TSV with a header line; likewise", "readers.tables.csv_rows", sample="a.csv"
+    "jsonl": Recipe(
+        help="lines of JSON; --template names their fields",
+        rows="readers.rows.json_rows",
     ),
-    "parquet": Recipe("Parquet files; likewise", "readers.parquet.parquet_rows", shown_by="jsonl"),
+    "csv": Recipe(
+        help="CSV or TSV with a header line; likewise",
+        rows="readers.tables.csv_rows",
+        sample="a.csv",
+    ),
+    "parquet": Recipe(
+        help="Parquet files; likewise",
+        rows="readers.parquet.parquet_rows",
+        shown_by="jsonl",
+    ),
     "hf": Recipe(
-        "a data set of the hub, hf://…; likewise", "readers.hub_data.hub_rows", shown_by="jsonl"
+        help="a data set of the hub, hf://…; likewise",
+        rows="readers.hub_data.hub_rows",
+        shown_by="jsonl",
     ),
     "text-pairs": Recipe(
-        "two files of lines, or a TSV file of pairs",
-        "translations.text_pair_rows",
-        "{{source}}",
-        " {{target}}",
-        "pairs.tsv",
+        help="two files of lines, or a TSV file of pairs",
+        rows="translations.text_pair_rows",
+        prompt="{{source}}",
+        completion=" {{target}}",
+        sample="pairs.tsv",
     ),
-    "xlsum": _paper(
-        "xlsum", "XL-Sum: BBC articles and summaries", "articles.xlsum_rows", "summary"
+    "xlsum": Recipe(
+        help="XL-Sum: BBC articles and summaries",
+        rows="articles.xlsum_rows",
+        prompt=PROMPTS["xlsum"],
+        completion=" {{summary}}",
     ),
-    "wikilingua": _paper(
-        "wikilingua",
-        "WikiLingua: how-to guides and step headings",
-        "wikilingua.wikilingua_rows",
-        "summary",
+    "wikilingua": Recipe(
+        help="WikiLingua: how-to guides and step headings",
+        rows="wikilingua.wikilingua_rows",
+        prompt=PROMPTS["wikilingua"],
+        completion=" {{summary}}",
     ),
-    "scitldr": _paper("scitldr", "SciTLDR: papers and TLDRs", "scitldr.scitldr_rows", "tldr"),
-    "mimic": _paper(
-        "mimic",
-        "MIMIC-III: radiology findings and impressions",
-        "mimic.mimic_rows",
-        "summary",
-        "NOTEEVENTS.csv",
-        "min_ratio",
+    "scitldr": Recipe(
+        help="SciTLDR: papers and TLDRs",
+        rows="scitldr.scitldr_rows",
+        prompt=PROMPTS["scitldr"],
+        completion=" {{tldr}}",
     ),
-    "news-html": _paper(
-        "news-html",
-        "news pages: articles, and titles with highlights",
-        "news.news_rows",
-        "summary",
-        "page.html",
-        "highlights",
+    "mimic": Recipe(
+        help="MIMIC-III: radiology findings and impressions",
+        rows="mimic.mimic_rows",
+        prompt=PROMPTS["mimic"],
+        completion=" {{summary}}",
+        sample="NOTEEVENTS.csv",
+        options=("min_ratio",),
     ),
-    "latex": _paper(
-        "latex", "papers in LaTeX: abstracts and titles", "latex.latex_rows", "title", "p.tex"
+    "news-html": Recipe(
+        help="news pages: articles, and titles with highlights",
+        rows="news.news_rows",
+        prompt=PROMPTS["news-html"],
+        completion=" {{summary}}",
+        sample="page.html",
+        options=("highlights",),
     ),
-    "jstage": _paper(
-        "jstage",
-        "J-STAGE: abstracts and titles, from metadata",
-        "jstage.jstage_rows",
-        "title",
-        "a.xml",
+    "latex": Recipe(
+        help="papers in LaTeX: abstracts and titles",
+        rows="latex.latex_rows",
+        prompt=PROMPTS["latex"],
+        completion=" {{title}}",
+        sample="p.tex",
     ),
-    "hotpotqa": _paper(
-        "hotpotqa", "HotpotQA: questions over paragraphs", "questions.hotpotqa_rows", "answer"
+    "jstage": Recipe(
+        help="J-STAGE: abstracts and titles, from metadata",
+        rows="jstage.jstage_rows",
+        prompt=PROMPTS["jstage"],
+        completion=" {{title}}",
+        sample="a.xml",
     ),
-    "gsm8k": _paper(
-        "gsm8k", "GSM8K: word problems and worked answers", "questions.gsm8k_rows", "answer"
+    "hotpotqa": Recipe(
+        help="HotpotQA: questions over paragraphs",
+        rows="questions.hotpotqa_rows",
+        prompt=PROMPTS["hotpotqa"],
+        completion=" {{answer}}",
     ),
-    "samsum": _paper("samsum", "SAMSum: chats and summaries", "dialogues.samsum_rows", "summary"),
-    "dialogsum": _paper(
-        "dialogsum", "DialogSum: dialogues and summaries", "dialogues.dialogsum_rows", "summary"
+    "gsm8k": Recipe(
+        help="GSM8K: word problems and worked answers",
+        rows="questions.gsm8k_rows",
+        prompt=PROMPTS["gsm8k"],
+        completion=" {{answer}}",
     ),
-    "wmt": _paper(
-        "wmt",
-        "WMT: segments and translations",
-        "translations.wmt_rows",
-        "target",
-        "pairs.tsv",
-        "source",
-        "target",
+    "samsum": Recipe(
+        help="SAMSum: chats and summaries",
+        rows="dialogues.samsum_rows",
+        prompt=PROMPTS["samsum"],
+        completion=" {{summary}}",
     ),
-    "ecommerce": _paper(
-        "ecommerce",
-        "E-commerce: does a response fit, Yes or No",
-        "dialogues.ecommerce_rows",
-        "answer",
-        "t.txt",
+    "dialogsum": Recipe(
+        help="DialogSum: dialogues and summaries",
+        rows="dialogues.dialogsum_rows",
+        prompt=PROMPTS["dialogsum"],
+        completion=" {{summary}}",
     ),
-    "jemhopqa": _paper(
-        "jemhopqa", "JEMHopQA: Japanese multi-hop QA", "questions.jemhopqa_rows", "answer"
+    "wmt": Recipe(
+        help="WMT: segments and translations",
+        rows="translations.wmt_rows",
+        prompt=PROMPTS["wmt"],
+        completion=" {{target}}",
+        sample="pairs.tsv",
+        options=("source", "target"),
     ),
-    "jawikinews": _paper(
-        "jawikinews",
-        "Japanese Wikinews: articles and headlines",
-        "articles.jawikinews_rows",
-        "headline",
-        "n.tsv",
+    "ecommerce": Recipe(
+        help="E-commerce: does a response fit, Yes or No",
+        rows="dialogues.ecommerce_rows",
+        prompt=PROMPTS["ecommerce"],
+        completion=" {{answer}}",
+        sample="t.txt",
+    ),
+    "jemhopqa": Recipe(
+        help="JEMHopQA: Japanese multi-hop QA",
+        rows="questions.jemhopqa_rows",
+        prompt=PROMPTS["jemhopqa"],
+        completion=" {{answer}}",
+    ),
+    "jawikinews": Recipe(
+        help="Japanese Wikinews: articles and headlines",
+        rows="articles.jawikinews_rows",
+        prompt=PROMPTS["jawikinews"],
+        completion=" {{headline}}",
+        sample="n.tsv",
     ),
     "microworld": Recipe(
-        "a generated world; SOURCE is one of its tasks",
-        "microworld.world.microworld_rows",
+        help="a generated world; SOURCE is one of its tasks",
+        rows="microworld.world.microworld_rows",
         sample="",
     ),
 }
@@ -132,73 +186,68 @@ def build_dataset(
 ) -> Iterator[dict[str, object]]:
     """Yield the records of a recipe: `id`, `prompt`, `completion`, and the row's other fields.
 
-    Fields that went into the prompt or the completion are not repeated. What became of the rows
-    that are not among the records stands in `tally`. Raises LorakitError naming file and line for
-    a row that is malformed or lacks a field of the templates, unless the tally skips those.
+    Fields that went into the prompt or the completion are not repeated. `tally` counts the rows
+    that did not become records. Raises LorakitError naming file and line if a row is malformed or
+    lacks a field of the templates, unless the tally skips such rows.
     """
-    from lorakit.recipes.filters import filtered, noticed
+    from lorakit.recipes.filters import counting_overlaps, filtered
     from lorakit.recipes.readers.rows import converted
 
     request, tally = request or Request(), tally or Tally()
-    chosen = RECIPES[recipe]
-    _check_options(recipe, chosen, request)
-    prompt = request.template or chosen.prompt
-    completion = request.completion or chosen.completion
-    rows = chosen.function(sources, request, tally)
-    made = converted(rows, lambda row: _record(row, prompt, completion), tally)
-    kept = filtered((dict(record.fields) for record in made), request, tally)
+    entry = RECIPES[recipe]
+    _check_options(recipe, entry, request)
+    prompt = request.template or entry.prompt
+    completion = request.completion or entry.completion
+    rows = entry.function(sources, request, tally)
+    records = converted(rows, lambda row: _record(row, prompt, completion), tally)
+    records = filtered(records, request, tally)
     if request.sample is not None:
-        kept = iter(draw(kept, request.sample, request.seed))
-    yield from noticed(kept, request, tally)
+        from lorakit.recipes.samples import draw
+
+        records = iter(draw(records, request.sample, request.seed))
+    for record in counting_overlaps(records, request, tally):
+        yield dict(record.fields)
 
 
 def sample_record(recipe: str, request: Request) -> dict[str, object]:
-    """Return the record that a recipe makes of the row in its documentation."""
+    """Return the record that a recipe makes of the row in its documentation.
+
+    Raises LorakitError if the request removes that row, by its language for example.
+    """
     import tempfile
 
     from lorakit.recipes.samples import write_sample
 
-    chosen = RECIPES[recipe]
-    if not chosen.sample:
+    entry, tally = RECIPES[recipe], Tally()
+    if not entry.sample:
         return next(build_dataset(recipe, ["title"], request))
     with tempfile.TemporaryDirectory() as folder:
-        path = write_sample(chosen.function, chosen.sample, folder)
-        return next(build_dataset(chosen.shown_by or recipe, [path], request))
+        path = write_sample(entry.function, entry.sample, folder)
+        record = next(build_dataset(entry.shown_by or recipe, [path], request, tally), None)
+    if record is None:
+        reasons = ", ".join(tally.removed)
+        raise LorakitError(
+            f"the sample row of {recipe} is left out ({reasons}); "
+            "change the options, or name a SOURCE"
+        )
+    return record
 
 
 def _check_options(name: str, recipe: Recipe, request: Request) -> None:
-    for option in _SPECIFIC:
+    """Raise LorakitError if the request sets an option that only other recipes read."""
+    for option in sorted({option for entry in RECIPES.values() for option in entry.options}):
         if getattr(request, option) is not None and option not in recipe.options:
-            able = [each for each, other in RECIPES.items() if option in other.options]
+            names = [other for other, entry in RECIPES.items() if option in entry.options]
             raise LorakitError(
                 f"{name} has no --{option.replace('_', '-')}; "
-                f"leave it out, or take a recipe that has: {', '.join(able)}"
+                f"leave it out, or take a recipe that has: {', '.join(names)}"
             )
 
 
 def _record(row: Record, prompt: str, completion: str) -> Record:
-    made = Prompt(fill(prompt, row.fields, row.where), fill(completion, row.fields, row.where))
-    used = {"prompt", "completion", *fields_of(prompt), *fields_of(completion)} - {*_KEPT}
+    """Return the record that the two templates make of a row."""
+    filled = Prompt(fill(prompt, row.fields, row.where), fill(completion, row.fields, row.where))
+    used = {"prompt", "completion", *fields_of(prompt), *fields_of(completion)} - {*_ALWAYS_KEPT}
     rest = {name: value for name, value in row.fields.items() if name not in used and name != "id"}
-    fields = {"id": row.id, "prompt": made.prefix, "completion": made.completion, **rest}
+    fields = {"id": row.id, "prompt": filled.prefix, "completion": filled.completion, **rest}
     return Record(fields, row.where)
-
-
-def draw(rows: Iterable[T], count: int, seed: int) -> list[T]:
-    """Return `count` of the rows in their order: those whose hashed place under `seed` is least.
-
-    The same draw on every machine, whatever else is installed, in memory of `count` rows; a larger
-    draw under the same seed holds the smaller one.
-    """
-    import heapq
-
-    numbered = enumerate(rows)
-
-    least = heapq.nsmallest(count, numbered, key=lambda item: _lot(item[0], seed))
-    return [row for _, row in sorted(least, key=lambda item: item[0])]
-
-
-def _lot(place: int, seed: int) -> bytes:
-    import hashlib
-
-    return hashlib.sha256(f"{seed}:{place}".encode()).digest()

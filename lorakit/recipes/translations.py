@@ -1,4 +1,4 @@
-"""Pairs of texts: WMT's translations, and any two files whose lines belong together."""
+"""Pairs of texts: WMT's translations, and any two files with corresponding lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.readers.rows import converted, first_character, id_of, lines_in, survived
+from lorakit.recipes.readers.rows import converted, first_character, id_of, lines_in, until_damage
 from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.readers.xmltrees import elements, text_in
 from lorakit.recipes.request import Request, Tally, UnwantedError
@@ -17,7 +17,7 @@ from lorakit.records import Record
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-LANGUAGES = {
+_LANGUAGES = {
     "cs": "Czech",
     "de": "German",
     "en": "English",
@@ -36,24 +36,25 @@ _EMPTY = "a segment without text on one side"
 
 
 def wmt_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
-    """Yield WMT's segments with their translations (Kocmi et al., 2023), --source en --target zh.
+    """Yield WMT's segments with their translations (Kocmi et al., 2023), by default en to zh.
 
-    Sources are two files of a segment a line, first the source's; or a TSV file of pairs; or WMT's
-    XML; or a folder of generaltest2023.en-zh.src.en and …ref.refA.zh. Pairs in a TSV file:
+    Sources are two files with one segment a line, the source language's first; or a TSV file of
+    pairs; or WMT's XML; or a folder with generaltest2023.en-zh.src.en and …ref.refA.zh. Pairs in a
+    TSV file:
 
         They were glad.⇥他们很高兴。
     """
     source, target = request.source or "en", request.target or "zh"
     names = {
-        "source_language": LANGUAGES.get(source, source),
-        "target_language": LANGUAGES.get(target, target),
+        "source_language": _LANGUAGES.get(source, source),
+        "target_language": _LANGUAGES.get(target, target),
     }
     for row in converted(_segments(sources, source, target, tally), _pair, tally):
         yield Record({**row.fields, **names}, row.where)
 
 
 def text_pair_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator[Record]:
-    """Yield the lines of two files that belong together, or the pairs of a TSV file.
+    """Yield the corresponding lines of two files, or the pairs of a TSV file.
 
     The templates name them {{source}} and {{target}}:
 
@@ -63,6 +64,7 @@ def text_pair_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator
 
 
 def _segments(sources: Sequence[str], source: str, target: str, tally: Tally) -> Iterator[Record]:
+    """Yield WMT's pairs in whichever form the sources have."""
     if len(sources) == 1 and os.path.isdir(sources[0]):
         sources = _pair_in(sources[0], source, target)
     if len(sources) == 2:
@@ -70,13 +72,13 @@ def _segments(sources: Sequence[str], source: str, target: str, tally: Tally) ->
         return
     for part in parts(sources, tally, ("*.xml", "*.tsv")):
         if first_character(part) == b"<":
-            yield from survived(_xml(part, source, target), tally)
+            yield from until_damage(_xml(part, source, target), tally)
         else:
             yield from _tsv(part, tally)
 
 
 def _pair_in(folder: str, source: str, target: str) -> Sequence[str]:
-    """Return the two files of a folder of parallel files, or the folder where there are none."""
+    """Return the two files of a folder of parallel files, or the folder if it has none."""
     names = sorted(os.listdir(folder))
     pair = f".{source}-{target}."
     left = [name for name in names if pair in name and f".src.{source}" in name]
@@ -88,6 +90,7 @@ def _pair_in(folder: str, source: str, target: str) -> Sequence[str]:
 
 
 def _lines(sources: Sequence[str], tally: Tally) -> Iterator[Record]:
+    """Yield the pairs of two files of lines or, of any other number, of TSV files."""
     if len(sources) != 2:
         for part in parts(sources, tally, ("*.tsv",)):
             yield from _tsv(part, tally)
@@ -96,14 +99,15 @@ def _lines(sources: Sequence[str], tally: Tally) -> Iterator[Record]:
         (line for part in parts([path], tally) for line in lines_in(part, tally))
         for path in sources
     )
-    for one, other in itertools.zip_longest(left, right):
-        if one is None or other is None:
-            where = (one or other or ("",))[0]
+    for left_line, right_line in itertools.zip_longest(left, right):
+        if left_line is None or right_line is None:
+            (where, _), shorter = (right_line, 0) if left_line is None else (left_line, 1)
             raise LorakitError(
-                f"{where}: {sources[one is not None]} has no line for it; give files of one length"
+                f"{where}: {sources[shorter]} has no line for it; give files of one length"
             )
-        if one[1] is not None and other[1] is not None:
-            yield Record({"source": one[1], "target": other[1]}, one[0])
+        (where, source), (_, target) = left_line, right_line
+        if source is not None and target is not None:
+            yield Record({"source": source, "target": target}, where)
 
 
 def _tsv(part: Part, tally: Tally) -> Iterator[Record]:
@@ -112,7 +116,7 @@ def _tsv(part: Part, tally: Tally) -> Iterator[Record]:
         if len(cells) >= 2:
             yield Record({"source": cells[0], "target": cells[1]}, where)
         elif line:
-            tally.bad(LorakitError(f"{where}: no tab between two texts; mend the row"))
+            tally.reject(LorakitError(f"{where}: no tab between two texts; mend the row"))
 
 
 def _pair(row: Record) -> Record:
@@ -124,26 +128,28 @@ def _pair(row: Record) -> Record:
 
 
 def _xml(part: Part, source: str, target: str) -> Iterator[Record]:
+    """Yield the segments of WMT's XML with every reference in the target language."""
     for where, document in elements(part, frozenset({"doc"}), frozenset({"hyp"})):
-        texts = _texts_of(document, "src", source)
+        sources = _source_segments(document, source)
         references = [_segments_of(side) for side in _sides(document, "ref", target)]
         name = document.get("id", "doc")
-        for number, text in texts.items():
-            given = [found[number] for found in references if found.get(number)]
-            several = {"references": given} if len(given) > 1 else {}
-            pair = {"source": text, "target": given[0] if given else ""}
+        for number, source_text in sources.items():
+            targets = [segments[number] for segments in references if segments.get(number)]
+            several = {"references": targets} if len(targets) > 1 else {}
+            pair = {"source": source_text, "target": targets[0] if targets else ""}
             yield Record({"id": f"{name}:{number}", **pair, **several}, where)
 
 
 def _sides(document: Element, kind: str, lang: str) -> list[Element]:
-    """Return the <src> or <ref> elements of a language; old files leave the language out."""
+    """Return the <src> or <ref> elements in a language; old files leave the language out."""
     return [side for side in document.iter(kind) if side.get("lang", lang).split("_")[0] == lang]
 
 
-def _texts_of(document: Element, kind: str, lang: str) -> dict[str, str]:
-    found = _sides(document, kind, lang)
-    return _segments_of(found[0]) if found else {}
+def _source_segments(document: Element, lang: str) -> dict[str, str]:
+    sides = _sides(document, "src", lang)
+    return _segments_of(sides[0]) if sides else {}
 
 
 def _segments_of(side: Element) -> dict[str, str]:
+    """Return the texts of a side's segments by their ids."""
     return {seg.get("id", ""): text_in(seg) for seg in side.iter("seg")}

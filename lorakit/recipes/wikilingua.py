@@ -1,14 +1,14 @@
 """WikiLingua: how-to guides and the headings of their steps (Ladhak et al., 2020).
 
-The original files are pickles. A pickle can name any function of Python and have it called, so
-these are read by an unpickler that knows no names at all: what is left are lists, dicts and texts.
+The original files are pickles. A pickle can name any function of Python and have it called, so the
+unpickler here knows no names at all: what remains are lists, dicts and texts.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NoReturn
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.readers.rows import (
@@ -43,9 +43,9 @@ _DAMAGED = (
 def wikilingua_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
     """Yield a row for every method of a guide: its steps' texts, and their headings joined.
 
-    A source is a file of lines in the GEM form or one of the original pickles, or the folder that
-    has the split's (pickles have no splits: the folder's one is read whole). --lang keeps the GEM
-    rows in this language on both sides. A line:
+    A source is a file of lines in the GEM form, one of the original pickles, or the folder with the
+    split's file; pickles have no splits, so the one in the folder is read whole. --lang keeps the
+    GEM rows in this language on both sides. A line:
 
         {"gem_id": "wikilingua_multilingual-train-11", "source_language": "en",
          "target_language": "en", "source": "Use a sharp knife. Cut away from yourself.",
@@ -64,26 +64,29 @@ def wikilingua_rows(sources: Sequence[str], request: Request, tally: Tally) -> I
 
 
 def _gem(row: Record, lang: str | None) -> Record:
+    """Return the row of a line in the GEM form; UnwantedError if it is in another language."""
     languages = (row.fields.get("source_language"), row.fields.get("target_language"))
-    if lang is not None and any(each not in (None, lang) for each in languages):
+    if lang is not None and any(language not in (None, lang) for language in languages):
         raise UnwantedError(_OTHER_LANGUAGE)
-    listed = row.fields.get("references") or [row.fields.get("target")]
-    references = [_joined(text, f"{row.where}: the target") for text in listed]
+    targets = row.fields.get("references") or [row.fields.get("target")]
+    if not isinstance(targets, Iterable):
+        raise LorakitError(f"{row.where}: 'references' is not a list of texts; check the file")
+    references = [_joined(text, f"{row.where}: the target") for text in targets]
     several = {"references": references} if len(references) > 1 else {}
     article = _joined(row.fields.get("source"), f"{row.where}: 'source'")
     fields = {"id": id_of(row, "gem_id", "id"), "article": article, "summary": references[0]}
     return Record({**fields, **several}, row.where)
 
 
-def _joined(found: Any, what: str) -> str:
-    """Return a text, or the texts of a list (of steps, of their headings) joined by spaces."""
-    if isinstance(found, list | tuple):
-        return " ".join(stripped(text, what) for text in found)
-    return " ".join(stripped(found, what).split())
+def _joined(value: object, what: str) -> str:
+    """Return a text, or the texts of a list (of steps or their headings) joined by spaces."""
+    if isinstance(value, list | tuple):
+        return " ".join(stripped(text, what) for text in value)
+    return " ".join(stripped(value, what).split())
 
 
 def _sections(row: Record) -> Iterator[Record]:
-    """Yield the methods of a guide in the form of lists side by side, as the hub has it."""
+    """Yield the methods of a guide whose fields are lists of one length, as the hub has it."""
     article, url = row.fields["article"], row.fields.get("url", id_of(row))
     columns = [article.get(name) for name in ("section_name", "document", "summary")]
     if not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
@@ -94,6 +97,7 @@ def _sections(row: Record) -> Iterator[Record]:
 
 
 def _method(row: Record) -> Record:
+    """Return the row of one method, whose id is its guide's address and its heading."""
     fields = {
         "id": row.id,
         "article": _joined(row.fields.get("document"), f"{row.where}: 'document'"),
@@ -103,13 +107,14 @@ def _method(row: Record) -> Record:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, texts and numbers; whatever a pickle asks to import is refused."""
+    """Reads containers, texts and numbers, and refuses all imports that a pickle asks for."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def _pickled(part: Part) -> Iterator[Record]:
+    """Yield the methods in one of the original pickles."""
     try:
         guides = _PlainUnpickler(part.stream, encoding="utf-8").load()
     except _DAMAGED as error:
@@ -121,17 +126,18 @@ def _pickled(part: Part) -> Iterator[Record]:
     yield from _methods(guides, part.name)
 
 
-def _methods(guides: Any, name: str) -> Iterator[Record]:
+def _methods(guides: object, name: str) -> Iterator[Record]:
     """Yield the methods of guides: {url: {section: {"document": …, "summary": …}}}."""
     for url, sections in _items(guides, name):
         for section, fields in _items(sections, f"{name}: {url}"):
             where = f"{name}: {url}#{section}"
             texts = dict(_items(fields, where))
-            wanted = {key: texts.get(key) for key in ("document", "summary")}
-            yield Record({"id": f"{url}#{section}", **wanted}, where)
+            method = {key: texts.get(key) for key in ("document", "summary")}
+            yield Record({"id": f"{url}#{section}", **method}, where)
 
 
-def _items(found: Any, where: str) -> list[tuple[str, Any]]:
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+def _items(value: object, where: str) -> list[tuple[str, object]]:
+    """Return the items of a dict with texts as keys; LorakitError if the value is none."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise LorakitError(f"{where}: not a dict by texts; give WikiLingua's own pickle")
-    return list(found.items())
+    return list(value.items())

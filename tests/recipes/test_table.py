@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.table import RECIPES, Request, Tally, build_dataset, draw, sample_record
+from lorakit.recipes.request import Request, Tally
+from lorakit.recipes.samples import draw
+from lorakit.recipes.table import RECIPES, build_dataset, sample_record
 from lorakit.records import Record, read_records
 from tests.support.building import built, run, save, tallied
 

@@ -8,7 +8,8 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from lorakit.cli import lorakit
-from lorakit.recipes.table import Request, Tally, build_dataset
+from lorakit.recipes.request import Request, Tally
+from lorakit.recipes.table import build_dataset
 
 Fields = dict[str, Any]
 

@@ -1,17 +1,20 @@
-"""Compressed streams, known by their first bytes; what is damaged in them names the file."""
+"""Compressed streams, recognised by their first bytes; errors about damaged ones name the file."""
 
 from __future__ import annotations
 
 import io
 import zlib
 from collections.abc import Callable
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
 from lorakit.errors import LorakitError, missing_package
 from lorakit.files import explain
 
+if TYPE_CHECKING:
+    from zstandard import ZstdDecompressionObj
+
 _BUFFER = 1 << 18
-_ZST_FED = 1 << 10
+_ZST_INPUT = 1 << 10
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -60,16 +63,16 @@ def guarded(
     errors: tuple[type[Exception], ...] = (),
     advance: Callable[[int], object] | None = None,
 ) -> io.BufferedReader:
-    """Return a stream whose `errors` become a LorakitError and whose bytes go to `advance`."""
+    """Return a stream that turns `errors` into LorakitErrors and reports its bytes to `advance`."""
     return io.BufferedReader(_Guarded(inner, name, errors, advance), _BUFFER)
 
 
 def decompressed(stream: io.BufferedReader, name: str) -> io.BufferedReader:
-    """Return the stream of what a compressed stream holds; one that is not is returned itself."""
+    """Return a stream of the decompressed bytes; a stream that is not compressed as it is."""
     head = stream.peek(8)
-    for magic, opened in _MAGIC.items():
+    for magic, decompress in _MAGIC.items():
         if head.startswith(magic):
-            return opened(stream, name)
+            return decompress(stream, name)
     return stream
 
 
@@ -96,37 +99,39 @@ def _unzst(stream: BinaryIO, name: str) -> io.BufferedReader:
     try:
         import zstandard
     except ImportError:
-        what = f"{name} is compressed by Zstandard: it"
-        raise missing_package(what, "zstandard", "zst") from None
-    opened = _Frames(stream, lambda: zstandard.ZstdDecompressor().decompressobj())
-    return guarded(cast(IO[bytes], opened), name, (zstandard.ZstdError, EOFError))
+        raise missing_package(
+            f"{name} is compressed by Zstandard: it", "zstandard", "zst"
+        ) from None
+    frames = _Frames(stream, lambda: zstandard.ZstdDecompressor().decompressobj())
+    return guarded(cast(IO[bytes], frames), name, (zstandard.ZstdError, EOFError))
 
 
 class _Frames:
-    """Zstandard's frames one after the other; unlike its own reader it knows a file cut short.
+    """Decompresses Zstandard frames one after the other; a missing end is an EOFError.
 
-    It feeds few bytes at a time, since each may stand for many times as many.
+    Zstandard's own reader takes a file cut short for a whole one. The input is fed in small pieces,
+    since a few bytes may stand for very many.
     """
 
-    def __init__(self, stream: BinaryIO, new: Callable[[], Any]) -> None:
-        self._stream, self._new = stream, new
-        self._frame: Any = None
-        self._rest = self._made = b""
-        self._place = 0
+    def __init__(self, stream: BinaryIO, new_frame: Callable[[], ZstdDecompressionObj]) -> None:
+        self._stream, self._new_frame = stream, new_frame
+        self._frame: ZstdDecompressionObj | None = None
+        self._input = self._output = b""
+        self._position = 0
 
     def read1(self, size: int) -> bytes:
-        while self._place >= len(self._made):
-            data = self._rest or self._stream.read(_ZST_FED)
+        while self._position >= len(self._output):
+            data = self._input or self._stream.read(_ZST_INPUT)
             if not data:
                 if self._frame is not None:
                     raise EOFError("the last frame does not end")
                 return b""
-            self._frame = self._frame or self._new()
-            self._made, self._rest, self._place = self._frame.decompress(data), b"", 0
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-        self._place += size
-        return bytes(self._made[self._place - size : self._place])
+            frame = self._frame = self._frame or self._new_frame()
+            self._output, self._input, self._position = frame.decompress(data), b"", 0
+            if frame.eof:
+                self._input, self._frame = frame.unused_data, None
+        self._position += size
+        return self._output[self._position - size : self._position]
 
     def close(self) -> None:
         self._stream.close()

@@ -1,4 +1,4 @@
-"""Telling the encoding of a Japanese text from its bytes."""
+"""Decoding documents, above all old Japanese ones, that do not always say their encoding."""
 
 from __future__ import annotations
 
@@ -7,27 +7,34 @@ import re
 from lorakit.errors import LorakitError
 
 _ESCAPE = re.compile(rb"\x1b(?:\$[@B]|\([BJI]|\$\([D])")
+_DECLARATION = re.compile(rb"(?:charset|encoding)\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE)
 _KANA = re.compile("[ぁ-んァ-ヶー、。]")
 _HALF_WIDTH = re.compile("[\uff61-\uff9f]")
+
+
+def declared_encoding(content: bytes) -> str | None:
+    """Return the encoding that a page or an XML file names at its beginning."""
+    match = _DECLARATION.search(content[:2048])
+    return match[1].decode("ascii", "replace") if match else None
 
 
 def decoded(content: bytes, name: str, declared: str | None = None) -> str:
     """Return the text of a file in UTF-8, ISO-2022-JP, EUC-JP or Shift_JIS.
 
-    `declared` is the encoding that the file itself names; it is tried first. Raises LorakitError
-    where it is none of them.
+    `declared`, the encoding that the file itself names, is tried first. Raises LorakitError if the
+    file is in none of them.
     """
-    first = ["iso2022_jp_ext"] if _ESCAPE.search(content) and content.isascii() else []
-    for encoding in (*first, *([declared] if declared else []), "utf-8-sig"):
+    escaped = ["iso2022_jp_ext"] if _ESCAPE.search(content) and content.isascii() else []
+    for encoding in (*escaped, *([declared] if declared else []), "utf-8-sig"):
         text = _try(content, encoding)
         if text is not None:
             return text
-    found = [text for each in ("euc_jp", "cp932") if (text := _try(content, each)) is not None]
-    if not found:
+    texts = [text for old in ("euc_jp", "cp932") if (text := _try(content, old)) is not None]
+    if not texts:
         raise LorakitError(
             f"{name}: not UTF-8, EUC-JP, Shift_JIS or ISO-2022-JP; save the file as UTF-8"
         )
-    return max(found, key=_likeness)
+    return max(texts, key=_likeness)
 
 
 def _try(content: bytes, encoding: str) -> str | None:
@@ -38,5 +45,8 @@ def _try(content: bytes, encoding: str) -> str | None:
 
 
 def _likeness(text: str) -> int:
-    """Japanese has kana and stops; the wrong one of two encodings shows half-width kana instead."""
+    """Return how much a text looks like Japanese.
+
+    Japanese has kana and full stops; decoded wrongly, it shows half-width kana instead.
+    """
     return len(_KANA.findall(text)) - 2 * len(_HALF_WIDTH.findall(text))

@@ -1,10 +1,9 @@
-"""Rows of Parquet files, by pyarrow, a batch at a time."""
+"""Rows of Parquet files, which pyarrow reads a batch at a time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from lorakit.errors import LorakitError, missing_package
 from lorakit.recipes.readers.sources import Part, parts, seekable
@@ -15,7 +14,7 @@ _BATCH = 256
 
 
 def parquet_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator[Record]:
-    """Yield the rows of Parquet files (none given: stdin); --template names their columns.
+    """Yield the rows of Parquet files (no source: stdin); --template names their columns.
 
     A row, as JSON:
 
@@ -26,7 +25,7 @@ def parquet_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator[R
 
 
 def parquet_in(part: Part, tally: Tally) -> Iterator[Record]:
-    """Yield the rows of one file; values that JSON has no form for become texts."""
+    """Yield the rows of one file; values that JSON cannot express become texts."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -38,15 +37,16 @@ def parquet_in(part: Part, tally: Tally) -> Iterator[Record]:
             for batch in table.iter_batches(batch_size=_BATCH):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield Record(_plain(fields), f"{part.name}: record {number}")
+                    plain = {str(name): _plain(value) for name, value in fields.items()}
+                    yield Record(plain, f"{part.name}: record {number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise LorakitError(
             f"{part.name}: not Parquet ({str(error).splitlines()[0]}); check that it is whole"
         ) from error
 
 
-def _plain(value: Any) -> Any:
-    """Return a value in JSON's types; bytes that are no text are left out as null."""
+def _plain(value: object) -> object:
+    """Return a value in JSON's types; bytes that are not UTF-8 become null."""
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

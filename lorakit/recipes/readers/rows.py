@@ -1,6 +1,7 @@
 """Raw rows of JSON files and lines of text, each with the place it was read from.
 
-A row is a Record whose fields are the source's own; the recipes name them, the templates use them.
+A row is a Record whose fields are the source's own; recipes name them, templates use them. This
+file knows no data set.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.readers.sources import Part, parts
@@ -26,38 +26,38 @@ def converted(
     """Yield the converted rows; those that are malformed or unwanted go to the tally."""
     for row in rows:
         try:
-            made = convert(row)
+            result = convert(row)
         except LorakitError as error:
-            tally.bad(error)
+            tally.reject(error)
         except UnwantedError as reason:
             tally.remove(str(reason))
         else:
-            yield made
+            yield result
 
 
-def survived(rows: Iterable[Record], tally: Tally) -> Iterator[Record]:
-    """Yield the rows of a file; where it breaks, its rest is what the tally is told of."""
+def until_damage(rows: Iterable[Record], tally: Tally) -> Iterator[Record]:
+    """Yield the rows of a file up to where it is damaged; the tally counts the rest as one row."""
     try:
         yield from rows
     except LorakitError as error:
-        tally.bad(error)
+        tally.reject(error)
 
 
 def split_parts(
     sources: Sequence[str], request: Request, tally: Tally, names: Mapping[str, Sequence[str]]
 ) -> Iterator[Part]:
-    """Yield the files to read, of folders and archives the one file of the split.
+    """Yield the files to read: from folders and archives, the one file of the split.
 
     `names` has the patterns of each split's file; a data set may lack a split.
     """
-    patterns, wanted = names.get(request.split), f" for --split {request.split}"
+    patterns, purpose = names.get(request.split), f" for --split {request.split}"
     if patterns is None:  # only files that are named themselves can be read
-        patterns, wanted = (f"{request.split} set",), f", only {' and '.join(names)}"
-    yield from parts(sources, tally, patterns, one=True, wanted=wanted)
+        patterns, purpose = (f"{request.split} set",), f", only {' and '.join(names)}"
+    yield from parts(sources, tally, patterns, single=True, purpose=purpose)
 
 
 def split_names(*forms: str) -> dict[str, tuple[str, ...]]:
-    """Return the file names of every split: the forms, with the names that splits go by for {}."""
+    """Return the file names of every split: each form with the split's names in place of {}."""
     return {
         split: tuple(form.format(name) for form in forms for name in names)
         for split, names in _SPLIT_NAMES.items()
@@ -67,37 +67,42 @@ def split_names(*forms: str) -> dict[str, tuple[str, ...]]:
 # — fields —
 
 
-def text_of(row: Record, name: str, *others: str) -> str:
-    """Return the stripped text of the first of these fields that there is.
+def text_of(row: Record, name: str) -> str:
+    """Return the stripped text of a field.
 
-    Raises LorakitError where there is none or it is no text, UnwantedError where it is empty.
+    Raises LorakitError if the field is missing or not a text, UnwantedError if it is empty.
     """
-    for each in (name, *others):
-        found = row.fields.get(each)
-        if found is not None:
-            return stripped(found, f"{row.where}: {each!r}")
+    value = row.fields.get(name)
+    if value is not None:
+        return stripped(value, f"{row.where}: {name!r}")
     raise LorakitError(f"{row.where}: no field {name!r}; check that this is the recipe's data set")
 
 
-def stripped(found: object, what: str) -> str:
-    """Return a text without the space around it; LorakitError where `found` is none."""
-    if not isinstance(found, str):
+def stripped(value: object, what: str) -> str:
+    """Return a text without the space around it.
+
+    Raises LorakitError naming `what` if the value is not a text, UnwantedError if it is empty.
+    """
+    if not isinstance(value, str):
         raise LorakitError(f"{what} is not a text; check that this is the recipe's data set")
-    if not found.strip():
+    if not value.strip():
         raise UnwantedError("an empty text where the data set has one")
-    return found.strip()
+    return value.strip()
 
 
 def id_of(row: Record, *names: str) -> str:
-    """Return the row's own id, else its file's name and place, the same wherever the file lies."""
+    """Return the first of these fields that is set, else the file's name and the row's number.
+
+    The name has no folder, so that the id is the same wherever the file lies.
+    """
     for name in names:
         if row.fields.get(name) not in (None, ""):
             return str(row.fields[name])
     return os.path.basename(row.where).replace(": record ", ":")
 
 
-def rest_of(row: Record, *used: str) -> dict[str, Any]:
-    """Return the fields that a recipe does not use, to be passed through."""
+def rest_of(row: Record, *used: str) -> dict[str, object]:
+    """Return the fields that a recipe does not use and passes through."""
     return {name: value for name, value in row.fields.items() if name not in used}
 
 
@@ -105,7 +110,7 @@ def rest_of(row: Record, *used: str) -> dict[str, Any]:
 
 
 def json_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator[Record]:
-    """Yield the objects of JSONL files, or of files that hold one JSON array (none given: stdin).
+    """Yield the objects of JSONL files, or of files that hold one JSON array (no source: stdin).
 
     A line:
 
@@ -116,7 +121,7 @@ def json_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator[Reco
 
 
 def objects_in(part: Part, tally: Tally) -> Iterator[Record]:
-    """Yield the objects of one file: of its lines or, where it begins with `[`, of the array."""
+    """Yield the objects of one file: of its lines or, if it begins with `[`, of the array."""
     if first_character(part) == b"[":
         yield from _array(part, tally)
         return
@@ -126,13 +131,13 @@ def objects_in(part: Part, tally: Tally) -> Iterator[Record]:
             try:
                 fields = parse_object(line, where)
             except LorakitError as error:
-                tally.bad(error)
+                tally.reject(error)
             else:
                 yield Record(fields, where)
 
 
 def first_character(part: Part) -> bytes:
-    """Return the first byte of a text file that is neither space nor byte-order mark."""
+    """Return the first byte of a text file that is neither space nor a byte-order mark."""
     return part.stream.peek(512)[:512].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
 
 
@@ -147,7 +152,7 @@ def _array(part: Part, tally: Tally) -> Iterator[Record]:
         if isinstance(value, dict):
             yield Record(value, where)
         else:
-            tally.bad(LorakitError(f"{where}: not a JSON object; each must be one record"))
+            tally.reject(LorakitError(f"{where}: not a JSON object; each must be one record"))
         if text.next_character() != "]":
             text.take(",")
     text.take("]")
@@ -156,54 +161,55 @@ def _array(part: Part, tally: Tally) -> Iterator[Record]:
 
 
 class _Text:
-    """A JSON text that is decoded value by value, holding no more of it than a value needs."""
+    """Decodes a JSON text value by value, with no more of it in memory than a value needs."""
 
     def __init__(self, part: Part) -> None:
         self._part = part
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._text, self._place, self._ended = "", 0, False
+        self._text, self._position, self._ended = "", 0, False
 
-    def _more(self, size: int = _CHUNK) -> None:
+    def _read_more(self, size: int = _CHUNK) -> None:
         data = self._part.stream.read(size)
         try:
             new = self._decoder.decode(data, not data)
         except UnicodeDecodeError:
             raise LorakitError(f"{self._part.name}: not UTF-8 text; save it as UTF-8") from None
-        self._text, self._place = self._text[self._place :] + new, 0
+        self._text, self._position = self._text[self._position :] + new, 0
         self._ended = not data
 
     def next_character(self) -> str:
-        """Return the next character that is no space, without taking it; empty at the end."""
+        """Return the next character that is not a space, without taking it; empty at the end."""
         while True:
-            rest = self._text
-            while self._place < len(rest) and rest[self._place] in " \t\r\n":
-                self._place += 1
-            if self._place < len(rest) or self._ended:
-                return rest[self._place : self._place + 1]
-            self._more()
+            text = self._text
+            while self._position < len(text) and text[self._position] in " \t\r\n":
+                self._position += 1
+            if self._position < len(text) or self._ended:
+                return text[self._position : self._position + 1]
+            self._read_more()
 
     def take(self, character: str) -> None:
-        found = self.next_character()
-        if found != character:
-            what = f"{found!r}" if found else "the end of the file"
+        """Take the next character; LorakitError if it is another than this one."""
+        actual = self.next_character()
+        if actual != character:
+            what = f"{actual!r}" if actual else "the end of the file"
             raise LorakitError(
                 f"{self._part.name}: {what} where the JSON array needs {character!r}; "
                 "check that the file is whole"
             )
-        self._place += 1
+        self._position += 1
 
-    def value(self, where: str) -> Any:
-        """Return the next value; LorakitError where it is no JSON."""
+    def value(self, where: str) -> object:
+        """Return the next value; LorakitError if it is not JSON."""
         self.next_character()
         size = _CHUNK
         while True:
-            value, end, reason = parse_json(self._text, self._place)
+            value, end, reason = parse_json(self._text, self._position)
             if not reason and (end < len(self._text) or self._ended):
-                self._place = end
+                self._position = end
                 return value
-            if self._ended or len(self._text) - self._place > _LONGEST_VALUE:
+            if self._ended or len(self._text) - self._position > _LONGEST_VALUE:
                 raise LorakitError(f"{where}: {reason}; check that the file is whole")
-            self._more(size)
+            self._read_more(size)
             size *= 2
 
 
@@ -211,11 +217,14 @@ class _Text:
 
 
 def lines_in(part: Part, tally: Tally) -> Iterator[tuple[str, str | None]]:
-    """Yield the place and the text of every line; a line that is not UTF-8 is told and None."""
+    """Yield the place and the text of every line; None for a line that is not UTF-8.
+
+    The tally counts such a line as malformed.
+    """
     for number, line in part.lines():
         where = f"{part.name}:{number}"
         try:
             yield where, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
-            tally.bad(LorakitError(f"{where}: not UTF-8 text; save the file as UTF-8"))
+            tally.reject(LorakitError(f"{where}: not UTF-8 text; save the file as UTF-8"))
             yield where, None

@@ -1,7 +1,8 @@
 """Opening what a data set is read from: files, folders, archives and stdin, compressed or not.
 
-Everything is streamed. gzip, bzip2, xz and Zstandard are known by their first bytes, whatever the
-name; zip and tar archives are read like folders. It knows nothing of what is in the files.
+Everything is streamed. gzip, bzip2, xz and Zstandard are recognised by their first bytes, whatever
+the file's name; zip and tar archives are read like folders. This file knows nothing of what is in
+the files.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _LARGEST_WHOLE = 1 << 26  # bytes of a page, paper or report that is parsed as o
 class Part(NamedTuple):
     """One file to read: its name for messages, and its bytes after decompression.
 
-    `path` is where these bytes lie on the disk, `-` where they do not lie there as they are;
-    `inside` is the name within the folder or archive, the same wherever that lies.
+    `path` is the file on disk that holds exactly these bytes, `-` if there is none; `inside` is the
+    name within the folder or archive, the same wherever that lies.
     """
 
     name: str
@@ -39,25 +40,50 @@ class Part(NamedTuple):
 
     @property
     def suffix(self) -> str:
-        """The name's ending in lower case, without that of a compression."""
+        """The ending of the name in lower case, not counting that of a compression."""
         name = self.name.lower()
         for ending in COMPRESSED:
             name = name.removesuffix(ending)
         return PurePosixPath(name).suffix
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield the lines with their numbers; LorakitError at one that no text can have."""
+        """Yield the lines with their numbers; LorakitError at one of more than 64 MiB."""
         for number, line in enumerate(iter(partial(self.stream.readline, LONGEST_LINE), b""), 1):
             if len(line) == LONGEST_LINE:
                 raise LorakitError(f"{self.name}:{number}: a line of more than 64 MiB; cut it")
             yield number, line
 
     def whole(self) -> bytes:
-        """Return all bytes; LorakitError where there are more than a document can have."""
+        """Return all bytes; LorakitError if there are more than 64 MiB."""
         content = self.stream.read(_LARGEST_WHOLE + 1)
         if len(content) > _LARGEST_WHOLE:
             raise LorakitError(f"{self.name}: larger than 64 MiB; this is no single document")
         return content
+
+
+class _Choice(NamedTuple):
+    """Which files of a folder or an archive to read: all that match, or the `single` one.
+
+    `purpose` says in error messages what the files are for: " for --split train".
+    """
+
+    patterns: Sequence[str]
+    single: bool
+    purpose: str
+
+    def includes(self, member: str) -> bool:
+        """Return whether a member of an archive is to be read."""
+        return "__MACOSX" not in member and matches(member, self.patterns)
+
+    def check(self, place: str, names: Sequence[str]) -> None:
+        """Raise LorakitError if a place has no such file, or several for a single one."""
+        if not names:
+            listed = " or ".join(self.patterns)
+            raise LorakitError(f"{place} has no {listed}{self.purpose}; check the folder")
+        if self.single and len(names) > 1:
+            raise LorakitError(
+                f"{place} has {names[0]} and {names[1]}{self.purpose}; name one of them"
+            )
 
 
 def parts(
@@ -65,23 +91,24 @@ def parts(
     tally: Tally,
     patterns: Sequence[str] = ("*",),
     *,
-    one: bool = False,
-    wanted: str = "",
+    single: bool = False,
+    purpose: str = "",
 ) -> Iterator[Part]:
-    """Yield the files of the sources (none: stdin), each closed when the next is asked for.
+    """Yield the files of the sources (none: stdin), closing each when the next is asked for.
 
     A file is read whatever its name; of a folder or an archive, the files whose names match one of
-    `patterns`, in the order of their paths. `one`: there has to be exactly one. Raises LorakitError
-    where there is none, naming what was `wanted`.
+    `patterns`, in the order of their paths. `single` requires exactly one. Raises LorakitError if
+    there is none, saying what it is needed for by `purpose`.
     """
+    choice = _Choice(patterns, single, purpose)
     for source in sources or (STDIO,):
         if source != STDIO and os.path.isdir(source):
-            for path in _files_in(source, patterns, one, wanted):
+            for path in _paths_in(source, choice):
                 inside = Path(path).relative_to(source).as_posix()
-                for part in _file(path, tally, patterns, one, wanted):
+                for part in _parts_of(path, tally, choice):
                     yield part._replace(inside=inside)
         else:
-            yield from _file(source, tally, patterns, one, wanted)
+            yield from _parts_of(source, tally, choice)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -90,53 +117,43 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     if bare.startswith("."):
         return False
     names = {bare, *(bare.removesuffix(ending) for ending in COMPRESSED)}
-    return any(fnmatch(each, pattern.lower()) for each in names for pattern in patterns)
+    return any(fnmatch(candidate, pattern.lower()) for candidate in names for pattern in patterns)
 
 
-def _files_in(folder: str, patterns: Sequence[str], one: bool, wanted: str) -> list[str]:
-    listed = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
-    found = [str(path) for path in listed if matches(path.name, patterns)]
-    if one:
-        found = [path for path in found if Path(path).parent == Path(folder)] or found
-    _check_count(folder, found, patterns, one, wanted)
-    return found
+def _paths_in(folder: str, choice: _Choice) -> list[str]:
+    """Return the paths of the chosen files; a single one may lie deeper if none lies on top."""
+    files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    paths = [str(path) for path in files if matches(path.name, choice.patterns)]
+    if choice.single:
+        paths = [path for path in paths if Path(path).parent == Path(folder)] or paths
+    choice.check(folder, paths)
+    return paths
 
 
-def _check_count(
-    place: str, found: Sequence[str], patterns: Sequence[str], one: bool, wanted: str
-) -> None:
-    if not found:
-        raise LorakitError(f"{place} has no {' or '.join(patterns)}{wanted}; check the folder")
-    if one and len(found) > 1:
-        raise LorakitError(f"{place} has {found[0]} and {found[1]}{wanted}; name one of them")
-
-
-def _file(
-    path: str, tally: Tally, patterns: Sequence[str], one: bool, wanted: str
-) -> Iterator[Part]:
+def _parts_of(path: str, tally: Tally, choice: _Choice) -> Iterator[Part]:
+    """Yield a file as one part, or the chosen members of an archive."""
     name = "stdin" if path == STDIO else path
-    stream = guarded(open_input(path), name, advance=tally.advance)
-    with contextlib.closing(stream) as opened:
-        stream = decompressed(opened, name)
+    with contextlib.closing(guarded(open_input(path), name, advance=tally.advance)) as raw:
+        stream = decompressed(raw, name)
         head = stream.peek(512)
         if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-            members = _zip_members(stream, path, name, patterns)
+            members = _zip_members(stream, path, name, choice)
         elif head[257:262] == b"ustar":
-            members = _tar_members(stream, name, patterns)
+            members = _tar_members(stream, name, choice)
         else:
-            plain = path if stream is opened else STDIO
+            plain = path if stream is raw else STDIO
             yield Part(name, stream, plain, os.path.basename(name))
             return
-        seen: list[str] = []
+        names: list[str] = []
         for part in members:
-            seen.append(part.name)
-            _check_count(name, seen, patterns, one, wanted)
+            names.append(part.name)
+            choice.check(name, names)
             yield part
-        _check_count(name, seen, patterns, one, wanted)
+        choice.check(name, names)
 
 
 def _zip_members(
-    stream: io.BufferedReader, path: str, name: str, patterns: Sequence[str]
+    stream: io.BufferedReader, path: str, name: str, choice: _Choice
 ) -> Iterator[Part]:
     import zipfile
 
@@ -144,7 +161,7 @@ def _zip_members(
     try:
         with seekable(stream, path) as file, zipfile.ZipFile(file) as archive:
             for info in sorted(archive.infolist(), key=lambda info: info.filename):
-                if info.is_dir() or not _kept(info.filename, patterns):
+                if info.is_dir() or not choice.includes(info.filename):
                     continue
                 inside = f"{name}/{info.filename}"
                 member = guarded(archive.open(info), inside, errors)
@@ -153,7 +170,7 @@ def _zip_members(
         raise LorakitError(f"{name}: not a zip archive to read ({error}); unpack it") from error
 
 
-def _tar_members(stream: BinaryIO, name: str, patterns: Sequence[str]) -> Iterator[Part]:
+def _tar_members(stream: BinaryIO, name: str, choice: _Choice) -> Iterator[Part]:
     import tarfile
 
     errors = (tarfile.TarError, EOFError)
@@ -161,7 +178,7 @@ def _tar_members(stream: BinaryIO, name: str, patterns: Sequence[str]) -> Iterat
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for info in archive:
                 content = archive.extractfile(info) if info.isfile() else None
-                if content is None or not _kept(info.name, patterns):
+                if content is None or not choice.includes(info.name):
                     continue
                 inside = f"{name}/{info.name}"
                 member = guarded(content, inside, errors)
@@ -170,13 +187,9 @@ def _tar_members(stream: BinaryIO, name: str, patterns: Sequence[str]) -> Iterat
         raise LorakitError(f"{name}: damaged or cut short ({error}); fetch it again") from error
 
 
-def _kept(member: str, patterns: Sequence[str]) -> bool:
-    return "__MACOSX" not in member and matches(member, patterns)
-
-
 @contextlib.contextmanager
 def seekable(stream: BinaryIO, path: str) -> Iterator[BinaryIO]:
-    """Yield a file that can be read from anywhere: the one at `path`, else a copy on disk."""
+    """Yield a file that can be read in any order: the one at `path`, else a copy on disk."""
     if path != STDIO and os.path.isfile(path):
         with open_input(path) as file:
             yield file

@@ -16,7 +16,7 @@ _LONGEST_CELL = 1 << 26
 
 
 def csv_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator[Record]:
-    """Yield the rows of CSV files with a header line (`.tsv`: tab-separated; none given: stdin).
+    """Yield the rows of CSV files with a header line (`.tsv`: tab-separated; no source: stdin).
 
     Quoted fields may hold line breaks; a byte-order mark is dropped. A table:
 
@@ -28,13 +28,16 @@ def csv_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator[Recor
 
 
 def table_in(part: Part, tally: Tally) -> Iterator[Record]:
-    """Yield the rows of one table. LorakitError names file and line of a row that is not whole."""
+    """Yield the rows of one table.
+
+    Raises LorakitError naming file and line if a row is not whole.
+    """
     delimiter = "\t" if part.suffix == ".tsv" else ","
     text = io.TextIOWrapper(part.stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     try:
         yield from _table(text, part.name, delimiter, tally)
     finally:
-        if not part.stream.closed:  # so that the wrapper does not close it
+        if not part.stream.closed:  # the wrapper would close it
             text.detach()
 
 
@@ -55,17 +58,17 @@ def _table(text: io.TextIOWrapper, name: str, delimiter: str, tally: Tally) -> I
             elif cells:
                 yield _row(header, _decoded(cells, where), where)
         except csv.Error as error:
-            _bad_cells(f"{name}:{max(reader.line_num, 1)}", error, tally, bool(header))
+            _reject_cells(f"{name}:{max(reader.line_num, 1)}", error, tally, bool(header))
         except LorakitError as error:
             if not header:
                 raise
-            tally.bad(error)
+            tally.reject(error)
     if not header:
         raise LorakitError(f"{name} is empty; give a CSV file with a header line")
 
 
 def _limited(text: io.TextIOWrapper) -> Iterator[str]:
-    """Yield the lines of a table; one without end is no line that csv may ask for more of."""
+    """Yield the lines of a table; csv.Error at one so long that csv would fill the memory."""
     import csv
 
     for line in iter(partial(text.readline, _LONGEST_CELL), ""):
@@ -74,16 +77,19 @@ def _limited(text: io.TextIOWrapper) -> Iterator[str]:
         yield line
 
 
-def _bad_cells(where: str, error: Exception, tally: Tally, has_header: bool) -> None:
-    """A row that cannot be skipped is one whose open quote took the rest of the file with it."""
-    made = LorakitError(f"{where}: {error}; mend the row or its quotes")
+def _reject_cells(where: str, error: Exception, tally: Tally, has_header: bool) -> None:
+    """Reject a row that csv cannot read.
+
+    A row whose open quote took the rest of the file with it is never skipped.
+    """
+    rejection = LorakitError(f"{where}: {error}; mend the row or its quotes")
     if "unexpected end" in str(error) or "larger than" in str(error) or not has_header:
-        raise made
-    tally.bad(made)
+        raise rejection
+    tally.reject(rejection)
 
 
 def _decoded(cells: list[str], where: str) -> list[str]:
-    """Return the cells, all of them UTF-8; the line of one that is not is known only here."""
+    """Return the cells; LorakitError, which can name the line only here, if one is not UTF-8."""
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:
@@ -108,6 +114,6 @@ def _row(header: list[str], cells: list[str], where: str) -> Record:
 
 
 def rows_in(part: Part, tally: Tally) -> Iterator[Record]:
-    """Yield the rows of one file that is JSON or a table; what it is shows in its first byte."""
+    """Yield the rows of one file, JSON or a table, as its first byte tells."""
     is_json = first_character(part) in (b"[", b"{")
     yield from objects_in(part, tally) if is_json else table_in(part, tally)

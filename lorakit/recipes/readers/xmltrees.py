@@ -1,7 +1,7 @@
-"""Elements of an XML file, one after the other, in memory of one; safe with files of strangers.
+"""Elements of an XML file, one after the other, with only one in memory; safe with untrusted files.
 
-No entity but the predefined ones and HTML's names is ever expanded: a file that declares its own is
-refused, and nothing outside the file, a DTD or an entity, is opened.
+No entities are expanded but the predefined ones and HTML's: a file that declares its own is
+refused, and nothing outside the file, be it a DTD or an entity, is opened.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ _CHUNK = 1 << 16
 _DEEPEST = 200
 _LONGEST = 1 << 24  # characters of one element
 
-Found = list[tuple[int, "Element"]]
-
 
 def elements(
     part: Part, wanted: frozenset[str], ignored: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, Element]]:
     """Yield the place and the tree of every outermost element whose local name is wanted.
 
-    Names lose their prefix (`dc:title` is `title`); what stands in `ignored` elements is left out.
-    Raises LorakitError naming the line where the file is no XML.
+    Names lose their prefix (`dc:title` is `title`); `ignored` elements are left out of the trees.
+    Raises LorakitError naming the line if the file is not XML.
     """
     from xml.parsers import expat
 
@@ -53,12 +51,12 @@ def elements(
             raise LorakitError(
                 f"{part.name}:{error.lineno}: not XML ({reason}); check that the file is whole"
             ) from error
-        for line, element in builder.taken():
+        for line, element in builder.take_finished():
             yield f"{part.name}:{line}", element
 
 
 def text_in(element: Element) -> str:
-    """Return the text of an element and all in it, spaces folded."""
+    """Return the text of an element and everything in it, spaces folded."""
     return " ".join("".join(element.itertext()).split())
 
 
@@ -69,11 +67,12 @@ class _Builder:
         self._name, self._wanted, self._ignored = name, wanted, ignored
         self._open: list[Element] = []
         self._skipping = self._depth = self._size = self._line = 0
-        self._done: Found = []
+        self._finished: list[tuple[int, Element]] = []
 
-    def taken(self) -> Found:
-        done, self._done = self._done, []
-        return done
+    def take_finished(self) -> list[tuple[int, Element]]:
+        """Return the line and tree of each element that has ended since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
 
     def start(self, name: str, attributes: dict[str, str], line: int) -> None:
         from xml.etree.ElementTree import Element, SubElement
@@ -96,7 +95,7 @@ class _Builder:
         elif self._open:
             element = self._open.pop()
             if not self._open:
-                self._done.append((self._line, element))
+                self._finished.append((self._line, element))
 
     def text(self, text: str) -> None:
         if self._skipping or not self._open:
@@ -111,6 +110,7 @@ class _Builder:
             element.text = (element.text or "") + text
 
     def other(self, text: str) -> None:
+        """Take markup that has no handler of its own: of it, only HTML's entities are text."""
         if text.startswith("&"):
             self.text(html.unescape(text))
 
