@@ -7,7 +7,7 @@ unpickler here knows no names at all: what remains are lists, dicts and texts.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from lorakit.errors import LorakitError
@@ -69,8 +69,8 @@ def _gem(row: Record, lang: str | None) -> Record:
     if lang is not None and any(language not in (None, lang) for language in languages):
         raise UnwantedError(_OTHER_LANGUAGE)
     targets = row.fields.get("references") or [row.fields.get("target")]
-    if not isinstance(targets, Iterable):
-        raise LorakitError(f"{row.where}: 'references' is not a list of texts; check the file")
+    if not isinstance(targets, list):
+        raise LorakitError(f"{row.where}: 'references' is not a list; check the file")
     references = [_joined(text, f"{row.where}: the target") for text in targets]
     several = {"references": references} if len(references) > 1 else {}
     article = _joined(row.fields.get("source"), f"{row.where}: 'source'")

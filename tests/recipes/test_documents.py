@@ -56,8 +56,8 @@ def test_a_paper_gives_its_japanese_title_and_abstract_as_text(tmp_path: Path) -
 def test_the_language_chooses_the_fields_and_the_papers(tmp_path: Path) -> None:
     save(tmp_path / "a.tex", PAPER)
     save(tmp_path / "b.tex", r"\title{On X}\begin{abstract}We study X.\end{abstract}")
-    made, tally = tallied("latex", tmp_path, lang="ja")
-    assert [record["id"] for record in made] == ["a.tex"]
+    records, tally = tallied("latex", tmp_path, lang="ja")
+    assert [record["id"] for record in records] == ["a.tex"]
     assert tally.removed == {"a paper that is not in the language ja": 1}
     assert [record["completion"] for record in built("latex", tmp_path, lang="en")] == [
         " Summarization by a System",
@@ -174,8 +174,8 @@ def test_jats_gives_the_titles_and_abstracts_of_each_language(tmp_path: Path) ->
     assert article_of(record) == "症例は60歳の男性。 腹痛で受診した。"
     (record,) = built("jstage", path, lang="en")
     assert (article_of(record), record["completion"]) == ("A man of 60 came.", " A case of pain")
-    made, tally = tallied("jstage", path, lang="zh")
-    assert (made, tally.removed) == ([], {"an article without title and abstract in zh": 1})
+    records, tally = tallied("jstage", path, lang="zh")
+    assert (records, tally.removed) == ([], {"an article without title and abstract in zh": 1})
 
 
 def test_dublin_core_records_are_read_one_by_one(tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ def test_dublin_core_records_are_read_one_by_one(tmp_path: Path) -> None:
     )
     rows = "".join(record.format(number, number, number) for number in range(500))
     path = save(tmp_path / "a.xml", f"<OAI-PMH><ListRecords>{rows}</ListRecords></OAI-PMH>")
-    made = built("jstage", path)
-    assert [record["id"] for record in made] == [f"i{number}" for number in range(500)]
-    assert (article_of(made[7]), made[7]["completion"]) == ("要旨の7", " 題名の7")
+    records = built("jstage", path)
+    assert [record["id"] for record in records] == [f"i{number}" for number in range(500)]
+    assert (article_of(records[7]), records[7]["completion"]) == ("要旨の7", " 題名の7")
 
 
 PAGE = """<!DOCTYPE html><html><head><meta charset="{charset}">
@@ -207,8 +207,8 @@ def test_a_page_gives_what_its_meta_tags_say(charset: str, tmp_path: Path) -> No
 
 def test_an_article_without_an_abstract_is_counted(tmp_path: Path) -> None:
     path = save(tmp_path / "a.xml", "<article><article-title>題の</article-title></article>")
-    made, tally = tallied("jstage", path)
-    assert (made, tally.removed) == ([], {"an article without title and abstract": 1})
+    records, tally = tallied("jstage", path)
+    assert (records, tally.removed) == ([], {"an article without title and abstract": 1})
 
 
 LAUGHS = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 10))
@@ -240,8 +240,8 @@ def test_a_broken_file_among_many_is_skipped_and_counted(tmp_path: Path) -> None
     save(tmp_path / "a.xml", JATS)
     save(tmp_path / "b.xml", "<article><title>x")
     save(tmp_path / "c.xml", JATS)
-    made, tally = tallied("jstage", tmp_path)
-    assert (len(made), tally.skipped) == (2, 1)
+    records, tally = tallied("jstage", tmp_path)
+    assert (len(records), tally.skipped) == (2, 1)
     with pytest.raises(LorakitError, match=r"b\.xml:1: not XML"):
         built("jstage", tmp_path)
 
@@ -302,8 +302,8 @@ def test_a_selector_names_the_highlights(selector: str, tmp_path: Path) -> None:
 )
 def test_a_page_without_highlights_is_counted(highlights: str, tmp_path: Path) -> None:
     path = save(tmp_path / "a.html", NEWS.format(highlights=highlights))
-    made, tally = tallied("news-html", path)
-    assert (made, tally.removed) == ([], {"a page without highlights": 1})
+    records, tally = tallied("news-html", path)
+    assert (records, tally.removed) == ([], {"a page without highlights": 1})
 
 
 def test_a_bad_selector_is_an_error(tmp_path: Path) -> None:
@@ -325,8 +325,8 @@ def test_a_bad_selector_is_an_error(tmp_path: Path) -> None:
     ids=["empty", "blank", "external entity", "deep", "XHTML", "control characters"],
 )
 def test_a_hostile_page_ends_as_an_error_or_is_counted(page: str, tmp_path: Path) -> None:
-    made, tally = tallied("news-html", save(tmp_path / "a.html", page))
-    assert made == []
+    records, tally = tallied("news-html", save(tmp_path / "a.html", page))
+    assert records == []
     assert tally.skipped + sum(tally.removed.values()) == 1
 
 

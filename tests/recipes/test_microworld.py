@@ -123,10 +123,10 @@ def test_the_facts_of_a_summary_stand_in_its_prompt(task: str, lang: str) -> Non
 @pytest.mark.parametrize(("domain", "lang"), list(itertools.product(DOMAINS, LANGS)))
 def test_documents_are_short_and_hold_every_fact(domain: str, lang: str) -> None:
     for index in range(200):
-        told = DOMAINS[domain](Dice(f"{domain} {index}"), lang)
-        text = told.text(lang)
-        assert 3 <= len(told.sentences) <= 5
-        facts = [fact.split(" ")[-1].split("を")[0] for fact in told.facts.values()]
+        document = DOMAINS[domain](Dice(f"{domain} {index}"), lang)
+        text = document.text(lang)
+        assert 3 <= len(document.sentences) <= 5
+        facts = [fact.split(" ")[-1].split("を")[0] for fact in document.facts.values()]
         assert all(fact in text for fact in facts)
         if lang == "en":
             assert 15 <= len(text.split()) <= 70
@@ -161,7 +161,7 @@ def test_response_selection_has_two_labels_about_as_often(lang: str, labels: set
 
 
 @pytest.mark.parametrize(
-    ("asked", "listed"),
+    ("arguments", "listed"),
     [
         ({"task": "nonsense"}, "headline"),
         ({"task": "qa", "lang": "fr"}, "en, ja"),
@@ -171,10 +171,10 @@ def test_response_selection_has_two_labels_about_as_often(lang: str, labels: set
     ids=["task", "lang", "split", "translate"],
 )
 def test_unknown_choices_are_one_line_that_lists_what_there_is(
-    asked: dict[str, Any], listed: str
+    arguments: dict[str, Any], listed: str
 ) -> None:
     with pytest.raises(LorakitError) as error:
-        microworld(**asked)
+        microworld(**arguments)
     assert f"; choose one of {listed}" in str(error.value) or listed in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -225,9 +225,9 @@ def test_tiny_copies_the_first_and_the_last_sentence(tokenizer: Any, lang: str) 
     inputs = tokenizer([r["prompt"] for r in drawn], padding=True, return_tensors="pt")
     ids = inputs["input_ids"]
     with torch.no_grad():
-        made = model.generate(
+        output = model.generate(
             input_ids=ids, attention_mask=inputs["attention_mask"], max_new_tokens=50
         )
-    texts = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     right = sum(text == r["completion"] for text, r in zip(texts, drawn, strict=True))
     assert right >= 30

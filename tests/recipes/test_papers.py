@@ -38,8 +38,8 @@ def test_xlsum_keeps_the_articles_other_fields(tmp_path: Path) -> None:
 
 def test_empty_texts_are_counted_and_missing_ones_are_errors(tmp_path: Path) -> None:
     path = save(tmp_path / "a.jsonl", lines({"text": " ", "summary": "s"}, {"text": "t"}))
-    made, tally = tallied("xlsum", path)
-    assert (made, tally.skipped) == ([], 1)
+    records, tally = tallied("xlsum", path)
+    assert (records, tally.skipped) == ([], 1)
     assert tally.removed == {"an empty text where the data set has one": 1}
     with pytest.raises(LorakitError, match=r"a\.jsonl:2: no field 'summary'; "):
         built("xlsum", path)
@@ -59,10 +59,13 @@ GUIDES = {
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_wikilinguas_pickles_give_a_record_a_method(protocol: int, tmp_path: Path) -> None:
     path = save(tmp_path / "english.pkl", pickle.dumps(GUIDES, protocol))
-    made, tally = tallied("wikilingua", path)
-    assert [record["completion"] for record in made] == [" Take a knife. Wash it.", " Cut. Wait."]
-    assert made[0]["id"] == "https://www.wikihow.com/Cut-a-Stem#Preparing"
-    assert "How-to Guide: Choose one. Use soap.\n" in made[0]["prompt"]
+    records, tally = tallied("wikilingua", path)
+    assert [record["completion"] for record in records] == [
+        " Take a knife. Wash it.",
+        " Cut. Wait.",
+    ]
+    assert records[0]["id"] == "https://www.wikihow.com/Cut-a-Stem#Preparing"
+    assert "How-to Guide: Choose one. Use soap.\n" in records[0]["prompt"]
     assert sum(tally.removed.values()) == 1
 
 
@@ -121,9 +124,16 @@ def test_wikilinguas_gem_form_is_filtered_by_language(tmp_path: Path) -> None:
     ]
     path = save(tmp_path / "train.jsonl", lines(*rows))
     assert len(built("wikilingua", path)) == 2
-    made, tally = tallied("wikilingua", path, lang="ja")
-    assert made[0]["references"] == ["T.", "U."]
-    assert (len(made), tally.removed) == (1, {"a guide in another language than --lang": 1})
+    records, tally = tallied("wikilingua", path, lang="ja")
+    assert records[0]["references"] == ["T.", "U."]
+    assert (len(records), tally.removed) == (1, {"a guide in another language than --lang": 1})
+
+
+@pytest.mark.parametrize("references", [5, "T."])
+def test_wikilinguas_references_are_a_list(references: object, tmp_path: Path) -> None:
+    path = save(tmp_path / "train.jsonl", lines({"source": "S.", "references": references}))
+    with pytest.raises(LorakitError, match=r"train\.jsonl:1: 'references' is not a list; "):
+        built("wikilingua", path)
 
 
 def test_wikilinguas_hub_form_has_lists_side_by_side(tmp_path: Path) -> None:
@@ -195,9 +205,9 @@ IMPRESSION: e f g"\r
 
 
 def test_noteevents_is_filtered_and_every_removal_has_its_reason(tmp_path: Path) -> None:
-    made, tally = tallied("mimic", save(tmp_path / "NOTEEVENTS.csv", NOTES))
+    records, tally = tallied("mimic", save(tmp_path / "NOTEEVENTS.csv", NOTES))
     prompt = "Summarize the following radiology report.\nFindings: a b c d\nImpression:"
-    assert made == [{"id": "1", "prompt": prompt, "completion": ' e "f"', "subject_id": "10"}]
+    assert records == [{"id": "1", "prompt": prompt, "completion": ' e "f"', "subject_id": "10"}]
     assert tally.removed == {
         "a note that is not of the category Radiology": 1,
         "a note that MIMIC marks as an error": 1,
@@ -206,9 +216,9 @@ def test_noteevents_is_filtered_and_every_removal_has_its_reason(tmp_path: Path)
     }
 
 
-@pytest.mark.parametrize(("ratio", "kept"), [(0, 2), (1, 2), (1.01, 1), (2, 1), (2.1, 0)])
-def test_the_ratio_is_the_users(ratio: float, kept: int, tmp_path: Path) -> None:
-    assert len(built("mimic", save(tmp_path / "n.csv", NOTES), min_ratio=ratio)) == kept
+@pytest.mark.parametrize(("ratio", "count"), [(0, 2), (1, 2), (1.01, 1), (2, 1), (2.1, 0)])
+def test_the_ratio_is_the_users(ratio: float, count: int, tmp_path: Path) -> None:
+    assert len(built("mimic", save(tmp_path / "n.csv", NOTES), min_ratio=ratio)) == count
 
 
 def test_mimic_reads_columns_and_folders_of_reports(tmp_path: Path) -> None:
@@ -216,8 +226,8 @@ def test_mimic_reads_columns_and_folders_of_reports(tmp_path: Path) -> None:
     assert built("mimic", table)[0]["id"] == "7"
     for name in ("s2.txt", "p1/s1.txt"):
         save(tmp_path / "reports" / name, "FINDINGS: a, b, c\nIMPRESSION: d")
-    made = built("mimic", tmp_path / "reports")
-    assert [record["id"] for record in made] == ["p1/s1.txt", "s2.txt"]
+    records = built("mimic", tmp_path / "reports")
+    assert [record["id"] for record in records] == ["p1/s1.txt", "s2.txt"]
 
 
 # — SciTLDR —
@@ -255,8 +265,8 @@ def test_samsum_is_read_in_every_form(name: str, content: str, tmp_path: Path) -
 
 def test_an_empty_dialogue_is_removed_and_counted(tmp_path: Path) -> None:
     path = save(tmp_path / "a.json", json.dumps([{**CHAT, "dialogue": ""}]))
-    made, tally = tallied("samsum", path)
-    assert (made, sum(tally.removed.values())) == ([], 1)
+    records, tally = tallied("samsum", path)
+    assert (records, sum(tally.removed.values())) == ([], 1)
 
 
 def test_ecommerce_asks_whether_a_response_fits(tmp_path: Path) -> None:
@@ -285,31 +295,31 @@ def test_wmts_xml_gives_every_reference_of_the_target(tmp_path: Path) -> None:
     assert first["prompt"].endswith("English: One & two.\nChinese:")
     assert (first["id"], first["references"]) == ("d1:1", ["一。", "壹。"])
     assert (second["completion"], "references" in second) == (" 三。", False)
-    made, tally = tallied("wmt", tmp_path / "a.xml", target="de")
-    assert [record["completion"] for record in made] == [" Eins."]
+    records, tally = tallied("wmt", tmp_path / "a.xml", target="de")
+    assert [record["completion"] for record in records] == [" Eins."]
     assert tally.removed == {"a segment without text on one side": 1}
 
 
 def test_parallel_files_and_tables_of_pairs_are_read(tmp_path: Path) -> None:
     left = save(tmp_path / "t.en-ja.src.en", "One.\n\nTwo.\n")
     right = save(tmp_path / "t.en-ja.ref.refA.ja", "一。\n空\n二。\n")
-    made, tally = tallied("wmt", left, right, target="ja")
-    assert [record["id"] for record in made] == ["t.en-ja.src.en:1", "t.en-ja.src.en:3"]
-    assert made[0]["prompt"] == "Translate from English to Japanese.\nEnglish: One.\nJapanese:"
+    records, tally = tallied("wmt", left, right, target="ja")
+    assert [record["id"] for record in records] == ["t.en-ja.src.en:1", "t.en-ja.src.en:3"]
+    assert records[0]["prompt"] == "Translate from English to Japanese.\nEnglish: One.\nJapanese:"
     assert sum(tally.removed.values()) == 1
-    assert built("wmt", tmp_path, target="ja") == made
+    assert built("wmt", tmp_path, target="ja") == records
     table = save(tmp_path / "t.tsv", "One.\t一。\tx\n")
     assert pairs(built("text-pairs", table)) == [("One.", " 一。")]
-    made = built("text-pairs", left, right, template="{{target}}=", completion="{{source}}")
-    assert pairs(made)[0] == ("一。=", "One.")
+    records = built("text-pairs", left, right, template="{{target}}=", completion="{{source}}")
+    assert pairs(records)[0] == ("一。=", "One.")
 
 
-@pytest.mark.parametrize(("one", "other"), [("a\nb\n", "c\n"), ("a\n", "c\nd\n")])
+@pytest.mark.parametrize(("left", "right"), [("a\nb\n", "c\n"), ("a\n", "c\nd\n")])
 def test_parallel_files_of_different_length_are_an_error(
-    one: str, other: str, tmp_path: Path
+    left: str, right: str, tmp_path: Path
 ) -> None:
-    files = save(tmp_path / "one", one), save(tmp_path / "other", other)
-    shorter = "other" if len(one) > len(other) else "one"
+    files = save(tmp_path / "one", left), save(tmp_path / "other", right)
+    shorter = "other" if len(left) > len(right) else "one"
     with pytest.raises(LorakitError, match=rf":2: \S*{shorter} has no line for it; "):
         built("text-pairs", *files)
 
@@ -319,14 +329,19 @@ def test_hotpotqas_hub_form_is_the_same_to_it(tmp_path: Path) -> None:
     listed = {**row, "context": [["T", ["One.", " Two."]], ["U", ["Three."]]]}
     columns = {"title": ["T", "U"], "sentences": [["One.", " Two."], ["Three."]]}
     by_columns = {**row, "context": columns}
-    one, other = (
-        built("hotpotqa", save(tmp_path / name, lines(each)))
-        for name, each in (("a", listed), ("b", by_columns))
+    pairwise, columnwise = (
+        built("hotpotqa", save(tmp_path / name, lines(fields)))
+        for name, fields in (("a", listed), ("b", by_columns))
     )
-    assert one == other
-    assert "\nT: One. Two.\nU: Three.\nQuestion: Q\n" in one[0]["prompt"]
+    assert pairwise == columnwise
+    assert "\nT: One. Two.\nU: Three.\nQuestion: Q\n" in pairwise[0]["prompt"]
+
+
+@pytest.mark.parametrize("context", [5, {"title": 5, "sentences": [["One."]]}], ids=json.dumps)
+def test_a_context_that_is_not_hotpotqas_is_an_error(context: object, tmp_path: Path) -> None:
+    row = {"question": "Q", "answer": "A", "_id": "1", "context": context}
     with pytest.raises(LorakitError, match="'context' is not a list of titles"):
-        built("hotpotqa", save(tmp_path / "c", lines({**row, "context": 5})))
+        built("hotpotqa", save(tmp_path / "c", lines(row)))
 
 
 # — words —

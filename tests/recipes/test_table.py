@@ -16,7 +16,7 @@ from lorakit.recipes.request import Request, Tally
 from lorakit.recipes.samples import draw
 from lorakit.recipes.table import RECIPES, build_dataset, sample_record
 from lorakit.records import Record, read_records
-from tests.support.building import built, run, save, tallied
+from tests.support.building import built, pairs, run, save, tallied
 
 ROWS = [Record({"id": str(number)}, f"x:{number}") for number in range(100)]
 TEMPLATES = {"template": "{{text}} =>", "completion": " {{answer}}"}
@@ -94,8 +94,8 @@ def test_a_missing_field_is_an_error_that_names_the_line(tmp_path: Path) -> None
     ],
 )
 def test_a_table_is_read_whatever_its_line_ends(name: str, content: str, tmp_path: Path) -> None:
-    made = built("csv", save(tmp_path / name, content), **TEMPLATES)
-    assert [(one["prompt"], one["completion"]) for one in made] == [("T =>", " A"), ("U =>", " B")]
+    records = built("csv", save(tmp_path / name, content), **TEMPLATES)
+    assert pairs(records) == [("T =>", " A"), ("U =>", " B")]
 
 
 def test_a_quoted_field_holds_line_ends_quotes_and_much_text(tmp_path: Path) -> None:
@@ -139,10 +139,10 @@ def test_a_bad_table_is_an_error_that_names_file_and_line(
 def test_scitldr_has_every_paper_and_every_reference(
     split: str, count: int, references: set[int], shared: Path
 ) -> None:
-    made = built("scitldr", shared / "data" / "scitldr", split=split)
-    assert len(made) == len({record["id"] for record in made}) == count
-    assert {len(record["references"]) for record in made} == references
-    for record in made:
+    records = built("scitldr", shared / "data" / "scitldr", split=split)
+    assert len(records) == len({record["id"] for record in records}) == count
+    assert {len(record["references"]) for record in records} == references
+    for record in records:
         assert record["completion"] == f" {record['references'][0]}"
         assert record["prompt"].startswith("Write a TLDR by summarizing the following scientific")
         assert record["prompt"].endswith("\nTLDR:")
@@ -218,8 +218,8 @@ def test_a_draw_is_the_same_on_every_machine(seed: int, drawn: list[str]) -> Non
 @pytest.mark.parametrize("seed", range(5))
 def test_a_larger_draw_holds_the_smaller_and_keeps_the_order(seed: int) -> None:
     draws = [[int(row.id) for row in draw(ROWS, count, seed)] for count in (0, 1, 10, 50, 100, 200)]
-    assert [len(one) for one in draws] == [0, 1, 10, 50, 100, 100]
-    assert all(one == sorted(one) for one in draws)
+    assert [len(drawn) for drawn in draws] == [0, 1, 10, 50, 100, 100]
+    assert all(drawn == sorted(drawn) for drawn in draws)
     for small, large in itertools.pairwise(draws):
         assert set(small) <= set(large)
 
@@ -296,8 +296,8 @@ def test_the_help_lists_every_recipe() -> None:
 
 
 def test_a_task_of_the_microworld_is_a_source() -> None:
-    made = built("microworld", "echo", split="test", sample=3)
-    assert [set(record) >= {"id", "prompt", "completion"} for record in made] == [True] * 3
+    records = built("microworld", "echo", split="test", sample=3)
+    assert [set(record) >= {"id", "prompt", "completion"} for record in records] == [True] * 3
     for sources in ((), ("echo", "first")):
         with pytest.raises(LorakitError, match="microworld takes one task as SOURCE"):
             built("microworld", *sources)
@@ -319,6 +319,12 @@ def test_every_recipe_shows_a_record_of_its_documented_row(recipe: str) -> None:
     assert str(record["completion"]).strip() not in str(record["prompt"]) or recipe in QUOTED
 
 
+@pytest.mark.parametrize("recipe", ["jstage", "latex", "wikilingua"])
+def test_a_sample_row_in_another_language_is_an_error(recipe: str) -> None:
+    with pytest.raises(LorakitError, match=rf"the sample row of {recipe} is left out \(.*\); "):
+        sample_record(recipe, Request(lang="zh"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
@@ -331,7 +337,7 @@ def test_every_recipe_shows_a_record_of_its_documented_row(recipe: str) -> None:
 def test_show_prints_one_record_of_a_source_or_of_the_sample(
     arguments: tuple[str, ...], shown: str, records: Path
 ) -> None:
-    result = run(*(str(records) if each == "FILE" else each for each in arguments), "--show")
+    result = run(*(str(records) if word == "FILE" else word for word in arguments), "--show")
     assert (result.exit_code, result.stderr) == (0, "")
     (line,) = result.stdout.splitlines()
     assert shown in json.loads(line)["prompt"]
@@ -363,12 +369,12 @@ def test_an_option_of_another_recipe_is_refused(recipe: str, option: dict[str, A
 def test_the_published_data_sets_come_out_whole(
     recipe: str, name: str, request_: dict[str, Any], count: int, shared: Path
 ) -> None:
-    made, tally = tallied(recipe, shared / "data" / name, **request_)
-    assert len(made) == len({record["id"] for record in made}) == count
+    records, tally = tallied(recipe, shared / "data" / name, **request_)
+    assert len(records) == len({record["id"] for record in records}) == count
     assert (tally.skipped, tally.removed) == (0, {})
-    assert all(record["prompt"] and record["completion"].strip() for record in made)
+    assert all(record["prompt"] and record["completion"].strip() for record in records)
     end = RECIPES[recipe].prompt.rpartition("\n")[2].rpartition("}")[2]
-    assert all(record["prompt"].endswith(end) for record in made)
+    assert all(record["prompt"].endswith(end) for record in records)
 
 
 def test_records_of_the_published_data_sets_are_pinned(shared: Path) -> None:
@@ -408,15 +414,15 @@ def test_malformed_rows_are_skipped_named_and_counted_when_asked_for() -> None:
 
 
 def test_only_the_first_malformed_rows_are_named(tmp_path: Path) -> None:
-    told: list[str] = []
-    tally = Tally(skip=True, say=told.append)
+    notes: list[str] = []
+    tally = Tally(skip=True, say=notes.append)
     path = save(tmp_path / "a.jsonl", "bad\n" * 50)
     assert list(build_dataset("jsonl", [str(path)], None, tally)) == []
-    assert (len(told), tally.skipped) == (10, 50)
+    assert (len(notes), tally.skipped) == (10, 50)
 
 
 @pytest.mark.parametrize(
-    ("content", "kept", "skipped"),
+    ("content", "prompts", "skipped"),
     [
         pytest.param(b"a,b\n1,2\n3\n4,5\n", ["1", "4"], 1, id="short row"),
         pytest.param(b'a,b\n1,2\n"x"y,2\n4,5\n', ["1", "4"], 1, id="bad quote"),
@@ -424,11 +430,11 @@ def test_only_the_first_malformed_rows_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_rows_of_a_table_are_skipped(
-    content: bytes, kept: list[str], skipped: int, tmp_path: Path
+    content: bytes, prompts: list[str], skipped: int, tmp_path: Path
 ) -> None:
     path = save(tmp_path / "a.csv", content)
-    made, tally = tallied("csv", path, template="{{a}}", completion="{{b}}")
-    assert [record["prompt"] for record in made] == kept
+    records, tally = tallied("csv", path, template="{{a}}", completion="{{b}}")
+    assert [record["prompt"] for record in records] == prompts
     assert tally.skipped == skipped
 
 
@@ -444,9 +450,9 @@ def test_an_open_quote_that_takes_the_rest_of_a_table_is_never_skipped(tmp_path:
 def test_an_array_is_read_as_lines_are_with_numbered_records(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{number}", "completion": "é" * 300} for number in range(9000)]
     path = save(tmp_path / "a.json", "\ufeff " + json.dumps(rows, ensure_ascii=False, indent=1))
-    made = built("jsonl", path)
-    assert [record["prompt"] for record in made] == [row["prompt"] for row in rows]
-    assert made[8999]["id"] == f"{path}: record 9000"
+    records = built("jsonl", path)
+    assert [record["prompt"] for record in records] == [row["prompt"] for row in rows]
+    assert records[8999]["id"] == f"{path}: record 9000"
 
 
 @pytest.mark.parametrize(
@@ -482,8 +488,8 @@ def write_prompts(path: Path, *prompts: str) -> Path:
 
 def test_words_are_limited_and_what_is_removed_is_counted(tmp_path: Path) -> None:
     path = write_prompts(tmp_path / "a", "one", "one two", "one two three", "三つの字", "字 a 字")
-    made, tally = tallied("jsonl", path, min_words=2, max_words=3)
-    assert [record["prompt"] for record in made] == ["one two", "one two three", "字 a 字"]
+    records, tally = tallied("jsonl", path, min_words=2, max_words=3)
+    assert [record["prompt"] for record in records] == ["one two", "one two three", "字 a 字"]
     assert tally.removed == {
         "a prompt of fewer than 2 words": 1,
         "a prompt of more than 3 words": 1,
@@ -502,14 +508,14 @@ def test_overlap_and_repeated_prompts_are_counted_and_dropped_when_asked_for(
 ) -> None:
     train = write_prompts(tmp_path / "train", "a", "b", "a ", " c", "d")
     test = write_prompts(tmp_path / "test", "c", "d", "e")
-    made, tally = tallied("jsonl", train, overlap=(str(test),))
-    assert len(made) == 5
+    records, tally = tallied("jsonl", train, overlap=(str(test),))
+    assert len(records) == 5
     assert tally.noticed == {
         "prompts that an earlier record has": 1,
         f"prompts that stand in {test}": 2,
     }
-    made, tally = tallied("jsonl", train, drop_overlap=(str(test),))
-    assert [record["prompt"] for record in made] == ["a", "b", "a "]
+    records, tally = tallied("jsonl", train, drop_overlap=(str(test),))
+    assert [record["prompt"] for record in records] == ["a", "b", "a "]
     assert tally.removed == {f"a prompt that stands in {test}": 2}
 
 
