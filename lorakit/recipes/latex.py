@@ -85,9 +85,9 @@ def _paper(part: Part, lang: str | None, _: Record) -> Record:
     source = decoded(part.whole(), part.name).replace("\r\n", "\n").replace("\r", "\n")
     source = re.sub(_COMMENT, r"\1", source)
     macros = macros_of(source)
-    fields_of = lang if lang in _TITLES else "ja"
-    title = _first_field(source, _TITLES[fields_of], macros, part.name)
-    abstract = _first_field(source, _ABSTRACTS[fields_of], macros, part.name)
+    language = lang if lang in _TITLES else "ja"
+    title = _first_field(source, _TITLES[language], macros, part.name)
+    abstract = _first_field(source, _ABSTRACTS[language], macros, part.name)
     if not title or not abstract:
         raise UnwantedError("a file without a title and an abstract")
     _check_language(title + abstract, lang)

@@ -1,9 +1,9 @@
 """MIMIC-III: findings and impressions of radiology reports (Johnson et al., 2016).
 
 Sections are cut out of raw reports after RadAdapt (Van Veen et al., 2023) and Appendix A.3 of the
-adaptive-merge paper, by the headings that the reports use. De-identification marks (`[**Hospital
-12**]`) stay. The paper removes findings "shorter than or comparable in length to" the impression
-and gives no number; the bound of 1.5 words of findings to one of the impression is ours.
+adaptive-merge paper, by the headings that the reports use. De-identification marks stay:
+`[**Hospital 12**]`. The paper removes findings "shorter than or comparable in length to" the
+impression and gives no number; the bound of 1.5 words of findings to one of the impression is ours.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def mimic_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterat
 
     A source is NOTEEVENTS.csv, whose radiology reports are read, a CSV file with the columns
     findings and impression, a report, or a folder of reports (`.txt`). Reports that lack a section
-    or have too short findings are removed and counted. A row of NOTEEVENTS.csv, with fewer columns:
+    and those the ratio excludes are removed and counted. A row of NOTEEVENTS.csv, shortened:
 
         ROW_ID,SUBJECT_ID,CATEGORY,DESCRIPTION,TEXT
         741,26880,Radiology,CHEST (PA & LAT),"[**2162-3-3**] 8:33 AM

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -13,12 +12,10 @@ import pytest
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.request import Request, Tally
-from lorakit.recipes.samples import draw
 from lorakit.recipes.table import RECIPES, build_dataset, sample_record
-from lorakit.records import Record, read_records
+from lorakit.records import read_records
 from tests.support.building import built, pairs, run, save, tallied
 
-ROWS = [Record({"id": str(number)}, f"x:{number}") for number in range(100)]
 TEMPLATES = {"template": "{{text}} =>", "completion": " {{answer}}"}
 
 
@@ -202,33 +199,6 @@ def test_scitldr_needs_a_source_and_the_splits_file_in_it(tmp_path: Path) -> Non
         built("scitldr")
     with pytest.raises(LorakitError, match=r"has no dev\.jsonl for --split validation; "):
         built("scitldr", tmp_path, split="validation")
-
-
-# — drawing —
-
-
-@pytest.mark.parametrize(
-    ("seed", "drawn"),
-    [(0, ["15", "44", "46", "87", "99"]), (1, ["30", "39", "71", "72", "90"])],
-)
-def test_a_draw_is_the_same_on_every_machine(seed: int, drawn: list[str]) -> None:
-    assert [row.id for row in draw(iter(ROWS), 5, seed)] == drawn
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_larger_draw_holds_the_smaller_and_keeps_the_order(seed: int) -> None:
-    draws = [[int(row.id) for row in draw(ROWS, count, seed)] for count in (0, 1, 10, 50, 100, 200)]
-    assert [len(drawn) for drawn in draws] == [0, 1, 10, 50, 100, 100]
-    assert all(drawn == sorted(drawn) for drawn in draws)
-    for small, large in itertools.pairwise(draws):
-        assert set(small) <= set(large)
-
-
-def test_rows_are_drawn_equally_often() -> None:
-    drawn = [int(row.id) for seed in range(400) for row in draw(ROWS, 10, seed)]
-    counts = [drawn.count(place) for place in range(100)]  # 40 expected, standard deviation 6
-    assert min(counts) > 40 - 5 * 6
-    assert max(counts) < 40 + 5 * 6
 
 
 # — the command —
@@ -476,56 +446,3 @@ def test_a_broken_array_names_file_and_record(
     path = save(tmp_path / "a.json", content)
     with pytest.raises(LorakitError, match=rf"a\.json: (?:{message}).*; "):
         built("jsonl", path, template="{{a}}", completion="{{a}}")
-
-
-# — filters —
-
-
-def write_prompts(path: Path, *prompts: str) -> Path:
-    rows = (json.dumps({"prompt": prompt, "completion": "c"}) for prompt in prompts)
-    return save(path, "\n".join(rows))
-
-
-def test_words_are_limited_and_what_is_removed_is_counted(tmp_path: Path) -> None:
-    path = write_prompts(tmp_path / "a", "one", "one two", "one two three", "三つの字", "字 a 字")
-    records, tally = tallied("jsonl", path, min_words=2, max_words=3)
-    assert [record["prompt"] for record in records] == ["one two", "one two three", "字 a 字"]
-    assert tally.removed == {
-        "a prompt of fewer than 2 words": 1,
-        "a prompt of more than 3 words": 1,
-    }
-
-
-def test_a_sample_is_drawn_of_what_the_filters_keep(tmp_path: Path) -> None:
-    path = write_prompts(
-        tmp_path / "a", *("long text " * (number % 2) + "x" for number in range(20))
-    )
-    assert len(built("jsonl", path, min_words=2, sample=10)) == 10
-
-
-def test_overlap_and_repeated_prompts_are_counted_and_dropped_when_asked_for(
-    tmp_path: Path,
-) -> None:
-    train = write_prompts(tmp_path / "train", "a", "b", "a ", " c", "d")
-    test = write_prompts(tmp_path / "test", "c", "d", "e")
-    records, tally = tallied("jsonl", train, overlap=(str(test),))
-    assert len(records) == 5
-    assert tally.noticed == {
-        "prompts that an earlier record has": 1,
-        f"prompts that stand in {test}": 2,
-    }
-    records, tally = tallied("jsonl", train, drop_overlap=(str(test),))
-    assert [record["prompt"] for record in records] == ["a", "b", "a "]
-    assert tally.removed == {f"a prompt that stands in {test}": 2}
-
-
-def test_the_command_tells_every_count(tmp_path: Path) -> None:
-    path = write_prompts(tmp_path / "a", "a", "a", "a b", "a b c")
-    other = write_prompts(tmp_path / "b", "a b")
-    result = run("jsonl", path, "--max-words", 2, "--drop-overlap", other)
-    assert result.stderr.splitlines() == [
-        f"Note: removed 1: a prompt that stands in {other}.",
-        "Note: removed 1: a prompt of more than 2 words.",
-        "Note: prompts that an earlier record has: 1.",
-    ]
-    assert run("jsonl", path, "--max-words", 2, "-q").stderr == ""
