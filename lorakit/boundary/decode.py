@@ -1,10 +1,24 @@
 """Greedy decoding of the same prompts at many boundaries, in batches whose rows come and go.
 
-Exactly what each boundary alone would write (in float32; other batches round half precision
-otherwise), for less work: a prompt goes through the layers below a boundary once for all boundaries
-above it, together with a draft, the output of a boundary done before, which the same pass verifies
-for all of them. Rows for which the draft was wrong are decoded on, several drafted tokens a step,
-and the row of a finished one goes to the next. There are never more than `batch_size` rows.
+Every boundary writes exactly what it would write alone (in float32; half precision rounds otherwise
+in other batches), for less work. Below a boundary, layers compute the same for it and for all that
+are higher; and neighbouring boundaries often write the same text. So a prompt is decoded at its
+highest boundary first, and that output is the draft for the boundaries below it: prompt and draft
+go through the model once, splitting up by boundary on the way, and each boundary keeps the draft's
+tokens up to the first that it would not have written. A prompt p at boundaries 3, 2, 1 and 0:
+
+    join      p@3 reads p               and writes a
+    step      p@3 reads a, then b …     and writes b, c and the end: a b c is done, a draft
+    fan out   p a b c is read once by   p@2, which confirms a b c and the end: done
+                                        p@0, which writes x in the place of a
+                                        p@1, which confirms a, then writes y
+    step      p@0 reads x, p@1 reads y  as two rows of one batch; each also reads up to four tokens
+                                        guessed from all that was written for p, and verifies them
+
+Places in the batch that rows leave go to other prompts, or to the next few boundaries of a prompt,
+whose draft is the output of the lowest boundary done. There are at most `batch_size` rows. Where
+the keys and values of a row lie is for kv_cache.py to say, which layers it gets LoRA in for
+gates.py.
 """
 
 from __future__ import annotations
@@ -16,30 +30,63 @@ from typing import NamedTuple
 
 import torch
 
-from lorakit.boundary.drafts import Drafts
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.kv_cache import Slots, can_slot
 from lorakit.models.base import Base
 
 FANNED = 4  # boundaries that share a pass over a prompt and its draft
-DRAFTED = 4  # tokens guessed a row and step
+GUESSED = 4  # tokens guessed for a row in a step
 _TRIED = 4  # boundaries on which a model is tried
-_UNLIKE = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
+_RUNS = (3, 2, 1)  # lengths of the runs of tokens that a guess goes by, the longest first
+_REFUSALS = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
+
+
+class Drafts:
+    """Guesses how a text of one prompt goes on, from all the texts of that prompt.
+
+    It knows what followed every run of up to three tokens, the newest of each, in the prompt and in
+    what was written: after 5 6 7 8 and then 5 6 9, what follows 1 5 6 is guessed to be 9. A wrong
+    guess costs no more than the room it took in a batch.
+    """
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._after: dict[tuple[int, ...], tuple[Sequence[int], int]] = {}
+        for place in range(1, len(prompt)):
+            self.add(prompt, place)
+
+    def add(self, ids: Sequence[int], place: int) -> None:
+        """Note that ids[place] follows the tokens before it; `ids` may grow later."""
+        for run in _RUNS:
+            if run <= place:
+                self._after[tuple(ids[place - run : place])] = (ids, place)
+
+    def guess(self, ids: Sequence[int], most: int) -> Sequence[int]:
+        """Return up to `most` tokens that may follow `ids`: those after its longest known run."""
+        if most > 0:
+            for run in _RUNS:
+                if run <= len(ids) and (seen := self._after.get(tuple(ids[-run:]))):
+                    text, place = seen
+                    return text[place : place + most]
+        return ()
 
 
 @dataclass
 class _Row:
-    """A prompt at a boundary: `ids` are the prompt's tokens and those written so far."""
+    """A prompt (its number) at a boundary, as a row of the batch.
+
+    `ids` are the prompt's tokens and those written so far, which begin at `start`; `guess` are the
+    tokens that the model reads after them and verifies.
+    """
 
     prompt: int
     boundary: int
     ids: list[int]
     start: int
-    guessed: Sequence[int] = ()
+    guess: Sequence[int] = ()
 
 
-class Written(NamedTuple):
-    """What was written for a prompt (its number) at a boundary: the tokens before the end."""
+class Output(NamedTuple):
+    """The tokens written for a prompt (its number) at a boundary, without the end token."""
 
     prompt: int
     boundary: int
@@ -47,88 +94,98 @@ class Written(NamedTuple):
 
 
 class Pool:
-    """The decoding of `prompts` (tokens) at boundaries; LoRA is on the base, its gates stand."""
+    """Decodes prompts (tokens) at boundaries; the adapter is on the base and its gates stand."""
 
     def __init__(
-        self, base: Base, gates: Gates, prompts: Sequence[Sequence[int]], new: int, batch_size: int
+        self,
+        base: Base,
+        gates: Gates,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        batch_size: int,
     ) -> None:
-        self._gates, self._new, self._size = gates, new, batch_size
+        self._gates, self._most, self._size = gates, max_new_tokens, batch_size
         self._ends = frozenset(base.end_tokens)
-        self._end = base.end_tokens[0]
         self._prompts = [list(prompt) for prompt in prompts]
         self._drafts = [Drafts(prompt) for prompt in self._prompts]
-        self._slots = Slots(base.model, batch_size, max(map(len, prompts)) + new)
-        self._rows: list[_Row] = []
+        self._slots = Slots(base.model, batch_size, max(map(len, prompts)) + max_new_tokens)
+        self._rows: list[_Row] = []  # the row at place i of the list has the slots of row i
 
     @torch.inference_mode()
-    def run(self, boundaries: Sequence[int]) -> Iterator[Written]:
-        """Yield what is written for every prompt at every boundary, in the order it is done.
+    def run(self, boundaries: Sequence[int]) -> Iterator[Output]:
+        """Yield the output of every prompt at every boundary, in the order they are done.
 
         A prompt begins at the highest boundary; when the lowest of a few is done, its output is the
         draft of the few below it.
         """
-        high, *others = sorted(boundaries, reverse=True)
+        highest, *others = sorted(boundaries, reverse=True)
         fans = self._fans(others)
-        below = dict(zip([high, *(fan[-1] for fan in fans)], fans, strict=False))
-        numbers = sorted(range(len(self._prompts)), key=lambda n: len(self._prompts[n]))
-        drafted: deque[Written] = deque()
-        while numbers or drafted or self._rows:
+        below = dict(zip([highest, *(fan[-1] for fan in fans)], fans, strict=False))
+        waiting = sorted(range(len(self._prompts)), key=lambda n: len(self._prompts[n]))
+        drafts: deque[Output] = deque()
+        while waiting or drafts or self._rows:
             free = self._size - len(self._rows)
-            if numbers and free >= min(len(numbers), max(1, self._size // 2)):
-                done = self._join([numbers.pop() for _ in range(min(free, len(numbers)))], high)
-            elif drafted and free >= len(below[drafted[0].boundary]):
-                draft = drafted.popleft()
+            if waiting and free >= min(len(waiting), max(1, self._size // 2)):
+                done = self._join([waiting.pop() for _ in range(min(free, len(waiting)))], highest)
+            elif drafts and free >= len(below[drafts[0].boundary]):
+                draft = drafts.popleft()
                 done = self._fan_out(draft, below[draft.boundary])
             else:
                 done = self._step()
-            for written in done:
-                if written.boundary in below:
-                    drafted.append(written)
-                yield written
+            for output in done:
+                if output.boundary in below:
+                    drafts.append(output)
+                yield output
 
     def _fans(self, boundaries: Sequence[int]) -> list[Sequence[int]]:
         """Cut boundaries, highest first, into the few that share a pass over a prompt."""
         size = min(FANNED, self._size)
         return [boundaries[first : first + size] for first in range(0, len(boundaries), size)]
 
-    def _join(self, numbers: Sequence[int], boundary: int) -> Iterator[Written]:
+    def _join(self, numbers: Sequence[int], boundary: int) -> Iterator[Output]:
+        """Let prompts join the batch at a boundary."""
         first = len(self._rows)
         prompts = [self._prompts[number] for number in numbers]
         self._gates.set([boundary])
-        found = self._slots.extend(prompts, [0] * len(prompts), first, 1)
-        rows = [self._begin(number, boundary, ()) for number in numbers]
-        yield from self._take(first, rows, found)
+        predicted = self._slots.extend(prompts, [0] * len(prompts), first, 1)
+        rows = [self._new_row(number, boundary, ()) for number in numbers]
+        yield from self._advance(first, rows, predicted)
 
-    def _fan_out(self, draft: Written, boundaries: Sequence[int]) -> Iterator[Written]:
+    def _fan_out(self, draft: Output, boundaries: Sequence[int]) -> Iterator[Output]:
+        """Let the draft's prompt join the batch at boundaries, highest first, with the draft."""
         first, order = len(self._rows), [boundaries[0], *sorted(boundaries[1:])]
         self._gates.set(order)
         ids = [*self._prompts[draft.prompt], *draft.tokens]
-        found = self._slots.fan_out(ids, order, first, len(draft.tokens) + 1)
-        rows = [self._begin(draft.prompt, boundary, draft.tokens) for boundary in order]
-        yield from self._take(first, rows, found)
+        predicted = self._slots.fan_out(ids, order, first, len(draft.tokens) + 1)
+        rows = [self._new_row(draft.prompt, boundary, draft.tokens) for boundary in order]
+        yield from self._advance(first, rows, predicted)
 
-    def _begin(self, number: int, boundary: int, guessed: Sequence[int]) -> _Row:
+    def _new_row(self, number: int, boundary: int, guess: Sequence[int]) -> _Row:
         prompt = self._prompts[number]
-        return _Row(number, boundary, list(prompt), len(prompt), guessed)
+        return _Row(number, boundary, list(prompt), len(prompt), guess)
 
-    def _step(self) -> Iterator[Written]:
+    def _step(self) -> Iterator[Output]:
+        """Let every row of the batch read its last token and a new guess."""
         for row in self._rows:
-            most = min(DRAFTED, self._new - (len(row.ids) - row.start) - 1)
-            row.guessed = self._drafts[row.prompt].guess(row.ids, most)
-        tokens = [[row.ids[-1], *row.guessed] for row in self._rows]
+            most = min(GUESSED, self._most - (len(row.ids) - row.start) - 1)
+            row.guess = self._drafts[row.prompt].guess(row.ids, most)
+        tokens = [[row.ids[-1], *row.guess] for row in self._rows]
         self._gates.set([row.boundary for row in self._rows])
         starts = [len(row.ids) - 1 for row in self._rows]
-        found = self._slots.extend(tokens, starts, 0, max(map(len, tokens)))
+        predicted = self._slots.extend(tokens, starts, 0, max(map(len, tokens)))
         rows, self._rows = self._rows, []
-        yield from self._take(0, rows, found)
+        yield from self._advance(0, rows, predicted)
 
-    def _take(
-        self, first: int, rows: Sequence[_Row], found: Sequence[Sequence[int]]
-    ) -> Iterator[Written]:
-        """Add to rows `first` … what was found after their guesses; yield and drop the finished."""
+    def _advance(
+        self, first: int, rows: Sequence[_Row], predicted: Sequence[Sequence[int]]
+    ) -> Iterator[Output]:
+        """Write what was predicted after each row's last token and guess; yield what is done.
+
+        `rows` have the slots of rows `first` …; those that go on close the gaps of the others.
+        """
         done = []
-        for place, (row, best) in enumerate(zip(rows, found, strict=True), first):
-            if self._accept(row, best[len(best) - len(row.guessed) - 1 :]):
+        for place, (row, tokens) in enumerate(zip(rows, predicted, strict=True), first):
+            if self._accept(row, tokens[len(tokens) - len(row.guess) - 1 :]):
                 done.append(row)
             else:
                 if len(self._rows) != place:
@@ -137,26 +194,29 @@ class Pool:
         for row in done:
             tokens = row.ids[row.start :]
             ended = tokens and tokens[-1] in self._ends
-            yield Written(row.prompt, row.boundary, tokens[:-1] if ended else tokens)
+            yield Output(row.prompt, row.boundary, tokens[:-1] if ended else tokens)
 
-    def _accept(self, row: _Row, best: Sequence[int]) -> bool:
-        """Write tokens while the guess was the most probable, and one more; say if it ended."""
-        for place, token in enumerate(best):
+    def _accept(self, row: _Row, predicted: Sequence[int]) -> bool:
+        """Write the tokens that confirm the guess and the one after them; tell if the row is done.
+
+        The first of `predicted` follows the row's last token, each other one a token of the guess.
+        """
+        for place, token in enumerate(predicted):
             row.ids.append(token)
             self._drafts[row.prompt].add(row.ids, len(row.ids) - 1)
-            if token in self._ends or len(row.ids) - row.start == self._new:
+            if token in self._ends or len(row.ids) - row.start == self._most:
                 return True
-            if place < len(row.guessed) and row.guessed[place] != token:
+            if place < len(row.guess) and row.guess[place] != token:
                 return False
         return False
 
 
 @torch.inference_mode()
 def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
-    """Say whether a model can be decoded so, by trying it on a prompt.
+    """Tell whether a pool can decode with a model, by trying it on a prompt.
 
-    In two parts, and fanned out, it has to give the same most probable tokens as the whole prompt
-    in the model's own forward (in half precision: nearly all of them).
+    Read in two parts, and fanned out, the prompt has to give the same most probable tokens as read
+    whole by the model's own forward (in half precision: nearly all of them).
     """
     if not can_slot(base.model):
         return False
@@ -167,14 +227,16 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
     order = [top, *range(1, top)][:_TRIED]
     slots = Slots(base.model, len(order), len(prompt))
     try:
-        parts = [
-            (part, start) for part, start in ((prompt[:half], 0), (prompt[half:], half)) if part
+        in_parts = [
+            token
+            for part, start in ((prompt[:half], 0), (prompt[half:], half))
+            if part
+            for token in slots.extend([part], [start], 0, len(part))[0]
         ]
-        found = [t for part, start in parts for t in slots.extend([part], [start], 0, len(part))[0]]
         gates.set(order)
         fanned = slots.fan_out(prompt, order, 0, len(prompt))[0]
-    except _UNLIKE:
+    except _REFUSALS:
         return False
-    alike: int = sum(a == b == c for a, b, c in zip(found, fanned, expected, strict=True))
+    alike: int = sum(a == b == c for a, b, c in zip(in_parts, fanned, expected, strict=True))
     needed = 1.0 if base.dtype == torch.float32 else 0.8
     return alike >= needed * len(prompt)

@@ -1,28 +1,35 @@
-"""Boundaries by row: the rows of one batch keep the LoRA of the bottom k layers, each its own k.
+"""Boundaries by row: each row of a batch keeps the LoRA of its own bottom k layers.
 
-While the gates stand, PEFT's layers compute W0·x + s·B·(g·A·x), g being 1 for a row whose boundary
-lies above the layer and 0 for the others, to which exactly nothing is added. Rows that are all of
-one kind pay for no gate. How the rows came about is not known here.
+Rows with different boundaries can share a batch, because the boundary only decides whether a row
+gets a layer's LoRA. Inside `standing`, PEFT's layers compute W0·x + s·B·(g·A·x), where the gate g
+of a row is 1 in the layers below its boundary and 0 in the others, to which exactly 0 is added.
+Three rows of a model of four layers, after set([3, 1, 0]):
+
+    layer 0   g = 1 1 0
+    layer 1   g = 1 0 0
+    layer 2   g = 1 0 0
+    layer 3   only W0·x, as no row's boundary is above it
+
+Where all rows have a layer's LoRA, as after set([2]) in layers 0 and 1, no gate is multiplied. How
+the rows came about is not known here.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
 from lorakit.adapters.names import layer_of
-from lorakit.models.base import ADAPTER
-from lorakit.models.lora import PeftLayer, factors
+from lorakit.models.lora import ADAPTER, PeftLayer, factors
 
 _Forward = Callable[..., torch.Tensor]
 
 
 def layers_on(layers: Mapping[str, PeftLayer], boundary: int) -> frozenset[int]:
-    """Return the layers whose LoRA is on at a boundary; two boundaries with one set are one model.
+    """Return the layers whose LoRA is on at a boundary; boundaries that share them are one model.
 
     A module that is in no decoder layer, such as the head, counts as layer 0: it is off only at 0.
     """
@@ -30,7 +37,7 @@ def layers_on(layers: Mapping[str, PeftLayer], boundary: int) -> frozenset[int]:
 
 
 class Gates:
-    """The LoRA of a model, gated by the boundaries of the rows that are next given to it."""
+    """The LoRA of a model, switched by the boundaries of the rows that go through it next."""
 
     def __init__(self, layers: Mapping[str, PeftLayer]) -> None:
         self._layers = layers
@@ -38,14 +45,14 @@ class Gates:
         self._gates: dict[int, torch.Tensor] = {}
 
     def set(self, boundaries: Sequence[int]) -> None:
-        """Say the boundary of every row of the next batches; of one boundary all rows have it.
+        """Set the boundary of every row of the next batches; a single one holds for all rows.
 
-        A batch of fewer rows has the first ones.
+        A batch of fewer rows takes the first ones.
         """
         if self._boundaries != tuple(boundaries):
             self._boundaries = tuple(boundaries)
             self._gates = {}
-            self._least, self._most = min(boundaries), max(boundaries)
+            self._lowest, self._highest = min(boundaries), max(boundaries)
 
     @contextlib.contextmanager
     def standing(self) -> Iterator[Gates]:
@@ -59,24 +66,25 @@ class Gates:
                 layer.__dict__.pop("forward", None)
 
     def _gated(self, layer: PeftLayer, number: int) -> _Forward:
+        """Return the gated forward of a PEFT layer in decoder layer `number`."""
         base_layer, scale = layer.get_base_layer(), layer.scaling[ADAPTER]
         a, b = factors(layer)
 
-        def forward(x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
-            plain: torch.Tensor = base_layer(x, *rest, **more)
-            if number >= self._most:
+        def forward(x: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+            plain: torch.Tensor = base_layer(x, *rest, **named)
+            if number >= self._highest:
                 return plain
             low = linear(x.to(a.dtype), a)
-            if number >= self._least:
+            if number >= self._lowest:
                 low = low * self._gate(number, x.device)[: len(x)]
-            changed: torch.Tensor = plain + linear(low, b) * scale
-            return changed.to(plain.dtype)
+            adapted: torch.Tensor = plain + linear(low, b) * scale
+            return adapted.to(plain.dtype)
 
         return forward
 
     def _gate(self, number: int, device: torch.device) -> torch.Tensor:
         """Return 1 for each row whose boundary is above the layer, else 0: (rows, 1, 1) float32."""
         if number not in self._gates:
-            on = [float(boundary > number) for boundary in self._boundaries]
-            self._gates[number] = torch.tensor(on, device=device).view(-1, 1, 1)
+            gate = [float(boundary > number) for boundary in self._boundaries]
+            self._gates[number] = torch.tensor(gate, device=device).view(-1, 1, 1)
         return self._gates[number]

@@ -1,98 +1,114 @@
-"""Keys and values of rows that come and go: a cache with one slot for every position of every row.
+"""A cache of keys and values for rows that come and go: a slot for each position of each row.
 
-A token's keys and values lie at its own position in its row, so rows of any lengths stand in one
-batch without padding between their tokens, and what was drafted in vain is overwritten later. A
-row sees the positions up to its own, inside the layer's window where it has one.
+A token's keys and values lie in the slot of its own position, so rows of any lengths share a batch
+without padding between their tokens, and what was guessed wrongly is overwritten by what comes
+next. A token sees the slots of its row up to its own, inside the layer's window where it has one.
+Two rows of four slots, given tokens by `extend`, row by row:
+
+    row 0   row 1     starts   the model reads   then row 0 and row 1 hold
+    a b c   d         0, 0     a b c / · · d     a b c .   d . . .
+    x       e f       3, 1     · x   / e f       a b c x   d e f .      e f was a guess, f is wrong:
+    .       g         -, 2             g         a b c x   d e g .      g goes into the slot of f
+
+The padding (·) of shorter rows is on the left and goes into one slot more, which no token sees.
+Where a row splits by boundary in the middle of the model, `fan_out` fills several rows at once.
+Which tokens are guessed, and which rows come and go, is for decode.py to say.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
+from lorakit.models.architecture import (
+    Model,
+    ModelConfig,
+    decoder_layers,
+    forward_parameters,
+    text_config,
+)
 from lorakit.models.attention import BY_ROW
 
 _KINDS = {"full_attention", "sliding_attention"}
 _ATTENTIONS = {"eager", "sdpa", BY_ROW}
+_NEEDED = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"}
+_LayerInputs = tuple[torch.Tensor, ...]
 
 
-def can_slot(model: Any) -> bool:
-    """Whether a model's layers all attend by the rules that slots keep, as far as it tells."""
-    config = model.config.get_text_config()
-    takes = inspect.signature(model.forward).parameters
+def can_slot(model: Model) -> bool:
+    """Tell whether a model's layers all attend as the slots do, as far as its config says."""
+    config = text_config(model)
     return (
         config._attn_implementation in _ATTENTIONS
         and set(getattr(config, "layer_types", None) or ()) <= _KINDS
-        and {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"} <= set(takes)
+        and set(forward_parameters(model)) >= _NEEDED
         and decoder_layers(model) is not None
     )
-
-
-def decoder_layers(model: Any) -> Sequence[torch.nn.Module] | None:
-    """Return the model's decoder layers, bottom first; None where they are not one list."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
-    return next((list(found) for found in lists if len(found) == count), None)
 
 
 class Slots:
     """A model's cache of `rows` rows of `length` positions; the model calls `update`.
 
-    `base_row` and the rows after it are those of the batch that is being computed.
+    The batch that is being computed is a run of rows, from row `first` on.
     """
 
-    def __init__(self, model: Any, rows: int, length: int) -> None:
+    def __init__(self, model: Model, rows: int, length: int) -> None:
         self._model, self._rows, self._length = model, rows, length
         self._stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._growing = 0
+        self._fanned = 0  # how many rows the batch is fanned out to; 0 while rows are extended
         self._device = next(model.parameters()).device
         self._places = torch.arange(length + 1, device=self._device)
-        self._windows = _windows(model.config.get_text_config())
+        self._windows = _windows(text_config(model))
         self._dtype = model.dtype
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: positions are always given."""
+        """Return 0, which tells the model nothing: it always gets positions."""
         return 0
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *rest: Any, **more: Any
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer_idx: int,
+        *rest: object,
+        **named: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep keys and values (rows, heads, new, width) of a layer; return all that rows may see.
+        """Store a layer's new keys and values (rows, heads, new, width); return all that is seen.
 
-        Of rows that begin at position 0 those are the new ones.
+        What a fanned-out batch sees is the new ones alone, as its rows begin at position 0.
         """
         stored = self._stored.get(layer_idx)
         if stored is None:
-            stored = (self._new(key), self._new(value))
+            stored = (self._empty(key), self._empty(value))
             self._stored[layer_idx] = stored
         first = self._first
-        if self._growing:
-            for kept, new in zip(stored, (key, value), strict=True):
+        if self._fanned:
+            for slots, new in zip(stored, (key, value), strict=True):
                 laid = new.transpose(1, 2)
-                kept[first : first + len(new), : laid.shape[1]] = laid
-                kept[first + len(new) : first + self._growing, : laid.shape[1]] = laid[:1]
+                slots[first : first + len(new), : laid.shape[1]] = laid
+                # rows that split off above this layer are still the first row here
+                slots[first + len(new) : first + self._fanned, : laid.shape[1]] = laid[:1]
             return key, value
         seen = []
-        for kept, new in zip(stored, (key, value), strict=True):
-            kept[self._row_numbers, self._at] = new.transpose(1, 2)
-            seen.append(kept[first : first + len(new), : self._seen].transpose(1, 2))
+        for slots, new in zip(stored, (key, value), strict=True):
+            slots[self._row_numbers, self._targets] = new.transpose(1, 2)
+            seen.append(slots[first : first + len(new), : self._seen].transpose(1, 2))
         return seen[0], seen[1]
 
-    def _new(self, like: torch.Tensor) -> torch.Tensor:
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        """Return zeros (rows, length + 1, heads, width) for a layer's keys or values."""
         heads, width = like.shape[1], like.shape[3]
         return like.new_zeros(self._rows, self._length + 1, heads, width)
 
     def extend(
         self, tokens: Sequence[Sequence[int]], starts: Sequence[int], first: int, keep: int
     ) -> list[list[int]]:
-        """Give rows `first` … new tokens, of which the first stands at its row's start.
+        """Put new tokens into rows `first` …, each row's from its start on.
 
-        Return, for each row, the most probable token after each of its last `keep` tokens (after
-        fewer than that where it got fewer, then what stands to the left means nothing).
+        Return, for each row, the most probable token after each of its last `keep` tokens. Of a row
+        that got fewer, the values on the left belong to padding and mean nothing.
         """
         width = max(map(len, tokens))
         ids = [[0] * (width - len(row)) + list(row) for row in tokens]
@@ -101,31 +117,31 @@ class Slots:
             for row, start in zip(tokens, starts, strict=True)
         ]
         at = torch.tensor(positions, device=self._device)
-        self._first, self._growing = first, 0
+        self._first, self._fanned = first, 0
         self._seen = max(row[-1] for row in positions) + 1
-        self._row_numbers = self._places_of(first, len(tokens))
-        self._at = torch.where(at < 0, self._length, at)  # padding has a slot that nobody sees
+        self._row_numbers = torch.arange(first, first + len(tokens), device=self._device)[:, None]
+        self._targets = torch.where(at < 0, self._length, at)  # padding: the slot nobody sees
         return self._forward(torch.tensor(ids, device=self._device), at.clamp_min(0), keep)
-
-    def _places_of(self, first: int, count: int) -> torch.Tensor:
-        return torch.arange(first, first + count, device=self._device)[:, None]
 
     def fan_out(
         self, tokens: Sequence[int], boundaries: Sequence[int], first: int, keep: int
     ) -> list[list[int]]:
-        """Give one row of tokens, from position 0, to a model that grows a row at each boundary.
+        """Put the same tokens, from position 0, into a row for each boundary, rows `first` ….
 
-        Rows `first` … hold the boundaries in the order given: the highest, then the others from
-        the lowest up, which is the order in which they leave it. Return as `extend` does.
+        A single row enters the model, and the row of boundary k splits off before layer k, where it
+        begins to differ; so the boundaries come as the highest, then the others from the lowest up.
+        With [2, 0, 1], layer 0 computes the rows of 2 0, and layers 1 and above those of 2 0 1.
+        Return as `extend` does.
         """
-        self._first, self._growing = first, len(boundaries)
+        self._first, self._fanned = first, len(boundaries)
         self._seen = len(tokens)
         ids = torch.tensor([list(tokens)], device=self._device)
         positions = self._places[None, : len(tokens)]
-        with _growing(self._model, boundaries[1:]):
+        with _splitting(self._model, boundaries[1:]):
             return self._forward(ids, positions, keep)
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, keep: int) -> list[list[int]]:
+        """Run the model; return the most probable tokens after the last `keep` of each row."""
         logits = self._model(
             input_ids=ids,
             position_ids=positions,
@@ -134,15 +150,16 @@ class Slots:
             use_cache=True,
             logits_to_keep=keep,
         ).logits
-        found: list[list[int]] = logits[:, -keep:].float().argmax(-1).tolist()
-        return found
+        predicted: list[list[int]] = logits[:, -keep:].float().argmax(-1).tolist()
+        return predicted
 
-    def _mask(self, positions: torch.Tensor) -> Any:
+    def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the additive mask (rows, 1, new, seen), by kind of layer where there are two."""
-        made = {kind: self._mask_of(positions, window) for kind, window in self._windows.items()}
-        return made if len(made) > 1 else next(iter(made.values()))
+        masks = {kind: self._mask_of(positions, window) for kind, window in self._windows.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _mask_of(self, positions: torch.Tensor, window: int | None) -> torch.Tensor:
+        """Return the mask under a window of so many tokens; None is no window."""
         back = positions[:, None, :, None] - self._places[: self._seen]
         hidden = back < 0
         if window is not None and window < self._seen:
@@ -153,12 +170,12 @@ class Slots:
     def move(self, source: int, target: int) -> None:
         """Copy a row onto another."""
         for stored in self._stored.values():
-            for kept in stored:
-                kept[target] = kept[source]
+            for slots in stored:
+                slots[target] = slots[source]
 
 
-def _windows(config: Any) -> Mapping[str, int | None]:
-    """Return the window in tokens, None where there is none, of every kind of layer there is."""
+def _windows(config: ModelConfig) -> Mapping[str, int | None]:
+    """Return, for every kind of layer there is, its window in tokens; None is no window."""
     window = getattr(config, "sliding_window", None)
     kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
     if not kinds:
@@ -167,7 +184,7 @@ def _windows(config: Any) -> Mapping[str, int | None]:
 
 
 @contextlib.contextmanager
-def _growing(model: Any, boundaries: Sequence[int]) -> Iterator[None]:
+def _splitting(model: Model, boundaries: Sequence[int]) -> Iterator[None]:
     """Append a copy of the first row before each layer that is one of the boundaries."""
     layers = decoder_layers(model) or ()
     hooks = [
@@ -181,7 +198,10 @@ def _growing(model: Any, boundaries: Sequence[int]) -> Iterator[None]:
             hook.remove()
 
 
-def _append_first_row(module: Any, inputs: Any, named: Any) -> Any:
+def _append_first_row(
+    layer: torch.nn.Module, inputs: _LayerInputs, named: dict[str, torch.Tensor]
+) -> tuple[_LayerInputs, dict[str, torch.Tensor]]:
+    """Double the first row of a layer's hidden states, the first input or the one of that name."""
     if inputs:
         return (torch.cat([inputs[0], inputs[0][:1]]), *inputs[1:]), named
     hidden = named["hidden_states"]

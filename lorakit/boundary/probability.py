@@ -1,9 +1,9 @@
-"""The boundary layer by probability: how sure of the completion the model is after every layer.
+"""The boundary layer by probability: how sure the model is of the completion after every layer.
 
-The logit lens: the hidden state after k layers goes through the final norm and the rest of the
-model's own forward (head, head bias, soft-capping), teacher-forced at the first positions of the
-completion, its end token counted among them. Which module is the final norm is seen from what it
-does, not from its name.
+This is the logit lens: the hidden state after k layers goes through the final norm and the rest of
+the model's own forward (head, head bias, soft-capping). It is read, teacher-forced, at the first
+positions of the completion, its end token included. The final norm is recognised by what it does,
+not by its name. The knee of the resulting curve is the boundary proposed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,52 @@ import torch
 from lorakit.adapters.adapter import Adapter
 from lorakit.boundary.evaluate import draw_sample, pick_boundaries
 from lorakit.boundary.gates import Gates
-from lorakit.boundary.knee import knee
-from lorakit.boundary.kv_cache import decoder_layers
+from lorakit.boundary.records import ComparedCurve, Comparison, Curve, ProbabilityRecord
 from lorakit.errors import LorakitError
+from lorakit.models.architecture import Model, decoder_layers
 from lorakit.models.base import Base
-from lorakit.models.batches import IGNORED, MicroBatch, lay_out
-from lorakit.models.forward import completion_logits
+from lorakit.models.batches import IGNORED, MicroBatch, completion_logits, lay_out
 from lorakit.models.lora import attach
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
 from lorakit.settings import BoundarySettings, GenerationSettings
 
-_Curves = tuple[torch.Tensor, torch.Tensor]  # of the gold token, of the likeliest: (layers, tokens)
+DecoderOutput = Any  # transformers.modeling_outputs.BaseModelOutputWithPast, or a relative of it
+
+
+class _Sums(NamedTuple):
+    """Probabilities summed over rows, and the number of rows that have each position.
+
+    gold (of the gold token) and likeliest (layers, tokens) float64, rows (tokens,) float64.
+    """
+
+    gold: torch.Tensor
+    likeliest: torch.Tensor
+    rows: torch.Tensor
+
+    def plus(self, other: _Sums) -> _Sums:
+        return _Sums(*(mine + more for mine, more in zip(self, other, strict=True)))
+
+    def means(self) -> _Curves:
+        """Return the means, at the positions that some row has."""
+        present = self.rows > 0
+        rows = self.rows[present]
+        return _Curves(self.gold[:, present] / rows, self.likeliest[:, present] / rows)
+
+
+class _Curves(NamedTuple):
+    """Mean probabilities (layers, tokens) of the gold token and of the likeliest."""
+
+    gold: torch.Tensor
+    likeliest: torch.Tensor
+
+    def after(self, layers: int) -> Curve:
+        """Return the probabilities after the bottom `layers` layers, as they are recorded."""
+        return {
+            "probabilities": self.gold[layers - 1].tolist(),
+            "maximum_probabilities": self.likeliest[layers - 1].tolist(),
+        }
 
 
 def read_probabilities(
@@ -40,13 +73,14 @@ def read_probabilities(
     settings: BoundarySettings,
     generation: GenerationSettings,
     reporter: Reporter,
-) -> list[dict[str, Any]]:
+) -> list[ProbabilityRecord]:
     """Return a record for each boundary k: the probabilities after k layers, by position.
 
     `score` is the mean of `probabilities` (the gold token's) over the positions; the knee of the
-    scores is marked best. `compared` has the same of the adapter stripped at each boundary to
-    compare, and by how much the gold token's differ from the whole adapter's. Raises LorakitError
-    for records that cannot be used, and for an adapter or a boundary that does not fit the base.
+    scores is marked best. `compared` has the same curves for the adapter stripped at each boundary
+    of `settings.compare`, and by how much the gold token's differ from the whole adapter's. Raises
+    LorakitError for records that cannot be used, and for an adapter or a boundary that does not fit
+    the base.
     """
     boundaries = pick_boundaries(settings.boundaries, base.layers)
     compared = pick_boundaries(settings.compare, base.layers) if settings.compare else []
@@ -54,21 +88,43 @@ def read_probabilities(
     encoder = encoder_of(base, adapter, generation)
     examples = encode_all(sample, encoder.example, reporter.note)
     batches = _batches(examples, generation.batch_size)
-    curves: dict[int, _Curves] = {}
+    sums: dict[int, _Sums] = {}
     with Gates(attach(base, adapter)).standing() as gates:
         steps = [(k, batch) for k in (base.layers, *compared) for batch in batches]
-        sums: dict[int, Any] = {}
         for k, batch in reporter.timed(steps, "reading", len(steps)):
             gates.set([k])
-            part = _batch_sums(base, batch, settings.tokens)
-            sums[k] = [a + b for a, b in zip(sums[k], part, strict=True)] if k in sums else part
-    for k, (gold, most, count) in sums.items():
-        there = count > 0
-        curves[k] = (gold[:, there] / count[there], most[:, there] / count[there])
+            part = _sums_of(base, batch, settings.tokens)
+            sums[k] = sums[k].plus(part) if k in sums else part
+    curves = {k: total.means() for k, total in sums.items()}
     return _records(curves, boundaries, compared, whole=base.layers, count=len(examples))
 
 
+def knee(values: Sequence[float]) -> int:
+    """Return the place of the knee: the value farthest below the chord from the first to the last.
+
+    This is Kneedle's rule for a convex rising curve. Of equal distances the first place counts;
+    where no value lies below the chord, there is no knee and the last place is returned.
+    """
+    last = len(values) - 1
+    below = [
+        values[0] + (values[-1] - values[0]) * place / max(last, 1) - value
+        for place, value in enumerate(values)
+    ]
+    deepest = max(below)
+    return below.index(deepest) if deepest > 1e-12 else last
+
+
+def _difference(curves: _Curves, whole: torch.Tensor, layers: int) -> ComparedCurve:
+    """Return a stripped adapter's probabilities after `layers` layers, compared with the whole's.
+
+    `whole` are the gold token's under the whole adapter (layers, tokens).
+    """
+    differences = (curves.gold[layers - 1] - whole[layers - 1]).tolist()
+    return {**curves.after(layers), "differences": differences}
+
+
 def _batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Cut examples into batches of `size`, the longest first."""
     ordered = sorted(examples, key=lambda example: -len(example.ids))
     return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
@@ -80,67 +136,73 @@ def _records(
     *,
     whole: int,
     count: int,
-) -> list[dict[str, Any]]:
-    gold, most = curves[whole]
+) -> list[ProbabilityRecord]:
+    """Return the records from the curves of each boundary read; `whole` is the whole adapter's."""
+    gold = curves[whole].gold
     scores = [float(gold[k - 1].mean()) for k in boundaries]
     best = boundaries[knee(scores)]
-    rows = []
-    for k, value in zip(boundaries, scores, strict=True):
-        row: dict[str, Any] = {"boundary": k, "score": value, "count": count}
-        row |= _told(gold[k - 1], most[k - 1])
+    records: list[ProbabilityRecord] = []
+    for k, score in zip(boundaries, scores, strict=True):
+        comparison: Comparison = {}
         if compared:
-            row["compared"] = {
-                str(other): _told(curves[other][0][k - 1], curves[other][1][k - 1])
-                | {"differences": (curves[other][0][k - 1] - gold[k - 1]).tolist()}
-                for other in compared
+            comparison["compared"] = {
+                str(other): _difference(curves[other], gold, k) for other in compared
             }
-        rows.append({**row, "best": k == best})
-    return rows
-
-
-def _told(gold: torch.Tensor, most: torch.Tensor) -> dict[str, list[float]]:
-    return {"probabilities": gold.tolist(), "maximum_probabilities": most.tolist()}
+        records.append(
+            {
+                "boundary": k,
+                "score": score,
+                "count": count,
+                **curves[whole].after(k),
+                **comparison,
+                "best": k == best,
+            }
+        )
+    return records
 
 
 @torch.inference_mode()
-def _batch_sums(base: Base, rows: Sequence[Example], tokens: int) -> list[torch.Tensor]:
-    """Return, over the rows, the sums of the gold token's and of the largest probability.
-
-    Both (layers, tokens) float64, and the number of rows that have each position, (tokens,).
-    """
+def _sums_of(base: Base, rows: Sequence[Example], tokens: int) -> _Sums:
+    """Return the sums over the rows of a batch, for the completion's first `tokens` positions."""
     batch = lay_out(rows, base.device)
-    gold, there = _first_targets(rows, base.device, tokens)
+    targets, present = _first_targets(rows, base.device, tokens)
     pass_ = _watched_pass(base.model, batch, _first_places(rows, batch, tokens))
-    sums: list[list[torch.Tensor]] = [[], []]
+    gold: list[torch.Tensor] = []
+    likeliest: list[torch.Tensor] = []
     for state in pass_.states:
         chances = _through_tail(base.model, pass_, state).float().softmax(-1)
-        found = chances.gather(-1, gold[..., None])[..., 0], chances.amax(-1)
-        for kept, part in zip(sums, found, strict=True):
-            kept.append((part.double() * there).sum(0).cpu())
-    return [torch.stack(sums[0]), torch.stack(sums[1]), there.sum(0).double().cpu()]
+        of_target = chances.gather(-1, targets[..., None])[..., 0]
+        gold.append((of_target.double() * present).sum(0).cpu())
+        likeliest.append((chances.amax(-1).double() * present).sum(0).cpu())
+    return _Sums(torch.stack(gold), torch.stack(likeliest), present.sum(0).double().cpu())
 
 
 class _Pass(NamedTuple):
-    """A forward pass: the states after each layer (rows, tokens, width), before the final norm."""
+    """What was seen of a forward pass: the states after each layer, before the final norm.
+
+    states (rows, tokens, width); `norm` is the final norm, `output` the decoder's own output.
+    """
 
     states: list[torch.Tensor]
     norm: torch.nn.Module
-    output: Any
+    output: DecoderOutput
 
 
-def _watched_pass(model: Any, batch: MicroBatch, places: torch.Tensor) -> _Pass:
-    """Run the model and keep what its layers gave at `places` (rows, tokens).
+def _watched_pass(model: Model, batch: MicroBatch, places: torch.Tensor) -> _Pass:
+    """Run the model and keep the outputs of its layers at `places` (rows, tokens).
 
-    The final norm is the decoder's part whose output is the decoder's own. Raises LorakitError for
-    a model that has none, or whose layers are not one list.
+    The final norm is the part of the decoder whose output is the decoder's own. Raises LorakitError
+    for a model that has none, or whose layers are not one list.
     """
     decoder, layers = model.get_decoder(), decoder_layers(model)
     rows = torch.arange(len(places), device=places.device)[:, None]
     states: list[torch.Tensor] = []
-    parts: list[tuple[torch.nn.Module, Any]] = []
-    outputs: list[Any] = []
+    parts: list[tuple[torch.nn.Module, object]] = []
+    outputs: list[DecoderOutput] = []
 
-    def keep(module: Any, inputs: Any, output: Any) -> None:
+    def keep(
+        layer: torch.nn.Module, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]
+    ) -> None:
         states.append((output[0] if isinstance(output, tuple) else output)[rows, places])
 
     with contextlib.ExitStack() as hooks:
@@ -161,14 +223,14 @@ def _watched_pass(model: Any, batch: MicroBatch, places: torch.Tensor) -> _Pass:
     )
 
 
-def _through_tail(model: Any, pass_: _Pass, state: torch.Tensor) -> torch.Tensor:
+def _through_tail(model: Model, pass_: _Pass, state: torch.Tensor) -> torch.Tensor:
     """Return the logits of a state: the final norm, then the model's own forward past its decoder.
 
-    In that forward the decoder gives the state in place of its own.
+    In that forward the decoder is made to return the state in place of its own.
     """
     decoder = model.get_decoder()
-    given = type(pass_.output)(last_hidden_state=pass_.norm(state))
-    decoder.forward = lambda *inputs, **named: given
+    replaced = type(pass_.output)(last_hidden_state=pass_.norm(state))
+    decoder.forward = lambda *inputs, **named: replaced
     try:
         ids = torch.zeros(state.shape[:2], dtype=torch.int64, device=state.device)
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
@@ -188,10 +250,10 @@ def _first_places(rows: Sequence[Example], batch: MicroBatch, tokens: int) -> to
 def _first_targets(
     rows: Sequence[Example], device: torch.device, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's first gold tokens (rows, tokens), 0 past its end, and where they are."""
+    """Return each row's first gold tokens (rows, tokens), 0 past its end, and which are there."""
     gold = torch.full((len(rows), tokens), IGNORED)
     for place, row in enumerate(rows):
-        some = row.ids[row.start : row.start + tokens]
-        gold[place, : len(some)] = torch.tensor(some)
-    there = gold != IGNORED
-    return gold.clamp_min(0).to(device), there.to(device)
+        first = row.ids[row.start : row.start + tokens]
+        gold[place, : len(first)] = torch.tensor(first)
+    present = gold != IGNORED
+    return gold.clamp_min(0).to(device), present.to(device)

@@ -2,16 +2,59 @@
 
     {"boundary": 15, "score": 41.2, …, "best": true}
 
-It knows nothing of how they were found; a boundary of k keeps the LoRA of the bottom k layers.
+A boundary of k keeps the LoRA of the bottom k layers. How boundaries are scored is not known here;
+evaluate.py and probability.py write these records, `strip-layers --boundary -` reads them.
 """
 
 from __future__ import annotations
+
+from typing import TypedDict
 
 from lorakit.errors import LorakitError
 from lorakit.files import STDIO
 from lorakit.records import Record, read_objects
 
 _REMEDY = "give what `lorakit find-boundary` wrote"
+
+
+class Curve(TypedDict):
+    """Mean probabilities of the gold token and of the likeliest, by position of the completion."""
+
+    probabilities: list[float]
+    maximum_probabilities: list[float]
+
+
+class ComparedCurve(Curve):
+    """The curve of a stripped adapter; by how much the gold token's differ from the whole's."""
+
+    differences: list[float]
+
+
+class Comparison(TypedDict, total=False):
+    """The curves of an adapter stripped at other boundaries, by boundary."""
+
+    compared: dict[str, ComparedCurve]
+
+
+class BoundaryRecord(TypedDict):
+    """What every record of find-boundary has; `count` is the number of records behind the score."""
+
+    boundary: int
+    score: float
+    count: int
+    best: bool
+
+
+class EvaluationRecord(BoundaryRecord):
+    """A boundary scored by a metric; `baseline` is the score of the base model."""
+
+    metric: str
+    baseline: float
+    signature: str
+
+
+class ProbabilityRecord(BoundaryRecord, Curve, Comparison):
+    """A boundary with the probabilities after that many layers."""
 
 
 def read_boundary(path: str) -> int:
@@ -33,6 +76,7 @@ def read_boundary(path: str) -> int:
 
 
 def _check(record: Record) -> None:
+    """Raise LorakitError for a record whose boundary, score or mark is of the wrong type."""
     boundary, score = record.fields.get("boundary"), record.fields.get("score")
     if type(boundary) is not int or boundary < 0:
         raise LorakitError(f"{record.where}: 'boundary' is not a natural number; {_REMEDY}")

@@ -16,6 +16,8 @@ from lorakit.errors import LorakitError, missing_package
 from lorakit.files import atomic_path, open_text_output
 from lorakit.records import write_records
 
+_BARS = " ▁▂▃▄▅▆▇█"
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -192,3 +194,24 @@ def _plot_compared(rows: Rows, output: str) -> None:
                 if token == 0:
                     axes.set_ylabel(title)
                     axes.legend()
+
+
+def sketch(names: Sequence[int], values: Sequence[float], best: int, height: int = 5) -> list[str]:
+    """Return lines of text that draw the values as bars, named below, the one named `best` marked.
+
+    The largest value is `height` lines high. This is for the terminal and needs no matplotlib.
+    """
+    low, high = min(values), max(values)
+    eighths = [
+        1 + round((value - low) / ((high - low) or 1.0) * (8 * height - 1)) for value in values
+    ]
+    width = max(len(str(name)) for name in names) + 1
+    scale = {height - 1: f"{high:.4g}", 0: f"{low:.4g}"}
+    lines = []
+    for row in reversed(range(height)):
+        cells = (_BARS[min(8, max(0, part - 8 * row))] for part in eighths)
+        bars = "".join((cell * (width - 1)).rjust(width) for cell in cells)
+        lines.append(f"{scale.get(row, ''):>8} {bars}".rstrip())
+    lines.append(" " * 9 + "".join(f"{name:>{width}}" for name in names))
+    mark = "".join(("▲" if name == best else "").rjust(width) for name in names)
+    return [*lines, f"{'best':>8} {mark}".rstrip()]

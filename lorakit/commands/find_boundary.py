@@ -12,7 +12,9 @@ from lorakit.files import STDIO
 from lorakit.settings import BoundarySettings, GenerationSettings, ModelSettings
 
 if TYPE_CHECKING:
-    from lorakit.commands._plots import Rows
+    from collections.abc import Sequence
+
+    from lorakit.boundary.records import BoundaryRecord
     from lorakit.commands._progress import TerminalReporter
 
 
@@ -110,6 +112,7 @@ def find_boundary(
     base = open_base(
         model, [loaded], generation.device, generation.dtype, reporter.note, training=False
     )
+    rows: Sequence[BoundaryRecord]
     if boundary.by == "evaluation":
         rows = evaluate(
             base,
@@ -140,9 +143,9 @@ def _check_method(boundary: BoundarySettings, predictions: str | None) -> None:
         raise click.UsageError("--predictions is for --by evaluation only.")
 
 
-def _sketch(rows: Rows, reporter: TerminalReporter) -> None:
+def _sketch(rows: Sequence[BoundaryRecord], reporter: TerminalReporter) -> None:
     """Show the score of every boundary as a curve in text, where stderr is a terminal."""
-    from lorakit.boundary.knee import sketch
+    from lorakit.commands._plots import sketch
 
     boundaries = [row["boundary"] for row in rows]
     best = next(row["boundary"] for row in rows if row["best"])

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from lorakit.models.base import ADAPTER
-from lorakit.models.lora import PeftLayer
+from lorakit.models.lora import ADAPTER, PeftLayer
 from lorakit.training.loss import BatchLoss
 from lorakit.training.trainer import State, StepHook
 

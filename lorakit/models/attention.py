@@ -1,8 +1,14 @@
 """How a base attends on a CPU: in float32, and row by row where rows are packed into one sequence.
 
-On CPUs PyTorch's bfloat16 attention has a slow backward pass, and a mask that keeps packed rows
-apart would cost as much as one row of their joint length. A packed row sees what the model's own
-rule (causal, sliding window) lets it see of itself.
+On CPUs PyTorch's bfloat16 attention has a slow backward pass, and one mask that keeps packed rows
+apart would cost as much as a single row of their joint length. So a packed sequence is cut at its
+rows, and each is attended to alone, under the model's own rule (causal, sliding window):
+
+    with packed([4, 2]):          # a sequence of six tokens holds a row of four and a row of two
+        model(...)                # tokens 0-3 see tokens 0-3, tokens 4 and 5 see tokens 4 and 5
+    model(...)                    # outside the block all six tokens are one row
+
+How rows are packed is in batches.py and not known here.
 """
 
 from __future__ import annotations
@@ -10,17 +16,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
+
+from lorakit.models.architecture import Model
 
 BY_ROW = "sdpa_by_row"
 _lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths", default=None)
 
 
 class RowMasks(NamedTuple):
-    """What stands for the attention mask of packed rows: each one's length and mask.
+    """Stands in for the attention mask of packed rows: the length and the mask of each row.
 
     A mask is bool (1, 1, length, length), None where it is the causal one.
     """
@@ -31,7 +39,7 @@ class RowMasks(NamedTuple):
 
 @contextlib.contextmanager
 def packed(lengths: Sequence[int]) -> Iterator[None]:
-    """Take every sequence given to a model inside the block for rows of these lengths."""
+    """Treat every sequence given to a model inside the block as rows of these lengths."""
     token = _lengths.set(lengths)
     try:
         yield
@@ -39,40 +47,51 @@ def packed(lengths: Sequence[int]) -> Iterator[None]:
         _lengths.reset(token)
 
 
-def attend_by_row(model: Any) -> None:
-    """Let a model that attends by PyTorch's own function do so in float32, and by row if packed."""
+def attend_by_row(model: Model) -> None:
+    """Make a model that uses PyTorch's attention attend in float32, and by row where packed."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(BY_ROW)
 
 
 def _attention(
-    module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | RowMasks | None,
+    **settings: object,
 ) -> tuple[torch.Tensor, None]:
-    plain = transformers.AttentionInterface()["sdpa"]
+    """Attend as transformers' own function does, in float32, to each packed row by itself.
+
+    query, key and value are (1 or rows, heads, tokens, width).
+    """
+    attend = transformers.AttentionInterface()["sdpa"]
     wide = [tensor.float() for tensor in (query, key, value)]
     if isinstance(mask, RowMasks):
         rows = zip(*(tensor.split(mask.lengths, 2) for tensor in wide), strict=True)
-        found = [
-            plain(module, *row, own, **settings)[0]
-            for row, own in zip(rows, mask.masks, strict=True)
+        attended = [
+            attend(module, *row, row_mask, **settings)[0]
+            for row, row_mask in zip(rows, mask.masks, strict=True)
         ]
-        return torch.cat(found, 1).to(query.dtype), None
+        return torch.cat(attended, 1).to(query.dtype), None
     if mask is not None and mask.is_floating_point():
         mask = mask.float()
-    return plain(module, *wide, mask, **settings)[0].to(query.dtype), None
+    return attend(module, *wide, mask, **settings)[0].to(query.dtype), None
 
 
-def _mask(**told: Any) -> Any:
-    plain = transformers.AttentionMaskInterface()["sdpa"]
+def _mask(**arguments: object) -> torch.Tensor | RowMasks | None:
+    """Make the mask that transformers makes, or one for each of the packed rows."""
+    make_mask = transformers.AttentionMaskInterface()["sdpa"]
     lengths = _lengths.get()
     if lengths is None:
-        return plain(**told)
+        whole: torch.Tensor | None = make_mask(**arguments)
+        return whole
     masks: list[torch.Tensor | None] = []
     start = 0
     for length in lengths:
         row = {"q_length": length, "kv_length": length, "q_offset": start, "kv_offset": start}
-        own = plain(**{**told, **row, "allow_is_causal_skip": False})
-        masks.append(None if _is_causal(own) else own)
+        mask = make_mask(**{**arguments, **row, "allow_is_causal_skip": False})
+        masks.append(None if _is_causal(mask) else mask)
         start += length
     return RowMasks(list(lengths), masks)
 

@@ -1,7 +1,19 @@
-"""Cutting batches into micro-batches and laying them out as tensors.
+"""Which rows go through the model together, and how they lie in its tensors: padded or packed.
 
-Rows are aligned on the right: every completion ends in the last column, so that a model asked for
-its last few logits (`logits_to_keep`) computes the output head only where a loss is due.
+Logits are wanted only where a token is learnt, and computing anything else is a waste. So a row's
+last token is only a label, never an input, and rows are laid out so that the output head computes
+little but what is learnt. Take the rows 1 5 6 | 7 2 and 1 | 8 2, learnt from the bar on:
+
+    padded (any model)              packed (models that attend by row, see attention.py)
+    input_ids  1 5 6 7              input_ids     1 5 6 7 1 8
+               0 0 1 8              position_ids  0 1 2 3 0 1      lengths  4 2
+    labels     7 2                  places        2 3 4 5
+               8 2                  labels        7 2 8 2
+
+Padded rows are aligned on the right, so that every completion ends in the last column and a model
+asked for its last few logits (`logits_to_keep`) gives all that are learnt. Packed rows have no
+padding: each counts its positions from 0 and sees itself alone, and `places` are the tokens whose
+next one is learnt.
 """
 
 from __future__ import annotations
@@ -12,21 +24,42 @@ from typing import NamedTuple
 
 import torch
 
+from lorakit.models.architecture import Model, forward_parameters, text_config
+from lorakit.models.attention import BY_ROW, packed
 from lorakit.models.tokens import Example
 
 IGNORED = -100
+_NEEDED_TO_PACK = {"position_ids", "logits_to_keep"}
+_REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class MicroBatch(NamedTuple):
-    """Rows that go through the model together.
+    """Padded rows that go through the model together.
 
     input_ids (rows, length) int64; mask (rows, length) bool, None where no row is padded;
-    labels (rows, kept) int64 for the last `kept` positions, IGNORED where no loss is due.
+    labels (rows, width) int64 for the last `width` positions, IGNORED where no loss is due.
     """
 
     input_ids: torch.Tensor
     mask: torch.Tensor | None
     labels: torch.Tensor
+
+
+class Pack(NamedTuple):
+    """Rows one after another in one sequence.
+
+    input_ids and position_ids (1, tokens) int64; `lengths` of the rows; places (targets,) int64 of
+    the tokens whose next one is learnt, row after row, and labels (targets,), those next ones.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: list[int]
+    places: torch.Tensor
+    labels: torch.Tensor
+
+
+# — which rows go together —
 
 
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
@@ -36,8 +69,17 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
+def epoch_batches(
+    examples: Sequence[Example], batch_size: int, seed: int, epoch: int
+) -> Iterator[list[Example]]:
+    """Yield the batches of one optimiser step each, in the shuffled order of the epoch."""
+    order = shuffled(len(examples), seed, epoch)
+    for first in range(0, len(order), batch_size):
+        yield [examples[place] for place in order[first : first + batch_size]]
+
+
 def micro_batches(examples: Sequence[Example], tokens: int) -> list[list[Example]]:
-    """Cut examples, sorted by length, into runs of at most `tokens` tokens, padding counted.
+    """Sort examples by length and cut them into runs of at most `tokens` tokens, padding counted.
 
     An example that is longer goes alone. Every position of a run is computed, so sorting keeps the
     padding small; the sum of their losses does not depend on the cut.
@@ -51,26 +93,127 @@ def micro_batches(examples: Sequence[Example], tokens: int) -> list[list[Example
     return runs
 
 
-def epoch_batches(
-    examples: Sequence[Example], batch_size: int, seed: int, epoch: int
-) -> Iterator[list[Example]]:
-    """Yield the batches of one optimiser step each, in the shuffled order of the epoch."""
-    order = shuffled(len(examples), seed, epoch)
-    for first in range(0, len(order), batch_size):
-        yield [examples[place] for place in order[first : first + batch_size]]
+def packs(examples: Sequence[Example], tokens: int, *, at_least: int = 1) -> list[list[Example]]:
+    """Distribute examples over as few packs of at most `tokens` tokens as the greedy rule allows.
+
+    The longest example comes first, and each goes into the pack that is the smallest so far, so
+    that packs are of about one size. An example that is longer than `tokens` goes alone; there are
+    `at_least` packs where there are as many examples.
+    """
+    ordered = sorted(examples, key=lambda example: -len(example.ids))
+    total = sum(len(example.ids) for example in ordered)
+    count = max(at_least, -(-total // tokens), 1)
+    while True:
+        rows: list[list[Example]] = [[] for _ in range(min(count, len(ordered)))]
+        sizes = [0] * len(rows)
+        for example in ordered:
+            smallest = sizes.index(min(sizes))
+            rows[smallest].append(example)
+            sizes[smallest] += len(example.ids)
+        if all(len(p) == 1 or size <= tokens for p, size in zip(rows, sizes, strict=True)):
+            return rows
+        count += 1
+
+
+# — padded rows —
 
 
 def lay_out(rows: Sequence[Example], device: torch.device) -> MicroBatch:
-    """Return the tensors of a micro-batch; a row's last token is only a label, never an input."""
+    """Return the tensors of padded rows, aligned on the right."""
     length = max(len(row.ids) for row in rows) - 1
-    kept = max(row.targets for row in rows)
+    width = max(row.targets for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    labels = torch.full((len(rows), kept), IGNORED, dtype=torch.int64)
+    labels = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
     for place, row in enumerate(rows):
         tokens = torch.tensor(row.ids)
         ids[place, length - len(tokens) + 1 :] = tokens[:-1]
         mask[place, length - len(tokens) + 1 :] = True
-        labels[place, kept - row.targets :] = tokens[row.start :]
+        labels[place, width - row.targets :] = tokens[row.start :]
     padding = None if bool(mask.all()) else mask.to(device)
     return MicroBatch(ids.to(device), padding, labels.to(device))
+
+
+def completion_logits(model: Model, batch: MicroBatch) -> torch.Tensor:
+    """Return the logits (rows, width, vocabulary) where a micro-batch has labels.
+
+    They come from the model's own forward, soft-capping, head bias and all; positions are counted
+    without the padding on the left.
+    """
+    inputs: dict[str, object] = {"input_ids": batch.input_ids, "use_cache": False}
+    width = batch.labels.shape[1]
+    parameters = forward_parameters(model)
+    if batch.mask is not None:
+        inputs["attention_mask"] = batch.mask.long()
+        if "position_ids" in parameters:
+            inputs["position_ids"] = (batch.mask.long().cumsum(-1) - 1).clamp_min(0)
+    if "logits_to_keep" in parameters:
+        inputs["logits_to_keep"] = width
+    logits: torch.Tensor = model(**inputs).logits
+    return logits[:, -width:]
+
+
+# — packed rows —
+
+
+def pack(rows: Sequence[Example], device: torch.device) -> Pack:
+    """Return the tensors of packed rows."""
+    ids: list[int] = []
+    places: list[int] = []
+    labels: list[int] = []
+    for row in rows:
+        places += range(len(ids) + row.start - 1, len(ids) + len(row.ids) - 1)
+        labels += row.ids[row.start :]
+        ids += row.ids[:-1]
+    lengths = [len(row.ids) - 1 for row in rows]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return Pack(
+        torch.tensor([ids], device=device),
+        positions[None].to(device),
+        lengths,
+        torch.tensor(places, device=device),
+        torch.tensor(labels, device=device),
+    )
+
+
+def target_logits(model: Model, batch: Pack) -> torch.Tensor:
+    """Return the logits (targets, vocabulary) at the places of a pack, by the model's own head."""
+    with packed(batch.lengths):
+        logits: torch.Tensor = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            logits_to_keep=batch.places,
+            use_cache=False,
+        ).logits
+    return logits[0]
+
+
+@torch.no_grad()
+def can_pack(model: Model) -> bool:
+    """Tell whether a model keeps packed rows apart, by its config and by a trial.
+
+    In the trial the logits of a row packed behind another have to be those of the row alone, and to
+    the bit the same behind whatever other row. A state, or a mixing of neighbours, that does not
+    stop where the row starts would change them.
+    """
+    if text_config(model)._attn_implementation != BY_ROW:
+        return False
+    if not set(forward_parameters(model)) >= _NEEDED_TO_PACK:
+        return False
+    row = _trial_row(model, 5, 1)
+    try:
+        behind = [
+            target_logits(model, pack([_trial_row(model, 4, first), row], model.device))[-4:]
+            for first in (6, 11)
+        ]
+        alone = model(input_ids=torch.tensor([row.ids[:-1]], device=model.device)).logits[0]
+    except _REFUSALS:
+        return False
+    near = (behind[0] - alone).abs().max() <= 0.05 * alone.abs().max()
+    return bool(near) and torch.equal(*behind)
+
+
+def _trial_row(model: Model, length: int, first: int) -> Example:
+    """Return a row of `length` tokens, counted up from `first`."""
+    size = text_config(model).vocab_size
+    return Example(tuple((first + place) % size for place in range(length)), 1, "a trial")

@@ -1,4 +1,4 @@
-"""Where to compute, in which number format, and what a CPU does with freed memory."""
+"""Where to compute, in which number format, and how a CPU program reuses freed memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from lorakit.errors import LorakitError
 # From glibc's malloc.h. Blocks above _LARGEST_KEPT are always given back; it takes 32 MiB at most.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT, _MOST_KEPT = 32 * 2**20, 2**30
+_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what was freed for what is asked for next; elsewhere do nothing.
+    """Let glibc keep freed memory for the next allocation; without glibc, do nothing.
 
-    It keeps blocks of up to 32 MiB, and gives the end of its heap back once 1 GiB of it is free.
-    A pass through a model frees every tensor soon after it is made. Giving the memory back to the
-    system and getting it anew, page by page, took a third of the time of LoRAHub on a small model.
-    It is for programs: malloc's settings belong to the whole process.
+    It keeps blocks of up to 32 MiB, and returns the end of its heap once 1 GiB of it is free. A
+    pass through a model frees every tensor soon after it was allocated; returning that memory to
+    the system and getting it back page by page took a third of LoRAHub's time on a small model.
+    Only a program may call this: malloc's settings belong to the whole process.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc, or no such call
         mallopt = ctypes.CDLL(None).mallopt
@@ -30,23 +35,26 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(choice: str) -> torch.device:
-    """Return the device of `auto` (the fastest there is), or the one asked for if it is there."""
-    there = {
+    """Return the device of that name; `auto` is the fastest there is.
+
+    Raises LorakitError where the machine does not have it.
+    """
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if choice == "auto":
-        choice = next(name for name, found in there.items() if found)
-    if not there[choice]:
+        choice = next(name for name, present in available.items() if present)
+    if not available[choice]:
         raise LorakitError(f"this machine has no {choice} device; use --device auto")
     if choice == "cuda":  # one process a GPU, under torchrun or `accelerate launch`
-        place = int(os.environ.get("LOCAL_RANK", "0"))
-        if place >= torch.cuda.device_count():
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if rank >= torch.cuda.device_count():
             raise LorakitError(
-                f"there is no GPU for process {place}; start at most {torch.cuda.device_count()}"
+                f"there is no GPU for process {rank}; start at most {torch.cuda.device_count()}"
             )
-        return torch.device("cuda", place)
+        return torch.device("cuda", rank)
     return torch.device(choice)
 
 
@@ -60,12 +68,7 @@ def pick_dtype(choice: str, device: torch.device, *, training: bool) -> torch.dt
     if choice == "float16" and training:
         raise LorakitError("float16 gradients underflow; train with --dtype bfloat16 or float32")
     if choice != "auto":
-        named: dict[str, torch.dtype] = {
-            "float32": torch.float32,
-            "bfloat16": torch.bfloat16,
-            "float16": torch.float16,
-        }
-        return named[choice]
+        return _DTYPES[choice]
     if device.type == "cpu":
         fast = training and _has_fast_bfloat16()
     else:
@@ -74,6 +77,6 @@ def pick_dtype(choice: str, device: torch.device, *, training: bool) -> torch.dt
 
 
 def _has_fast_bfloat16() -> bool:
-    """Whether this CPU has matrix instructions for bfloat16 (AMX)."""
+    """Tell whether this CPU has matrix instructions for bfloat16 (AMX)."""
     ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(ask and ask())

@@ -1,18 +1,19 @@
 """Generation: completions for a stream of records, in their order.
 
-Records are taken in windows, sorted by length inside so that a batch has little padding, and given
-back in input order; memory holds one window. In float32 a batched row equals the same row alone.
+Records are taken a window at a time, so that memory holds one window. Inside it they are batched by
+length, which leaves little padding, and yielded in the order they came. In float32 a row writes the
+same in a batch as alone. Files are not known here; predictions.py reads and writes them.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
+import transformers
 
-from lorakit.models.base import Base, new_generation_config
+from lorakit.models.base import Base
 from lorakit.models.tokens import Encoder, Example
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings
@@ -33,7 +34,7 @@ def generate(
     *,
     first: int = 0,
 ) -> Iterator[tuple[Record, Example]]:
-    """Yield each record with its `prediction`, and its prompt in tokens, in the order given.
+    """Yield each record with its `prediction`, and its prompt in tokens, in their order.
 
     `first` is the number of records before these (a multiple of the window), which seeds sampling.
     Raises LorakitError naming a record whose prompt leaves no room for the new tokens.
@@ -46,12 +47,15 @@ def generate(
             return
         prompts = [encoder.prompt(record, settings.max_new_tokens) for record in window]
         torch.manual_seed(settings.seed * 1_000_003 + number)
-        texts = _window(base, prompts, settings)
+        texts = _complete_window(base, prompts, settings)
         for record, prompt, text in zip(window, prompts, texts, strict=True):
             yield record.with_field("prediction", text), prompt
 
 
-def _window(base: Base, prompts: Sequence[Example], settings: GenerationSettings) -> list[str]:
+def _complete_window(
+    base: Base, prompts: Sequence[Example], settings: GenerationSettings
+) -> list[str]:
+    """Return the completion of each prompt, in their order; batches are cut longest first."""
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
     texts = [""] * len(prompts)
     for start in range(0, len(order), settings.batch_size):
@@ -77,14 +81,12 @@ def complete(
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         mask[row, length - len(prompt) :] = 1
-    config = new_generation_config(
-        base, max_new_tokens=settings.max_new_tokens, pad_token_id=pad, **_sampling(settings)
-    )
-    found = base.model.generate(
+    config = _generation_config(base, settings, pad)
+    sequences = base.model.generate(
         input_ids=ids.to(base.device), attention_mask=mask.to(base.device), generation_config=config
     )
     ends = set(base.end_tokens)
-    return [_until(row, ends) for row in found[:, length:].tolist()]
+    return [_until(row, ends) for row in sequences[:, length:].tolist()]
 
 
 def text_of(base: Base, ids: Sequence[int]) -> str:
@@ -93,16 +95,26 @@ def text_of(base: Base, ids: Sequence[int]) -> str:
     return str(text).strip()
 
 
-def _sampling(settings: GenerationSettings) -> dict[str, Any]:
-    if not settings.temperature:
-        return {"do_sample": False, "num_beams": 1}
-    return {
-        "do_sample": True,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": 0,
-    }
+def _generation_config(
+    base: Base, settings: GenerationSettings, pad: int
+) -> transformers.GenerationConfig:
+    """Return a generation config of these settings alone, none of those the model came with."""
+    decoding: dict[str, object] = {"do_sample": False, "num_beams": 1}
+    if settings.temperature:
+        decoding = {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": 0,
+        }
+    return transformers.GenerationConfig(
+        eos_token_id=list(base.end_tokens),
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=pad,
+        **decoding,
+    )
 
 
 def _until(ids: list[int], ends: set[int]) -> list[int]:
+    """Return the ids before the first end token."""
     return list(itertools.takewhile(lambda token: token not in ends, ids))

@@ -1,4 +1,4 @@
-"""LoRA on a base model: which projections there are, and adapters put on them.
+"""LoRA on a base model: which projections it has, and adapters put on them. It alone names peft.
 
 An adapter is attached as one PEFT adapter whose modules, ranks and scales are the adapter's own, so
 that what the model computes is what PEFT computes from the adapter's folder.
@@ -7,45 +7,60 @@ that what the model computes is what PEFT computes from the adapter's folder.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+import peft
 import torch
+from numpy.typing import NDArray
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import layer_of
 from lorakit.errors import LorakitError
-from lorakit.models.base import ADAPTER, FAMILY_TARGETS, Base, Conv1D, put_lora
+from lorakit.models.architecture import Model, decoder_prefix
+from lorakit.models.base import Base
 
-PeftLayer = Any  # peft.tuners.lora.LoraLayer, whose attributes torch types too widely
+ADAPTER = "default"  # the name under which PEFT keeps the one adapter that is on a base
+_FAMILY_TARGETS: Mapping[str, Sequence[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
 
-def projections(model: Any) -> dict[str, tuple[int, int]]:
+class PeftLayer(Protocol):
+    """A projection with LoRA on it: what lorakit uses of peft.tuners.lora.LoraLayer.
+
+    The dictionaries are by the adapter's name; lora_A holds weights (rank, d_in), lora_B (d_out,
+    rank).
+    """
+
+    lora_A: Mapping[str, torch.nn.Linear]  # noqa: N815  PEFT's name
+    lora_B: Mapping[str, torch.nn.Linear]  # noqa: N815
+    lora_dropout: torch.nn.ModuleDict
+    scaling: dict[str, float]
+    forward: Callable[..., torch.Tensor]
+
+    def get_base_layer(self) -> torch.nn.Module: ...
+
+
+def projections(model: Model) -> dict[str, tuple[int, int]]:
     """Return (d_out, d_in) of every projection that LoRA can adapt, by its name in the base.
 
-    Of a model that sees or hears, only those of its text decoder. LoRA that is on the model already
-    is looked through.
+    Of a model that sees or hears, only those of its text decoder. The names are those of the bare
+    base, whether LoRA is on it or not.
     """
-    inside = _prefix_of_decoder(model)
-    found = {}
+    prefix = decoder_prefix(model)
+    shapes = {}
     for name, module in model.named_modules():
         plain = name.removesuffix(".base_layer")
-        if not plain.startswith(inside) or ".lora_" in plain:
+        if not plain.startswith(prefix) or ".lora_" in plain:
             continue
         if isinstance(module, torch.nn.Linear):
-            found[plain] = (module.out_features, module.in_features)
+            shapes[plain] = (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):
-            found[plain] = (module.weight.shape[1], module.weight.shape[0])
-    return found
-
-
-def _prefix_of_decoder(model: Any) -> str:
-    if model.config.get_text_config() is model.config:
-        return ""
-    decoder = model.get_decoder()
-    return next(str(name) for name, module in model.named_modules() if module is decoder)
+            shapes[plain] = (module.weight.shape[1], module.weight.shape[0])
+    return shapes
 
 
 def default_targets(base: Base) -> tuple[list[str], str | None]:
@@ -53,25 +68,25 @@ def default_targets(base: Base) -> tuple[list[str], str | None]:
 
     Raises LorakitError for a family that neither names them q_proj and v_proj nor is known to PEFT.
     """
-    there = {name.rsplit(".", 1)[-1] for name in projections(base.model)}
-    if {"q_proj", "v_proj"} <= there:
+    endings = {name.rsplit(".", 1)[-1] for name in projections(base.model)}
+    if {"q_proj", "v_proj"} <= endings:
         return ["q_proj", "v_proj"], None
-    kind = base.model.config.model_type
-    known = FAMILY_TARGETS.get(kind, _FUSED)
-    fused = [name for name in known if name in there]
+    family = base.model.config.model_type
+    fused = [name for name in _FAMILY_TARGETS.get(family, _FUSED) if name in endings]
     if not fused:
         raise LorakitError(
-            f"no default target modules are known for {kind}; give --target-modules, "
-            f"of {', '.join(sorted(there))}"
+            f"no default target modules are known for {family}; give --target-modules, "
+            f"of {', '.join(sorted(endings))}"
         )
-    return fused, f"{kind} has no separate query and value projections: training {', '.join(fused)}"
+    note = f"{family} has no separate query and value projections: training {', '.join(fused)}"
+    return fused, note
 
 
 def pick_modules(base: Base, targets: Sequence[str], layers: Sequence[int] | None) -> list[str]:
-    """Return the names of the projections that end in one of `targets`, in the layers given.
+    """Return the names of the projections that end in one of `targets`, in the given layers.
 
-    `all-linear` is every projection inside a decoder layer. Raises LorakitError for a target or a
-    layer that the model does not have.
+    No `layers` means all; `all-linear` is every projection inside a decoder layer. Raises
+    LorakitError for a target or a layer that the model does not have.
     """
     inside = [name for name in projections(base.model) if layer_of(name) is not None]
     if list(targets) == ["all-linear"]:
@@ -79,10 +94,10 @@ def pick_modules(base: Base, targets: Sequence[str], layers: Sequence[int] | Non
     else:
         for target in targets:
             if not any(_ends_in(name, target) for name in inside):
-                there = sorted({name.rsplit(".", 1)[-1] for name in inside})
+                endings = sorted({name.rsplit(".", 1)[-1] for name in inside})
                 raise LorakitError(
                     f"{base.name} has no module {target}; choose --target-modules from "
-                    f"{', '.join(there)}"
+                    f"{', '.join(endings)}"
                 )
         chosen = [name for name in inside if any(_ends_in(name, target) for target in targets)]
     if layers is None:
@@ -103,7 +118,7 @@ def _ends_in(name: str, target: str) -> bool:
 
 
 def is_transposed(base: Base, modules: Sequence[str]) -> bool:
-    """Whether the weights of these modules lie (d_in, d_out), PEFT's `fan_in_fan_out`."""
+    """Tell whether the weights of these modules are (d_in, d_out), PEFT's `fan_in_fan_out`."""
     module = base.model.get_submodule(modules[0])
     plain = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     return isinstance(plain, Conv1D)
@@ -112,25 +127,26 @@ def is_transposed(base: Base, modules: Sequence[str]) -> bool:
 def inject(
     base: Base, ranks: Mapping[str, int], *, alpha: float | None = None, dropout: float = 0.0
 ) -> dict[str, PeftLayer]:
-    """Put a fresh LoRA of the given rank on each module named; return PEFT's layers by name.
+    """Put a fresh LoRA on each module in `ranks`, of that rank; return PEFT's layers by name.
 
     The scale is alpha/rank, or 1 where no alpha is given. Weights are float32, A as PEFT
     initialises it, B zero; they alone are trainable. The base changes in place: LoRA that was on it
     is taken off first.
     """
-    _take_off(base.model)
+    _take_off_(base.model)
     rank = max(ranks.values())
     other = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
-    put_lora(
-        base.model,
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=rank if alpha is None else alpha,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT only divides
         lora_dropout=dropout,
         target_modules=list(ranks),
         rank_pattern=other,
         alpha_pattern=dict(other) if alpha is None else {},
         fan_in_fan_out=is_transposed(base, list(ranks)),
     )
+    peft.inject_adapter_in_model(config, base.model, adapter_name=ADAPTER)
     layers: dict[str, PeftLayer] = {name: base.model.get_submodule(name) for name in ranks}
     for layer in layers.values():
         for factors in (layer.lora_A, layer.lora_B):
@@ -139,8 +155,8 @@ def inject(
     return layers
 
 
-def _take_off(model: Any) -> None:
-    """Put the base's own projections back where PEFT's layers stand."""
+def _take_off_(model: Model) -> None:
+    """Put the base's own projections back in the place of PEFT's layers."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "lora_A"):
             parent, _, last = name.rpartition(".")
@@ -164,7 +180,9 @@ def attach(base: Base, adapter: Adapter) -> dict[str, PeftLayer]:
     return layers
 
 
-def set_factors(layer: PeftLayer, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> None:
+def set_factors(
+    layer: PeftLayer, a: NDArray[np.floating[Any]], b: NDArray[np.floating[Any]]
+) -> None:
     """Copy A (rank, d_in) and B (d_out, rank) into a PEFT layer."""
     with torch.no_grad():
         layer.lora_A[ADAPTER].weight.copy_(torch.tensor(a))
@@ -173,7 +191,8 @@ def set_factors(layer: PeftLayer, a: np.ndarray[Any, Any], b: np.ndarray[Any, An
 
 def factors(layer: PeftLayer) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     """Return the A (rank, d_in) and B (d_out, rank) of a PEFT layer."""
-    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    return a.get_parameter("weight"), b.get_parameter("weight")
 
 
 def set_rank_scales(layer: PeftLayer, scales: torch.Tensor) -> None:
@@ -184,28 +203,26 @@ def set_rank_scales(layer: PeftLayer, scales: torch.Tensor) -> None:
 
 
 def rank_scales(layer: PeftLayer) -> torch.Tensor:
-    """Return what multiplies each rank of a PEFT layer, its scaling included: (rank,) or ()."""
-    weight = layer.lora_A[ADAPTER].weight
-    whole = weight.new_tensor(layer.scaling[ADAPTER])
-    own = getattr(layer.lora_A[ADAPTER], "rank_scales", None)
-    scales: torch.Tensor = whole if own is None else own * whole
-    return scales
+    """Return the scale of each rank of a PEFT layer, times the layer's own: (rank,) or ()."""
+    a = layer.lora_A[ADAPTER]
+    layer_scale = a.weight.new_tensor(layer.scaling[ADAPTER])
+    scales: torch.Tensor | None = getattr(a, "rank_scales", None)
+    return layer_scale if scales is None else scales * layer_scale
 
 
 def check_fits(base: Base, adapter: Adapter) -> None:
     """Raise LorakitError naming the first module the base lacks or has in another shape."""
-    there = projections(base.model)
+    shapes = projections(base.model)
     for module in adapter.modules():
-        if module.name not in there:
+        if module.name not in shapes:
             raise LorakitError(
                 f"{adapter.name}: {base.name} has no module {module.name}; "
                 "give the base the adapter was trained on by --model"
             )
-        shape = module.shape
-        if shape != there[module.name]:
+        if module.shape != shapes[module.name]:
             raise LorakitError(
-                f"{adapter.name}: {module.name} is {_by(shape)}, in {base.name} it is "
-                f"{_by(there[module.name])}; give the base the adapter was trained on by --model"
+                f"{adapter.name}: {module.name} is {_by(module.shape)}, in {base.name} it is "
+                f"{_by(shapes[module.name])}; give the base the adapter was trained on by --model"
             )
 
 

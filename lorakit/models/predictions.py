@@ -1,6 +1,7 @@
-"""Predictions for a file of records: `generate` from input to output, resumable.
+"""Predictions for a file of records: what `lorakit generate` does between its two files.
 
-What is written has the input's records, untouched and in order, each with its `prediction`.
+The output holds the input's records, untouched and in order, each with its `prediction`; a run that
+was killed can be resumed. How completions come about is known to generation.py.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def write_predictions(
     reporter: Reporter,
     resume: bool = False,
 ) -> None:
-    """Generate for every record of `data` and write the records to `output` as they are done.
+    """Complete every record of `data` and write the records to `output` as they are done.
 
     Raises LorakitError naming file and line for a record that cannot be used; what was written
     until then stays beside the output for `resume`.
@@ -46,12 +47,12 @@ def write_predictions(
     records = reporter.track(read_records(data, "prompt"), "generating")
     tally = CutTally()
     key = _key(base, adapter, settings, chat)
-    with _opened(output, key, window_size(settings), resume) as (stream, done):
+    with _open_output(output, key, window_size(settings), resume) as (stream, done):
         _skip(records, done)
         if done:
             reporter.note(f"going on after {len(done)} records")
-        made = generate(base, encoder, records, settings, first=len(done))
-        fields = (_tallied(record, prompt, tally) for record, prompt in made)
+        completed = generate(base, encoder, records, settings, first=len(done))
+        fields = (_tallied(record, prompt, tally) for record, prompt in completed)
         if not write_records(fields, stream) + len(done):
             raise LorakitError(f"{data} holds no records; check what wrote it")
     if tally.note:
@@ -59,6 +60,7 @@ def write_predictions(
 
 
 def _tallied(record: Record, prompt: Example, tally: CutTally) -> Mapping[str, Any]:
+    """Return a record's fields, and count its prompt."""
     tally.add(prompt)
     return record.fields
 
@@ -66,12 +68,12 @@ def _tallied(record: Record, prompt: Example, tally: CutTally) -> Mapping[str, A
 def encoder_of(
     base: Base, adapter: Adapter | None, settings: GenerationSettings | TrainingSettings
 ) -> Encoder:
-    """Return the encoder for outputs of an adapter: as asked, else as it was trained."""
+    """Return the encoder for outputs of an adapter, its chat template by `chat_choice`."""
     return base.encoder_for(settings, chat=chat_choice(settings.chat, adapter))
 
 
 def chat_choice(asked: str, adapter: Adapter | None) -> str:
-    """Return the choice asked for, else the one the adapter was trained with."""
+    """Return the choice asked for; of `auto`, what the adapter was trained with if it says so."""
     stored = adapter.header.get("chat") if adapter is not None else None
     return stored if asked == "auto" and stored else asked
 
@@ -82,7 +84,7 @@ def _key(base: Base, adapter: Adapter | None, settings: GenerationSettings, chat
 
 
 @contextlib.contextmanager
-def _opened(
+def _open_output(
     output: str, key: str, window: int, resume: bool
 ) -> Iterator[tuple[IO[str], list[str]]]:
     """Yield the output stream and the lines an earlier run left, whole windows of them."""
@@ -97,9 +99,9 @@ def _opened(
 
 
 def _skip(records: Iterator[Record], done: list[str]) -> None:
-    """Pass over the records whose predictions are there already.
+    """Skip the records whose predictions were written by an earlier run.
 
-    Raises LorakitError where the data is not what the earlier run read.
+    Raises LorakitError where the data is not what that run had read.
     """
     for line in done:
         record = next(records, None)

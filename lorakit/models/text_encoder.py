@@ -5,17 +5,93 @@ It implements the Embedder of scoring/bertscore.py, which knows how to compare t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import transformers
 
 from lorakit.errors import LorakitError
-from lorakit.models.base import TextEncoder, load_text_encoder
+from lorakit.models.architecture import Model
+from lorakit.models.base import UNLIMITED, explaining_load_errors, quieten_transformers
 from lorakit.models.devices import pick_device
+from lorakit.models.tokens import Tokenizer
 from lorakit.scoring.bertscore import DEFAULT_MODELS, OTHER_MODEL, TUNED_LAYERS, Embedded
 
 _BATCH = 32
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A model without a head, in float32, and its tokenizer: together they turn texts into vectors.
+
+    `prefix` is put before every text, `uncounted` are the ids of its class and separator tokens,
+    `limit` is the longest sequence in tokens.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    name: str
+    prefix: str
+    uncounted: tuple[int, ...]
+    limit: int
+
+    @property
+    def layers(self) -> int:
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def library_version(self) -> str:
+        return str(transformers.__version__)
+
+    def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids and attention mask (both texts × tokens), padded at the right."""
+        encoded = self.tokenizer(
+            [f"{self.prefix}{text.strip()}" for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self.limit,
+            return_tensors="pt",
+        ).to(self.model.device)
+        return encoded["input_ids"], encoded["attention_mask"]
+
+
+def load_text_encoder(name: str, *, device: torch.device) -> TextEncoder:
+    """Load a pretrained model without its head, of an encoder and decoder the encoder alone.
+
+    Byte-level tokenizers see a space before the first word, as bert-score has it. Raises
+    LorakitError where there is no such model, or weights are missing (but for an unused pooler).
+    """
+    quieten_transformers()
+    place = os.path.expanduser(name)
+    with explaining_load_errors("the tokenizer of", name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    with explaining_load_errors("the model", name):
+        model, report = transformers.AutoModel.from_pretrained(
+            place, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    missing = [key for key in report["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise LorakitError(f"the model {name} has no weights for {min(missing)}; give a whole one")
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    tokenizer.padding_side = "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    spaced = isinstance(tokenizer, (transformers.RobertaTokenizer, transformers.GPT2Tokenizer))
+    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    uncounted = tuple(token for token in ends if token is not None)
+    model.requires_grad_(False).eval().to(device)
+    return TextEncoder(
+        model, tokenizer, name, " " if spaced else "", uncounted, _longest(model, tokenizer)
+    )
+
+
+def _longest(model: Model, tokenizer: Tokenizer) -> int:
+    """Return the longest sequence both read; RoBERTa's positions start after its padding id."""
+    positions = getattr(model.config, "max_position_embeddings", None) or UNLIMITED
+    skipped = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    return min(int(tokenizer.model_max_length), positions - (0 if skipped is None else skipped + 1))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""From records to tokens: the prompt and the completion as one string, and what of it is learnt.
+"""From records to tokens: prompt and completion as one string, and which of its tokens are learnt.
 
-It works on whatever fast tokenizer it is given and does not load one; base.py does.
+It works with any fast tokenizer and loads none; base.py does that.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 from lorakit.errors import LorakitError
 from lorakit.records import Record
 
-# What chat templates that ask for today's date are told, always; and how they are told: a macro in
-# front of the template hides the function of that name, which would tell the day of the run.
+Tokenizer = Any  # transformers.PreTrainedTokenizerFast
+
+# The date that chat templates get when they ask for today's, so that a run does not depend on its
+# day. A macro in front of the template hides the function of that name, which would ask the clock.
 CHAT_DATE = datetime.date(2025, 1, 1)
 _DATED = "".join(
     [
@@ -29,7 +31,8 @@ _DATED = "".join(
 class Example:
     """A record in tokens: `ids`, of which those from `start` on are learnt.
 
-    `cut` is the number of tokens that the prompt lost to fit the context.
+    `where` is the place the record was read from, `cut` the number of tokens that its prompt lost
+    to fit the context.
     """
 
     ids: tuple[int, ...]
@@ -45,13 +48,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How records become tokens for one model.
+    """Turns records into tokens for one model.
 
     `end` is the end token's id, `limit` the longest sequence in tokens, `chat` whether the
     tokenizer's chat template is applied.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     end: int
     limit: int
     chat: bool = False
@@ -63,22 +66,26 @@ class Encoder:
         The completion's tokens are those that end inside the completion. Raises LorakitError naming
         the record when it is too long and may not be, or cannot be, cut.
         """
-        return self._fit(record, self._joined, 0)
+        return self._fit(record, self._encode_both, 0)
 
     def prompt(self, record: Record, room: int) -> Example:
-        """Encode the prompt alone, so that `room` more tokens fit after it; likewise."""
-        return self._fit(record, self._prompt, room)
+        """Encode the prompt alone, so that `room` more tokens fit after it.
+
+        Raises LorakitError as `example` does.
+        """
+        return self._fit(record, self._encode_prompt, room)
 
     def _fit(self, record: Record, encode: Callable[[Record], Example], room: int) -> Example:
+        """Encode a record, cutting its prompt's end until it fits with `room` more tokens."""
         whole = encode(record)
-        found, text, over = whole, record.prompt, len(whole.ids) + room - self.limit
+        example, text, over = whole, record.prompt, len(whole.ids) + room - self.limit
         while over > 0:
             if not self.truncate or not text:
                 raise self._too_long(record, len(whole.ids), room)
             text = self._without_last(text, over)
-            found = encode(record.with_field("prompt", text))
-            over = len(found.ids) + room - self.limit
-        return replace(found, cut=len(whole.ids) - len(found.ids))
+            example = encode(record.with_field("prompt", text))
+            over = len(example.ids) + room - self.limit
+        return replace(example, cut=len(whole.ids) - len(example.ids))
 
     def _without_last(self, text: str, count: int) -> str:
         """Return the text without its last `count` tokens."""
@@ -96,12 +103,13 @@ class Encoder:
             f"{remedy}"
         )
 
-    def _prompt(self, record: Record) -> Example:
+    def _encode_prompt(self, record: Record) -> Example:
         text = self._render(record.prompt, None, record.where) if self.chat else record.prompt
-        ids = self._begun(self._tokens(text)[0])
+        ids = self._never_empty(self._tokens(text)[0])
         return Example(ids, len(ids), record.where)
 
-    def _joined(self, record: Record) -> Example:
+    def _encode_both(self, record: Record) -> Example:
+        """Encode prompt and completion as one string, however long, and the end token."""
         if self.chat:
             prompt = self._render(record.prompt, None, record.where)
             text = self._render(record.prompt, record.completion, record.where)
@@ -117,25 +125,26 @@ class Encoder:
         answer = ids[start:]
         if self.chat and self.end in answer:  # what the template writes after it is never generated
             answer = answer[: answer.index(self.end)]
-        before = self._begun(ids[:start])
+        before = self._never_empty(ids[:start])
         return Example((*before, *answer, self.end), len(before), record.where)
 
-    def _begun(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Return what the model reads first: the tokens, or one that begins a text if none."""
+    def _never_empty(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tokens, or where there are none the token that begins a text."""
         begin = self.tokenizer.bos_token_id
         return ids or (self.end if begin is None else begin,)
 
     def _tokens(self, text: str) -> tuple[tuple[int, ...], list[int]]:
         """Return the ids of a text and, for each, where in the text it ends (special: 0)."""
-        found = self.tokenizer(
+        encoded = self.tokenizer(
             text, add_special_tokens=not self.chat, return_offsets_mapping=True, truncation=False
         )
-        ids, ends = tuple(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+        ids, ends = tuple(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
         while ids and ids[-1] == self.end and ends[-1] == 0:  # put there by the tokenizer itself
             ids, ends = ids[:-1], ends[:-1]
         return ids, ends
 
     def _render(self, prompt: str, answer: str | None, where: str) -> str:
+        """Apply the chat template; without an answer, up to where the answer begins."""
         import jinja2
 
         turns = [{"role": "user", "content": prompt}]
@@ -188,7 +197,7 @@ class CutTally:
 def encode_all(
     records: Iterable[Record], encode: Callable[[Record], Example], note: Callable[[str], None]
 ) -> list[Example]:
-    """Encode the records, in order, and note how much `--truncate` cut off them, if anything."""
+    """Encode the records, in order, and note how much of them `--truncate` cut, if anything."""
     tally = CutTally()
     examples = [tally.add(encode(record)) for record in records]
     if tally.note:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from lorakit.models.base import ADAPTER
-from lorakit.models.lora import PeftLayer, factors, rank_scales
+from lorakit.models.lora import ADAPTER, PeftLayer, factors, rank_scales
 
 _Forward = Callable[..., torch.Tensor]
 

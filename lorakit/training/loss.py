@@ -19,9 +19,15 @@ import torch
 
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
-from lorakit.models.batches import IGNORED, lay_out, micro_batches
-from lorakit.models.forward import completion_logits
-from lorakit.models.packing import pack, packs, target_logits
+from lorakit.models.batches import (
+    IGNORED,
+    completion_logits,
+    lay_out,
+    micro_batches,
+    pack,
+    packs,
+    target_logits,
+)
 from lorakit.models.tokens import Example
 
 _LOGITS_AT_ONCE = 1 << 20  # in float32

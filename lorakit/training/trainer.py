@@ -18,9 +18,9 @@ import accelerate
 import torch
 
 from lorakit.errors import LorakitError
+from lorakit.models.architecture import activation_checkpointing
 from lorakit.models.base import Base
 from lorakit.models.batches import epoch_batches
-from lorakit.models.forward import activation_checkpointing
 from lorakit.models.lora import PeftLayer, factors
 from lorakit.models.tokens import Example
 from lorakit.reporting import EpochReport, Reporter, StepReport

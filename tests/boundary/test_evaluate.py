@@ -35,36 +35,38 @@ def records(count: int, seed: int = 0) -> list[Record]:
     return [Record(row, f"data:{row['id']}") for row in rows(count, seed)]
 
 
-def prompts(base: Base, given: list[Record]) -> list[Example]:
+def prompts(base: Base, sample: list[Record]) -> list[Example]:
     encoder = base.encoder(chat="off")
-    return [encoder.prompt(record, SETTINGS.max_new_tokens) for record in given]
+    return [encoder.prompt(record, SETTINGS.max_new_tokens) for record in sample]
 
 
-def naive(name: str, ends: tuple[int, ...], given: list[Record], **adapter: Any) -> list[list[str]]:
+def naive(
+    name: str, ends: tuple[int, ...], sample: list[Record], **adapter: Any
+) -> list[list[str]]:
     """Return the outputs of every boundary, each on a model of its own."""
-    found = []
+    outputs = []
     for k in EVERY:
         base = replace(open_base(name), end_tokens=ends)
         stripped = random_adapter(base, below=k, **adapter) if k else None
-        found.append(alone(base, stripped, given, SETTINGS))
-    return found
+        outputs.append(alone(base, stripped, sample, SETTINGS))
+    return outputs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_boundary_writes_what_it_writes_alone(family: str, tmp_path: Path) -> None:
     name = save_model(tmp_path, family)
-    base, given = open_base(name), records(9)
+    base, sample = open_base(name), records(9)
     frequent = [ord(letter) for letter in "aeiou"]
     ends = (*base.end_tokens, *frequent)  # so that outputs end at various lengths
     base = replace(base, end_tokens=ends)
-    expected = naive(name, ends, given)
+    expected = naive(name, ends, sample)
     assert len({tuple(texts) for texts in expected}) == len(EVERY), "boundaries do not differ"
     draw = random.Random(family)
     for batch_size in (1, draw.randrange(2, 4), draw.randrange(4, 10), 40):
         settings = replace(SETTINGS, batch_size=batch_size)
         adapter = random_adapter(base)
-        found = decode(base, adapter, prompts(base, given), EVERY, settings, Notes())
-        assert [found[k] for k in EVERY] == expected
+        outputs = decode(base, adapter, prompts(base, sample), EVERY, settings, Notes())
+        assert [outputs[k] for k in EVERY] == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,36 +80,36 @@ def test_every_family_is_decoded_together(family: str, tmp_path: Path) -> None:
 def test_a_sliding_window_shorter_than_the_prompt_is_kept(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = FAMILIES[family]
+    config_of = FAMILIES[family]
 
     def narrow() -> Any:
-        config = made()
+        config = config_of()
         config.sliding_window = 8
         return config
 
     monkeypatch.setitem(FAMILIES, family, narrow)
     name = save_model(tmp_path, family)
-    base, given = open_base(name), records(6)
-    found = decode(base, random_adapter(base), prompts(base, given), EVERY, SETTINGS, Notes())
-    assert [found[k] for k in EVERY] == naive(name, base.end_tokens, given)
+    base, sample = open_base(name), records(6)
+    outputs = decode(base, random_adapter(base), prompts(base, sample), EVERY, SETTINGS, Notes())
+    assert [outputs[k] for k in EVERY] == naive(name, base.end_tokens, sample)
 
 
 def test_a_model_that_cannot_be_pooled_is_decoded_a_boundary_at_a_time(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, given = open_base(llama), records(5)
+    base, sample = open_base(llama), records(5)
     monkeypatch.setattr(module, "can_pool", lambda *arguments: False)
     monkeypatch.delattr(Pool, "run")
     notes = Notes()
-    found = decode(base, random_adapter(base), prompts(base, given), EVERY, SETTINGS, notes)
-    assert [found[k] for k in EVERY] == naive(llama, base.end_tokens, given)
+    outputs = decode(base, random_adapter(base), prompts(base, sample), EVERY, SETTINGS, notes)
+    assert [outputs[k] for k in EVERY] == naive(llama, base.end_tokens, sample)
     assert notes.notes == [f"{llama} cannot decode boundaries together: one after the other"]
 
 
 def test_boundaries_with_the_same_layers_on_are_decoded_once(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, given, asked = open_base(llama), records(5), []
+    base, sample, asked = open_base(llama), records(5), []
     whole = Pool.run
 
     def counted(self: Pool, boundaries: Any) -> Any:
@@ -116,20 +118,20 @@ def test_boundaries_with_the_same_layers_on_are_decoded_once(
 
     monkeypatch.setattr(Pool, "run", counted)
     adapter = random_adapter(base, layers=[1])
-    found = decode(base, adapter, prompts(base, given), EVERY, SETTINGS, Notes())
+    outputs = decode(base, adapter, prompts(base, sample), EVERY, SETTINGS, Notes())
     assert sorted(asked) == [0, 2]
-    assert found[0] == found[1] != found[2] == found[3]
-    assert [found[k] for k in EVERY] == naive(llama, base.end_tokens, given, layers=[1])
+    assert outputs[0] == outputs[1] != outputs[2] == outputs[3]
+    assert [outputs[k] for k in EVERY] == naive(llama, base.end_tokens, sample, layers=[1])
 
 
 @pytest.mark.parametrize("family", ["llama", "phi", "gpt2"])
 def test_every_projection_of_a_layer_can_have_lora(family: str, tmp_path: Path) -> None:
     name = save_model(tmp_path, family)
-    base, given = open_base(name), records(5)
-    told: dict[str, Any] = {"targets": ["all-linear"], "size": 0.5}
-    adapter = random_adapter(base, **told)
-    found = decode(base, adapter, prompts(base, given), EVERY, SETTINGS, Notes())
-    assert [found[k] for k in EVERY] == naive(name, base.end_tokens, given, **told)
+    base, sample = open_base(name), records(5)
+    shape: dict[str, Any] = {"targets": ["all-linear"], "size": 0.5}
+    adapter = random_adapter(base, **shape)
+    outputs = decode(base, adapter, prompts(base, sample), EVERY, SETTINGS, Notes())
+    assert [outputs[k] for k in EVERY] == naive(name, base.end_tokens, sample, **shape)
 
 
 def test_no_more_rows_than_the_batch_size_go_through_a_layer(llama: str) -> None:
@@ -137,24 +139,24 @@ def test_no_more_rows_than_the_batch_size_go_through_a_layer(llama: str) -> None
     for layer in base.model.model.layers:
         layer.register_forward_hook(lambda module, inputs, output: seen.add(len(output)))
     settings = replace(SETTINGS, batch_size=3)
-    given = prompts(base, records(7))
-    texts = decode(base, random_adapter(base), given, EVERY, settings, Notes())
+    sample = prompts(base, records(7))
+    texts = decode(base, random_adapter(base), sample, EVERY, settings, Notes())
     assert len(texts) == len(EVERY)
     assert max(seen) == 3
 
 
 def test_the_model_is_as_it_was_afterwards(llama: str) -> None:
-    base, given = open_base(llama), records(4)
+    base, sample = open_base(llama), records(4)
     adapter = random_adapter(base)
-    decode(base, adapter, prompts(base, given), EVERY, SETTINGS, Notes())
-    after = [r.prediction for r, _ in boundary_outputs(base, given)]
-    assert after == alone(open_base(llama), adapter, given, SETTINGS)
+    decode(base, adapter, prompts(base, sample), EVERY, SETTINGS, Notes())
+    after = [r.prediction for r, _ in boundary_outputs(base, sample)]
+    assert after == alone(open_base(llama), adapter, sample, SETTINGS)
 
 
-def boundary_outputs(base: Base, given: list[Record]) -> Any:
+def boundary_outputs(base: Base, sample: list[Record]) -> Any:
     from lorakit.models.generation import generate
 
-    return generate(base, base.encoder(chat="off"), given, SETTINGS)
+    return generate(base, base.encoder(chat="off"), sample, SETTINGS)
 
 
 # — scores and records —
@@ -167,8 +169,8 @@ def data(tmp_path: Path) -> str:
 
 @pytest.fixture
 def adapter(llama: str) -> Adapter:
-    made: Adapter = random_adapter(open_base(llama))
-    return made
+    adapter: Adapter = random_adapter(open_base(llama))
+    return adapter
 
 
 def look(base: Base, adapter: Adapter, data: str, notes: Notes | None = None, **more: Any) -> Any:
@@ -181,22 +183,23 @@ def test_scores_are_those_that_score_gives_the_predictions(
 ) -> None:
     output = tmp_path / "predictions.jsonl"
     settings = BoundarySettings(sample=8, metric="chrf")
-    found = look(
-        open_base(llama), adapter, data, settings=settings, predictions=str(output)
-    ).as_records()
+    evaluation = look(open_base(llama), adapter, data, settings=settings, predictions=str(output))
+    scored = evaluation.as_records()
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(lines) == 8 * len(EVERY)
-    for row in found:
+    for row in scored:
         part = [line for line in lines if line["boundary"] == row["boundary"]]
         path = save_rows(tmp_path / "part.jsonl", part)
-        ((one,),) = (found.scores for found in score_systems([System((path,))], metrics=["chrf"]))
-        assert (row["score"], row["signature"], row["count"]) == (one.value, one.signature, 8)
-    assert [row["boundary"] for row in found] == [1, 2, 3]
-    assert sum(row["best"] for row in found) == 1
+        ((score,),) = (
+            system.scores for system in score_systems([System((path,))], metrics=["chrf"])
+        )
+        assert (row["score"], row["signature"], row["count"]) == (score.value, score.signature, 8)
+    assert [row["boundary"] for row in scored] == [1, 2, 3]
+    assert sum(row["best"] for row in scored) == 1
 
 
-def values(*given: float, metric: str = "rougeL") -> Evaluation:
-    return Evaluation([], {}, {k: Score(metric, v, 1, "") for k, v in enumerate(given)})
+def values(*scores: float, metric: str = "rougeL") -> Evaluation:
+    return Evaluation([], {}, {k: Score(metric, v, 1, "") for k, v in enumerate(scores)})
 
 
 def test_the_best_of_equal_boundaries_is_the_smaller_and_never_the_base() -> None:
@@ -206,9 +209,9 @@ def test_the_best_of_equal_boundaries_is_the_smaller_and_never_the_base() -> Non
 
 def test_where_lower_is_better_the_lowest_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METRICS, "wer", replace(METRICS["em"], higher_is_better=False))
-    found = values(0.0, 2.0, 1.0, metric="wer")
-    assert found.best == 2
-    assert "does not help" in found.baseline_note
+    evaluation = values(0.0, 2.0, 1.0, metric="wer")
+    assert evaluation.best == 2
+    assert "does not help" in evaluation.baseline_note
 
 
 def test_a_base_that_wins_is_said() -> None:
@@ -222,13 +225,13 @@ def test_a_sample_is_drawn_by_its_seed_and_kept_in_order(data: str) -> None:
     whole = [record.id for record in load_records(data)[0]]
     drawn = [[r.id for r in draw_sample(data, sample=5, seed=seed)] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert drawn[0] == [one for one in whole if one in drawn[0]]
+    assert drawn[0] == [name for name in whole if name in drawn[0]]
     assert [r.id for r in draw_sample(data, sample=99, seed=0)] == whole
 
 
 def test_only_the_boundaries_asked_for_are_tried(llama: str, adapter: Adapter, data: str) -> None:
-    found = look(open_base(llama), adapter, data, settings=BoundarySettings(boundaries=(2, 3)))
-    assert [row["boundary"] for row in found.as_records()] == [2, 3]
+    evaluation = look(open_base(llama), adapter, data, settings=BoundarySettings(boundaries=(2, 3)))
+    assert [row["boundary"] for row in evaluation.as_records()] == [2, 3]
     with pytest.raises(LorakitError, match="no boundary 4; give boundaries within 1-3"):
         look(open_base(llama), adapter, data, settings=BoundarySettings(boundaries=(2, 4)))
 
@@ -258,8 +261,8 @@ def test_in_half_precision_the_share_that_differs_is_measured(
 ) -> None:
     notes = Notes()
     look(open_base(llama, torch.bfloat16), adapter, data, notes)
-    (told,) = [note for note in notes.notes if "bfloat16" in note]
-    assert "of 32 outputs differ" in told
+    (note,) = [note for note in notes.notes if "bfloat16" in note]
+    assert "of 32 outputs differ" in note
 
 
 # — the command —
@@ -274,9 +277,9 @@ def test_the_command_reads_an_adapter_from_a_pipe_and_marks_one_best(
     with open(path, "rb") as stream:
         done = run(*command, "--plot", str(plot), stdin=stream.fileno())
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["boundary"] for row in found] == [1, 2, 3]
-    assert sum(row["best"] for row in found) == 1
+    scored = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["boundary"] for row in scored] == [1, 2, 3]
+    assert sum(row["best"] for row in scored) == 1
     assert "decoding: 48 of 48, 0 s left" in done.stderr
     assert "Note: baseline: the base model (boundary 0) scores" in done.stderr
     assert plot.read_text().startswith("<?xml")
@@ -292,7 +295,7 @@ def test_the_command_reads_an_adapter_from_a_pipe_and_marks_one_best(
         (["--data", "-"], "Only one input can be '-'"),
     ],
 )
-def test_bad_usage_is_told(arguments: list[str], reason: str) -> None:
+def test_bad_usage_is_refused(arguments: list[str], reason: str) -> None:
     done = run("find-boundary", *arguments)
     assert done.returncode == 2
     assert reason in done.stderr

@@ -9,8 +9,8 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
-from lorakit.boundary.knee import knee, sketch
-from lorakit.boundary.probability import read_probabilities
+from lorakit.boundary.probability import knee, read_probabilities
+from lorakit.boundary.records import ProbabilityRecord
 from lorakit.models.base import Base
 from lorakit.models.lora import attach
 from lorakit.records import Record
@@ -28,9 +28,11 @@ def data(tmp_path: Path) -> str:
     return save_rows(tmp_path / "val.jsonl", rows(COUNT))
 
 
-def look(base: Base, adapter: Adapter, data: str, **settings: Any) -> list[dict[str, Any]]:
-    told: dict[str, Any] = {"settings": BoundarySettings(**settings), "reporter": Notes()}
-    return read_probabilities(base, adapter, data, generation=SETTINGS, **told)
+def look(base: Base, adapter: Adapter, data: str, **settings: Any) -> list[ProbabilityRecord]:
+    chosen = BoundarySettings(**settings)
+    return read_probabilities(
+        base, adapter, data, settings=chosen, generation=SETTINGS, reporter=Notes()
+    )
 
 
 FINAL_NORM = {"phi": "final_layernorm", "gpt2": "ln_f"}
@@ -75,37 +77,39 @@ def test_probabilities_are_those_of_the_hidden_states(
     if family == "phi":
         torch.nn.init.normal_(base.model.lm_head.bias)
     adapter = random_adapter(base, size=0.3)
-    found = look(base, adapter, data)
+    curves = look(base, adapter, data)
     gold, most = by_hand(base, family)
-    for row, expected, largest in zip(found, gold, most, strict=True):
+    for row, expected, largest in zip(curves, gold, most, strict=True):
         assert row["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-7)
         assert row["maximum_probabilities"] == pytest.approx(largest, rel=1e-3)
         assert row["score"] == pytest.approx(sum(expected) / TOKENS, rel=1e-3)
-    assert [row["boundary"] for row in found] == [1, 2, 3]
-    assert sum(row["best"] for row in found) == 1
+    assert [row["boundary"] for row in curves] == [1, 2, 3]
+    assert sum(row["best"] for row in curves) == 1
 
 
 def test_compared_curves_are_those_of_the_stripped_adapter(llama: str, data: str) -> None:
     adapter = random_adapter(open_base(llama))
-    found = look(open_base(llama), adapter, data, compare=(1, 2))
+    curves = look(open_base(llama), adapter, data, compare=(1, 2))
     for k in (1, 2):
         base = open_base(llama)
         alone = look(base, random_adapter(base, below=k), data)
-        for row, stripped in zip(found, alone, strict=True):
-            told = row["compared"][str(k)]
-            assert told["probabilities"] == pytest.approx(stripped["probabilities"])
-            assert told["maximum_probabilities"] == pytest.approx(stripped["maximum_probabilities"])
-            expected = torch.tensor(told["probabilities"]) - torch.tensor(row["probabilities"])
-            assert told["differences"] == pytest.approx(expected.tolist(), abs=1e-7)
+        for row, stripped in zip(curves, alone, strict=True):
+            curve = row["compared"][str(k)]
+            assert curve["probabilities"] == pytest.approx(stripped["probabilities"])
+            assert curve["maximum_probabilities"] == pytest.approx(
+                stripped["maximum_probabilities"]
+            )
+            expected = torch.tensor(curve["probabilities"]) - torch.tensor(row["probabilities"])
+            assert curve["differences"] == pytest.approx(expected.tolist(), abs=1e-7)
 
 
 def test_completions_shorter_than_the_tokens_asked_for_count_where_they_reach(
     llama: str, tmp_path: Path
 ) -> None:
-    made = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "bcdefg"}]
-    data = save_rows(tmp_path / "short.jsonl", made)
-    found = look(open_base(llama), random_adapter(open_base(llama)), data, tokens=9)
-    assert {len(row["probabilities"]) for row in found} == {7}  # six letters and the end
+    short = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "bcdefg"}]
+    data = save_rows(tmp_path / "short.jsonl", short)
+    curves = look(open_base(llama), random_adapter(open_base(llama)), data, tokens=9)
+    assert {len(row["probabilities"]) for row in curves} == {7}  # six letters and the end
 
 
 def test_the_model_is_as_it_was_afterwards(llama: str, data: str) -> None:
@@ -135,16 +139,6 @@ def test_the_knee_is_farthest_below_the_chord(values: list[float], place: int) -
     assert knee(values) == place
 
 
-def test_a_sketch_has_a_bar_for_each_value_and_marks_the_best() -> None:
-    lines = sketch([8, 9, 10], [0.0, 0.5, 1.0], 9, height=2)
-    assert lines == [
-        "       1     ▁▁ ██",
-        "       0  ▁▁ ██ ██",
-        "           8  9 10",
-        "    best      ▲",
-    ]
-
-
 @pytest.mark.parametrize("more", [[], ["--compare", "1,2"]], ids=["alone", "compared"])
 def test_the_command_draws_a_line_for_each_token(
     more: list[str], llama: str, data: str, tmp_path: Path
@@ -156,7 +150,7 @@ def test_the_command_draws_a_line_for_each_token(
         *("--model", llama, "--plot", str(plot), *more),
     )
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [len(row["probabilities"]) for row in found] == [2, 2, 2]
+    curves = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [len(row["probabilities"]) for row in curves] == [2, 2, 2]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "curve.png.jsonl").read_text() == done.stdout

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.commands._plots import check_plot, plot_importance, plot_lines, plot_search
+from lorakit.commands._plots import check_plot, plot_importance, plot_lines, plot_search, sketch
 from lorakit.errors import LorakitError
 
 TRIED = [
@@ -62,3 +62,13 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(LorakitError, match=r"pip install 'lorakit\[plot\]'"):
         check_plot("a.png")
+
+
+def test_a_sketch_has_a_bar_for_each_value_and_marks_the_best() -> None:
+    lines = sketch([8, 9, 10], [0.0, 0.5, 1.0], 9, height=2)
+    assert lines == [
+        "       1     ▁▁ ██",
+        "       0  ▁▁ ██ ██",
+        "           8  9 10",
+        "    best      ▲",
+    ]

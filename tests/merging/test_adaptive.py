@@ -370,7 +370,7 @@ def test_norms_are_taken_over_all_tokens_that_are_not_padding(
     trainer.validate(examples)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     hooks = [
-        layer.base_layer.register_forward_hook(
+        layer.get_base_layer().register_forward_hook(
             lambda module, inputs, output, name=name: seen[name].append(inputs[0][0])
         )
         for name, layer in layers.items()

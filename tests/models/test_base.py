@@ -34,7 +34,7 @@ def base(llama: str) -> Base:
 
 
 @pytest.mark.parametrize(
-    ("given", "recorded", "variable", "expected"),
+    ("named", "recorded", "variable", "expected"),
     [
         ("named", "recorded", "variable", "named"),
         (None, "recorded", "variable", "recorded"),
@@ -46,7 +46,7 @@ def base(llama: str) -> Base:
     ids=["named", "the adapter's", "variable", "tiny", "moved folder", "tiny's adapter"],
 )
 def test_the_base_is_the_one_named_first(
-    given: str | None,
+    named: str | None,
     recorded: str | None,
     variable: str | None,
     expected: str,
@@ -55,7 +55,7 @@ def test_the_base_is_the_one_named_first(
     monkeypatch.delenv("LORAKIT_MODEL", raising=False)
     if variable:
         monkeypatch.setenv("LORAKIT_MODEL", variable)
-    assert choose_model(given, [of_base(recorded)])[0] == expected
+    assert choose_model(named, [of_base(recorded)])[0] == expected
 
 
 def test_a_base_folder_that_is_gone_is_an_error_that_says_how_to_name_it(
@@ -86,8 +86,8 @@ def test_default_targets_are_query_and_value_as_the_family_names_them(
     family: str, targets: list[str], fused: bool, tmp_path: Path
 ) -> None:
     loaded = load_base(save_model(tmp_path, family), device=CPU, dtype=torch.float32)
-    found, note = default_targets(loaded)
-    assert found == targets
+    defaults, note = default_targets(loaded)
+    assert defaults == targets
     assert (note is not None) == fused
 
 

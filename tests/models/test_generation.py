@@ -40,10 +40,10 @@ def records(count: int) -> list[Record]:
     return [Record(row, f"data:{row['id']}") for row in rows(count)]
 
 
-def predict(base: Base, given: list[Record], **changes: Any) -> list[str]:
+def predict(base: Base, sample: list[Record], **changes: Any) -> list[str]:
     settings = replace(SETTINGS, **changes)
-    found = generate(base, base.encoder(chat="off"), given, settings)
-    return [record.prediction for record, _ in found]
+    completed = generate(base, base.encoder(chat="off"), sample, settings)
+    return [record.prediction for record, _ in completed]
 
 
 def test_greedy_decoding_takes_the_most_probable_token_each_time(base: Base) -> None:
@@ -61,14 +61,14 @@ def test_greedy_decoding_takes_the_most_probable_token_each_time(base: Base) -> 
 
 
 def test_batched_output_equals_one_by_one_output_in_float32(base: Base) -> None:
-    given = records(23)
-    assert predict(base, given) == predict(base, given, batch_size=1)
+    sample = records(23)
+    assert predict(base, sample) == predict(base, sample, batch_size=1)
 
 
 def test_records_come_out_in_the_order_they_went_in(base: Base) -> None:
-    given = records(11)
-    found = generate(base, base.encoder(chat="off"), given, SETTINGS)
-    assert [r.id for r, _ in found] == [r.id for r in given]
+    sample = records(11)
+    completed = generate(base, base.encoder(chat="off"), sample, SETTINGS)
+    assert [r.id for r, _ in completed] == [r.id for r in sample]
 
 
 def test_generation_stops_at_the_end_token(base: Base) -> None:
@@ -92,8 +92,8 @@ def test_records_are_read_a_window_at_a_time(base: Base) -> None:
 
 
 def test_sampling_repeats_with_its_seed_and_differs_with_another(base: Base) -> None:
-    given = records(6)
-    hot = [predict(base, given, temperature=1.5, seed=seed) for seed in (0, 0, 1)]
+    sample = records(6)
+    hot = [predict(base, sample, temperature=1.5, seed=seed) for seed in (0, 0, 1)]
     assert hot[0] == hot[1] != hot[2]
 
 
@@ -108,8 +108,8 @@ def write(base: Base, data: str, output: Path, resume: bool = False, **changes: 
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    made = [{**row, "note": {"kept": [1, 2.50]}} for row in rows(40)]
-    return save_rows(tmp_path / "data.jsonl", made)
+    noted = [{**row, "note": {"kept": [1, 2.50]}} for row in rows(40)]
+    return save_rows(tmp_path / "data.jsonl", noted)
 
 
 def test_every_field_of_a_record_passes_through(base: Base, data: str, tmp_path: Path) -> None:
@@ -126,10 +126,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     write(base, data, tmp_path / "whole.jsonl")
 
     def broken(*arguments: Any, **named: Any) -> Iterator[Any]:
-        for number, found in enumerate(generate(*arguments, **named)):
+        for number, completed in enumerate(generate(*arguments, **named)):
             if number == 21:
                 raise KeyboardInterrupt
-            yield found
+            yield completed
 
     with monkeypatch.context() as patch:
         patch.setattr(predictions, "generate", broken)

@@ -12,8 +12,7 @@ import torch
 from lorakit.adapters.storage import load_adapter
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
-from lorakit.models.batches import lay_out, micro_batches
-from lorakit.models.forward import completion_logits
+from lorakit.models.batches import completion_logits, lay_out, micro_batches
 from lorakit.models.lora import factors, inject, pick_modules
 from lorakit.records import Record
 from lorakit.settings import LoraSettings, TrainingSettings

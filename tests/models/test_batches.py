@@ -1,4 +1,4 @@
-"""Packed rows against the same rows alone, and against the padded way."""
+"""Packed rows against the same rows alone, and against the padded way; how both lie in tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from lorakit.models.base import Base
+from lorakit.models.batches import can_pack, lay_out, pack, packs, target_logits
 from lorakit.models.lora import default_targets, factors, inject, pick_modules
-from lorakit.models.packing import can_pack, pack, packs, target_logits
 from lorakit.models.tokens import Example
 from lorakit.records import Record
 from lorakit.training.loss import BatchLoss, new_accelerator
@@ -69,8 +69,8 @@ def losses_of(base: Base, tokens: int, *, packed: bool) -> BatchLoss:
 
 
 def assert_rows_are_their_own(base: Base, batch: list[Example], tolerance: float) -> None:
-    found = target_logits(base.model, pack(batch, CPU)).split([row.targets for row in batch])
-    for row, logits in zip(batch, found, strict=True):
+    packed = target_logits(base.model, pack(batch, CPU)).split([row.targets for row in batch])
+    for row, logits in zip(batch, packed, strict=True):
         alone = base.model(input_ids=torch.tensor([row.ids])).logits[0]
         due = alone[row.start - 1 : -1]
         torch.testing.assert_close(logits, due, rtol=tolerance, atol=tolerance)
@@ -93,10 +93,10 @@ def test_a_packed_row_is_seen_through_the_models_own_window(
     batch = examples(base, 5)
     assert min(len(row.ids) for row in batch) > 4
     assert_rows_are_their_own(base, batch, 1e-4)
-    found = target_logits(base.model, pack(batch, CPU))
+    narrow = target_logits(base.model, pack(batch, CPU))
     base.model.config.sliding_window = 64
     wide = target_logits(base.model, pack(batch, CPU))
-    assert not torch.allclose(found, wide, rtol=1e-3)  # the window did decide
+    assert not torch.allclose(narrow, wide, rtol=1e-3)  # the window did decide
 
 
 def test_gemma_2_caps_its_scores_in_an_attention_of_its_own_and_is_padded(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_model_whose_rows_would_leak_is_padded(
     assert not base.packs
 
 
-def test_a_model_that_is_told_to_attend_otherwise_is_padded(llama: str) -> None:
+def test_a_model_set_to_attend_otherwise_is_padded(llama: str) -> None:
     base = open_base(llama)
     base.model.set_attn_implementation("sdpa")
     assert not can_pack(base.model)
@@ -126,14 +126,14 @@ def test_packed_and_padded_batches_have_one_loss_and_gradient(
     family: str, tokens: int, tmp_path: Path
 ) -> None:
     name = save_model(tmp_path, family)
-    told = []
+    results = []
     for packed in (True, False):
         losses = losses_of(open_base(name), tokens, packed=packed)
         batch = examples(losses.base, 8)
         loss = losses.backward(batch)
         gradients = [parameter.grad for parameter in losses.parameters]
-        told.append((loss, gradients, losses.mean(batch), losses.of_each(batch)))
-    packed_so, padded_so = told
+        results.append((loss, gradients, losses.mean(batch), losses.of_each(batch)))
+    packed_so, padded_so = results
     assert packed_so[0] == pytest.approx(padded_so[0], rel=1e-5)
     assert packed_so[2] == pytest.approx(padded_so[2], rel=1e-5)
     assert packed_so[3] == pytest.approx(padded_so[3], rel=1e-5)
@@ -142,22 +142,37 @@ def test_packed_and_padded_batches_have_one_loss_and_gradient(
 
 
 def test_packed_rows_over_a_bfloat16_base_are_near_the_padded_ones(llama: str) -> None:
-    told = []
+    losses_so = []
     for packed in (True, False):
         losses = losses_of(open_base(llama, torch.bfloat16), 10_000, packed=packed)
-        told.append(losses.backward(examples(losses.base, 8)))
-    assert told[0] == pytest.approx(told[1], rel=2e-2)
+        losses_so.append(losses.backward(examples(losses.base, 8)))
+    assert losses_so[0] == pytest.approx(losses_so[1], rel=2e-2)
 
 
 @pytest.mark.parametrize("at_least", [1, 2, 5])
 def test_packs_hold_every_row_once_within_the_budget(llama: str, at_least: int) -> None:
     batch = examples(open_base(llama), 20)
-    found = packs(batch, 90, at_least=at_least)
-    assert sorted(row.where for rows in found for row in rows) == sorted(row.where for row in batch)
-    assert all(len(rows) == 1 or sum(len(row.ids) for row in rows) <= 90 for rows in found)
+    packed = packs(batch, 90, at_least=at_least)
+    assert sorted(row.where for rows in packed for row in rows) == sorted(
+        row.where for row in batch
+    )
+    assert all(len(rows) == 1 or sum(len(row.ids) for row in rows) <= 90 for rows in packed)
     total = sum(len(row.ids) for row in batch)
-    assert len(found) >= max(at_least, total / 90)
+    assert len(packed) >= max(at_least, total / 90)
     assert len(packs(batch, 10**6, at_least=at_least)) == at_least
     assert len(packs(batch[:2], 10**6, at_least=5)) == 2
     assert len(packs(batch, 1)) == 20
     assert packs([], 90) == []
+
+
+def test_the_worked_example_is_how_rows_are_padded_and_packed() -> None:
+    both = [Example((1, 5, 6, 7, 2), 3, "first"), Example((1, 8, 2), 1, "second")]
+    padded = lay_out(both, CPU)
+    assert padded.input_ids.tolist() == [[1, 5, 6, 7], [0, 0, 1, 8]]
+    assert padded.labels.tolist() == [[7, 2], [8, 2]]
+    packed = pack(both, CPU)
+    assert packed.input_ids.tolist() == [[1, 5, 6, 7, 1, 8]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert packed.lengths == [4, 2]
+    assert packed.places.tolist() == [2, 3, 4, 5]
+    assert packed.labels.tolist() == [7, 2, 8, 2]

@@ -1,0 +1,67 @@
+"""What can be asked of a transformers model whatever its family, and where it keeps its layers.
+
+A model is typed `Model` everywhere in lorakit: transformers types its attributes too widely to be
+of use, and code from the hub does not type them at all. This file knows neither tokens nor LoRA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lorakit.errors import LorakitError
+
+Model = Any  # transformers.PreTrainedModel
+ModelConfig = Any  # transformers.PretrainedConfig
+
+
+def text_config(model: Model) -> ModelConfig:
+    """Return the config of the text decoder; of most models that is the whole config."""
+    return model.config.get_text_config()
+
+
+def forward_parameters(model: Model) -> Collection[str]:
+    """Return the names of the arguments that the model's forward takes."""
+    return inspect.signature(model.forward).parameters
+
+
+def decoder_layers(model: Model) -> Sequence[torch.nn.Module] | None:
+    """Return the model's decoder layers, bottom first; None where they are not one list."""
+    count = text_config(model).num_hidden_layers
+    lists = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+    return next((list(layers) for layers in lists if len(layers) == count), None)
+
+
+def decoder_prefix(model: Model) -> str:
+    """Return how the names of the text decoder's modules begin: "" where it is all the model is."""
+    if text_config(model) is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next(str(name) for name, module in model.named_modules() if module is decoder)
+
+
+@contextlib.contextmanager
+def activation_checkpointing(model: Model) -> Iterator[None]:
+    """Recompute activations in the backward pass inside the block, so that fewer are held.
+
+    A layer checkpoints only while its own `training` flag is set; its parts keep theirs, so that no
+    layer's dropout is switched on. Raises LorakitError for a model that cannot checkpoint.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise LorakitError("this model cannot checkpoint; leave --gradient-checkpointing out")
+    since_5_23 = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if since_5_23 else "gradient_checkpointing"
+    getattr(model, f"{name}_enable")({"use_reentrant": False})
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        getattr(model, f"{name}_disable")()

@@ -1,0 +1,99 @@
+"""The worked example of the pool, and guesses; that outputs are right is in test_evaluate.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lorakit.boundary import decode
+from lorakit.boundary.decode import Drafts, Pool
+
+PROMPT, END = "p", "."
+WRITTEN = {3: "abc.", 2: "abc.", 1: "ay.", 0: "x."}  # by boundary
+
+
+def ids_of(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def text_of(ids: Sequence[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+class ScriptedSlots:
+    """Stands in for the cache and the model: each boundary writes what WRITTEN says."""
+
+    passes: list[tuple[str, list[tuple[int, str]]]]
+
+    def __init__(self, model: Any, rows: int, length: int) -> None:
+        self.rows = [""] * rows
+        self.passes = model.passes
+        self.gates = model.gates
+
+    def predict(self, row: int, boundary: int, start: int, new: str, keep: int) -> list[int]:
+        self.rows[row] = self.rows[row][:start] + new
+        text = self.rows[row]
+        ends = range(len(text) - min(keep, len(new)) + 1, len(text) + 1)
+        script = f"{PROMPT}{WRITTEN[boundary]}"
+        right = [script[end] if script.startswith(text[:end]) else "?" for end in ends]
+        return ids_of("".join(right).rjust(keep, "?"))
+
+    def extend(
+        self, tokens: Sequence[Sequence[int]], starts: Sequence[int], first: int, keep: int
+    ) -> list[list[int]]:
+        new = [text_of(row) for row in tokens]
+        boundaries = self.gates.of(len(new))
+        self.passes.append(("extend", list(zip(boundaries, new, strict=True))))
+        rows = zip(boundaries, starts, new, strict=True)
+        return [self.predict(first + n, k, at, row, keep) for n, (k, at, row) in enumerate(rows)]
+
+    def fan_out(
+        self, tokens: Sequence[int], boundaries: Sequence[int], first: int, keep: int
+    ) -> list[list[int]]:
+        new = text_of(tokens)
+        self.passes.append(("fan out", [(k, new) for k in boundaries]))
+        return [self.predict(first + n, k, 0, new, keep) for n, k in enumerate(boundaries)]
+
+    def move(self, source: int, target: int) -> None:
+        self.rows[target] = self.rows[source]
+
+
+class Boundaries:
+    """Stands in for the gates."""
+
+    def set(self, boundaries: Sequence[int]) -> None:
+        self.boundaries = list(boundaries)
+
+    def of(self, rows: int) -> list[int]:
+        return self.boundaries if len(self.boundaries) == rows else self.boundaries * rows
+
+
+def test_the_worked_example_is_what_the_pool_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "Slots", ScriptedSlots)
+    gates: Any = Boundaries()
+    model = SimpleNamespace(passes=[], gates=gates)
+    base: Any = SimpleNamespace(model=model, end_tokens=tuple(ids_of(END)))
+    pool = Pool(base, gates, [ids_of(PROMPT)], 8, batch_size=4)
+    outputs = {(k, text_of(tokens)) for _, k, tokens in pool.run([3, 2, 1, 0])}
+    assert outputs == {(3, "abc"), (2, "abc"), (1, "ay"), (0, "x")}
+    assert model.passes == [
+        ("extend", [(3, "p")]),
+        ("extend", [(3, "a")]),
+        ("extend", [(3, "b")]),
+        ("extend", [(3, "c")]),
+        ("fan out", [(2, "pabc"), (0, "pabc"), (1, "pabc")]),
+        ("extend", [(0, "x"), (1, "y")]),
+    ]
+
+
+def test_a_guess_is_what_followed_the_longest_run_last() -> None:
+    drafts = Drafts([5, 6, 7, 8])
+    assert list(drafts.guess([1, 5, 6], 4)) == [7, 8]
+    written = [5, 6, 9]
+    drafts.add(written, 2)
+    assert list(drafts.guess([1, 5, 6], 4)) == [9]
+    assert list(drafts.guess([1, 6, 7], 1)) == [8]
+    assert list(drafts.guess([5, 6], 0)) == list(drafts.guess([4], 4)) == []

@@ -1,0 +1,84 @@
+"""The worked examples of the cache: which token lies in which slot, and what a token sees."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from lorakit.boundary.kv_cache import Slots
+
+LAYERS = 3
+
+
+class Layer(torch.nn.Module):
+    """A layer whose keys and values are the tokens."""
+
+    def __init__(self, model: Model, number: int) -> None:
+        super().__init__()
+        self.seen, self.number = model.seen, number
+
+    def forward(self, hidden: torch.Tensor, cache: Slots) -> torch.Tensor:
+        states = hidden[:, None, :, None]
+        keys, _ = cache.update(states, states, self.number)
+        self.seen[self.number] = keys[:, 0, :, 0].int().tolist()
+        return hidden
+
+
+class Model(torch.nn.Module):
+    """A model of three such layers that keeps what each saw, and the last mask."""
+
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, list[list[int]]] = {}
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.layers = torch.nn.ModuleList([Layer(self, number) for number in range(LAYERS)])
+        text: Any = SimpleNamespace(num_hidden_layers=LAYERS)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+
+    def get_decoder(self) -> Model:
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past_key_values: Slots,
+        **others: Any,
+    ) -> Any:
+        self.read = input_ids.tolist()
+        self.visible = (attention_mask[:, 0] == 0).int().tolist()
+        hidden = input_ids.float()
+        for layer in self.layers:
+            hidden = layer(hidden, past_key_values)
+        return SimpleNamespace(logits=torch.zeros(*hidden.shape, 2))
+
+
+A, B, C, D, E, F, G, X = range(1, 9)
+
+
+def test_the_worked_example_is_what_lies_in_the_slots() -> None:
+    model = Model()
+    slots = Slots(model, rows=2, length=4)
+    slots.extend([[A, B, C], [D]], [0, 0], 0, 1)
+    assert model.read == [[A, B, C], [0, 0, D]]
+    assert model.seen[0] == [[A, B, C], [D, 0, 0]]
+    slots.extend([[X], [E, F]], [3, 1], 0, 2)
+    assert model.read == [[0, X], [E, F]]
+    assert model.seen[0] == [[A, B, C, X], [D, E, F, 0]]
+    assert model.visible[0][1] == [1, 1, 1, 1]
+    assert model.visible[1] == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    slots.extend([[G]], [2], 1, 1)
+    assert model.seen[0] == [[D, E, G]]
+
+
+def test_a_row_splits_off_before_the_layer_of_its_boundary() -> None:
+    model = Model()
+    slots = Slots(model, rows=4, length=4)
+    slots.fan_out([A, B], [2, 0, 1], 1, 1)
+    assert [len(model.seen[layer]) for layer in range(LAYERS)] == [2, 3, 3]
+    slots.extend([[C], [C], [C]], [2, 2, 2], 1, 1)
+    assert all(model.seen[layer] == [[A, B, C]] * 3 for layer in range(LAYERS))
