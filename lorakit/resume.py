@@ -1,9 +1,8 @@
 """What a killed run needs to go on: files beside its output that live until the output is done.
 
-Training keeps a checkpoint (training/checkpoint.py); generation keeps the lines of its output that
-are finished; judging and searching keep the values they have found. All are named after the output,
-and what they hold counts only for a run that is shaped by the same settings, data and adapters:
-`run_key` is a hash of all that.
+Training saves a checkpoint (training/checkpoint.py), generation the finished lines of its output,
+judging and searching the values they have computed. All are named after the output, and what they
+hold counts only for a run with the same settings, data and adapters: `run_key` hashes all of those.
 """
 
 from __future__ import annotations
@@ -71,8 +70,8 @@ class OutputLines:
             raise cannot_write(self.final, error) from error
 
 
-class FoundValues:
-    """JSON values that a run has found, by name, each also a line of a file until the run is done.
+class SavedValues:
+    """JSON values of a run, by name, each also a line of a file until the run is done.
 
     As a context it deletes the file where the block ends without an error and else leaves it for a
     resumed run. With `resume` the values of an earlier run are there, otherwise they are dropped.
@@ -105,7 +104,7 @@ class FoundValues:
             path.write_bytes(b"")
 
     def add(self, name: str, value: object) -> None:
-        """Keep a value, in the file before the next one is found."""
+        """Keep a value, in the file before the next one is computed."""
         self.known[name] = value
         if self._path is None or not self._writes:
             return
@@ -131,7 +130,7 @@ class FoundValues:
             raise _foreign(self._path, self._writer)
         return values
 
-    def __enter__(self) -> FoundValues:
+    def __enter__(self) -> SavedValues:
         return self
 
     def __exit__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import email
 import os
 import re
@@ -116,13 +117,13 @@ def test_the_wheel_names_its_pages_and_extras(wheel: Path) -> None:
 
 
 def test_the_extras_are_those_that_messages_name(source: Path, wheel: Path) -> None:
-    named = {
-        extra
+    calls = [
+        node
         for path in (source / "lorakit").rglob("*.py")
-        for extra in re.findall(
-            r"missing_package\((?:[^()]|\([^()]*\))*?, \"(\w+)\"\)", path.read_text("utf-8")
-        )
-    }
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "missing_package"
+    ]
+    named = {ast.literal_eval(call.args[2]) for call in calls if len(call.args) == 3}
     assert named == set(metadata_of(wheel).get_all("Provides-Extra", [])) - {"hub", "test"}
 
 

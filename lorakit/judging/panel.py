@@ -25,7 +25,7 @@ from lorakit.judging.questions import (
 )
 from lorakit.records import load_records, write_records
 from lorakit.reporting import Reporter
-from lorakit.resume import FoundValues, hidden_beside, run_key
+from lorakit.resume import SavedValues, hidden_beside, run_key
 from lorakit.settings import JudgeSettings
 from lorakit.versions import version_of
 
@@ -98,7 +98,7 @@ def write_judgements(
     name, text = choose_template(template, preference=against is not None)
     files = _items(paths, against, text)
     side = None if is_stream(output) else hidden_beside(output, "answers.part")
-    with FoundValues(side, resume=resume, writer="judge") as answers:
+    with SavedValues(side, resume=resume, writer="judge") as answers:
         _ask(files, panel, settings, answers, reporter)
 
         def answer(judge: str, prompt: str) -> str:
@@ -141,7 +141,7 @@ def _ask(
     files: Sequence[Sequence[Item]],
     panel: Panel,
     settings: JudgeSettings,
-    answers: FoundValues,
+    answers: SavedValues,
     reporter: Reporter,
 ) -> None:
     """Ask what has no answer yet; the same question to the same judge is asked once."""

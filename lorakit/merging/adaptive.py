@@ -22,7 +22,7 @@ from lorakit.merging.pruner import Pruner
 from lorakit.merging.search import BUDGET, Candidate, Search, search_by_halving, search_grid
 from lorakit.models.base import Base
 from lorakit.reporting import Reporter
-from lorakit.resume import FoundValues, beside, run_key
+from lorakit.resume import SavedValues, beside, run_key
 from lorakit.settings import LOSS, PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.selection import Measured
@@ -94,7 +94,7 @@ def _choose(
     is_main = merge.accelerator.is_main_process
     key = run_key(merge.entry(pruning), [str(value) for value in values], merge.base.record)
     side = beside(output, "search.resume")
-    with FoundValues(side, resume=resume, writer="merge", writes=is_main, key=key) as found:
+    with SavedValues(side, resume=resume, writer="merge", writes=is_main, key=key) as saved:
         search = Search(
             merge.trainer,
             lambda trainer: (
@@ -105,10 +105,10 @@ def _choose(
             by_epochs=metric == merge.selection.select_by,
             merges=BUDGET if values == "auto" else len(values),
             checkpoint_of=lambda setting: _candidate_checkpoint(merge, setting, output),
-            found=found,
+            saved=saved,
             resume=resume,
         )
-        _run(search, pruning, values, found, reporter)
+        _run(search, pruning, values, saved, reporter)
         best = search.best()
         trials = [Trial.of(candidate, metric, candidate is best) for candidate in search.candidates]
         for trial in trials:
@@ -129,11 +129,11 @@ def _run(
     search: Search,
     pruning: PruningSettings,
     values: Values,
-    found: FoundValues,
+    saved: SavedValues,
     reporter: Reporter,
 ) -> None:
     if values == "auto":
-        rivals = _rivals(search, pruning, found, reporter)
+        rivals = _rivals(search, pruning, saved, reporter)
         search_by_halving(search, _named(pruning.at(Decimal(0))), rivals)
     else:
         search_grid(search, [_named(pruning.at(value)) for value in sorted(set(values))])
@@ -154,7 +154,7 @@ def _named(pruning: PruningSettings) -> tuple[str, PruningSettings]:
 
 
 def _rivals(
-    search: Search, pruning: PruningSettings, found: FoundValues, reporter: Reporter
+    search: Search, pruning: PruningSettings, saved: SavedValues, reporter: Reporter
 ) -> Callable[[Candidate], list[tuple[str, PruningSettings]]]:
     """Return what names the settings that a halving search tries against no pruning."""
 
@@ -163,7 +163,7 @@ def _rivals(
 
     def quantiles(baseline: Candidate) -> list[tuple[str, PruningSettings]]:
         """Return thresholds at the tenths of the pairs' mean importance after the first epoch."""
-        values = found.find("thresholds", str, lambda: _thresholds(search, baseline, reporter))
+        values = saved.find("thresholds", str, lambda: _thresholds(search, baseline, reporter))
         return [_named(pruning.at(Decimal(value))) for value in values]
 
     return quantiles if pruning.unit == "module" else tenths

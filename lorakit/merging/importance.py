@@ -1,12 +1,12 @@
-"""How important the parts of an adapter are on given data (adaptive LoRA merge, Figure 5).
+"""The importance of an adapter's modules on some data (adaptive LoRA merge, Figure 5).
 
 The mean of |W_jk|·‖x_k‖₂ over the parameters of every A/B pair of a block at a projection, as
-pruning takes it: on parameters without the block's scale, with the norms of what they read.
+pruning computes it: on parameters without the block's scale, with the norms of their inputs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.blocks import read_blocks
@@ -23,10 +23,20 @@ from lorakit.settings import PruningSettings, TrainingSettings
 from lorakit.training.loss import BatchLoss, new_accelerator
 
 
+class ModuleImportance(TypedDict):
+    """The mean importance of one block's A/B pair at one projection; `layer` None: outside them."""
+
+    block: str
+    module: str
+    layer: int | None
+    projection: str
+    importance: float
+
+
 def measure_importance(
     base: Base, adapter: Adapter, data: str, *, settings: TrainingSettings
-) -> list[dict[str, Any]]:
-    """Return a record for every block at every projection, with its layer and mean importance.
+) -> list[ModuleImportance]:
+    """Return the mean importance of every block at every projection.
 
     Raises LorakitError for records that cannot be used and an adapter that does not fit the base.
     """
@@ -57,9 +67,9 @@ def measure_importance(
 
 
 def unstack(adapter: Adapter) -> Stack:
-    """Return a merged adapter as the stack it was made of, each block's scale out of its B again.
+    """Return a merged adapter as the stack it came from, each block's scale taken out of its B.
 
-    An adapter without blocks is its own only block.
+    An adapter without blocks counts as a single block.
     """
     whole = stack([adapter])
     blocks = read_blocks(adapter.header.get("blocks"))

@@ -1,4 +1,4 @@
-"""Adapters that train jointly: stacked on their base as one adapter, with what a run needs.
+"""Joint training: adapters stacked on their base as one, and everything that a run of them needs.
 
 While training, each block's scale s_i multiplies A_i·x in a hook, so that every A_i and B_i keeps
 the values it was loaded with and the step size that Adam gives them; s_i is folded into B_i at the
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import accelerate
 import torch
 
 from lorakit.adapters.adapter import Adapter, Factors, tensors_of
 from lorakit.adapters.blocks import share_of_zeros
+from lorakit.adapters.config import Config
 from lorakit.adapters.history import HistoryEntry, new_entry
 from lorakit.adapters.portable import make_portable
 from lorakit.adapters.targets import peft_config
@@ -36,7 +36,7 @@ from lorakit.reporting import Reporter
 from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training.loss import new_accelerator
 from lorakit.training.selection import Measured, measure_of
-from lorakit.training.train import Corpus, header, load_corpus, settle, versions
+from lorakit.training.train import Corpus, header, load_corpus, resolve_auto, versions
 from lorakit.training.trainer import Trainer
 
 
@@ -60,7 +60,7 @@ class Merge:
     adapters: Sequence[Adapter]
     stacked: Stack
     layers: Mapping[str, PeftLayer]
-    config: Mapping[str, Any]
+    config: Config
     settings: TrainingSettings
     selection: SelectionSettings
     corpus: Corpus
@@ -69,18 +69,19 @@ class Merge:
     portable: bool = False  # how the result is written
 
     def entry(self, pruning: PruningSettings) -> HistoryEntry:
-        """Return what the history tells of a run with these pruning settings."""
-        told: dict[str, Any] = {
+        """Return the history's entry of a run with these pruning settings."""
+        settings: dict[str, object] = {
+            "method": "adaptive",
             **self.settings.history_fields(),
             **pruning.history_fields(),
             **self.selection.history_fields(),
         }
         if self.portable:
-            told["portable"] = True
+            settings["portable"] = True
         return new_entry(
             "merge",
             versions=versions(),
-            settings={"method": "adaptive", **told},
+            settings=settings,
             parents={block.name: block.sha256 for block in self.stacked.blocks},
             hashes=self.corpus.hashes,
         )
@@ -98,13 +99,14 @@ class Merge:
         )
 
     def measure(self, metric: str) -> Measured | None:
+        """Return the measure of the model by `metric`, None for the validation loss."""
         return measure_of(metric, self.base, self.encoder, self.corpus.records, self.selection)
 
     def export(self, best: Factors, entry: HistoryEntry) -> Adapter:
         """Return the adapter of a run's best weights, each block's scale folded into its B."""
         blocks = [b.fields(share_of_zeros(b.pairs(best))) for b in self.stacked.blocks]
-        told = header(self.base, self.settings, entry, parents=self.adapters, blocks=blocks)
-        merged = Adapter(tensors_of(fold(best, self.stacked)), self.config, told)
+        metadata = header(self.base, self.settings, entry, parents=self.adapters, blocks=blocks)
+        merged = Adapter(tensors_of(fold(best, self.stacked)), self.config, metadata)
         return make_portable(merged) if self.portable else merged
 
 
@@ -119,8 +121,8 @@ def prepare(
     reporter: Reporter,
     portable: bool = False,
 ) -> Merge:
-    """Read the data, and put the adapters, stacked, on their base."""
-    settings = settle(settings, adapters, base)
+    """Read the data, stack the adapters and put them on their base."""
+    settings = resolve_auto(settings, adapters, base)
     encoder = base.encoder_for(settings)
     for adapter in adapters:
         check_fits(base, adapter)

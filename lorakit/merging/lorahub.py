@@ -1,21 +1,20 @@
 """LoRAHub (Huang et al., 2024): weights for adapters, found on a few examples without gradients.
 
-The composition is factor by factor, A = Σ w_i·A_i and B = Σ w_i·B_i with the first adapter's scale,
-so that ΔW has cross terms and a single adapter acts by w². The weights minimise the mean over the
-examples of each one's mean token loss plus 0.05·mean|w_i|; the best point that was tried counts.
-The published optimiser (nevergrad's NGOpt) resolves to COBYLA for these problems; scipy's is used.
+Factors are summed one by one, A = Σ w_i·A_i and B = Σ w_i·B_i with the first adapter's scale, so
+that ΔW has cross terms and a single adapter acts with w². The weights minimise the mean over the
+examples of their mean token losses, plus 0.05·mean|w_i|; the best point that was tried is returned.
+The published optimiser, nevergrad's NGOpt, resolves to COBYLA for these problems; scipy's is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapters.adapter import Adapter, tensors_of
+from lorakit.adapters.adapter import Adapter, LoraModule, tensors_of
 from lorakit.adapters.blocks import block_names
 from lorakit.adapters.history import new_entry
 from lorakit.adapters.portable import make_portable
@@ -29,11 +28,12 @@ from lorakit.records import load_records
 from lorakit.reporting import Reporter
 from lorakit.settings import TrainingSettings
 from lorakit.training.loss import BatchLoss, new_accelerator
-from lorakit.training.train import header, settle, versions
+from lorakit.training.train import header, resolve_auto, versions
 
 EVALUATIONS = 40
-BOUND = 1.5  # of every weight, either way
+BOUND = 1.5  # of every |w|
 PENALTY = 0.05  # of the mean |w|, in nats
+_SETTINGS_READ = ("max_length", "truncate", "micro_batch_tokens", "chat", "dtype")
 
 Composed = dict[str, tuple[FloatArray, FloatArray]]
 
@@ -62,16 +62,14 @@ def merge_lorahub(
     Raises LorakitError naming the module where the adapters' shapes differ, and for records that
     cannot be used.
     """
-    settings = settle(settings, adapters, base)
+    settings = resolve_auto(settings, adapters, base)
     check_alike(adapters, reporter.note)
     encoder = base.encoder_for(settings)
     records, digest = load_records(data, "prompt", "completion")
     examples = encode_all(records, encoder.example, reporter.note)
     layers = attach(base, adapters[0])
     losses = BatchLoss(
-        *(base, []),
-        tokens=settings.micro_batch_tokens,
-        accelerator=new_accelerator(str(base.device.type)),
+        base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
     )
     reporter.start(EVALUATIONS, 1, 0)
 
@@ -80,12 +78,12 @@ def merge_lorahub(
             set_factors(layers[name], a, b)
         return float(np.mean(losses.of_each(examples)))
 
-    def tell(number: int, point: Point) -> None:
+    def report(number: int, point: Point) -> None:
         shown = ", ".join(f"{weight:.3f}" for weight in point.weights)
         text = f"evaluation {number}: weights {shown}, loss {point.loss:.4f}"
         reporter.event({"evaluation": number, **asdict(point)}, text)
 
-    points = search_weights(loss_at, len(adapters), tell)
+    points = search_weights(loss_at, len(adapters), report)
     best = min(points, key=lambda point: point.objective)
     if not any(best.weights):
         reporter.note("the best weights are all 0: these adapters do not help the base model here")
@@ -106,15 +104,15 @@ def compose(adapters: Sequence[Adapter], weights: Sequence[float]) -> Composed:
 
 
 def check_alike(adapters: Sequence[Adapter], note: Callable[[str], None]) -> None:
-    """Raise LorakitError naming the first module that not all have in one shape and rank."""
+    """Raise LorakitError naming the first module whose shape or rank differs between adapters."""
     first = {module.name: module for module in adapters[0].modules()}
     for adapter in adapters[1:]:
         others = {module.name: module for module in adapter.modules()}
         for name in [*first, *others]:
-            shapes = [_shapes(found.get(name)) for found in (first, others)]
-            if shapes[0] != shapes[1]:
+            shape, other = _shapes(first.get(name)), _shapes(others.get(name))
+            if shape != other:
                 raise LorakitError(
-                    f"{adapter.name}: {name} has {shapes[1]}, in {adapters[0].name} {shapes[0]}; "
+                    f"{adapter.name}: {name} has {other}, in {adapters[0].name} {shape}; "
                     "LoRAHub sums factors of one shape only: use --method svd or cat"
                 )
         if any(first[name].scale != others[name].scale for name in first):
@@ -124,14 +122,14 @@ def check_alike(adapters: Sequence[Adapter], note: Callable[[str], None]) -> Non
             )
 
 
-def _shapes(module: Any) -> str:
+def _shapes(module: LoraModule | None) -> str:
     if module is None:
         return "no LoRA"
     return f"A of {module.tensor_a.shape} and B of {module.tensor_b.shape}"
 
 
 def search_weights(
-    loss_at: Callable[[Sequence[float]], float], count: int, tell: Callable[[int, Point], None]
+    loss_at: Callable[[Sequence[float]], float], count: int, report: Callable[[int, Point], None]
 ) -> list[Point]:
     """Return the points that COBYLA tried, EVALUATIONS at most, the first at weight 0 for all."""
     from scipy.optimize import minimize
@@ -143,7 +141,7 @@ def search_weights(
         loss = loss_at(weights)
         penalty = PENALTY * sum(map(abs, weights)) / count
         points.append(Point(weights, loss, loss + penalty))
-        tell(len(points), points[-1])
+        report(len(points), points[-1])
         return points[-1].objective
 
     minimize(
@@ -170,14 +168,14 @@ def _export(
     points: Sequence[Point],
     best: Point,
 ) -> Adapter:
-    """Return the composed adapter, its config the first adapter's, its history with every point."""
+    """Return the composed adapter with the first one's config and every point in its history."""
     names = block_names(adapter.name for adapter in adapters)
     entry = new_entry(
         "merge",
         versions=versions(),
         settings={
             "method": "lorahub",
-            **{name: getattr(settings, name) for name in _TOLD},
+            **{name: getattr(settings, name) for name in _SETTINGS_READ},
             "weights": dict(zip(names, best.weights, strict=True)),
         },
         parents={n: adapter.sha256 for n, adapter in zip(names, adapters, strict=True)},
@@ -185,8 +183,5 @@ def _export(
     )
     entry["best"] = asdict(best)
     entry["evaluations"] = [asdict(point) for point in points]
-    told = header(base, settings, entry, parents=adapters)
-    return Adapter(tensors_of(compose(adapters, best.weights)), adapters[0].config, told)
-
-
-_TOLD = ("max_length", "truncate", "micro_batch_tokens", "chat", "dtype")
+    metadata = header(base, settings, entry, parents=adapters)
+    return Adapter(tensors_of(compose(adapters, best.weights)), adapters[0].config, metadata)

@@ -15,7 +15,7 @@ import torch
 
 from lorakit.errors import LorakitError
 from lorakit.reporting import EpochReport, Reporter, StepReport
-from lorakit.resume import FoundValues
+from lorakit.resume import SavedValues
 from lorakit.settings import PruningSettings
 from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.train import Corpus
@@ -54,7 +54,7 @@ class Search:
 
     `evaluate` returns the value, higher is better, of the weights that a trainer has in the model;
     `by_epochs` says that a trainer compares its epochs by that same value; `merges` bounds the cost
-    in whole merges, for the progress bar. `found` keeps what was measured for a resumed search.
+    in whole merges, for the progress bar. `saved` keeps what was measured for a resumed search.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Search:
         by_epochs: bool,
         merges: float,
         checkpoint_of: Callable[[PruningSettings], Checkpoint],
-        found: FoundValues,
+        saved: SavedValues,
         resume: bool,
     ) -> None:
         self._new_trainer, self._evaluate, self._by_epochs = new_trainer, evaluate, by_epochs
         self._corpus, self._reporter, self._merges = corpus, reporter, merges
-        self._checkpoint_of, self._found, self._resume = checkpoint_of, found, resume
+        self._checkpoint_of, self._saved, self._resume = checkpoint_of, saved, resume
         self._start: Weights = {}
         self._start_states: dict[str, State] = {}  # of the hooks, at the common start
         self.candidates: list[Candidate] = []
@@ -123,7 +123,7 @@ class Search:
             return [self._value(candidate.trainer), float(candidate.steps)]
 
         name = f"{candidate.name} at {step}"
-        candidate.value, reached = self._found.find(name, float, measure)
+        candidate.value, reached = self._saved.find(name, float, measure)
         candidate.steps_known = int(reached)
         return candidate.steps_known
 
@@ -143,7 +143,7 @@ class Search:
 
         if trainer.progress.best_epoch:
             name = f"{candidate.name} at its best"
-            (candidate.value,) = self._found.find(name, float, measure)
+            (candidate.value,) = self._saved.find(name, float, measure)
         else:
             candidate.is_out = True
 

@@ -1,6 +1,6 @@
 """LoRA's forward and backward pass as one function, which keeps little for the backward pass.
 
-PEFT's layers keep a float32 copy of their input; here the input is kept in its own dtype, a tensor
+PEFT's layers keep a float32 copy of their input; here the input stays in its own dtype, a tensor
 that neighbouring projections share, and the dropout's mask takes a byte a value. On a CPU bytes
 multiply several times faster than booleans, and drawing 16 random bits a value is several times
 faster than torch's own dropout.
@@ -32,8 +32,21 @@ def fused_forward(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
+@contextlib.contextmanager
+def switch_dropout(layers: Mapping[str, PeftLayer], *, on: bool) -> Iterator[None]:
+    """Switch the layers' dropout on or off inside the block."""
+    before = [layer.lora_dropout.training for layer in layers.values()]
+    for layer in layers.values():
+        layer.lora_dropout.train(on)
+    try:
+        yield
+    finally:
+        for layer, was_on in zip(layers.values(), before, strict=True):
+            layer.lora_dropout.train(was_on)
+
+
 def _fused(layer: PeftLayer) -> _Forward:
-    whole, base_layer, dropout = layer.forward, layer.get_base_layer(), layer.lora_dropout[ADAPTER]
+    whole, base_layer, dropper = layer.forward, layer.get_base_layer(), layer.lora_dropout[ADAPTER]
     a, b = factors(layer)
     scales = rank_scales(layer)
 
@@ -41,7 +54,7 @@ def _fused(layer: PeftLayer) -> _Forward:
         if not torch.is_grad_enabled():
             plain_result: torch.Tensor = whole(x, *rest, **more)
             return plain_result
-        share = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
+        share = float(getattr(dropper, "p", 0.0)) if dropper.training else 0.0
         from_base = base_layer(x, *rest, **more)
         output: torch.Tensor = _LoraSum.apply(from_base, x, a, b, scales, share)  # type: ignore[no-untyped-call]
         return output
@@ -62,21 +75,21 @@ class _LoraSum(torch.autograd.Function):
         scales: torch.Tensor,
         share: float,
     ) -> torch.Tensor:
-        kept = mask(x, share) if share else None
+        keep_mask = mask(x, share) if share else None
         scales = scales / (1 - share)
-        low = linear(_masked(x.to(a.dtype), kept), a) * scales
-        ctx.save_for_backward(x, a, b, scales, low, kept)
+        low = linear(_masked(x.to(a.dtype), keep_mask), a) * scales
+        ctx.save_for_backward(x, a, b, scales, low, keep_mask)
         return (from_base + linear(low, b)).to(from_base.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, a, b, scales, low, kept = ctx.saved_tensors
+        x, a, b, scales, low, keep_mask = ctx.saved_tensors
         wide = grad.to(a.dtype).flatten(0, -2)
         low_grad = (wide @ b) * scales
         x_grad = None
         if ctx.needs_input_grad[1]:
-            x_grad = _masked((low_grad @ a).view_as(x), kept).to(x.dtype)
-        a_grad = low_grad.t() @ _masked(x.to(a.dtype), kept).flatten(0, -2)
+            x_grad = _masked((low_grad @ a).view_as(x), keep_mask).to(x.dtype)
+        a_grad = low_grad.t() @ _masked(x.to(a.dtype), keep_mask).flatten(0, -2)
         b_grad = wide.t() @ low.flatten(0, -2)
         return grad, x_grad, a_grad, b_grad, None, None
 
@@ -102,5 +115,5 @@ def _mask_of_bits(x: torch.Tensor, share: float) -> torch.Tensor:
     return bits.ge_(first_kept).to(torch.uint8)
 
 
-def _masked(values: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    return values if kept is None else values * kept
+def _masked(values: torch.Tensor, keep_mask: torch.Tensor | None) -> torch.Tensor:
+    return values if keep_mask is None else values * keep_mask

@@ -1,7 +1,7 @@
-"""From records to a trained adapter: `train-adapter`, and what `merge` has in common with it.
+"""From records to a trained adapter: `train-adapter`, and what `merge` shares with it.
 
 Reading and encoding the data, holding out a part of it, running the trainer with a checkpoint, and
-what the header tells of it. It knows nothing of stacks, blocks or pruning.
+the header of the result. Stacks and pruning are not known here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorakit.training.selection import measure_of
 from lorakit.training.trainer import Trainer
 from lorakit.versions import version_of
 
-_TOLD_VERSIONS = ("lorakit", "torch", "transformers", "peft")
+_PACKAGES = ("lorakit", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def load_corpus(
     """Read and encode the training and the validation records.
 
     Without `val` a seeded 20 % of the data, at least one record, is held out, and a note says so.
-    Raises LorakitError when there is but one record to hold out from.
+    Raises LorakitError where there is only one record.
     """
     records, digest = load_records(data, "prompt", "completion")
     hashes = {"data": digest}
@@ -67,7 +67,7 @@ def load_corpus(
 
 
 def hold_out(records: Sequence[Record], seed: int) -> tuple[list[Record], list[Record]]:
-    """Split records into those to train on and a seeded share of HOLD_OUT, both in file order."""
+    """Split off a seeded share HOLD_OUT of the records; both parts stay in file order."""
     if len(records) < 2:
         raise LorakitError(
             f"{records[0].where}: one record cannot be held out and trained on; give --val"
@@ -125,7 +125,7 @@ def train_adapter(
     Raises LorakitError for records, modules, layers or settings that cannot be used.
     """
     selection = selection or SelectionSettings()
-    settings = settle(settings, (), base)
+    settings = resolve_auto(settings, (), base)
     encoder = base.encoder_for(settings)
     targets = _targets(base, lora, reporter)
     modules = pick_modules(base, targets, lora.layers)
@@ -166,6 +166,7 @@ def train_adapter(
 
 
 def _targets(base: Base, lora: LoraSettings, reporter: Reporter) -> list[str]:
+    """Return the target modules asked for, else the family's query and value projections."""
     if lora.target_modules is not None:
         return sorted(lora.target_modules)
     targets, note = default_targets(base)
@@ -194,24 +195,26 @@ def header(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of lorakit and of what computes for it."""
-    return {name: version_of(name) for name in _TOLD_VERSIONS}
+    """Return the versions of lorakit and of the packages that compute for it."""
+    return {name: version_of(name) for name in _PACKAGES}
 
 
-def settle(settings: TrainingSettings, parents: Sequence[Adapter], base: Base) -> TrainingSettings:
-    """Return the settings with what `auto` stands for: the base's dtype, and chat `on` or `off`.
+def resolve_auto(
+    settings: TrainingSettings, parents: Sequence[Adapter], base: Base
+) -> TrainingSettings:
+    """Return the settings with `auto` resolved: the base's dtype, and chat `on` or `off`.
 
-    Chat is what was asked for, else what the parents were trained with, else what the tokenizer
-    offers. Raises LorakitError where the parents do not agree.
+    Chat is what was asked for, else what the parents were trained with, else `on` where the
+    tokenizer has a template. Raises LorakitError where the parents do not agree.
     """
-    told = {str(parent.header["chat"]) for parent in parents if parent.header.get("chat")}
+    choices = {str(parent.header["chat"]) for parent in parents if parent.header.get("chat")}
     chat = settings.chat
-    if chat == "auto" and len(told) > 1:
+    if chat == "auto" and len(choices) > 1:
         raise LorakitError(
             "some of the adapters were trained with the chat template and some without; choose by "
             "--chat on or --chat off"
         )
-    if chat == "auto" and told:
-        chat = told.pop()
+    if chat == "auto" and choices:
+        chat = choices.pop()
     chat = "on" if base.uses_chat(chat) else "off"
     return replace(settings, chat=chat, dtype=str(base.dtype).removeprefix("torch."))

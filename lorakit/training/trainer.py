@@ -25,7 +25,7 @@ from lorakit.models.lora import PeftLayer, factors
 from lorakit.models.tokens import Example
 from lorakit.reporting import EpochReport, Reporter, StepReport
 from lorakit.settings import TrainingSettings
-from lorakit.training.lora_step import fused_forward
+from lorakit.training.lora_step import fused_forward, switch_dropout
 from lorakit.training.loss import BatchLoss
 
 Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A (rank, d_in) and B (d_out, rank)
@@ -245,7 +245,7 @@ class Trainer:
         `measure` defaults to the run's own, and that to the negative validation loss.
         """
         measure = measure or self.measure
-        with self._dropout(False):
+        with switch_dropout(self.layers, on=False):
             value = float(measure() if measure else -self.losses.mean(self._validation))
         if measure is None or self.accelerator.num_processes == 1:
             return value
@@ -302,7 +302,7 @@ class Trainer:
 
     def validate(self, examples: Sequence[Example]) -> float:
         """Return the mean loss over all completion tokens, the hooks looking on."""
-        with self._dropout(False), contextlib.ExitStack() as stack:
+        with switch_dropout(self.layers, on=False), contextlib.ExitStack() as stack:
             for hook in self.hooks:
                 stack.enter_context(hook.around_validation(self.losses))
             return self.losses.mean(examples)
@@ -313,17 +313,6 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if self.settings.gradient_checkpointing:
                 stack.enter_context(activation_checkpointing(self.base.model))
-            stack.enter_context(self._dropout(True))
+            stack.enter_context(switch_dropout(self.layers, on=True))
             stack.enter_context(fused_forward(self.layers))
             yield
-
-    @contextlib.contextmanager
-    def _dropout(self, on: bool) -> Iterator[None]:
-        before = [layer.lora_dropout.training for layer in self.layers.values()]
-        for layer in self.layers.values():
-            layer.lora_dropout.train(on)
-        try:
-            yield
-        finally:
-            for layer, was in zip(self.layers.values(), before, strict=True):
-                layer.lora_dropout.train(was)

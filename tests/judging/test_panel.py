@@ -21,7 +21,7 @@ import pytest
 import lorakit
 from lorakit.errors import LorakitError
 from lorakit.judging.asking import ask_all
-from lorakit.resume import FoundValues, hidden_beside
+from lorakit.resume import SavedValues, hidden_beside
 from tests.support.endpoints import Reply, serving
 from tests.support.program import ENVIRONMENT, PROGRAM, wait_for
 
@@ -247,7 +247,7 @@ def test_answers_outlive_an_error_and_are_dropped_without_resume(tmp_path: Path)
     side = hidden_beside(str(tmp_path / "out"), "answers.part")
 
     def fail(*, resume: bool, known: dict[str, str], **more: str) -> None:
-        with FoundValues(side, resume=resume, writer="judge") as answers:
+        with SavedValues(side, resume=resume, writer="judge") as answers:
             assert answers.known == known
             for key, answer in more.items():
                 answers.add(key, answer)
@@ -262,7 +262,7 @@ def test_answers_outlive_an_error_and_are_dropped_without_resume(tmp_path: Path)
     ):
         with pytest.raises(KeyError):
             fail(resume=resume, known=known, **more)
-    with FoundValues(side, resume=True, writer="judge"):
+    with SavedValues(side, resume=True, writer="judge"):
         assert [path.name for path in tmp_path.iterdir()] == [".out.answers.part"]
     assert not list(tmp_path.iterdir())
 
@@ -272,7 +272,7 @@ def test_a_side_file_of_something_else_is_refused(content: str, tmp_path: Path) 
     side = tmp_path / ".out.answers.part"
     side.write_text(content)
     with pytest.raises(LorakitError, match="is not what judge wrote; run without --resume"):
-        FoundValues(side, resume=True, writer="judge")
+        SavedValues(side, resume=True, writer="judge")
 
 
 def test_without_the_extra_one_line_names_it_before_a_file_is_read() -> None:
