@@ -46,7 +46,7 @@ PROMPTS: dict[str, str] = {
         "Key Sections: {{article}}\n"
         "TLDR:"
     ),
-    # ours: the inference-necessity paper does not print its prompts
+    # ours: the boundary-layer paper does not print its prompts
     "hotpotqa": (
         "Answer the question from the paragraphs.\n{{paragraphs}}\nQuestion: {{question}}\nAnswer:"
     ),

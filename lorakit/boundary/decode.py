@@ -1,11 +1,13 @@
 """Greedy decoding of the same prompts at many boundaries, in batches whose rows come and go.
 
-Every boundary writes exactly what it would write alone (in float32; half precision rounds otherwise
-in other batches), for less work. Below a boundary, layers compute the same for it and for all that
-are higher; and neighbouring boundaries often write the same text. So a prompt is decoded at its
-highest boundary first, and that output is the draft for the boundaries below it: prompt and draft
-go through the model once, splitting up by boundary on the way, and each boundary keeps the draft's
-tokens up to the first that it would not have written. A prompt p at boundaries 3, 2, 1 and 0:
+Every boundary writes exactly what it would write alone (in float32; half precision rounds
+differently in different batches), for less work, for two reasons. The layers below a boundary
+compute the same for it and for all higher boundaries; and neighbouring boundaries often write the
+same text. So a prompt is decoded at its highest boundary first, and that output is the draft for
+the boundaries below it: prompt and draft go through the model once, splitting up by boundary on the
+way, and each boundary keeps the draft's tokens up to the first that it would not have written (as
+in speculative decoding, with the highest boundary as the draft model). A prompt p at boundaries 3,
+2, 1 and 0, where p@k is its row at boundary k:
 
     join      p@3 reads p               and writes a
     step      p@3 reads a, then b …     and writes b, c and the end: a b c is done, a draft

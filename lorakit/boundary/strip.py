@@ -1,8 +1,8 @@
 """Stripping: an adapter without the LoRA of some decoder layers, tensors and config together.
 
-The boundary-layer paper (lora-inference-necessity) keeps the LoRA of the bottom layers only. What
-is kept stays the same byte for byte and computes the same; values are read only to count the zeros
-of blocks. An adapter does not say how many layers its model has, and none of this needs to know.
+The boundary-layer paper (Chen et al.) keeps the LoRA of the bottom layers only. What is kept stays
+the same byte for byte and computes the same; values are read only to count the zeros of blocks. An
+adapter does not say how many layers its model has, and none of this needs to know.
 """
 
 from __future__ import annotations

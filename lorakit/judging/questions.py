@@ -1,9 +1,9 @@
 """How language models judge predictions: what they are asked, and what their answers add up to.
 
 They rate predictions (GPT-Score), or choose between two systems' predictions, as in the
-boundary-layer paper (lora-inference-necessity, 6.4 and A.2). This file knows questions and answers;
-asking.py carries them, and prompts.py holds their wording. An answer of another form than asked for
-is counted as malformed and left out, never guessed at.
+boundary-layer paper (Chen et al., section 6.4 and appendix A.2). This file knows questions and
+answers; asking.py carries them, and prompts.py holds their wording. An answer of another form than
+asked for is counted as malformed and left out, never guessed at.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Adaptive LoRA merge, section 3.2 and Algorithm 1. A group is one matrix, A or B,
 adapter at one projection of one layer. After every optimiser step the least important parameters of
 each group (or whole A/B pairs of little importance) are reset; they stay trainable. Weights are
 (…, rows, columns): leading dimensions number groups of one shape. To add a criterion or a value:
-one function, and a line in its table.
+one function, and a line in its table. Norms, averages and starting values are kept only where they
+are read, which pruner.py decides by the names `input`, `gradient` and `init`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def hotpotqa_rows(sources: Sequence[str], request: Request, tally: Tally) -> Ite
     """Yield HotpotQA's questions over paragraphs, the distractor setting (Yang et al., 2018).
 
     A source is the JSON file, or the folder with the split's file. The published test set has no
-    answers; the inference-necessity paper tests on the validation set. A row:
+    answers; the boundary-layer paper tests on the validation set. A row:
 
         {"_id": "5a7574e25542996c70cfaf01", "type": "comparison", "level": "hard",
          "question": "Who was born first, Mahbub ul Haq or Ibn Arabi?", "answer": "Ibn Arabi",
