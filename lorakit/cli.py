@@ -1,4 +1,4 @@
-"""The program: its commands, each imported when it runs, and what errors become for the user."""
+"""The program: its commands, each imported only when it runs, and how errors reach the user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 
 
-# Each command and the first sentence of its help; its module and its function bear its name.
+# Each command with the first sentence of its help; a command's module and function bear its name.
 COMMANDS = {
     "build-dataset": "Turn raw data into records: lines of JSON with id, prompt and completion.",
     "train-adapter": (
@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 def load_command(name: str) -> click.Command:
-    """Import and return one command; that the others are not imported keeps `--help` quick."""
+    """Import and return one command; `--help` stays quick because the others are not imported."""
     function = name.replace("-", "_")
     module = importlib.import_module(f"lorakit.commands.{function}")
     command: click.Command = getattr(module, function)
@@ -48,6 +48,8 @@ def load_command(name: str) -> click.Command:
 
 
 class _Program(click.Group):
+    """The group of COMMANDS, which it lists without importing any."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -90,8 +92,8 @@ def main() -> None:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         code = EXIT_PIPE_CLOSED
-    except SystemExit as leaving:  # where a pipe was closed, click wraps stdout and exits with 1
-        code = leaving.code if sys.stdout is stdout else EXIT_PIPE_CLOSED
+    except SystemExit as stop:  # where a pipe was closed, click wraps stdout and exits with 1
+        code = stop.code if sys.stdout is stdout else EXIT_PIPE_CLOSED
         sys.stdout = stdout
     except OSError as error:  # one that names no file: stdout on a full disk, most likely
         _say(f"Error: {error.filename or 'stdin or stdout'}: {explain(error)}; check where it goes")
@@ -100,14 +102,7 @@ def main() -> None:
     sys.exit(code)
 
 
-def _open_closed_streams() -> None:
-    """Put a file in place of each closed stream (`>&-`); the one for stdout refuses all data."""
-    for number, (name, mode, flags) in enumerate(_STREAMS):
-        if getattr(sys, name) is None:
-            os.dup2(os.open(os.devnull, flags), number)
-            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
-
-
+# The standard streams in the order of their descriptors: name, mode, flags of the stand-in.
 _STREAMS = (
     ("stdin", "r", os.O_RDONLY),
     ("stdout", "w", os.O_RDONLY),
@@ -115,8 +110,16 @@ _STREAMS = (
 )
 
 
+def _open_closed_streams() -> None:
+    """Open a stand-in for each closed standard stream (`>&-`); stdout's refuses all data."""
+    for descriptor, (name, mode, flags) in enumerate(_STREAMS):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, flags), descriptor)
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8", closefd=False))
+
+
 def _flush_stdout() -> None:
-    """Write out what is left; where that fails, drop it, so that Python exits quietly."""
+    """Flush stdout; where that fails, drop what is left in it, so that Python exits quietly."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -124,4 +127,5 @@ def _flush_stdout() -> None:
 
 
 def _say(line: str) -> None:
+    """Write one line to stderr."""
     click.echo(line, err=True)

@@ -15,6 +15,6 @@ class LorakitError(Exception):
 
 
 def missing_package(what: str, package: str, extra: str = "") -> LorakitError:
-    """Return the error of a package that is not installed, of an extra or of lorakit's own."""
+    """Return the error for a missing package: of an extra, or one that lorakit always requires."""
     name = f"'lorakit[{extra}]'" if extra else "lorakit"
     return LorakitError(f"{what} needs {package}; run: pip install {name}")

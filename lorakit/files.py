@@ -24,6 +24,11 @@ def explain(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
+def input_name(path: str) -> str:
+    """Return how messages name an input: by its path, or as stdin."""
+    return "stdin" if path == STDIO else path
+
+
 def open_input(path: str) -> BinaryIO:
     """Open `path` for reading bytes; `-` is stdin. Raises LorakitError where it cannot be read."""
     if path == STDIO:
@@ -41,8 +46,9 @@ def reading(path: str) -> Iterator[BinaryIO]:
         with open_input(path) as stream:
             yield stream
     except OSError as error:
-        name = "stdin" if path == STDIO else path
-        raise LorakitError(f"cannot read {name}: {explain(error)}; check the path") from error
+        raise LorakitError(
+            f"cannot read {input_name(path)}: {explain(error)}; check the path"
+        ) from error
 
 
 def is_stream(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Fetch an adapter's files from the Hugging Face hub, or its cache; say why one cannot be had."""
+"""Fetch an adapter's files from the Hugging Face hub or its cache, and explain failures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?"
 def fetch_adapter(address: str, *files: str) -> Path:
     """Return a local folder that holds `files` of `hf://owner/name[@revision]`.
 
-    The first file's commit is the others' revision, so that they belong together. HF_HOME,
-    HF_TOKEN and HF_HUB_OFFLINE act as everywhere. Raises LorakitError where one cannot be had.
+    All come from the commit of the first, so that they belong together. HF_HOME, HF_TOKEN and
+    HF_HUB_OFFLINE work as usual. Raises LorakitError where a file cannot be fetched.
     """
     match = _ADDRESS.fullmatch(address)
     if match is None:
@@ -32,7 +32,7 @@ def _fetch(repo: str, file: str, revision: str | None, address: str) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
     try:
-        with explained(address, revision):
+        with hub_errors_explained(address, revision):
             return Path(hf_hub_download(repo, file, revision=revision))
     except errors.RemoteEntryNotFoundError:
         reason = f"it has no {file}; lorakit reads no pickles: ask its author for safetensors"
@@ -40,11 +40,11 @@ def _fetch(repo: str, file: str, revision: str | None, address: str) -> Path:
 
 
 @contextlib.contextmanager
-def explained(address: str, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises inside the block into one line about `address`.
+def hub_errors_explained(address: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises inside the block into a LorakitError about `address`.
 
-    All but RemoteEntryNotFoundError, which means that the repository has no such file: what that
-    calls for differs between callers.
+    RemoteEntryNotFoundError (the repository has no such file) passes through, since only the caller
+    knows what to advise.
     """
     from huggingface_hub import errors
 

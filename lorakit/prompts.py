@@ -2,8 +2,8 @@
 
 A template is a text with `{{name}}` where a field of the raw row goes. To add a prompt, add a line
 to PROMPTS. The wordings are those of the adaptive-merge paper's Appendix B (Table 6) where it has
-the data set; the line breaks, which its text form lost, are ours. This file knows nothing of where
-the rows come from.
+the data set; the line breaks, lost in the paper's text form, are ours. This file knows nothing of
+where the rows come from.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ PREFERENCE_PROMPTS: dict[str, str] = {
     ),
 }
 
-_PLACE = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
+_PLACEHOLDER = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
 
 
 class Prompt(NamedTuple):
@@ -127,7 +127,7 @@ class Prompt(NamedTuple):
 
 def fields_of(template: str) -> list[str]:
     """Return the field names in a template, in order of appearance."""
-    return _PLACE.findall(template)
+    return _PLACEHOLDER.findall(template)
 
 
 def fill(template: str, row: Mapping[str, object], where: str) -> str:
@@ -151,4 +151,4 @@ def fill(template: str, row: Mapping[str, object], where: str) -> str:
             )
         return str(value)
 
-    return _PLACE.sub(text_for, template)
+    return _PLACEHOLDER.sub(text_for, template)

@@ -1,7 +1,7 @@
 """Records: the lines of JSON that every command reads and writes.
 
 A record is one JSON object with `id`, `prompt`, `completion`, optionally `references`, and any
-other fields; those that this file does not know pass through untouched and in order. It knows
+other fields. Fields that this file does not know pass through untouched and in order. It knows
 nothing of tokens or models.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO, reading
+from lorakit.files import input_name, reading
 
 if TYPE_CHECKING:  # importing it takes a third of the time that --help may take
     import jsonlines
@@ -25,7 +25,7 @@ _TEXT_FIELDS = ("prompt", "completion", "prediction")
 
 @dataclass(frozen=True)
 class Record:
-    """One JSON object and the place it was read from (`file:line`), named in messages about it."""
+    """One JSON object and the place it was read from (`file:line`), which error messages name."""
 
     fields: Mapping[str, Any]
     where: str
@@ -47,6 +47,11 @@ class Record:
         return self.text("prediction")
 
     @property
+    def has_references(self) -> bool:
+        """Whether there is any text to compare a prediction with."""
+        return self.fields.get("references") is not None or "completion" in self.fields
+
+    @property
     def references(self) -> list[str]:
         """The texts a prediction is compared with: `references`, else the completion alone."""
         references = self.fields.get("references")
@@ -55,7 +60,7 @@ class Record:
     def text(self, name: str) -> str:
         """Return the text of field `name`; LorakitError if the record does not have it."""
         if name not in self.fields:
-            raise LorakitError(f"{self.where}: the record has no {name!r}; {_REMEDY[name]}")
+            raise LorakitError(f"{self.where}: the record has no {name!r}; {_REMEDIES[name]}")
         return str(self.fields[name])
 
     def with_field(self, name: str, value: object) -> Record:
@@ -63,7 +68,7 @@ class Record:
         return Record({**self.fields, name: value}, self.where)
 
 
-_REMEDY = {
+_REMEDIES = {
     "prompt": "every record needs the text the model is to go on from",
     "completion": "give the text the model should have written",
     "prediction": "run `lorakit generate` on it first",
@@ -86,7 +91,7 @@ def read_objects(path: str) -> Iterator[Record]:
 
 def _read(path: str, on_line: Callable[[bytes], object] | None = None) -> Iterator[Record]:
     """Yield the objects of a file, passing every line of bytes to `on_line` first."""
-    name = "stdin" if path == STDIO else path
+    name = input_name(path)
     with reading(path) as stream:
         for number, line in enumerate(stream, 1):
             if on_line is not None:
@@ -96,6 +101,7 @@ def _read(path: str, on_line: Callable[[bytes], object] | None = None) -> Iterat
 
 
 def _checked(records: Iterable[Record], needed: Sequence[str]) -> Iterator[Record]:
+    """Yield the records; LorakitError at one that lacks a field or has one of the wrong type."""
     for record in records:
         _check(record)
         for field in needed:
@@ -113,13 +119,12 @@ def load_records(path: str, *needed: str) -> tuple[list[Record], str]:
     digest = hashlib.sha256()
     records = list(_checked(_read(path, digest.update), needed))
     if not records:
-        name = "stdin" if path == STDIO else path
-        raise LorakitError(f"{name} holds no records; check what wrote it")
+        raise LorakitError(f"{input_name(path)} holds no records; check what wrote it")
     return records, digest.hexdigest()
 
 
 def parse_object(line: bytes, where: str) -> dict[str, object]:
-    """Return the JSON object on a line; LorakitError naming `where` if there is none."""
+    """Return the JSON object on a line; LorakitError naming `where` if it holds anything else."""
     import jsonlines
 
     try:
@@ -130,6 +135,7 @@ def parse_object(line: bytes, where: str) -> dict[str, object]:
 
 
 def _reason(error: jsonlines.InvalidLineError | UnicodeDecodeError) -> str:
+    """Return why a line could not be parsed."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text (byte {error.start + 1})"
     cause = error.__cause__
@@ -141,7 +147,7 @@ def _reason(error: jsonlines.InvalidLineError | UnicodeDecodeError) -> str:
 def _loads(text: str | bytes) -> object:
     """Parse JSON by its standard; ValueError also where Python is laxer or gives up."""
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_number)
     except json.JSONDecodeError:
         raise
     except RecursionError:
@@ -154,7 +160,7 @@ def _loads(text: str | bytes) -> object:
 def parse_json(text: str, start: int) -> tuple[object, int, str]:
     """Return the JSON value at `start`, where it ends, and an empty text.
 
-    If there is none, return None, `start` and the reason.
+    Where there is no value, return None, `start` and the reason instead.
     """
     try:
         value, end = _decoder().raw_decode(text, start)
@@ -169,14 +175,16 @@ def parse_json(text: str, start: int) -> tuple[object, int, str]:
 
 @functools.cache
 def _decoder() -> json.JSONDecoder:
-    return json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+    return json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_number)
 
 
-def _refuse(name: str) -> None:
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which Python would accept."""
     raise ValueError(f"{name} is no JSON value")
 
 
-def _finite(text: str) -> float:
+def _finite_number(text: str) -> float:
+    """Parse a number with a fraction or exponent; ValueError for one that overflows."""
     number = float(text)
     if number in (math.inf, -math.inf):
         raise ValueError(f"{text} is too large a number")

@@ -1,7 +1,7 @@
 """The settings of every command, frozen: the only place where a default is written.
 
-What the values do is the business of the functions that take them; how they are written on the
-command line is that of commands/.
+What the values do is up to the functions that take them; how they are written on the command line
+is up to commands/.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ SCHEDULES = ("linear", "cosine", "constant")
 HOLD_OUT = 0.2  # the share of --data that validates when --val is missing
 _NOT_IN_HISTORY = ("device",)  # where a run computes should not change its result
 
-# Ratios or thresholds to choose from: none (pruning stays as set), one, several, or those that a
-# halving search tries.
+# Ratios or thresholds to choose from: none (pruning stays as set), one or several; with "auto" a
+# halving search picks them.
 PruningValues = tuple[Decimal, ...] | Literal["auto"]
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a training run is followed and resumed; `log` is the path of its log, None for none."""
+    """How a training run reports and resumes; `log` is the path of its log, None without one."""
 
     resume: bool = False
     log: str | None = None
@@ -91,7 +91,7 @@ class SelectionSettings:
         return self.metric or self.select_by
 
     def history_fields(self) -> dict[str, object]:
-        """Return the settings that an adapter's history records: only those that had a say."""
+        """Return the settings that an adapter's history records: only those that had an effect."""
         if {self.select_by, self.searches_by} == {LOSS}:
             return {"select_by": LOSS}
         return {**asdict(self), "metric": self.searches_by}
@@ -190,7 +190,7 @@ def _default_request() -> dict[str, object]:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How judges are asked; `timeout` is in seconds, `request` the fields besides the question."""
+    """How judges are asked: `timeout` in seconds, `request` the fields sent with each question."""
 
     request: Mapping[str, object] = field(default_factory=_default_request)
     concurrency: int = 4
@@ -210,8 +210,9 @@ class SignificanceSettings:
 class BoundarySettings:
     """How the boundary layer is searched for.
 
-    `sample` is in records; no `boundaries` means 1 … L. `metric` decides by evaluation; `tokens`
-    completion positions are read, and boundaries to `compare` drawn, by probability.
+    `sample` is in records; no `boundaries` means 1 … L. By evaluation, `metric` decides. By
+    probability, the first `tokens` positions of the completion are read, and the curves of the
+    boundaries in `compare` are set beside the whole adapter's.
     """
 
     by: str = "evaluation"

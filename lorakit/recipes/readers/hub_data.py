@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lorakit.errors import LorakitError
-from lorakit.hub import explained
+from lorakit.hub import hub_errors_explained
 from lorakit.recipes.readers.parquet import parquet_in
 from lorakit.recipes.readers.sources import matches, parts
 from lorakit.recipes.readers.tables import rows_in
@@ -69,7 +69,7 @@ def split_paths(address: str, split: str) -> list[str]:
 def _fetch(repo: str, revision: str | None, patterns: list[str], address: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    with explained(address, revision):
+    with hub_errors_explained(address, revision):
         return Path(
             snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
         )
