@@ -17,7 +17,7 @@ from lorakit.models.architecture import Model
 from lorakit.models.base import UNLIMITED, explaining_load_errors, quieten_transformers
 from lorakit.models.devices import pick_device
 from lorakit.models.tokens import Tokenizer
-from lorakit.scoring.bertscore import DEFAULT_MODELS, OTHER_MODEL, TUNED_LAYERS, Embedded
+from lorakit.scoring.bertscore import DEFAULT_MODELS, OTHER_MODEL, TUNED_LAYERS, EmbeddedText
 
 _BATCH = 32
 
@@ -107,13 +107,13 @@ class LayerEmbedder:
         version = self.encoder.library_version
         return f"model:{self.encoder.name}|layer:{self.layer}|transformers:{version}"
 
-    def embed(self, texts: Sequence[str]) -> list[Embedded]:
+    def embed(self, texts: Sequence[str]) -> list[EmbeddedText]:
         """Return the tokens of each text, in order; texts of similar length share a batch.
 
         White space around a text is dropped, and so is what exceeds the model's maximum length.
         """
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-        embedded: dict[int, Embedded] = {}
+        embedded: dict[int, EmbeddedText] = {}
         for start in range(0, len(order), _BATCH):
             places = order[start : start + _BATCH]
             batch = self._embed_batch([texts[place] for place in places])
@@ -121,7 +121,7 @@ class LayerEmbedder:
         return [embedded[place] for place in range(len(texts))]
 
     @torch.no_grad()
-    def _embed_batch(self, texts: Sequence[str]) -> list[Embedded]:
+    def _embed_batch(self, texts: Sequence[str]) -> list[EmbeddedText]:
         ids, mask = self.encoder.encode(texts)
         states = self.encoder.model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True
@@ -130,7 +130,7 @@ class LayerEmbedder:
         special = torch.tensor(self.encoder.uncounted, device=ids.device)
         counts, is_token = (~torch.isin(ids, special)).cpu().numpy(), mask.bool().cpu().numpy()
         rows = zip(vectors, counts, is_token, strict=True)
-        return [Embedded(vector[real], count[real]) for vector, count, real in rows]
+        return [EmbeddedText(vector[real], count[real]) for vector, count, real in rows]
 
 
 def open_embedder(lang: str, name: str | None = None, layer: int | None = None) -> LayerEmbedder:

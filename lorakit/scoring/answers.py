@@ -63,10 +63,10 @@ def token_f1(prediction: str, reference: str, lang: str) -> float:
 
 
 def _comparable(prediction: str, reference: str, lang: str) -> tuple[str, str]:
-    """Return both texts normalised in the same way, such that something is left of the reference.
+    """Return both texts normalised in the same way, which leaves something of the reference.
 
-    SQuAD's rule would leave nothing of the labels "A" or "+"; then articles, and if need be
-    punctuation, stay in both texts.
+    SQuAD's rule would leave nothing of the labels "A" or "+"; in such cases articles, and if need
+    be punctuation, stay in both texts.
     """
     for keep in ({}, {"articles": True}, {"articles": True, "punctuation": True}):
         label = normalise(reference, lang=lang, **keep)
@@ -100,6 +100,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def _numbers(text: str) -> Iterator[Decimal]:
+    """Yield the numbers in a text, in order."""
     for match in _NUMBER.finditer(text):
         value = Decimal(match["digits"].replace(",", ""))
         yield value.copy_negate() if set(match["sign"]) & {"-", "−"} else value

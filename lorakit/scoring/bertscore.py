@@ -12,6 +12,7 @@ Source: Zhang et al. 2020, BERTScore: Evaluating text generation with BERT.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,8 +49,8 @@ def check_libraries() -> None:
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """A text's tokens: vectors of length 1 (tokens × width), and which of them count.
+class EmbeddedText:
+    """The tokens of a text: vectors of length 1 (tokens × width), and which of them count.
 
     The tokenizer's class and separator tokens do not count, but others may be matched with them.
     """
@@ -66,12 +67,12 @@ class Embedder(Protocol):
         """The part of a score's signature that names the model."""
         ...
 
-    def embed(self, texts: Sequence[str]) -> list[Embedded]:
+    def embed(self, texts: Sequence[str]) -> list[EmbeddedText]:
         """Return the tokens of each text, in order."""
         ...
 
 
-def greedy_f1(ours: Embedded, theirs: Embedded) -> float:
+def greedy_f1(ours: EmbeddedText, theirs: EmbeddedText) -> float:
     """Return the F1 (at most 1) of two texts; 0 where one of them has no token that counts.
 
     Precision is the mean over our tokens of the cosine with the closest of theirs, recall the
@@ -92,9 +93,9 @@ def best_f1s(
     best = []
     for start in range(0, len(predictions), _EXAMPLES_AT_ONCE):
         group = slice(start, start + _EXAMPLES_AT_ONCE)
-        texts = [*predictions[group], *(text for listed in references[group] for text in listed)]
+        texts = itertools.chain(predictions[group], *references[group])
         distinct = list(dict.fromkeys(texts))
         embedded = dict(zip(distinct, embedder.embed(distinct), strict=True))
-        for text, listed in zip(predictions[group], references[group], strict=True):
-            best.append(max(greedy_f1(embedded[text], embedded[other]) for other in listed))
+        for text, alternatives in zip(predictions[group], references[group], strict=True):
+            best.append(max(greedy_f1(embedded[text], embedded[other]) for other in alternatives))
     return best

@@ -1,7 +1,8 @@
-"""Cautions: when a metric cannot work on the references it is given, and what to use instead."""
+"""Cautions: which metrics cannot work on these references, and what to use instead."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from lorakit.scoring.answers import final_number
@@ -13,8 +14,8 @@ _ENOUGH_TO_JUDGE = 1000
 
 
 def find_cautions(references: References, *, metrics: Sequence[str], lang: str) -> list[str]:
-    """Return a line for each way in which a metric cannot work on such references."""
-    texts = [text for listed in references[:_ENOUGH_TO_JUDGE] for text in listed]
+    """Return a line about each kind of metric that cannot work on such references."""
+    texts = list(itertools.chain(*references[:_ENOUGH_TO_JUDGE]))
     script = script_of(texts)
     cautions = []
     by_word = _reading(metrics, "words", "ascii")
@@ -44,7 +45,7 @@ def _reading(metrics: Sequence[str], *kinds: str) -> list[str]:
 
 
 def _needs_other_language(script: str, lang: str) -> bool:
-    """Return whether words are missed: no spaces between them, or kana among Chinese characters."""
+    """Return whether `lang` misses words: unspaced ones, or kana among Chinese characters."""
     if script not in LANGUAGES or script == lang:
         return False
     return LANGUAGES[lang].spaced or script == "ja"

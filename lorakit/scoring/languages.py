@@ -64,7 +64,7 @@ def _chinese_tokenizer() -> Callable[[str], str]:
 class Language:
     """A language: how to find its words, and whether it is written with spaces between them.
 
-    `tokenizer` returns the name and version, for signatures, of what finds the words.
+    `tokenizer` returns what signatures say of the tool that finds the words: its name and version.
     """
 
     name: str

@@ -47,7 +47,7 @@ class Metric:
     letters where the language is written with spaces. With `notes` the function compares one
     prediction with one reference, and the notes are that comparison's part of the signature, in
     which {norm}, {tok} and {match} depend on the language. `needs` says what the metric reads
-    beside predictions and references: a model that embeds tokens, or a baseline's predictions.
+    besides predictions and references: a model that embeds tokens, or a baseline's predictions.
     """
 
     help: str

@@ -1,6 +1,6 @@
-"""Metrics that score every example by itself and average: answers, ROUGE, BERTScore.
+"""Metrics that average the scores of single examples: answers, ROUGE, BERTScore.
 
-So do those of what an output has in common with a baseline's. Where an example has several
+Those of what an output shares with a baseline's are here, too. Where an example has several
 references, the best counts. Metrics of a whole file are in sacrebleu.py.
 """
 
@@ -35,13 +35,15 @@ def _means(totals: Array, count: int) -> Array:
 
 
 def best_reference(examples: Examples, *, compare: TextComparison, notes: str) -> Statistics:
-    """Return the mean over examples of the best comparison with one of the references.
+    """Return the mean over examples of the best comparison with any of the references.
 
     `notes` go into the signature; {norm}, {tok} and {match} in them depend on the language.
     """
     lang = examples.lang
     pairs = zip(examples.predictions, examples.references, strict=True)
-    best = [max(compare(text, reference, lang) for reference in listed) for text, listed in pairs]
+    best = [
+        max(compare(text, other, lang) for other in alternatives) for text, alternatives in pairs
+    ]
     signature = (
         f"nrefs:{examples.reference_count}|refs:max|{notes.format_map(_notes(lang))}"
         f"|lang:{lang}|version:lorakit-{version_of('lorakit')}"
@@ -50,7 +52,7 @@ def best_reference(examples: Examples, *, compare: TextComparison, notes: str) -
 
 
 def _notes(lang: str) -> dict[str, str]:
-    """Return what a comparison's signature says of a language: its normalisation and words."""
+    """Return what a comparison's signature says about a language: its normalisation and words."""
     spaced = language(lang).spaced
     return {
         "norm": "squad" if spaced else "nfkc+lower+nopunct",
@@ -73,7 +75,7 @@ def contains_baseline(examples: Examples) -> Statistics:
 
 
 def contains_baseline_where_worse(examples: Examples) -> Statistics:
-    """Return that share among the examples whose F1 is lower than the baseline's (section 6.7).
+    """Return the same share over the examples whose F1 is below the baseline's (section 6.7).
 
     Raises LorakitError where there is no baseline.
     """
@@ -83,7 +85,7 @@ def contains_baseline_where_worse(examples: Examples) -> Statistics:
         for predictions in (examples.predictions, _baseline_predictions(examples))
     )
     worse = [float(our_f1 < their_f1) for our_f1, their_f1 in zip(ours, theirs, strict=True)]
-    rows = [[low * row[0], low] for low, row in zip(worse, contained.rows, strict=True)]
+    rows = [[flag * row[0], flag] for flag, row in zip(worse, contained.rows, strict=True)]
     return Statistics(rows, _share, _shares, f"{contained.signature}|where:f1-below-baseline")
 
 
@@ -97,18 +99,19 @@ def _f1s(predictions: Sequence[str], examples: Examples) -> list[float]:
     """Return the F1 of each of these predictions with its best reference."""
     pairs = zip(predictions, examples.references, strict=True)
     return [
-        max(token_f1(text, reference, examples.lang) for reference in listed)
-        for text, listed in pairs
+        max(token_f1(text, reference, examples.lang) for reference in alternatives)
+        for text, alternatives in pairs
     ]
 
 
 def _share(total: Row, count: int) -> float:
+    """Return the share in percent of the examples that count, 0 where none does."""
     return 100 * total[0] / total[1] if total[1] else 0.0
 
 
 def _shares(totals: Array, count: int) -> Array:
-    none = totals[:, 1] == 0
-    shares: Array = ~none * (100 * totals[:, 0] / (totals[:, 1] + none))
+    empty = totals[:, 1] == 0
+    shares: Array = ~empty * (100 * totals[:, 0] / (totals[:, 1] + empty))
     return shares
 
 
@@ -134,7 +137,9 @@ def _rouge(kind: str, examples: Examples) -> Statistics:
     own_tokenizer = None if lang.spaced else _LanguageTokenizer(examples.lang)
     scorer = RougeScorer([kind], use_stemmer=False, tokenizer=own_tokenizer)
     pairs = zip(examples.predictions, examples.references, strict=True)
-    best = [float(scorer.score_multi(listed, text)[kind].fmeasure) for text, listed in pairs]
+    best = [
+        float(scorer.score_multi(alternatives, text)[kind].fmeasure) for text, alternatives in pairs
+    ]
     tokenizer = "rouge_score-default" if lang.spaced else lang.tokenizer()
     sentences = "|sentences:lines" if kind == "rougeLsum" else ""
     signature = (

@@ -1,10 +1,10 @@
 """Metrics of a whole file at once: sacrebleu's BLEU and chrF over all references.
 
 sacrebleu computes a row of n-gram counts per example and the value of one corpus. A significance
-test asks for the values of thousands of corpora of which it has only the sums of their rows: the
-second half of this file does sacrebleu's arithmetic on all of them at once, operation for
-operation, so that every value is, to the last bit, the one sacrebleu gives for that sum alone. It
-knows these settings only: BLEU of order 4 with exponential smoothing, chrF2.
+test asks for the values of thousands of corpora, of each of which it has only the sum of the rows:
+the second half of this file does sacrebleu's arithmetic on all of them at once, operation for
+operation, so that every value equals, to the last bit, the one sacrebleu gives for that sum alone.
+It supports these settings only: BLEU of order 4 with exponential smoothing, and chrF2.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BETA_SQUARED = 4
 
 
 def bleu(examples: Examples) -> Statistics:
-    """Return sacrebleu's BLEU over all references, tokenised as the language asks.
+    """Return sacrebleu's BLEU over all references, with the tokenizer for the language.
 
     Japanese is first cut into the words of languages.py: sacrebleu's own tokenizer needs another
     MeCab binding.
@@ -43,7 +43,7 @@ def bleu(examples: Examples) -> Statistics:
     segmented = replace(
         examples,
         predictions=_segmented(examples.predictions, examples.lang),
-        references=[_segmented(listed, examples.lang) for listed in examples.references],
+        references=[_segmented(texts, examples.lang) for texts in examples.references],
     )
     note = f"|segmenter:{language(examples.lang).tokenizer()}"
     return _statistics(BLEU(tokenize="none", force=True), _bleu_values, segmented, note)
@@ -71,10 +71,10 @@ def _statistics(
     """Return a sacrebleu metric's own rows, value and signature.
 
     sacrebleu wants one stream per reference number, with None where an example has fewer. Its rows
-    and their value have no public name; its corpus_score is these two calls.
+    and their value have no public name; its corpus_score makes these two calls.
     """
     most = max(map(len, examples.references))
-    padded = [[*listed, *[None] * (most - len(listed))] for listed in examples.references]
+    padded = [[*texts, *[None] * (most - len(texts))] for texts in examples.references]
     streams = list(zip(*padded, strict=True))
     rows = metric._extract_corpus_statistics(examples.predictions, streams)
 
@@ -108,7 +108,7 @@ def _smoothed(correct: Array, total: Array) -> Array:
 
 
 def _brevity(ours: float, theirs: float) -> float:
-    """Return BLEU's penalty (0..1) for an output of `ours` words, shorter than the reference."""
+    """Return BLEU's penalty (0..1) for an output of `ours` words and a reference of `theirs`."""
     if ours >= theirs:
         return 1.0
     return math.exp(1 - theirs / ours) if ours > 0 else 0.0
@@ -121,16 +121,16 @@ def _geometric_mean(shares: list[float]) -> float:
 def _chrf_values(totals: Array, count: int) -> Array:
     """Return chrF2 in percent (n) for sums (n × 18) of sacrebleu's rows; `count` is not needed.
 
-    A row is, per order, the n-grams of the output, of the reference, and those in both. Precision
-    and recall are means over the orders that both texts have.
+    A row counts, per order, the n-grams of the output, of the reference, and shared. Precision and
+    recall are means over the orders that both texts have.
     """
     precision, recall, orders = (np.zeros(len(totals)) for _ in range(3))
     for start in range(0, totals.shape[1], 3):
         ours, theirs, shared = totals[:, start : start + 3].T
-        counts = (ours > 0) & (theirs > 0)
-        precision += np.where(counts, shared / np.where(counts, ours, 1.0), 0.0)
-        recall += np.where(counts, shared / np.where(counts, theirs, 1.0), 0.0)
-        orders += counts
+        in_both = (ours > 0) & (theirs > 0)
+        precision += np.where(in_both, shared / np.where(in_both, ours, 1.0), 0.0)
+        recall += np.where(in_both, shared / np.where(in_both, theirs, 1.0), 0.0)
+        orders += in_both
     precision /= np.maximum(orders, 1)
     recall /= np.maximum(orders, 1)
     weighted = _BETA_SQUARED * precision + recall

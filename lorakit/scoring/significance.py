@@ -1,12 +1,13 @@
-"""Significance: how much chance alone may make two systems differ, and a value vary.
+"""Significance: how far chance alone may set two systems apart, or move a value.
 
-A trial draws examples again and needs no texts for it: from the rows of `Statistics` even the value
-of a corpus metric is computed anew. This file knows nothing of files.
+A trial draws the examples again but needs no texts: the rows of `Statistics` are enough even for
+the value of a corpus metric. This file knows nothing of files.
 
 A system is one or more runs (seeds) on the same examples, and its value the mean over its runs'
 values. Examples are drawn, never runs: a trial swaps or draws an example in all runs at once. So
-what is tested is whether these trained systems differ beyond the choice of test examples; how much
-training them again would change them is the spread over the runs, which no p-value here contains.
+the test asks whether these trained systems differ by more than the choice of test examples
+explains. How much training them again would change is the spread over the runs, which no p-value
+here covers.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Comparison:
 
 
 def interval_of(values: Array) -> Interval:
-    """Return the interval that leaves out a fortieth of the values at each end, as sacrebleu's."""
+    """Return the interval without a fortieth of the values at each end, as in sacrebleu."""
     ordered = np.sort(values)
     outside = len(ordered) // 40
     return Interval(float(ordered[outside]), float(ordered[-1 - outside]))
@@ -89,9 +90,9 @@ def compare(
 ) -> list[Comparison]:
     """Return the comparison under each metric; the values of both are those of `bootstrap`."""
     comparisons = []
-    for place, p in enumerate(p_values(system, baseline, settings)):
-        ours, theirs = (fmean(run.value for run in side[place]) for side in (system, baseline))
-        interval = interval_of(system_values[place] - baseline_values[place])
+    for metric, p in enumerate(p_values(system, baseline, settings)):
+        ours, theirs = (fmean(run.value for run in side[metric]) for side in (system, baseline))
+        interval = interval_of(system_values[metric] - baseline_values[metric])
         comparisons.append(Comparison(ours - theirs, interval, p))
     return comparisons
 
@@ -99,7 +100,7 @@ def compare(
 def p_values(
     system: Sequence[Runs], baseline: Sequence[Runs], settings: SignificanceSettings
 ) -> list[float]:
-    """Return, for each metric, how often chance alone makes as large a difference as is observed.
+    """Return, for each metric, how often chance alone makes a difference as large as the observed.
 
     Paired approximate randomization, two-sided: in each trial a coin per example decides whether
     the two systems swap their outputs for it, and p = (c + 1) / (trials + 1), where c counts the
@@ -117,14 +118,14 @@ def p_values(
     total, swap, count = rows.sum(axis=0), others - rows, len(rows)
     both = total + others.sum(axis=0)
     observed = _distances(ours, theirs, total[None], both, count)
-    reached = [0] * len(pairs)
+    extremes = [0] * len(pairs)  # trials whose difference is as large as the observed one
     generator = np.random.default_rng(settings.seed)
     for trials in _chunks(settings.trials, count):
         swapped = generator.integers(2, size=(trials, count), dtype=bool).astype(np.float64)
         distances = _distances(ours, theirs, total + swapped @ swap, both, count)
-        for place, distance in enumerate(distances):
-            reached[place] += int(np.sum(distance >= observed[place] - _TIE))
-    return [(times + 1) / (settings.trials + 1) for times in reached]
+        for metric, distance in enumerate(distances):
+            extremes[metric] += int(np.sum(distance >= observed[metric] - _TIE))
+    return [(extreme + 1) / (settings.trials + 1) for extreme in extremes]
 
 
 def _distances(
@@ -139,7 +140,7 @@ def _distances(
 
 
 def _paired(ours: Runs, theirs: Runs) -> tuple[Runs, Runs]:
-    """Return as many runs of either side, a single run repeated for each of the other's."""
+    """Return equally many runs of both sides, repeating a single run for each of the other's."""
     if len(ours) != len(theirs) and 1 not in (len(ours), len(theirs)):
         raise LorakitError(
             f"{len(ours)} runs cannot be paired with {len(theirs)}; "
@@ -172,7 +173,7 @@ def _values(metrics: Sequence[Runs], sums: Array, count: int) -> list[Array]:
 
 
 def _chunks(trials: int, count: int) -> Iterator[int]:
-    """Yield numbers of trials at a time that add up to all of them and keep memory in bounds."""
+    """Yield how many trials to run at a time; they add up to `trials` and bound the memory."""
     most = max(_WORD, _DRAWS_AT_ONCE // count // _WORD * _WORD)
     while trials > 0:
         yield min(most, trials)

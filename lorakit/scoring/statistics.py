@@ -1,6 +1,6 @@
 """What a metric is computed from, and what comes out: Examples and Statistics.
 
-Statistics are sufficient: a row of numbers per example, from whose sum the value follows. So a
+Statistics are sufficient: a row of numbers per example, whose sum determines the value. So a
 significance test can draw examples again without scoring them again. This file knows no metric.
 """
 
@@ -40,7 +40,7 @@ class Examples:
     @property
     def reference_count(self) -> str:
         """How many references each example has, or `var`, as sacrebleu's signatures write it."""
-        counts = {len(listed) for listed in self.references}
+        counts = {len(texts) for texts in self.references}
         return str(counts.pop()) if len(counts) == 1 else "var"
 
 

@@ -1,7 +1,7 @@
 """Score systems: from the paths of JSONL files to the scores of the systems that wrote them.
 
-A system is one or more runs (seeds), each a file. What a metric is stands in metrics.py, what a
-significance test does in significance.py, and what is read of a file in texts.py.
+A system is one or more runs (seeds), each a file. Metrics are in metrics.py, significance tests in
+significance.py, and the reading of files in texts.py.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class SystemScores:
     group: tuple[str, object] | None = None
 
     def of_group(self, field: str, value: object, members: Sequence[int]) -> SystemScores:
-        """Return the scores over some of the examples, by their numbers."""
+        """Return the scores over the examples with these numbers, which share a field's value."""
         runs = tuple(
             tuple(replace(run, rows=[run.rows[member] for member in members]) for run in of_metric)
             for of_metric in self.runs
@@ -103,7 +103,7 @@ class SystemScores:
     def as_record(self) -> dict[str, object]:
         """Return one flat record: the metrics' full values by name, signatures in one object.
 
-        That of a system with a name also lists its files and the value of each.
+        The record of a named system also lists its files and the value of each.
         """
         names = [score.name for score in self.scores]
         named = self.system.name is not None
@@ -157,9 +157,9 @@ def score_systems(
     `group_by` is a field of the records: after the scores over all of them come those over the
     records of each of its values, in the order in which the values first occur.
 
-    With `settings`, every system gets bootstrap intervals; with the label of one as `baseline`,
-    all others are compared with it. Then all must have predicted for the same records in the same
-    order, as the files of one system always must. The texts of two files are in memory at a time.
+    With `settings`, every system gets bootstrap intervals; with the label of one as `baseline`, all
+    others are compared with it. All must then hold predictions for the same records in the same
+    order, as the files of one system always must. At most two files' texts are in memory at a time.
     Raises LorakitError naming file and line.
     """
     request = _Request(metrics, lang, embedder, group_by)
@@ -212,8 +212,8 @@ def _score(
             check_aligned(texts, reference)
         elif len(system.files) > 1:
             reference = texts
-        paired = baseline_runs[number if len(baseline_runs) > 1 else 0] if baseline_runs else None
-        runs.append(_statistics(texts, paired, request))
+        opponent = baseline_runs[number if len(baseline_runs) > 1 else 0] if baseline_runs else None
+        runs.append(_statistics(texts, opponent, request))
     by_metric = tuple(zip(*runs, strict=True))
     count = len(texts.predictions)
     scores = tuple(
@@ -226,7 +226,7 @@ def _score(
 
 
 def _load(path: str, baseline_runs: Sequence[Texts], group_by: str | None) -> Texts:
-    """Return the texts of a file; the baseline's first is at hand (stdin can be read only once)."""
+    """Return the texts of a file, reusing the baseline's first run: stdin can be read only once."""
     first = baseline_runs[0] if baseline_runs else None
     return first if first is not None and first.path == path else load_texts(path, group_by)
 
@@ -249,6 +249,7 @@ def _statistics(
 
 
 def _groups(values: Sequence[str]) -> Groups:
+    """Return the numbers of the examples by their value."""
     groups: dict[str, list[int]] = {}
     for number, value in enumerate(values):
         groups.setdefault(value, []).append(number)
@@ -273,14 +274,16 @@ def _with_significance(
     """Return the scores with intervals and, where there is a baseline, comparisons with it."""
     from lorakit.scoring.significance import bootstrap, compare, interval_of
 
-    drawn = [bootstrap(scores.runs, settings) for scores in scored]
+    resampled = [bootstrap(scores.runs, settings) for scores in scored]
     labels = [scores.system.label for scores in scored]
-    place = None if baseline is None else labels.index(baseline)
+    reference = None if baseline is None else labels.index(baseline)
     results = []
-    for scores, values in zip(scored, drawn, strict=True):
+    for scores, values in zip(scored, resampled, strict=True):
         significance = Significance(settings, tuple(map(interval_of, values)), baseline)
-        if place is not None and scores.system.label != baseline:
-            comparisons = compare(scores.runs, scored[place].runs, values, drawn[place], settings)
+        if reference is not None and scores.system.label != baseline:
+            comparisons = compare(
+                scores.runs, scored[reference].runs, values, resampled[reference], settings
+            )
             significance = replace(significance, comparisons=tuple(comparisons))
         results.append(replace(scores, significance=significance))
     return results

@@ -1,4 +1,4 @@
-"""Write scores as the table that a terminal gets: a row per system, a column per metric."""
+"""Write scores as a table for the terminal: a row per system, a column per metric."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_score_table(systems: Sequence[SystemScores], stream: IO[str]) -> None:
 
 
 def _label(scores: SystemScores) -> str:
-    """Return what a row is about: the system, and the group of records if it is of one."""
+    """Return what a row is about: the system and, where there is one, the group of records."""
     if scores.group is None:
         return scores.system.label
     field, value = scores.group
@@ -56,6 +56,7 @@ def _label(scores: SystemScores) -> str:
 
 
 def _cell(scores: SystemScores, column: int) -> str:
+    """Return a value with its interval and star, where examples were resampled."""
     value = f"{scores.scores[column].value:.2f}"
     if scores.significance is None:
         return value
@@ -76,7 +77,7 @@ def _notes(scores: SystemScores) -> Iterator[str]:
 
 
 def _best_values(systems: Sequence[SystemScores]) -> list[float | None]:
-    """Return the best value of each column; None where there is but one system to choose from."""
+    """Return the best value of each column; None where there is only one system."""
     if len(systems) == 1:
         return [None] * len(systems[0].scores)
     columns = zip(*(system.scores for system in systems), strict=True)

@@ -1,4 +1,4 @@
-"""Read the files of predictions that `score` compares, and check that they are of the same records.
+"""Read files of predictions, and check that several of them are for the same records.
 
 This file knows no metrics.
 """
@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO
+from lorakit.files import input_name
 from lorakit.records import Record, read_records
 
 
@@ -29,7 +29,7 @@ class Texts:
 
 
 def load_texts(path: str, group_by: str | None = None) -> Texts:
-    """Return the texts of a JSONL file (`-`: stdin), and the values of a field of its records.
+    """Return the texts of a JSONL file (`-`: stdin) and its values of the field `group_by`.
 
     Raises LorakitError naming file and line where a record lacks something, and for no records.
     """
@@ -47,8 +47,7 @@ def load_texts(path: str, group_by: str | None = None) -> Texts:
                 )
             texts.groups.append(json.dumps(record.fields[group_by], sort_keys=True))
     if not texts.predictions:
-        name = "stdin" if path == STDIO else path
-        raise LorakitError(f"{name} holds no records; check what wrote it")
+        raise LorakitError(f"{input_name(path)} holds no records; check what wrote it")
     return texts
 
 
@@ -76,14 +75,13 @@ def _check_no_longer(texts: Texts, other: Texts) -> None:
     if len(texts.places) > count:
         raise LorakitError(
             f"{texts.places[count]}: there is no such record in "
-            f"{'stdin' if other.path == STDIO else other.path}, which ends after "
-            f"{count}; {_SAME_RECORDS}"
+            f"{input_name(other.path)}, which ends after {count}; {_SAME_RECORDS}"
         )
 
 
 def references_of(record: Record) -> list[str]:
     """Return the texts to compare a prediction with; raise LorakitError where there are none."""
-    if record.fields.get("references") is None and "completion" not in record.fields:
+    if not record.has_references:
         raise LorakitError(
             f"{record.where}: the record has neither 'references' nor 'completion'; "
             "give the texts to compare the prediction with"

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from lorakit.commands.score import score
 from lorakit.errors import LorakitError
-from lorakit.scoring.bertscore import Embedded, best_f1s, greedy_f1
+from lorakit.scoring.bertscore import EmbeddedText, best_f1s, greedy_f1
 from lorakit.scoring.metrics import METRICS, compute_statistics
 
 if TYPE_CHECKING:  # imports torch
@@ -72,10 +72,10 @@ def embedder(bert: str, layer: int | None = None) -> LayerEmbedder:
 # — the matching —
 
 
-def tokens(*rows: Sequence[float], uncounted: Sequence[int] = ()) -> Embedded:
+def tokens(*rows: Sequence[float], uncounted: Sequence[int] = ()) -> EmbeddedText:
     vectors = np.array(rows, dtype=np.float32)
     counts = np.array([place not in uncounted for place in range(len(rows))])
-    return Embedded(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), counts)
+    return EmbeddedText(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), counts)
 
 
 def test_each_token_counts_with_its_closest() -> None:
