@@ -1,6 +1,6 @@
-"""Asking many questions at once.
+"""Ask many questions at once.
 
-It knows no HTTP and nothing of what is asked.
+This file knows nothing of HTTP, nor of what is asked.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Q = TypeVar("Q")
 def ask_all(
     questions: Sequence[Q], ask: Callable[[Q], str], *, concurrency: int
 ) -> Iterator[tuple[Q, str]]:
-    """Yield each question with its answer as they come, at most `concurrency` asked at a time.
+    """Yield each question with its answer as it comes, asking at most `concurrency` at a time.
 
-    The first error ends it, after the answers that are there. The threads are left to themselves
-    then: Ctrl-C does not wait for answers that nobody will read.
+    The first error is raised after the answers that have already come. Threads that still wait are
+    abandoned, so that Ctrl-C does not wait for answers that nobody will read.
     """
     waiting: queue.SimpleQueue[Q] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[Q, str, BaseException | None]] = queue.SimpleQueue()
+    outcomes: queue.SimpleQueue[tuple[Q, str, BaseException | None]] = queue.SimpleQueue()
     stopped = threading.Event()
     for question in questions:
         waiting.put(question)
@@ -34,9 +34,9 @@ def ask_all(
             except queue.Empty:
                 return
             try:
-                done.put((question, ask(question), None))
-            except BaseException as error:  # handed to the thread that can say it
-                done.put((question, "", error))
+                outcomes.put((question, ask(question), None))
+            except BaseException as error:  # raised below, in the caller's thread
+                outcomes.put((question, "", error))
                 return
 
     for _ in range(min(concurrency, len(questions))):
@@ -44,9 +44,9 @@ def ask_all(
     failed: BaseException | None = None
     try:
         for _ in questions:
-            if failed is not None and done.empty():
+            if failed is not None and outcomes.empty():
                 break
-            question, answer, error = done.get()
+            question, answer, error = outcomes.get()
             failed = failed or error
             if failed is not None:
                 stopped.set()

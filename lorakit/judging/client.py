@@ -1,9 +1,9 @@
-"""One question to an OpenAI-compatible chat endpoint, asked again while the trouble may pass.
+"""Ask one question of an OpenAI-compatible chat endpoint, and again while trouble may pass.
 
-It knows HTTP, by the `openai` package (the extra `endpoint`), and nothing of judging. The key goes
-into one header of the request and nowhere else: no message, no file. The package's own retries are
-off: they do not repeat a question whose answer is no chat completion, and they would repeat one to
-a server that is not there.
+It speaks HTTP through the `openai` package (the extra `endpoint`) and knows nothing of judging. The
+key goes into one header of the request and nowhere else: no message, no file. The package's own
+retries are off: they do not repeat a question whose answer is not a chat completion, and they would
+repeat one to a server that is not there.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FIRST_WAIT = 1.0  # seconds before the second try; each further wait is twice as
 LONGEST_WAIT = 60.0
 LONGEST_RETRY_AFTER = 600.0  # a longer wait is left to the user
 LONGEST_REPLY = 1 << 24  # bytes
-_PASSING = (408, 425, 429)  # and all from 500 on
+_TRANSIENT_STATUSES = (408, 425, 429)  # as are all from 500 on
 _LONGEST_QUOTE = 200  # characters of a server's text
 
 
-class PassingError(Exception):
-    """Trouble that may be over when the question is asked again, in `wait` seconds or later."""
+class TransientError(Exception):
+    """Trouble that may have passed when the question is asked again, after `wait` seconds."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -45,7 +45,7 @@ class PassingError(Exception):
 class Endpoint:
     """Where to ask: the URL up to and with `/v1`, the key, and how long and often to try.
 
-    Its connections are kept for the next question and may be used by several threads at a time.
+    Its connections stay open for the next question; several threads may use it at a time.
     """
 
     url: str
@@ -58,25 +58,25 @@ class Endpoint:
         try:
             client = _open_client(self.url, self.key, self.timeout)
         except (httpx2.InvalidURL, ValueError, ImportError) as error:  # the URL, or a proxy's
-            self._refuse_connection(str(error))
+            self._raise_unreachable(str(error))
         object.__setattr__(self, "_client", client)
         weakref.finalize(self, client.close)
 
     def ask(self, body: Mapping[str, object]) -> str:
         """Return the text that answers `body`, a chat-completions request; "" where it has none.
 
-        429, 5xx, time-outs, closed connections and replies that are no chat completion are tried
+        429, 5xx, time-outs, closed connections and replies that are not chat completions are tried
         again after a growing wait, or the one the server asks for (Retry-After). Raises
         LorakitError for whatever else is wrong, and when all tries are used up.
         """
         data = json.dumps(body).encode()  # ASCII: a text may hold half a surrogate pair
         for attempt in range(self.retries + 1):
             try:
-                return _text(self._post(data))
-            except PassingError as trouble:
-                reason = self.shown(str(trouble))
+                return _answer_in(self._post(data))
+            except TransientError as error:
+                reason = self.printable(str(error))
                 if attempt < self.retries:
-                    time.sleep(max(trouble.wait, _backoff(attempt)))
+                    time.sleep(max(error.wait, _backoff(attempt)))
         raise LorakitError(
             f"{self.url}: {reason}, {self.retries + 1} times; try again later, with --resume"
         )
@@ -89,9 +89,9 @@ class Endpoint:
         except openai.APIStatusError as error:
             self._raise_status(error.response)
         except openai.APITimeoutError:
-            raise PassingError(f"no answer within {self.timeout:g} s") from None
+            raise TransientError(f"no answer within {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
-            self._raise_lost(error.__cause__)
+            self._raise_connection_error(error.__cause__)
 
     def _raise_status(self, reply: httpx2.Response) -> NoReturn:
         """Raise what a status other than 2xx means; a redirect could take the key elsewhere."""
@@ -101,30 +101,32 @@ class Endpoint:
             raise LorakitError(
                 f"{self.url}: {reason}, asks to wait {wait:.0f} s; run again then, with --resume"
             ) from None
-        if reply.status_code in _PASSING or reply.status_code >= 500:
-            raise PassingError(reason, wait) from None
+        if reply.status_code in _TRANSIENT_STATUSES or reply.status_code >= 500:
+            raise TransientError(reason, wait) from None
         detail = _detail(reply.content)
-        answer = self.shown(f"{reason}{': ' if detail else ''}{detail}")
+        answer = self.printable(f"{reason}{': ' if detail else ''}{detail}")
         remedy = _REMEDIES.get(reply.status_code, "mend the request or the endpoint's settings")
         raise LorakitError(f"{self.url}: {answer}; {remedy}") from None
 
-    def _raise_lost(self, error: BaseException | None) -> NoReturn:
-        """Raise PassingError for a connection that was closed, LorakitError for one never made."""
+    def _raise_connection_error(self, error: BaseException | None) -> NoReturn:
+        """Raise TransientError for a closed connection, LorakitError where none was made."""
         cause = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
         if isinstance(cause, OSError) and not isinstance(cause, _CLOSED):
-            self._refuse_connection(explain(cause))
-        if cause is None and isinstance(error, _NEVER_MADE):
-            self._refuse_connection(str(error))
-        raise PassingError("the connection was closed") from None
+            self._raise_unreachable(explain(cause))
+        if cause is None and isinstance(error, _NOT_CONNECTED):
+            self._raise_unreachable(str(error))
+        raise TransientError("the connection was closed") from None
 
-    def _refuse_connection(self, reason: str) -> NoReturn:
+    def _raise_unreachable(self, reason: str) -> NoReturn:
+        """Raise the LorakitError for a server that cannot be connected to."""
+        reason = self.printable(reason)
         raise LorakitError(
-            f"cannot reach {self.url}: {self.shown(reason)}; start the server or mend --endpoint"
+            f"cannot reach {self.url}: {reason}; start the server or mend --endpoint"
         ) from None
 
-    def shown(self, text: str) -> str:
+    def printable(self, text: str) -> str:
         """Return a server's text as one short printable line without the key."""
         clean = text.replace(self.key, "(the key)") if self.key else text
         line = "".join(c if c.isprintable() else " " for c in clean)
@@ -132,7 +134,7 @@ class Endpoint:
 
 
 _CLOSED = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
-_NEVER_MADE = (httpx2.ConnectError, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+_NOT_CONNECTED = (httpx2.ConnectError, httpx2.ProxyError, httpx2.UnsupportedProtocol)
 _REMEDIES = {
     401: "put a valid key into the variable that --key-variable names",
     403: "use a key that may use this model",
@@ -159,15 +161,15 @@ def _open_client(url: str, key: str | None, timeout: float) -> openai.OpenAI:
     connections = openai.DefaultHttpxClient(
         timeout=timeout,
         follow_redirects=False,
-        event_hooks={"request": [replace_headers], "response": [_bound]},
+        event_hooks={"request": [replace_headers], "response": [_limit_size]},
     )
     return openai.OpenAI(
         api_key=key or "none", base_url=url, max_retries=0, timeout=timeout, http_client=connections
     )
 
 
-def _bound(reply: httpx2.Response) -> None:
-    """Let no more than LONGEST_REPLY bytes of a reply be read, nor inflated to more."""
+def _limit_size(reply: httpx2.Response) -> None:
+    """Let at most LONGEST_REPLY bytes of a reply be read, and none of it be inflated."""
     reply.headers.pop("Content-Encoding", None)  # none was asked for
     if isinstance(reply.stream, httpx2.SyncByteStream):
         reply.stream = _BoundedStream(reply.stream)
@@ -192,7 +194,7 @@ class _BoundedStream(httpx2.SyncByteStream):
 
 
 def check_url(url: str) -> str:
-    """Return an endpoint's URL without a slash at its end; LorakitError where it is none.
+    """Return an endpoint's URL without a slash at its end; LorakitError where it is not a URL.
 
     A name and password in it would show in messages, and are refused.
     """
@@ -211,7 +213,7 @@ def check_url(url: str) -> str:
 
 
 def check_key(key: str | None, variable: str) -> str | None:
-    """Return the key that an environment variable holds, None for none; LorakitError for no key."""
+    """Return a variable's key, None where it is empty; LorakitError where it cannot be one."""
     key = (key or "").strip()
     if not all(" " < c <= "~" for c in key):
         raise LorakitError(f"${variable} holds what cannot be a key; put the key alone into it")
@@ -232,13 +234,13 @@ def retry_after(text: str | None) -> float:
 
 
 def _backoff(attempt: int) -> float:
-    """Return FIRST_WAIT·2^attempt seconds, or up to half less so that not all come at once."""
+    """Return FIRST_WAIT·2^attempt seconds, at random up to half less: retries must not coincide."""
     longest = min(math.ldexp(FIRST_WAIT, min(attempt, 30)), LONGEST_WAIT)
     return longest * random.uniform(0.5, 1.0)
 
 
 def _detail(content: bytes) -> str:
-    """Return what the server says is wrong, as OpenAI's format or others have it."""
+    """Return what the server says is wrong, in OpenAI's format or a similar one."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -248,11 +250,12 @@ def _detail(content: bytes) -> str:
     return message if isinstance(message, str) else ""
 
 
-def _text(reply: bytes) -> str:
+def _answer_in(reply: bytes) -> str:
+    """Return the text of a chat completion; TransientError where the reply is not one."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise PassingError("the answer is no chat completion") from None
+        raise TransientError("the answer is no chat completion") from None
     if not isinstance(content, str | None):
-        raise PassingError("the answer is no text")
+        raise TransientError("the answer is no text")
     return content or ""

@@ -1,4 +1,4 @@
-"""A panel of judges over files of predictions: `judge` from its inputs to its outputs."""
+"""Put files of predictions before a panel of judges: `judge` from its inputs to its outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from lorakit.errors import missing_package
 from lorakit.files import check_output, is_stream, open_text_output
@@ -34,8 +34,6 @@ if TYPE_CHECKING:  # it imports the SDK
 
     Panel = Mapping[str, Endpoint]  # by the judge's model name
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Question:
@@ -59,7 +57,7 @@ def open_panel(
     """Return each judge's endpoint; a single URL or key variable serves all judges.
 
     Keys come from the environment; a variable that is not set means no key, as local servers have.
-    Raises LorakitError for what is no URL or key, and where the extra `endpoint` is missing.
+    Raises LorakitError for an invalid URL or key, and where the extra `endpoint` is missing.
     """
     if importlib.util.find_spec("openai") is None:
         raise missing_package("judge", "openai", "endpoint")
@@ -89,7 +87,7 @@ def write_judgements(
 ) -> None:
     """Judge every file and write a summary for each to `output`, the answers to `ratings`.
 
-    All files are read, and the outputs tried, before the first question is asked. Raises
+    All files are read, and the outputs checked, before the first question is asked. Raises
     LorakitError naming file and line, or the endpoint.
     """
     for path in (output, ratings):
@@ -97,8 +95,8 @@ def write_judgements(
             check_output(path)
     name, text = choose_template(template, preference=against is not None)
     files = _items(paths, against, text)
-    side = None if is_stream(output) else hidden_beside(output, "answers.part")
-    with SavedValues(side, resume=resume, writer="judge") as answers:
+    answers_path = None if is_stream(output) else hidden_beside(output, "answers.part")
+    with SavedValues(answers_path, resume=resume, writer="judge") as answers:
         _ask(files, panel, settings, answers, reporter)
 
         def answer(judge: str, prompt: str) -> str:
@@ -108,10 +106,10 @@ def write_judgements(
         summaries: list[Mapping[str, object]] = []
         lines: list[Mapping[str, object]] = []
         for path, items in zip(paths, files, strict=True):
-            head = {"file": path, **({} if against is None else {"against": against})}
+            compared = {"file": path} if against is None else {"file": path, "against": against}
             summary, rows = _summarise(items, list(panel), answer, preference=against is not None)
-            summaries.append({**head, "count": len(items), **summary, "signature": signature})
-            lines += [{**head, **row} for row in rows]
+            summaries.append({**compared, "count": len(items), **summary, "signature": signature})
+            lines += [{**compared, **row} for row in rows]
             for warning in malformed_warnings(path, summary, rows):
                 reporter.note(warning)
         if ratings is not None:
@@ -144,7 +142,7 @@ def _ask(
     answers: SavedValues,
     reporter: Reporter,
 ) -> None:
-    """Ask what has no answer yet; the same question to the same judge is asked once."""
+    """Ask the questions that have no answer yet, the same one to the same judge only once."""
     questions = (
         Question(model, prompt)
         for items in files
@@ -158,8 +156,8 @@ def _ask(
         reporter.note(f"going on after {done} of {len(by_key)} answers")
     left = [(key, question) for key, question in by_key.items() if key not in answers.known]
 
-    def ask(keyed: tuple[str, Question]) -> str:
-        _, question = keyed
+    def ask(entry: tuple[str, Question]) -> str:
+        _, question = entry
         return panel[question.model].ask(question.body(settings))
 
     answered = ask_all(left, ask, concurrency=settings.concurrency)
@@ -168,11 +166,12 @@ def _ask(
 
 
 def _key(question: Question, panel: Panel, settings: JudgeSettings) -> str:
+    """Return the key under which a question's answer is saved."""
     return run_key(panel[question.model].url, question.body(settings))
 
 
 def _signature(panel: Panel, name: str, text: str, settings: JudgeSettings) -> str:
-    """Return all that the numbers depend on besides the data, in sacrebleu's manner."""
+    """Return all that the numbers depend on besides the data, written as sacrebleu does."""
     prompt = name if name != "own" else f"own-{run_key(text)[:12]}"
     request = "".join(f"|{field}:{settings.request[field]}" for field in sorted(settings.request))
     version = version_of("lorakit")

@@ -1,9 +1,9 @@
-"""How language models judge predictions: what they are asked, and what their answers add up to.
+"""What judges are asked about predictions, and what their answers add up to.
 
 They rate predictions (GPT-Score), or choose between two systems' predictions, as in the
-boundary-layer paper (Chen et al., section 6.4 and appendix A.2). This file knows questions and
-answers; asking.py carries them, and prompts.py holds their wording. An answer of another form than
-asked for is counted as malformed and left out, never guessed at.
+boundary-layer paper (6.4 and A.2). This file knows questions and answers;
+asking.py asks them, and prompts.py holds their wording. An answer in any other form than asked for
+counts as malformed and is left out, never guessed at.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from dataclasses import dataclass
 from typing import TypedDict, final
 
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO
+from lorakit.files import input_name
 from lorakit.prompts import PREFERENCE_PROMPTS, RATING_PROMPTS, fields_of, fill
 from lorakit.records import Record, load_records
 
 Answer = Callable[[str, str], str]  # the answer of a judge to a prompt
 
-_WRAPPING = " \t\r\n\"'“”‘’*_`."  # around an answer, it changes nothing
+_WRAPPING = " \t\r\n\"'“”‘’*_`."  # around an answer, these change nothing
 _RATING = re.compile(r"[0-9]|10")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prediction to judge: a prompt to rate it, or two to choose, the order swapped."""
+    """One prediction to judge: the prompt to rate it, or two to choose, with the order swapped."""
 
     id: str
     prompts: tuple[str, ...]
 
 
-class Rated(TypedDict):
+class JudgeRatings(TypedDict):
     """One judge's ratings of a file; `gpt_score` in percent, None without any rating."""
 
     gpt_score: float | None
@@ -41,7 +41,7 @@ class Rated(TypedDict):
     malformed: int
 
 
-class Preferred(TypedDict):
+class JudgePreferences(TypedDict):
     """One judge's choices in a file; `preference` and `first` in percent, None without any."""
 
     preference: float | None
@@ -53,17 +53,17 @@ class Preferred(TypedDict):
 
 
 class RatingSummary(TypedDict):
-    """What a file's summary says of its ratings, by judge and over all judges."""
+    """What a file's summary says about its ratings, by judge and over all judges."""
 
     gpt_score: float | None
-    judges: dict[str, Rated]
+    judges: dict[str, JudgeRatings]
 
 
 class PreferenceSummary(TypedDict):
-    """What a file's summary says of its comparison with the baseline."""
+    """What a file's summary says about its comparison with the baseline."""
 
     preference: float | None
-    judges: dict[str, Preferred]
+    judges: dict[str, JudgePreferences]
 
 
 @final
@@ -89,10 +89,10 @@ Row = RatingRow | PreferenceRow
 
 
 def choose_template(template: str | None, *, preference: bool) -> tuple[str, str]:
-    """Return the name and the text of a template, given as a shipped one's name or as a text.
+    """Return the name and the text of a template: a shipped one, by name, or the user's own text.
 
-    None is `general`, a text's name is `own`. Raises LorakitError for a text without a place for
-    what is to be judged.
+    None means `general`; the name of a text is `own`. Raises LorakitError for a text without a
+    placeholder for what is to be judged.
     """
     shipped = PREFERENCE_PROMPTS if preference else RATING_PROMPTS
     name = template or "general"
@@ -121,15 +121,15 @@ def preference_items(path: str, baseline: Sequence[Record], template: str) -> li
     """
     records, _ = load_records(path, "prediction")
     if len(records) != len(baseline):
-        name = "stdin" if path == STDIO else path
         raise LorakitError(
-            f"{name} holds {len(records)} records, --against {len(baseline)}; give two systems' "
-            "predictions for the same records"
+            f"{input_name(path)} holds {len(records)} records, --against {len(baseline)}; "
+            "give two systems' predictions for the same records"
         )
     return [_pair(record, other, template) for record, other in zip(records, baseline, strict=True)]
 
 
 def _pair(record: Record, other: Record, template: str) -> Item:
+    """Return the item of a record and the baseline's; LorakitError if id or prompt differ."""
     for name in ("id", "prompt"):
         if record.fields.get(name) != other.fields.get(name):
             raise LorakitError(
@@ -143,19 +143,19 @@ def _pair(record: Record, other: Record, template: str) -> Item:
 
 def _row(record: Record) -> Mapping[str, object]:
     """Return the fields a template may name: the record's, and `reference`, the first it has."""
-    if record.fields.get("references") is None and "completion" not in record.fields:
+    if not record.has_references:
         return record.fields
     return {**record.fields, "reference": record.references[0]}
 
 
 def parse_rating(answer: str) -> int | None:
-    """Return the integer from 0 to 10 that the answer is, but for quotes, stars and full stops."""
+    """Return the integer from 0 to 10 that is the answer, but for quotes, stars and full stops."""
     bare = answer.strip(_WRAPPING)
     return int(bare) if _RATING.fullmatch(bare) else None
 
 
 def parse_choice(answer: str) -> str | None:
-    """Return `A` or `B` where the answer is that, but for quotes, stars and full stops."""
+    """Return the `A` or `B` that is the answer, but for quotes, stars and full stops."""
     bare = answer.strip(_WRAPPING)
     return bare if bare in ("A", "B") else None
 
@@ -173,12 +173,13 @@ def rating_summary(
         answers = {judge: answer(judge, item.prompts[0]) for judge in judges}
         ratings = {judge: parse_rating(text) for judge, text in answers.items()}
         rows.append({"id": item.id, "ratings": ratings, "answers": answers})
-    by_judge = {judge: _rated([row["ratings"][judge] for row in rows]) for judge in judges}
-    mean = _mean([rated["gpt_score"] for rated in by_judge.values()])
+    by_judge = {judge: _ratings_of([row["ratings"][judge] for row in rows]) for judge in judges}
+    mean = _mean([judged["gpt_score"] for judged in by_judge.values()])
     return {"gpt_score": mean, "judges": by_judge}, rows
 
 
-def _rated(ratings: Sequence[int | None]) -> Rated:
+def _ratings_of(ratings: Sequence[int | None]) -> JudgeRatings:
+    """Return a judge's share of the summary."""
     valid = [rating for rating in ratings if rating is not None]
     score = 10 * sum(valid) / len(valid) if valid else None
     return {"gpt_score": score, "rated": len(valid), "malformed": len(ratings) - len(valid)}
@@ -190,7 +191,7 @@ def preference_summary(
     """Return the summary of a file against the baseline, and a line for each of its records.
 
     A record is a win where both orders choose the file's prediction, a loss where both choose the
-    baseline's, a tie where the choice goes with the place. `preference` is (wins + ties/2) in
+    baseline's, a tie where the choice follows the position. `preference` is (wins + ties/2) in
     percent of the three, `first` the share of answers that chose what stood first: 50 is no bias.
     """
     rows: list[PreferenceRow] = []
@@ -198,8 +199,8 @@ def preference_summary(
         answers = {judge: [answer(judge, prompt) for prompt in item.prompts] for judge in judges}
         choices = {judge: _outcome(*map(parse_choice, both)) for judge, both in answers.items()}
         rows.append({"id": item.id, "choices": choices, "answers": answers})
-    by_judge = {judge: _preferred(judge, rows) for judge in judges}
-    mean = _mean([preferred["preference"] for preferred in by_judge.values()])
+    by_judge = {judge: _preferences_of(judge, rows) for judge in judges}
+    mean = _mean([judged["preference"] for judged in by_judge.values()])
     return {"preference": mean, "judges": by_judge}, rows
 
 
@@ -210,7 +211,8 @@ def _outcome(first: str | None, swapped: str | None) -> str | None:
     return "tie" if first == swapped else ("win" if first == "B" else "loss")
 
 
-def _preferred(judge: str, rows: Sequence[PreferenceRow]) -> Preferred:
+def _preferences_of(judge: str, rows: Sequence[PreferenceRow]) -> JudgePreferences:
+    """Return a judge's share of the summary."""
     outcomes = [row["choices"][judge] for row in rows]
     wins, ties, losses = (outcomes.count(name) for name in ("win", "tie", "loss"))
     total = wins + ties + losses
@@ -245,5 +247,5 @@ def malformed_warnings(path: str, summary: Summary, rows: Sequence[Row]) -> Iter
 
 
 def _parsed(row: Row) -> Mapping[str, int | str | None]:
-    """Return what the answers to a record were read as, by judge."""
+    """Return each judge's parsed answer to a record."""
     return row["ratings"] if "ratings" in row else row["choices"]
