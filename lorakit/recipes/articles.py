@@ -41,6 +41,7 @@ def xlsum_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterat
 
 
 def _xlsum(row: Record) -> Record:
+    """Return the row of an article and its summary."""
     fields = {
         "id": id_of(row, "id"),
         "article": text_of(row, "text"),
@@ -67,6 +68,7 @@ def jawikinews_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterato
 
 
 def _headline(row: Record) -> Record:
+    """Return the row of an article and its headline, cut at the tabs of a line."""
     cells = str(row.fields["line"]).split("\t")
     if len(cells) != 3:
         raise LorakitError(f"{row.where}: {len(cells)} cells where there are three; mend the row")

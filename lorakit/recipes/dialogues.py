@@ -1,4 +1,4 @@
-"""Dialogues: SAMSum and DialogSum to summaries, and E-commerce to whether a response fits."""
+"""Dialogues: SAMSum and DialogSum with summaries, E-commerce with whether a response fits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def samsum_rows(sources: Sequence[str], request: Request, tally: Tally) -> Itera
 
 
 def dialogsum_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
-    """Yield DialogSum's dialogues and summaries (Chen et al., 2021); in the test set all three.
+    """Yield DialogSum's dialogues and summaries (Chen et al., 2021), in the test set three of each.
 
     A source is a JSONL or CSV file, or the folder with the split's file. A line:
 
@@ -53,6 +53,7 @@ def dialogsum_rows(sources: Sequence[str], request: Request, tally: Tally) -> It
 
 
 def _summarized(row: Record) -> Record:
+    """Return the row of a dialogue and its summary; several summaries become references."""
     dialogue = "\n".join(text_of(row, "dialogue").splitlines())
     summaries = [text_of(row, name) for name in _SUMMARIES if name in row.fields]
     if not summaries:
@@ -78,6 +79,7 @@ def ecommerce_rows(sources: Sequence[str], request: Request, tally: Tally) -> It
 
 
 def _response(row: Record) -> Record:
+    """Return the row of a dialogue and a response, cut at the tabs of a line."""
     label, *turns = str(row.fields["line"]).split("\t")
     if label not in _ANSWERS or len(turns) < 2:
         raise LorakitError(

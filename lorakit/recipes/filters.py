@@ -2,7 +2,7 @@
 
 A word is a run of characters between spaces, but each Chinese or Japanese character counts as one:
 the same number on every machine, without a segmenter. Prompts are compared by a 64-bit hash of
-their text, spaces folded, so that a file of millions takes some sixty bytes of memory per record.
+their text, spaces folded, so that a file of millions takes about sixty bytes of memory a record.
 This file knows nothing of where the records come from.
 """
 
@@ -38,7 +38,7 @@ def unspaced(text: str) -> str:
 
 
 def filtered(records: Iterable[Record], request: Request, tally: Tally) -> Iterator[Record]:
-    """Yield the records within the request's limits; count the others by the reason."""
+    """Yield the records within the request's limits; count the others by the reason for removal."""
     hashes = {path: prompt_hashes(path) for path in request.drop_overlap}
     for record in records:
         reason = _length_reason(record.prompt, request) or _overlap_reason(record.prompt, hashes)
@@ -60,9 +60,9 @@ def _length_reason(prompt: str, request: Request) -> str:
 
 
 def _overlap_reason(prompt: str, hashes: Mapping[str, set[int]]) -> str:
-    """Return which of the files, given by the hashes of their prompts, has this prompt too."""
-    for path, others in hashes.items():
-        if _hash(prompt) in others:
+    """Return why a prompt removes its record: one of the files has it; empty if none does."""
+    for path, hashes_in_file in hashes.items():
+        if _hash(prompt) in hashes_in_file:
             return f"a prompt that stands in {path}"
     return ""
 
@@ -78,8 +78,8 @@ def counting_overlaps(
         if key in earlier:
             tally.noticed["prompts that an earlier record has"] += 1
         earlier.add(key)
-        for path, others in hashes.items():
-            if key in others:
+        for path, hashes_in_file in hashes.items():
+            if key in hashes_in_file:
                 tally.noticed[f"prompts that stand in {path}"] += 1
         yield record
 

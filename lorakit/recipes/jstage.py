@@ -1,8 +1,8 @@
 """J-STAGE: titles from abstracts, in the metadata of journal articles.
 
 The adaptive-merge paper takes its medical papers, case reports, from there. Metadata come as XML
-(JATS and its kin, OAI-PMH's Dublin Core) or as the meta tags of an article's page; both have texts
-in several languages, of which --lang chooses one (by default Japanese or, without it, any other).
+(JATS and similar formats, OAI-PMH's Dublin Core) or as the meta tags of an article's page. Both
+have texts in several languages, of which --lang chooses one (by default Japanese, else any other).
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def _is_page(part: Part) -> bool:
 
 
 def _xml(part: Part) -> Iterator[Record]:
+    """Yield the titles and abstracts of the articles in an XML file, in every language."""
     for where, article in elements(part, _ARTICLES, _IGNORED):
         language = article.get("xml:lang", "")
         fields = {
@@ -76,7 +77,7 @@ def _xml(part: Part) -> Iterator[Record]:
 def _texts(article: Element, names: Sequence[str], language: str) -> list[tuple[str, str]]:
     """Return the language and the text of every element with one of these names.
 
-    An element that names no language has its parents'.
+    An element that names no language has the language of the elements around it.
     """
     texts: list[tuple[str, str]] = []
 
@@ -87,7 +88,7 @@ def _texts(article: Element, names: Sequence[str], language: str) -> list[tuple[
             if children:
                 texts.extend((child.tag, _plain(text_in(child))) for child in children)
             else:
-                texts.append((language, _plain(" ".join(_blocks(element)) or text_in(element))))
+                texts.append((language, _plain(" ".join(_paragraphs(element)) or text_in(element))))
             return
         for child in element:
             visit(child, language)
@@ -96,15 +97,15 @@ def _texts(article: Element, names: Sequence[str], language: str) -> list[tuple[
     return texts
 
 
-def _blocks(element: Element) -> list[str]:
+def _paragraphs(element: Element) -> list[str]:
     """Return the headings and paragraphs of an abstract, without the heading "Abstract"."""
-    blocks: list[str] = []
+    paragraphs: list[str] = []
     for child in element:
         if child.tag == "sec":
-            blocks += _blocks(child)
+            paragraphs += _paragraphs(child)
         elif child.tag in ("p", "title") and text_in(child).lower() not in _ABSTRACT_HEADINGS:
-            blocks.append(text_in(child))
-    return blocks
+            paragraphs.append(text_in(child))
+    return paragraphs
 
 
 class _MetaTags(HTMLParser):
@@ -123,6 +124,7 @@ class _MetaTags(HTMLParser):
 
 
 def _page(part: Part) -> Iterator[Record]:
+    """Yield the titles and abstracts in the meta tags of one page, in every language."""
     content = part.whole()
     meta = _MetaTags()
     meta.feed(decoded(content, part.name, declared_encoding(content)))
@@ -152,9 +154,9 @@ def _in_language(row: Record, lang: str | None) -> Record:
 
 
 def _first_in(texts: Sequence[tuple[str, str]], lang: str | None) -> str:
-    """Return the first text in a language, by its mark or, without one, by whether it has kana."""
-    for marked, text in texts:
-        language = marked.lower()[:2] or ("ja" if is_japanese(text) else "en")
+    """Return the first text in a language: the one it is marked with, else judged by its kana."""
+    for mark, text in texts:
+        language = mark.lower()[:2] or ("ja" if is_japanese(text) else "en")
         if text and lang in (None, language):
             return text
     return ""

@@ -37,10 +37,10 @@ _GLUE = (
 _WIDE = "\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
 _LARGEST = 1 << 20  # characters of an expanded field: macros that double themselves end here
 _PASSES = 20
-# What pylatexenc lets escape at LaTeX that it cannot read.
+# What pylatexenc raises at LaTeX that it cannot read.
 _PARSER_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
-# Macros to remove with their arguments, by the form of those: * a star, [ optional, { required.
+# Macros to remove, by the form of their arguments: * a star, [ optional, { required.
 _REMOVED = {
     "*[[{": "cite citep citet citeA citeB citealp citealt citeauthor citeyear citeyearpar nocite",
     "*{": "vspace hspace ref pageref eqref label",
@@ -95,6 +95,7 @@ def _paper(part: Part, lang: str | None, _: Record) -> Record:
 
 
 def _check_language(text: str, lang: str | None) -> None:
+    """Raise UnwantedError for a text in another language than the one asked for."""
     if lang is not None and (lang == "ja") != is_japanese(text):
         raise UnwantedError(f"a paper that is not in the language {lang}")
 
@@ -130,7 +131,7 @@ def group_end(text: str, start: int) -> int:
 
 
 def macros_of(source: str) -> dict[str, Macro]:
-    r"""Return the macros that a paper defines by \newcommand and its kin or by \def."""
+    r"""Return the macros that a paper defines by \newcommand and its variants or by \def."""
     macros: dict[str, Macro] = {}
     for match in re.finditer(_DEFINITION, source):
         end = group_end(source, match.end())
@@ -156,9 +157,9 @@ def expanded(text: str, macros: dict[str, Macro], where: str) -> str:
     if not macros:
         return text
     names = "|".join(sorted(map(re.escape, macros), key=len, reverse=True))
-    used = re.compile(rf"\\({names})(?![A-Za-z@])[ \t]*")
+    macro_use = re.compile(rf"\\({names})(?![A-Za-z@])[ \t]*")
     for _ in range(_PASSES):
-        before, text = text, _expanded_once(text, used, macros)
+        before, text = text, _expanded_once(text, macro_use, macros)
         if len(text) > _LARGEST:
             raise LorakitError(f"{where}: macros that grow without end; define them plainly")
         if text == before:
@@ -166,11 +167,11 @@ def expanded(text: str, macros: dict[str, Macro], where: str) -> str:
     return text
 
 
-def _expanded_once(text: str, used: re.Pattern[str], macros: dict[str, Macro]) -> str:
-    """Return a text with every macro in it replaced by its body, but not the macros in that."""
+def _expanded_once(text: str, macro_use: re.Pattern[str], macros: dict[str, Macro]) -> str:
+    """Return a text with every macro replaced by its body; macros in the bodies stay."""
     pieces: list[str] = []
     position = size = 0
-    while size <= _LARGEST and (match := used.search(text, position)):
+    while size <= _LARGEST and (match := macro_use.search(text, position)):
         body, end = _applied(macros[match[1]], text, match.end())
         pieces += [text[position : match.start()], body]
         size += len(pieces[-2]) + len(body)

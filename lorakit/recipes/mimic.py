@@ -1,9 +1,9 @@
 """MIMIC-III: findings and impressions of radiology reports (Johnson et al., 2016).
 
-Sections are cut out of raw reports after RadAdapt (Van Veen et al., 2023) and Appendix A.3 of the
-adaptive-merge paper, by the headings that the reports use. De-identification marks stay:
-`[**Hospital 12**]`. The paper removes findings "shorter than or comparable in length to" the
-impression and gives no number; the bound of 1.5 words of findings to one of the impression is ours.
+Sections are cut out of raw reports at their headings, following RadAdapt (Van Veen et al., 2023)
+and Appendix A.3 of the adaptive-merge paper. De-identification marks such as `[**Hospital 12**]`
+stay. The paper removes findings "shorter than or comparable in length to" the impression and gives
+no number; the bound of 1.5 words of findings to one of the impression is ours.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _FINAL = r"^[ \t]*FINAL REPORT[^\n:]{0,30}:?[ \t]*$"
 
 
 def _heading(before: str, qualified: str, flags: str, after: str) -> str:
-    """Return the pattern of a heading; its one named group that matches is the section."""
+    """Return the pattern of a heading; the name of the group that matches is the section's."""
     return (
         rf"{before}(?:(?P<other>(?{flags}:{_OTHER}))|{qualified}(?:"
         rf"(?P<findings>(?{flags}:{_FINDINGS}))|(?P<impression>(?{flags}:{_IMPRESSION})))){after}"
@@ -91,6 +91,7 @@ def mimic_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterat
 
 
 def _report_in(part: Part) -> Iterator[Record]:
+    """Yield the one report in a text file."""
     try:
         text = part.whole().decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -118,6 +119,7 @@ def _report(row: Record, ratio: float) -> Record:
 
 
 def _check_note(columns: dict[str, str]) -> None:
+    """Raise UnwantedError for a note that is not radiology or is marked as an error."""
     if columns.get("category", "Radiology").strip().lower() != "radiology":
         raise UnwantedError("a note that is not of the category Radiology")
     if columns.get("iserror", "") in ("1", "1.0"):
@@ -125,6 +127,7 @@ def _check_note(columns: dict[str, str]) -> None:
 
 
 def _check_sections(findings: str, impression: str, ratio: float) -> None:
+    """Raise UnwantedError where a section is missing or the findings are too short."""
     if not findings:
         raise UnwantedError("a report without findings")
     if not impression:
@@ -150,7 +153,7 @@ def sections_of(report: str) -> tuple[str, str]:
 
 
 def _sections(text: str) -> tuple[str, str]:
-    """Return the findings and the impression under the headings of a text, page breaks removed."""
+    """Return the findings and the impression under the headings of a text without page breaks."""
     bodies: dict[str, list[str]] = {"findings": [], "impression": [], "other": []}
     headings = _headings(text)
     for heading, following in zip_longest(headings, headings[1:]):

@@ -1,4 +1,4 @@
-"""News pages: articles with the bullet list of highlights that stands before them.
+"""News pages: articles and the bulleted highlights above them.
 
 As in the adaptive-merge paper's Bloomberg set (Appendix A.1), the highlights, joined with the
 title, are the summary, and the full text without them is the article. trafilatura removes the
@@ -55,7 +55,7 @@ def _page(part: Part, selector: str | None, _: Record) -> Record:
     """Return the row of one page; UnwantedError if it has no highlights or no text."""
     tree = _tree(part)
     title = _title(tree)
-    items = _selected(tree, selector) if selector else _listed(tree)
+    items = _selected_highlights(tree, selector) if selector else _listed_highlights(tree)
     highlights = [text for item in items if (text := _text(item))]
     if not highlights:
         raise UnwantedError("a page without highlights")
@@ -108,7 +108,7 @@ def _title(tree: HtmlElement) -> str:
     return _meta(tree, "og:title") or next((_text(element) for element in tree.iter("title")), "")
 
 
-def _selected(tree: HtmlElement, selector: str) -> list[HtmlElement]:
+def _selected_highlights(tree: HtmlElement, selector: str) -> list[HtmlElement]:
     """Return the elements that a CSS selector matches; for a list, its items."""
     try:
         from cssselect import SelectorError
@@ -124,11 +124,12 @@ def _selected(tree: HtmlElement, selector: str) -> list[HtmlElement]:
 
 
 def _inside(element: HtmlElement, others: Sequence[HtmlElement]) -> bool:
-    around = set(element.iterancestors())
-    return any(other in around for other in others)
+    """Return whether an element lies within one of the others."""
+    ancestors = set(element.iterancestors())
+    return any(other in ancestors for other in others)
 
 
-def _listed(tree: HtmlElement) -> list[HtmlElement]:
+def _listed_highlights(tree: HtmlElement) -> list[HtmlElement]:
     """Return the items of the first list of sentences between the heading and the body."""
     started = not any(True for _ in tree.iter("h1"))
     for element in tree.iter("h1", "ul", "ol", "p"):
@@ -137,15 +138,15 @@ def _listed(tree: HtmlElement) -> list[HtmlElement]:
         elif not started or _is_furniture(element):
             continue
         elif element.tag == "p":
-            if len(_text(element)) >= _SHORTEST_PARAGRAPH and not _in_item(element):
+            if len(_text(element)) >= _SHORTEST_PARAGRAPH and not _in_list_item(element):
                 return []
         elif _is_highlights(element):
             return list(element.findall("li"))
     return []
 
 
-def _in_item(element: HtmlElement) -> bool:
-    return any(around.tag == "li" for around in element.iterancestors())
+def _in_list_item(element: HtmlElement) -> bool:
+    return any(ancestor.tag == "li" for ancestor in element.iterancestors())
 
 
 def _is_highlights(element: HtmlElement) -> bool:

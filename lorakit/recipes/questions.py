@@ -42,6 +42,7 @@ def hotpotqa_rows(sources: Sequence[str], request: Request, tally: Tally) -> Ite
 
 
 def _hotpot(row: Record) -> Record:
+    """Return the row of a question, its paragraphs and its answer."""
     fields = {
         "id": id_of(row, "_id", "id"),
         "paragraphs": _paragraphs(row.fields.get("context"), row.where),
@@ -53,7 +54,7 @@ def _hotpot(row: Record) -> Record:
 
 
 def _paragraphs(context: object, where: str) -> str:
-    """Return the paragraphs, a line each with title and text.
+    """Return the paragraphs, one a line, with title and text.
 
     `context` is a list of pairs of title and sentences, as HotpotQA publishes it, or a dict with a
     list of each, as the hub does.
@@ -98,6 +99,7 @@ def jemhopqa_rows(sources: Sequence[str], request: Request, tally: Tally) -> Ite
 
 
 def _question(row: Record) -> Record:
+    """Return the row of a question and its answer."""
     fields = {"question": text_of(row, "question"), "answer": text_of(row, "answer")}
     rest = rest_of(row, "id", "qid", "question", "answer")
     return Record({"id": id_of(row, "id", "qid"), **fields, **rest}, row.where)

@@ -15,7 +15,7 @@ from lorakit.errors import LorakitError
 from lorakit.records import Record
 
 SPLITS = ("train", "validation", "test")
-_REPORTED_ROWS = 10  # malformed rows that are named one by one; the rest is only counted
+_REPORTED_ROWS = 10  # malformed rows that are reported one by one; the rest are only counted
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ def _ignore(_: object) -> None:
 
 @dataclass
 class Tally:
-    """Counts of rows: skipped because malformed, removed by a filter, or kept but worth a notice.
+    """Counts of rows: malformed and skipped, removed by a filter, or kept but worth a notice.
 
-    `skip` says whether malformed rows are skipped; `say` receives a line on each of the first ones;
-    `advance` receives the number of bytes read from the sources.
+    `skip` says whether malformed rows are skipped; `say` receives a line about each of the first
+    ten, `advance` the number of bytes read from the sources.
     """
 
     skip: bool = False
@@ -75,12 +75,12 @@ class Tally:
             yield f"skipped {self.skipped} malformed rows in all."
         for reason, count in self.removed.items():
             yield f"removed {count}: {reason}."
-        for what, count in self.noticed.items():
-            yield f"{what}: {count}."
+        for notice, count in self.noticed.items():
+            yield f"{notice}: {count}."
 
 
 class UnwantedError(Exception):
-    """A row that the data set's filter removes; the text is the reason under which it counts."""
+    """A row that the data set's filter removes; the text is the reason it is counted under."""
 
 
-Rows = Callable[[Sequence[str], Request, Tally], Iterator[Record]]
+RowFunction = Callable[[Sequence[str], Request, Tally], Iterator[Record]]

@@ -1,7 +1,7 @@
 """Samples: a random draw of the records, and the documented row of each recipe as a file.
 
 A recipe's function shows a real-shaped row, indented, at the end of its docstring; `⇥` is a tab.
-`build-dataset RECIPE --show` reads it from there, so what the documentation shows is what works.
+`build-dataset RECIPE --show` reads it from there, so the documented row is one that works.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from pathlib import Path
 from typing import TypeVar
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.request import Rows
+from lorakit.recipes.request import RowFunction
 
 T = TypeVar("T")
 
 
 def draw(rows: Iterable[T], count: int, seed: int) -> list[T]:
-    """Return `count` of the rows in their order: those with the least hash of seed and position.
+    """Return `count` of the rows, in order: those with the smallest hash of seed and position.
 
     The draw is the same on every machine and holds only `count` rows in memory; a larger draw with
     the same seed contains the smaller one.
     """
     import heapq
 
-    least = heapq.nsmallest(count, enumerate(rows), key=lambda item: _position_hash(item[0], seed))
-    return [row for _, row in sorted(least, key=lambda item: item[0])]
+    smallest = heapq.nsmallest(
+        count, enumerate(rows), key=lambda item: _position_hash(item[0], seed)
+    )
+    return [row for _, row in sorted(smallest, key=lambda item: item[0])]
 
 
 def _position_hash(position: int, seed: int) -> bytes:
@@ -34,8 +36,8 @@ def _position_hash(position: int, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:{position}".encode()).digest()
 
 
-def sample_text(rows: Rows, name: str) -> str:
-    """Return the indented text at the end of a recipe's docstring, as the file `name` holds it.
+def sample_text(rows: RowFunction, name: str) -> str:
+    """Return the indented text at the end of a recipe's docstring, as a file `name` holds it.
 
     A row of a `.jsonl` file becomes one line. Raises LorakitError if Python dropped the docstring.
     """
@@ -54,7 +56,7 @@ def sample_text(rows: Rows, name: str) -> str:
     return f"{block}\n"
 
 
-def write_sample(rows: Rows, name: str, folder: str) -> str:
+def write_sample(rows: RowFunction, name: str, folder: str) -> str:
     """Write a recipe's sample into a folder and return its path."""
     path = Path(folder) / name
     path.write_text(sample_text(rows, name), encoding="utf-8")

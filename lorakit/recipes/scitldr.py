@@ -33,6 +33,7 @@ def scitldr_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iter
 
 
 def _paper(row: Record) -> Record:
+    """Return the row of a paper and its TLDRs."""
     targets = _texts(row, "target")
     fields = {
         "id": str(row.fields.get("paper_id", row.where)),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lorakit.errors import LorakitError
 from lorakit.prompts import PROMPTS, Prompt, fields_of, fill
-from lorakit.recipes.request import Request, Rows, Tally
+from lorakit.recipes.request import Request, RowFunction, Tally
 from lorakit.records import Record
 
 _ALWAYS_KEPT = ("id", "references")
@@ -24,8 +24,8 @@ class Recipe(NamedTuple):
 
     `rows` names the function that yields them by its module in this folder: `news.news_rows`.
     `sample` is a file name for the row documented in that function, `options` are the fields of
-    Request that only some recipes read. If its rows do not stand in text files, `shown_by` names
-    the recipe that reads the sample instead.
+    Request that only some recipes read. Where a recipe reads no text files, `shown_by` names the
+    recipe that reads the sample instead.
     """
 
     help: str
@@ -37,12 +37,12 @@ class Recipe(NamedTuple):
     shown_by: str = ""
 
     @property
-    def function(self) -> Rows:
+    def function(self) -> RowFunction:
         """The function that yields the rows; its module is imported now."""
         import importlib
 
         module, _, name = self.rows.rpartition(".")
-        function: Rows = getattr(importlib.import_module(f"lorakit.recipes.{module}"), name)
+        function: RowFunction = getattr(importlib.import_module(f"lorakit.recipes.{module}"), name)
         return function
 
 
@@ -210,7 +210,7 @@ def build_dataset(
 
 
 def sample_record(recipe: str, request: Request) -> dict[str, object]:
-    """Return the record that a recipe makes of the row in its documentation.
+    """Return the record that a recipe makes of the sample row in its documentation.
 
     Raises LorakitError if the request removes that row, by its language for example.
     """

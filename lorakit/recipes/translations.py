@@ -32,7 +32,7 @@ _LANGUAGES = {
     "uk": "Ukrainian",
     "zh": "Chinese",
 }
-_EMPTY = "a segment without text on one side"
+_EMPTY_SIDE = "a segment without text on one side"
 
 
 def wmt_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
@@ -60,7 +60,7 @@ def text_pair_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator
 
         A long, long text.⇥Short.
     """
-    yield from converted(_lines(sources, tally), _pair, tally)
+    yield from converted(_aligned_lines(sources, tally), _pair, tally)
 
 
 def _segments(sources: Sequence[str], source: str, target: str, tally: Tally) -> Iterator[Record]:
@@ -68,7 +68,7 @@ def _segments(sources: Sequence[str], source: str, target: str, tally: Tally) ->
     if len(sources) == 1 and os.path.isdir(sources[0]):
         sources = _pair_in(sources[0], source, target)
     if len(sources) == 2:
-        yield from _lines(sources, tally)
+        yield from _aligned_lines(sources, tally)
         return
     for part in parts(sources, tally, ("*.xml", "*.tsv")):
         if first_character(part) == b"<":
@@ -78,7 +78,7 @@ def _segments(sources: Sequence[str], source: str, target: str, tally: Tally) ->
 
 
 def _pair_in(folder: str, source: str, target: str) -> Sequence[str]:
-    """Return the two files of a folder of parallel files, or the folder if it has none."""
+    """Return the two parallel files of a folder, or the folder if it has no such pair."""
     names = sorted(os.listdir(folder))
     pair = f".{source}-{target}."
     left = [name for name in names if pair in name and f".src.{source}" in name]
@@ -89,8 +89,8 @@ def _pair_in(folder: str, source: str, target: str) -> Sequence[str]:
     return [os.path.join(folder, name) for name in (*left, *right)] if left and right else [folder]
 
 
-def _lines(sources: Sequence[str], tally: Tally) -> Iterator[Record]:
-    """Yield the pairs of two files of lines or, of any other number, of TSV files."""
+def _aligned_lines(sources: Sequence[str], tally: Tally) -> Iterator[Record]:
+    """Yield the pairs of two files with corresponding lines; unless there are two, of TSV files."""
     if len(sources) != 2:
         for part in parts(sources, tally, ("*.tsv",)):
             yield from _tsv(part, tally)
@@ -111,6 +111,7 @@ def _lines(sources: Sequence[str], tally: Tally) -> Iterator[Record]:
 
 
 def _tsv(part: Part, tally: Tally) -> Iterator[Record]:
+    """Yield the pairs of a file with a tab between the two texts of a line."""
     for where, line in lines_in(part, tally):
         cells = (line or "").split("\t")
         if len(cells) >= 2:
@@ -120,9 +121,10 @@ def _tsv(part: Part, tally: Tally) -> Iterator[Record]:
 
 
 def _pair(row: Record) -> Record:
+    """Return the row of a pair with an id; UnwantedError if one side is empty."""
     source, target = str(row.fields["source"]).strip(), str(row.fields["target"]).strip()
     if not source or not target:
-        raise UnwantedError(_EMPTY)
+        raise UnwantedError(_EMPTY_SIDE)
     fields = {**row.fields, "source": source, "target": target}
     return Record({"id": id_of(row, "id"), **fields}, row.where)
 
@@ -146,6 +148,7 @@ def _sides(document: Element, kind: str, lang: str) -> list[Element]:
 
 
 def _source_segments(document: Element, lang: str) -> dict[str, str]:
+    """Return the texts of a document's source segments by their ids."""
     sides = _sides(document, "src", lang)
     return _segments_of(sides[0]) if sides else {}
 

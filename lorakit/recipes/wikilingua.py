@@ -1,7 +1,7 @@
 """WikiLingua: how-to guides and the headings of their steps (Ladhak et al., 2020).
 
-The original files are pickles. A pickle can name any function of Python and have it called, so the
-unpickler here knows no names at all: what remains are lists, dicts and texts.
+The original files are pickles. A pickle can name any Python function and have it called, so the
+unpickler here resolves no names at all: what remains is lists, dicts and texts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorakit.records import Record
 _NAMES = split_names("*{}*.jsonl", "*{}*.json")
 _PICKLES = ("*.pkl", "*.pickle")
 _OTHER_LANGUAGE = "a guide in another language than --lang"
-_DAMAGED = (
+_UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     AttributeError,
     EOFError,
@@ -44,8 +44,8 @@ def wikilingua_rows(sources: Sequence[str], request: Request, tally: Tally) -> I
     """Yield a row for every method of a guide: its steps' texts, and their headings joined.
 
     A source is a file of lines in the GEM form, one of the original pickles, or the folder with the
-    split's file; pickles have no splits, so the one in the folder is read whole. --lang keeps the
-    GEM rows in this language on both sides. A line:
+    split's file; a pickle has no splits and is read whole. --lang keeps the GEM rows that are in
+    this language on both sides. A line:
 
         {"gem_id": "wikilingua_multilingual-train-11", "source_language": "en",
          "target_language": "en", "source": "Use a sharp knife. Cut away from yourself.",
@@ -79,7 +79,7 @@ def _gem(row: Record, lang: str | None) -> Record:
 
 
 def _joined(value: object, what: str) -> str:
-    """Return a text, or the texts of a list (of steps or their headings) joined by spaces."""
+    """Return a text, or a list of texts (steps or their headings) joined by spaces."""
     if isinstance(value, list | tuple):
         return " ".join(stripped(text, what) for text in value)
     return " ".join(stripped(value, what).split())
@@ -117,7 +117,7 @@ def _pickled(part: Part) -> Iterator[Record]:
     """Yield the methods in one of the original pickles."""
     try:
         guides = _PlainUnpickler(part.stream, encoding="utf-8").load()
-    except _DAMAGED as error:
+    except _UNPICKLING_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise LorakitError(
             f"{part.name}: not a pickle of plain dicts and texts ({reason}); "
@@ -137,7 +137,7 @@ def _methods(guides: object, name: str) -> Iterator[Record]:
 
 
 def _items(value: object, where: str) -> list[tuple[str, object]]:
-    """Return the items of a dict with texts as keys; LorakitError if the value is none."""
+    """Return the items of a dict with texts as keys; LorakitError if it is not such a dict."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise LorakitError(f"{where}: not a dict by texts; give WikiLingua's own pickle")
     return list(value.items())

@@ -3,7 +3,7 @@
 Every fact stands in its own sentence, beside a rival of the same kind that the wording rules out
 ("the storm rather than the fire"). All domains share the wordings of that contrast (CONTRASTS) and
 of background remarks, and nothing else. So a model that has learned to pick facts out of news can
-use this in a report, and one that has not must learn every wording anew. Sentences come in random
+use that in a report, and one that has not must learn every wording anew. Sentences come in random
 order. To add a domain, add its sentences to SENTENCES and a function to DOMAINS. This file knows
 nothing of the tasks.
 """
@@ -44,6 +44,7 @@ class Document(NamedTuple):
     facts: dict[str, str]
 
     def text(self, lang: str) -> str:
+        """Return the sentences as one text."""
         return (" " if lang == "en" else "").join(self.sentences)
 
 
@@ -170,20 +171,20 @@ def document(dice: Dice, lang: str, facts: dict[str, Fact]) -> Document:
     return Document(sentences, {role: fact.true for role, fact in facts.items()})
 
 
-def _fact(dice: Dice, lang: str, three: list[str]) -> Fact:
+def _fact(dice: Dice, lang: str, choices: list[str]) -> Fact:
     """Return a fact of three words of one kind: the true one, its rival, and one for a remark."""
-    true, rival, other = three
+    true, rival, other = choices
     return Fact(true, contrast(dice, lang, true, rival), other)
 
 
 def news(dice: Dice, lang: str) -> Document:
     """Return news of an event: its cause, where, which site it closed, who leads the rescue."""
-    six = names(dice, lang, 6)
+    proper = names(dice, lang, 6)
     facts = {
         "cause": _fact(dice, lang, words(dice, CAUSES, lang, 3)),
-        "place": _fact(dice, lang, six[:3]),
+        "place": _fact(dice, lang, proper[:3]),
         "site": _fact(dice, lang, words(dice, SITES, lang, 3)),
-        "leader": Fact(six[3], six[3], six[4]),
+        "leader": Fact(proper[3], proper[3], proper[4]),
     }
     return document(dice, lang, facts)
 

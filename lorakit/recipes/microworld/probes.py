@@ -138,6 +138,7 @@ class _Dialogue(NamedTuple):
 
 
 def _dialogue(dice: Dice, lang: str) -> _Dialogue:
+    """Draw a dialogue in which two people arrange to hand something over."""
     asker, helper = names(dice, lang, 2)
     thing, wish = words(dice, MATERIALS, lang, 2)
     site, closed = words(dice, SITES, lang, 2)

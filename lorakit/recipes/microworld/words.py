@@ -1,8 +1,8 @@
 """The words of the microworld, English beside Japanese, and the dice that draw them.
 
 This file knows nothing of sentences. A row is one thing in every language, in the order of LANGS,
-so that the same draw tells the same story in each. To add a word, add a row; prefer characters that
-the other rows use, because the tiny model spends a token on every new one.
+so that the same draw says the same in each. To add a word, add a row; prefer characters that the
+other rows use, because the tiny model spends a token on every new one.
 """
 
 from __future__ import annotations

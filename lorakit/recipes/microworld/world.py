@@ -22,7 +22,7 @@ from lorakit.records import Record
 
 
 class Task(NamedTuple):
-    """A line of help, the part the task plays in the experiments, and what draws its fields."""
+    """A line of help, the task's part in the experiments, and the function that draws fields."""
 
     help: str
     kind: str
@@ -91,7 +91,7 @@ def _check(what: str, name: str, choices: Collection[str]) -> None:
 
 
 def _record(task: str, lang: str, split: str, seed: int, index: int) -> Fields:
-    """Draw one record, again and again until its prompt's checksum falls into the split."""
+    """Draw one record, as often as needed for its prompt's checksum to fall into the split."""
     dice = Dice(f"{seed} {task} {lang} {split} {index}")
     fields = TASKS[task].function(dice, lang)
     while zlib.crc32(str(fields["prompt"]).encode()) % 10 not in _BUCKETS[split]:

@@ -1,4 +1,4 @@
-"""Compressed streams, recognised by their first bytes; errors about damaged ones name the file."""
+"""Decompress streams, recognised by their first bytes; errors name the damaged file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def guarded(
 
 
 def decompressed(stream: io.BufferedReader, name: str) -> io.BufferedReader:
-    """Return a stream of the decompressed bytes; a stream that is not compressed as it is."""
+    """Return a stream of the decompressed bytes, or the stream itself if it is not compressed."""
     head = stream.peek(8)
     for magic, decompress in _MAGIC.items():
         if head.startswith(magic):
@@ -102,15 +102,15 @@ def _unzst(stream: BinaryIO, name: str) -> io.BufferedReader:
         raise missing_package(
             f"{name} is compressed by Zstandard: it", "zstandard", "zst"
         ) from None
-    frames = _Frames(stream, lambda: zstandard.ZstdDecompressor().decompressobj())
+    frames = _ZstdFrames(stream, lambda: zstandard.ZstdDecompressor().decompressobj())
     return guarded(cast(IO[bytes], frames), name, (zstandard.ZstdError, EOFError))
 
 
-class _Frames:
+class _ZstdFrames:
     """Decompresses Zstandard frames one after the other; a missing end is an EOFError.
 
-    Zstandard's own reader takes a file cut short for a whole one. The input is fed in small pieces,
-    since a few bytes may stand for very many.
+    Zstandard's own reader accepts a truncated file as complete. The input is fed in small pieces,
+    since a few bytes may expand to very many.
     """
 
     def __init__(self, stream: BinaryIO, new_frame: Callable[[], ZstdDecompressionObj]) -> None:

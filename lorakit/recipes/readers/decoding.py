@@ -1,4 +1,4 @@
-"""Decoding documents, above all old Japanese ones, that do not always say their encoding."""
+"""Decode documents that do not always declare their encoding, above all old Japanese ones."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def decoded(content: bytes, name: str, declared: str | None = None) -> str:
         text = _try(content, encoding)
         if text is not None:
             return text
-    texts = [text for old in ("euc_jp", "cp932") if (text := _try(content, old)) is not None]
+    texts = [text for legacy in ("euc_jp", "cp932") if (text := _try(content, legacy)) is not None]
     if not texts:
         raise LorakitError(
             f"{name}: not UTF-8, EUC-JP, Shift_JIS or ISO-2022-JP; save the file as UTF-8"
         )
-    return max(texts, key=_likeness)
+    return max(texts, key=_japanese_likeness)
 
 
 def _try(content: bytes, encoding: str) -> str | None:
@@ -44,7 +44,7 @@ def _try(content: bytes, encoding: str) -> str | None:
         return None
 
 
-def _likeness(text: str) -> int:
+def _japanese_likeness(text: str) -> int:
     """Return how much a text looks like Japanese.
 
     Japanese has kana and full stops; decoded wrongly, it shows half-width kana instead.

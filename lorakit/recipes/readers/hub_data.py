@@ -1,7 +1,7 @@
 """Read the files of one split of a data set on the Hugging Face hub, or in its cache.
 
-Which files these are stands in the data set's card (`configs`, `data_files`) or, where it names
-none, in the files' names. No code of a data set is ever run.
+The data set's card names them (`configs`, `data_files`); where it does not, the files' names tell
+the split. No code of a data set is ever run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SPLITS = {
 def hub_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
     """Yield the rows of the split of hf://owner/name[:config][@revision].
 
-    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE act as everywhere. A row, as JSON:
+    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE work as usual. A row, as JSON:
 
         {"id": "n1", "prompt": "Summarize: A long, long text.", "completion": " Short."}
     """
@@ -67,6 +67,7 @@ def split_paths(address: str, split: str) -> list[str]:
 
 
 def _fetch(repo: str, revision: str | None, patterns: list[str], address: str) -> Path:
+    """Return a local folder that holds the files that match the patterns."""
     from huggingface_hub import snapshot_download
 
     with hub_errors_explained(address, revision):
@@ -76,7 +77,7 @@ def _fetch(repo: str, revision: str | None, patterns: list[str], address: str) -
 
 
 def _card_patterns(folder: Path, config: str | None, split: str, address: str) -> list[str]:
-    """Return the card's patterns of a split; an empty list where it has none for any."""
+    """Return the card's patterns of a split; an empty list where the card names no files."""
     configs = _dicts_in(_card(folder / "README.md").get("configs"))
     named = {str(entry.get("config_name", "default")): entry for entry in configs}
     if not any("data_files" in entry for entry in configs):
@@ -96,7 +97,7 @@ def _card_patterns(folder: Path, config: str | None, split: str, address: str) -
 def _patterns_of(data_files: object, split: str) -> list[str]:
     """Return the patterns of a split in one of the forms that `data_files` takes.
 
-    A path that no split is named for belongs to `train`.
+    A path without a split belongs to `train`.
     """
     entries = [data_files] if isinstance(data_files, str) else data_files
     patterns: list[str] = []
@@ -110,7 +111,7 @@ def _patterns_of(data_files: object, split: str) -> list[str]:
 
 
 def _card(path: Path) -> Mapping[str, object]:
-    """Return the front matter of a data set's card; empty where there is none that can be read."""
+    """Return the front matter of a data set's card; empty where it is missing or unreadable."""
     import yaml
     from huggingface_hub.repocard import metadata_load
 
@@ -121,22 +122,22 @@ def _card(path: Path) -> Mapping[str, object]:
 
 
 def _dicts_in(value: object) -> list[dict[str, object]]:
-    """Return the objects in a list of a card; none where it is no list."""
+    """Return the dicts in a list of a card; an empty list where it is not a list."""
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _by_name(folder: Path, config: str | None, split: str, address: str) -> list[str]:
-    """Return the files of a configuration whose names say the split, of the first form there is."""
+    """Return the configuration's files whose names contain the split, in the first format met."""
     names = _files(folder, lambda name: bool(_words(name) & {*_SPLITS[split]}))
     if config:
         names = [name for name in names if config in Path(name).parts or config in _words(name)]
     for form in _FORMS:
         of_form = [name for name in names if matches(name, (form,))]
-        groups = sorted({_group(name, split) for name in of_form})
-        if len(groups) > 1:
+        configs = sorted({_configuration(name, split) for name in of_form})
+        if len(configs) > 1:
             raise LorakitError(
                 f"{address} has several configurations; "
-                f"write hf://…:NAME with one of {', '.join(groups)}"
+                f"write hf://…:NAME with one of {', '.join(configs)}"
             )
         if of_form:
             return of_form
@@ -144,9 +145,9 @@ def _by_name(folder: Path, config: str | None, split: str, address: str) -> list
 
 
 def _files(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
-    """Return the sorted names, from the folder on, of the wanted files of rows."""
-    listed = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in listed if matches(name, _FORMS) and wanted(name))
+    """Return the sorted names, relative to the folder, of the wanted files of rows."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if matches(name, _FORMS) and wanted(name))
 
 
 def _words(name: str) -> set[str]:
@@ -154,7 +155,7 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[^A-Za-z0-9]+", name.lower()))
 
 
-def _group(name: str, split: str) -> str:
+def _configuration(name: str, split: str) -> str:
     """Return the folders of a file, but for those named after the split or `data`."""
-    dull = {*_SPLITS[split], "data"}
-    return "/".join(part for part in Path(name).parts[:-1] if part.lower() not in dull)
+    ignored = {*_SPLITS[split], "data"}
+    return "/".join(part for part in Path(name).parts[:-1] if part.lower() not in ignored)

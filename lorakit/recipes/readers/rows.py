@@ -51,7 +51,7 @@ def split_parts(
     `names` has the patterns of each split's file; a data set may lack a split.
     """
     patterns, purpose = names.get(request.split), f" for --split {request.split}"
-    if patterns is None:  # only files that are named themselves can be read
+    if patterns is None:  # then only files named as SOURCE can be read
         patterns, purpose = (f"{request.split} set",), f", only {' and '.join(names)}"
     yield from parts(sources, tally, patterns, single=True, purpose=purpose)
 
@@ -93,7 +93,7 @@ def stripped(value: object, what: str) -> str:
 def id_of(row: Record, *names: str) -> str:
     """Return the first of these fields that is set, else the file's name and the row's number.
 
-    The name has no folder, so that the id is the same wherever the file lies.
+    The name has no folder, so that the id does not depend on where the file lies.
     """
     for name in names:
         if row.fields.get(name) not in (None, ""):
@@ -102,7 +102,7 @@ def id_of(row: Record, *names: str) -> str:
 
 
 def rest_of(row: Record, *used: str) -> dict[str, object]:
-    """Return the fields that a recipe does not use and passes through."""
+    """Return the fields that a recipe does not use but passes through."""
     return {name: value for name, value in row.fields.items() if name not in used}
 
 
@@ -142,7 +142,8 @@ def first_character(part: Part) -> bytes:
 
 
 def _array(part: Part, tally: Tally) -> Iterator[Record]:
-    text = _Text(part)
+    """Yield the objects of a file that holds one JSON array."""
+    text = _JsonText(part)
     text.take("[")
     number = 0
     while text.next_character() != "]":
@@ -160,8 +161,8 @@ def _array(part: Part, tally: Tally) -> Iterator[Record]:
         raise LorakitError(f"{part.name}: text after the array's end; give one JSON array a file")
 
 
-class _Text:
-    """Decodes a JSON text value by value, with no more of it in memory than a value needs."""
+class _JsonText:
+    """Decodes a JSON text value by value, keeping no more of it in memory than a value needs."""
 
     def __init__(self, part: Part) -> None:
         self._part = part
@@ -188,7 +189,7 @@ class _Text:
             self._read_more()
 
     def take(self, character: str) -> None:
-        """Take the next character; LorakitError if it is another than this one."""
+        """Take the next character; LorakitError if it is not this one."""
         actual = self.next_character()
         if actual != character:
             what = f"{actual!r}" if actual else "the end of the file"

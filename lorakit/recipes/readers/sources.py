@@ -1,4 +1,4 @@
-"""Opening what a data set is read from: files, folders, archives and stdin, compressed or not.
+"""Open what a data set is read from: files, folders, archives and stdin, compressed or not.
 
 Everything is streamed. gzip, bzip2, xz and Zstandard are recognised by their first bytes, whatever
 the file's name; zip and tar archives are read like folders. This file knows nothing of what is in
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, cast
 
 from lorakit.errors import LorakitError
-from lorakit.files import STDIO, open_input
+from lorakit.files import STDIO, input_name, open_input
 from lorakit.recipes.readers.compression import COMPRESSED, decompressed, guarded
 from lorakit.recipes.request import Tally
 
@@ -30,7 +30,7 @@ class Part(NamedTuple):
     """One file to read: its name for messages, and its bytes after decompression.
 
     `path` is the file on disk that holds exactly these bytes, `-` if there is none; `inside` is the
-    name within the folder or archive, the same wherever that lies.
+    name within the folder or archive, wherever that lies.
     """
 
     name: str
@@ -78,8 +78,8 @@ class _Choice(NamedTuple):
     def check(self, place: str, names: Sequence[str]) -> None:
         """Raise LorakitError if a place has no such file, or several for a single one."""
         if not names:
-            listed = " or ".join(self.patterns)
-            raise LorakitError(f"{place} has no {listed}{self.purpose}; check the folder")
+            wanted = " or ".join(self.patterns)
+            raise LorakitError(f"{place} has no {wanted}{self.purpose}; check the folder")
         if self.single and len(names) > 1:
             raise LorakitError(
                 f"{place} has {names[0]} and {names[1]}{self.purpose}; name one of them"
@@ -98,7 +98,7 @@ def parts(
 
     A file is read whatever its name; of a folder or an archive, the files whose names match one of
     `patterns`, in the order of their paths. `single` requires exactly one. Raises LorakitError if
-    there is none, saying what it is needed for by `purpose`.
+    there is none; `purpose` says in the message what it is needed for.
     """
     choice = _Choice(patterns, single, purpose)
     for source in sources or (STDIO,):
@@ -132,7 +132,7 @@ def _paths_in(folder: str, choice: _Choice) -> list[str]:
 
 def _parts_of(path: str, tally: Tally, choice: _Choice) -> Iterator[Part]:
     """Yield a file as one part, or the chosen members of an archive."""
-    name = "stdin" if path == STDIO else path
+    name = input_name(path)
     with contextlib.closing(guarded(open_input(path), name, advance=tally.advance)) as raw:
         stream = decompressed(raw, name)
         head = stream.peek(512)
@@ -155,6 +155,7 @@ def _parts_of(path: str, tally: Tally, choice: _Choice) -> Iterator[Part]:
 def _zip_members(
     stream: io.BufferedReader, path: str, name: str, choice: _Choice
 ) -> Iterator[Part]:
+    """Yield the chosen members in the order of their names."""
     import zipfile
 
     errors = (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError, NotImplementedError)
@@ -171,6 +172,7 @@ def _zip_members(
 
 
 def _tar_members(stream: BinaryIO, name: str, choice: _Choice) -> Iterator[Part]:
+    """Yield the chosen members in the order of the archive, which can be a pipe."""
     import tarfile
 
     errors = (tarfile.TarError, EOFError)

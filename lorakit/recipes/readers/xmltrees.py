@@ -1,4 +1,4 @@
-"""Elements of an XML file, one after the other, with only one in memory; safe with untrusted files.
+"""Read the elements of an XML file one by one, one in memory at a time; safe with untrusted files.
 
 No entities are expanded but the predefined ones and HTML's: a file that declares its own is
 refused, and nothing outside the file, be it a DTD or an entity, is opened.
@@ -61,7 +61,7 @@ def text_in(element: Element) -> str:
 
 
 class _Builder:
-    """Builds the trees of wanted elements and nothing of what stands around them."""
+    """Builds the trees of wanted elements and ignores what is around them."""
 
     def __init__(self, name: str, wanted: frozenset[str], ignored: frozenset[str]) -> None:
         self._name, self._wanted, self._ignored = name, wanted, ignored
@@ -110,7 +110,7 @@ class _Builder:
             element.text = (element.text or "") + text
 
     def other(self, text: str) -> None:
-        """Take markup that has no handler of its own: of it, only HTML's entities are text."""
+        """Take markup without a handler of its own, of which only HTML's entities are text."""
         if text.startswith("&"):
             self.text(html.unescape(text))
 
