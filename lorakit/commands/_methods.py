@@ -1,7 +1,7 @@
-"""The methods of `merge`: their list for the help, the options that only `merge` has, and checks.
+"""The methods of `merge`: their list for the help, the options that only `merge` has, their checks.
 
-To add a method without data: a line in METHODS of merging/methods.py. One that trains: a line in
-TRAINED.
+To add a method without data, add a line to METHODS in merging/methods.py; for one that trains, add
+a line to TRAINED.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ _LORAHUB = (
     "micro_batch_tokens",
 )
 
+method = click.option(
+    "--method",
+    type=click.Choice(list(HELP)),
+    help="How to merge, see below. [default: adaptive with --data; svd for one adapter and --rank]",
+)
+
 static = _options.together(
     click.option(
         "--weights",
@@ -61,6 +67,12 @@ static = _options.together(
         metavar="R",
         help="Rank of the result, in each module. [default: the adapters' largest]",
     ),
+)
+
+portable = click.option(
+    "--portable",
+    is_flag=True,
+    help="Write it as PEFT, vLLM and llama.cpp read alike: one rank and alpha, zero-padded.",
 )
 
 pruning = _options.together(
@@ -117,14 +129,14 @@ def choose_method(
 ) -> str:
     """Return the method: the one named, adaptive with --data, or svd for one adapter and --rank.
 
-    Raises a usage error that lists the methods where none of the three is given.
+    Raises a usage error that lists the methods where none of these applies.
     """
     if method is None and data is None and rank is not None and len(adapters) == 1:
         return "svd"
     if data is None and (method is None or method in TRAINED):
-        listed = ", ".join(f"{name} ({text})" for name, text in HELP.items())
+        methods = ", ".join(f"{name} ({text})" for name, text in HELP.items())
         other = "" if method else " or '--method'"
-        raise click.UsageError(f"Missing option '--data'{other}. Methods: {listed}.")
+        raise click.UsageError(f"Missing option '--data'{other}. Methods: {methods}.")
     return method or "adaptive"
 
 
@@ -140,6 +152,7 @@ def check_options(method: str) -> None:
 
 
 def _reads(method: str, option: str) -> bool:
+    """Return whether a method reads an option."""
     if method == "adaptive":
         return option not in _STATIC
     own = _LORAHUB if method == "lorahub" else METHODS[method].settings
@@ -162,9 +175,9 @@ def check_weights(weights: Sequence[float] | None, adapters: Sequence[str]) -> N
 def pruning_values(
     unit: str, ratios: PruningValues | None, thresholds: PruningValues | None
 ) -> PruningValues:
-    """Return the ratios or the thresholds, whichever the unit asks for, none where none is given.
+    """Return the ratios or the thresholds, whichever the unit calls for; () leaves them as set.
 
-    Raises a usage error where the other is given, or where a threshold is missing.
+    Raises a usage error where the other option is set, or where a threshold is missing.
     """
     if unit == "module":
         if ratios is not None:
@@ -178,7 +191,7 @@ def pruning_values(
 
 
 def check_search(values: PruningValues, *, plot: str | None, metric: str | None) -> None:
-    """Raise a usage error for options of a search where there are no values to choose from."""
+    """Raise a usage error for options of a search where there are not several values to try."""
     if values == "auto" or len(values) > 1:
         return
     for name, value in {"--plot": plot, "--metric": metric}.items():

@@ -1,6 +1,6 @@
-"""What the commands that run a model do first: load the base, and set up a training run's reports.
+"""What commands that run a model do first: load the base, and set up a training run's reporter.
 
-It imports torch, so commands import it when they run, not before.
+This file imports torch, so commands import it when they run, not before.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def open_base(
     name, remark = choose_model(model.model, adapters)
     if remark:
         note(remark)
-    place = pick_device(device)
-    if place.type == "cpu":
+    torch_device = pick_device(device)
+    if torch_device.type == "cpu":
         keep_freed_memory()
     base = load_base(
         name,
-        device=place,
-        dtype=pick_dtype(dtype, place, training=training),
+        device=torch_device,
+        dtype=pick_dtype(dtype, torch_device, training=training),
         revision=model.revision or base_revision(adapters, name),
         trust_remote_code=model.trust_remote_code,
     )
@@ -51,8 +51,8 @@ def open_base(
 def reporting(run: RunSettings, output: str) -> Iterator[TerminalReporter]:
     """Yield the reporter of a training run and, at its end, say where the adapter was written.
 
-    Of several processes only the first reports. Raises an error before the run where `output`
-    cannot be written or resumed.
+    Of several processes only the first reports. Raises LorakitError or a usage error before the
+    run where `output` cannot be written or resumed.
     """
     check_resume(run.resume, output)
     check_adapter_output(output)
@@ -63,5 +63,5 @@ def reporting(run: RunSettings, output: str) -> Iterator[TerminalReporter]:
 
 
 def _is_main_process() -> bool:
-    """Whether this is the first of the processes that torchrun or `accelerate launch` started."""
+    """Return whether this is the first process that torchrun or `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"

@@ -1,14 +1,16 @@
 """Options that several commands take, as plain values (`@_options.data`), and how they are read.
 
-Each option has one name here, in the library and in the records; defaults stand in settings.py. A
-command gets its options as frozen settings, by `@_options.settings`. What training takes stands in
-_training_options.py, and an option of one command in that command's own file.
+Each option has one name here, in the library and in the records; defaults are in settings.py. A
+command gets its options as frozen settings, by `@_options.settings`. Training's options are in
+_training_options.py; the options of one command are in its own file or, where they are many, in
+_methods.py (`merge`), _scoring_options.py and _recipe_options.py (`build-dataset`).
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from inspect import signature
@@ -30,7 +32,7 @@ S = TypeVar("S", bound="DataclassInstance")
 def settings(**kinds: type[DataclassInstance]) -> Callable[[F], Callable[..., None]]:
     """Return a decorator that collects a command's parameters into frozen settings.
 
-    It stands below the options. Every parameter goes, by its name, into the settings that have a
+    Write it below the options. Every parameter goes, by its name, into the settings that have a
     field of that name, unless the command takes it itself:
 
         @click.option("--rank") @click.option("--lr") @click.option("--output")
@@ -44,9 +46,9 @@ def settings(**kinds: type[DataclassInstance]) -> Callable[[F], Callable[..., No
 
         @functools.wraps(command)
         def collect_and_call(**parameters: object) -> None:
-            read = {name: value for name, value in parameters.items() if name in collected}
-            passed = {name: value for name, value in parameters.items() if name not in collected}
-            command(**passed, **{name: settings_of(kind, read) for name, kind in kinds.items()})
+            fields = {name: value for name, value in parameters.items() if name in collected}
+            others = {name: value for name, value in parameters.items() if name not in collected}
+            command(**others, **{name: settings_of(kind, fields) for name, kind in kinds.items()})
 
         return collect_and_call
 
@@ -54,7 +56,7 @@ def settings(**kinds: type[DataclassInstance]) -> Callable[[F], Callable[..., No
 
 
 def settings_of(kind: type[S], parameters: Mapping[str, object]) -> S:
-    """Return settings whose fields are the parameters of the same names; others are passed over."""
+    """Return settings whose fields are the parameters of the same names, ignoring the others."""
     return kind(**{name: parameters[name] for name in _field_names(kind) if name in parameters})
 
 
@@ -63,7 +65,7 @@ def _field_names(kind: type[DataclassInstance]) -> list[str]:
 
 
 def together(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Return one decorator for several options, shown in the order given."""
+    """Return one decorator for several options, which the help shows in this order."""
 
     def decorate(command: F) -> F:
         for option in reversed(options):
@@ -80,7 +82,7 @@ def field_option(
     help: str,
     metavar: str | None = None,
 ) -> Callable[[F], F]:
-    """Return the option of one field of a settings class, with the default that stands there."""
+    """Return the option of one field of a settings class, with that field's default."""
     return click.option(
         f"--{field.replace('_', '-')}",
         type=type,
@@ -101,6 +103,25 @@ def output(default: str, what: str) -> Callable[[F], F]:
         metavar="FILE",
         help=f"Where to write {what}; `-` is stdout.",
     )
+
+
+def layout(help: str) -> Callable[[F], F]:
+    """Return the `--format` option of a command that can write a table; see `wants_table`."""
+    return click.option(
+        "--format",
+        "layout",
+        type=click.Choice(["auto", "table", "json"]),
+        default="auto",
+        show_default=True,
+        help=help,
+    )
+
+
+def wants_table(layout: str, output: str) -> bool:
+    """Return whether `--format` asks for a table; auto asks for one where a terminal shows it."""
+    if layout == "auto":
+        return output == STDIO and sys.stdout.isatty()
+    return layout == "table"
 
 
 def plot(what: str) -> Callable[[F], F]:
@@ -169,10 +190,10 @@ decoding = together(
 )
 
 
-def one_pipe(*paths: str | None) -> None:
+def check_stdin(*paths: str | None) -> None:
     """Raise a usage error where two inputs would share one stdin.
 
-    Either both are `-`, or several processes (torchrun) would read the same pipe.
+    Either several are `-`, or several processes (torchrun) would read the same pipe.
     """
     if "-" in paths and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise click.UsageError("Several processes cannot share stdin: give files, not '-'.")
@@ -181,6 +202,6 @@ def one_pipe(*paths: str | None) -> None:
 
 
 def check_resume(resume: bool, output: str) -> None:
-    """Raise a usage error where a run that writes to a pipe is to be resumed."""
+    """Raise a usage error where --resume is set for a run that writes to a pipe."""
     if resume and output == STDIO:
         raise click.UsageError("--resume needs -o FILE: a pipe keeps nothing to go on from.")

@@ -1,8 +1,7 @@
 """Curves and maps in PNG or SVG files, each with its data beside it as JSON lines.
 
 Figures are plain, labelled and readable without colour. No other file imports matplotlib, which
-comes with the extra `plot`. What is drawn comes in as records; how they were measured is not known
-here.
+comes with the extra `plot`. This file draws records and does not know how they were measured.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from lorakit.errors import LorakitError, missing_package
 from lorakit.files import atomic_path, open_text_output
 from lorakit.records import write_records
 
-_BARS = " ▁▂▃▄▅▆▇█"
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -25,11 +22,12 @@ if TYPE_CHECKING:
 _FORMATS = (".png", ".svg")
 _MARKERS = "os^Dv<>P"
 _STYLES = ("-", "--", ":", "-.")
+_BARS = " ▁▂▃▄▅▆▇█"
 Rows = Sequence[Mapping[str, Any]]
 
 
 def check_plot(output: str) -> None:
-    """Raise LorakitError where `output` could not be drawn; call it before the work is done."""
+    """Raise LorakitError where `output` could not be drawn; call it before the work."""
     if Path(output).suffix.lower() not in _FORMATS:
         raise LorakitError(f"--plot {output} is neither .png nor .svg; choose one of these endings")
     try:
@@ -60,7 +58,7 @@ def _figure(output: str, rows: Rows, *, size: tuple[float, float] = (6.4, 4.0)) 
 def _line(
     axes: Axes, number: int, x: Sequence[float], y: Sequence[float], label: str | None
 ) -> None:
-    """Draw a line whose grey, marker and dash its number decides."""
+    """Draw a line in the grey, marker and dash that belong to its number."""
     axes.plot(
         x,
         y,
@@ -78,7 +76,8 @@ def plot_lines(rows: Rows, *, x: str, y: str, line: str, output: str) -> None:
         axes = figure.subplots()
         for number, name in enumerate(dict.fromkeys(row[line] for row in rows)):
             points = sorted((row[x], row[y]) for row in rows if row[line] == name)
-            _line(axes, number, [at for at, _ in points], [value for _, value in points], str(name))
+            xs, ys = [point[0] for point in points], [point[1] for point in points]
+            _line(axes, number, xs, ys, str(name))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.legend()
@@ -93,11 +92,12 @@ def plot_search(rows: Rows, *, metric: str, output: str) -> None:
     ordered = sorted(rows, key=lambda row: row[option])
     with _figure(output, ordered) as figure:
         axes = figure.subplots()
-        whole = [row for row in ordered if not row["stopped"]]
-        _line(axes, 0, [r[option] for r in whole], [r[metric] for r in whole], "run to the end")
-        early = [row for row in ordered if row["stopped"]]
-        if early:
-            xs, ys = [r[option] for r in early], [r[metric] for r in early]
+        complete = [row for row in ordered if not row["stopped"]]
+        xs, ys = [row[option] for row in complete], [row[metric] for row in complete]
+        _line(axes, 0, xs, ys, "run to the end")
+        stopped = [row for row in ordered if row["stopped"]]
+        if stopped:
+            xs, ys = [row[option] for row in stopped], [row[metric] for row in stopped]
             axes.plot(xs, ys, "o", color="0.5", mfc="white", label="stopped early")
         best = _best(ordered)
         _mark_best(axes, best[option], best[metric])
@@ -110,7 +110,7 @@ def plot_importance(rows: Rows, *, output: str) -> None:
     """Draw the mean importance of every A/B pair, layers across, blocks and projections down."""
     lines = list(dict.fromkeys((row["block"], row["projection"]) for row in rows))
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
-    cells = {(r["block"], r["projection"], r["layer"]): r["importance"] for r in rows}
+    cells = {(row["block"], row["projection"], row["layer"]): row["importance"] for row in rows}
     table = [[cells.get((*line, layer), float("nan")) for layer in layers] for line in lines]
     size = (2.5 + 0.28 * len(layers), 1.4 + 0.3 * len(lines))
     with _figure(output, rows, size=size) as figure:
@@ -197,7 +197,7 @@ def _plot_compared(rows: Rows, output: str) -> None:
 
 
 def sketch(names: Sequence[int], values: Sequence[float], best: int, height: int = 5) -> list[str]:
-    """Return lines of text that draw the values as bars, named below, the one named `best` marked.
+    """Return lines of text that draw the values as bars with their names, `best` marked.
 
     The largest value is `height` lines high. This is for the terminal and needs no matplotlib.
     """

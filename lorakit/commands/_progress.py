@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class TerminalReporter:
-    """Reports on stderr, unless it is quiet, and into a log, where there is one.
+    """Reports on stderr, unless it is quiet, and in a log, if there is one.
 
     As a context manager it ends the bar and closes the log of a training run.
     """
@@ -39,7 +39,7 @@ class TerminalReporter:
         self._log: IO[str] | None = None
         self._epochs = 0
         self._advance_bar: Callable[[str], None] | None = None
-        self._open = contextlib.ExitStack()
+        self._exit_stack = contextlib.ExitStack()
 
     def __enter__(self) -> TerminalReporter:
         return self
@@ -50,7 +50,7 @@ class TerminalReporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.close()
+        self._exit_stack.close()
 
     @property
     def _draws(self) -> bool:
@@ -71,7 +71,7 @@ class TerminalReporter:
         yield from track(items, what, total=total, console=_console(), transient=True)
 
     def timed(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
-        """Yield the items under a bar, or with a line for each fifth, and the time that is left."""
+        """Yield the items and show the time left: under a bar, or in a line for each fifth."""
         if self._quiet or self._draws:
             yield from self.track(items, what, total)
             return
@@ -90,12 +90,12 @@ class TerminalReporter:
 
     @contextlib.contextmanager
     def bytes_read(self, paths: Sequence[str]) -> Iterator[Callable[[int], object]]:
-        """Yield a function to call with each number of bytes read: it moves a bar over the files.
+        """Yield a function that moves a bar over the files by a number of bytes read.
 
         The bar is drawn only where stderr is a terminal.
         """
         if not self._draws:
-            yield int
+            yield int  # takes a count and does nothing with it
             return
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
@@ -110,9 +110,9 @@ class TerminalReporter:
         """Open the log and, where stderr is a terminal, a bar over the optimiser steps."""
         self._epochs = epochs
         if self._log_path:
-            self._log = self._open.enter_context(_open_log(self._log_path, self._append))
+            self._log = self._exit_stack.enter_context(_open_log(self._log_path, self._append))
         if self._draws:
-            self._advance_bar = self._open.enter_context(_training_bar(steps, done))
+            self._advance_bar = self._exit_stack.enter_context(_training_bar(steps, done))
 
     def step(self, report: StepReport) -> None:
         """Log an optimiser step and move the bar."""
@@ -131,10 +131,12 @@ class TerminalReporter:
         self._say(text)
 
     def _say(self, line: str) -> None:
+        """Write a line to stderr, unless it is quiet."""
         if not self._quiet:
             click.echo(line, err=True)
 
     def _write(self, entry: Mapping[str, object]) -> None:
+        """Write an entry to the log, if there is one."""
         if self._log is not None:
             values = {name: _json_value(value) for name, value in entry.items()}
             self._log.write(json.dumps(values) + "\n")
@@ -142,6 +144,7 @@ class TerminalReporter:
 
 
 def _epoch_line(report: EpochReport, epochs: int) -> str:
+    """Return what stderr says about an epoch."""
     name = "" if report.candidate is None else f"{report.candidate}: "
     score = report.validation_score
     return (
@@ -180,6 +183,7 @@ def _json_value(value: object) -> object:
 
 
 def _open_log(path: str, append: bool) -> IO[str]:
+    """Open the file of --log; LorakitError where it cannot be written."""
     try:
         return open(path, "a" if append else "w", encoding="utf-8")
     except OSError as error:

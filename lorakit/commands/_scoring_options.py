@@ -1,4 +1,4 @@
-"""The systems that `score` compares, from its files, --system and --baseline."""
+"""The options that only `score` has, and the systems that it compares."""
 
 from __future__ import annotations
 
@@ -7,13 +7,32 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lorakit.commands import _options
 from lorakit.files import STDIO
+from lorakit.scoring.metrics import METRICS
+from lorakit.settings import SignificanceSettings
 
 if TYPE_CHECKING:
     from lorakit.scoring.systems import System
 
 
-def parse_systems(
+EPILOG = "\b\nMetrics, in percent:\n" + "\n".join(
+    f"  {name:<10} {metric.help}" for name, metric in METRICS.items()
+)
+
+
+def _parse_metrics(
+    context: click.Context, parameter: click.Parameter, values: Sequence[str]
+) -> list[str]:
+    """Return the names of all --metric NAME,NAME,…, each once."""
+    names = [name.strip() for value in values for name in value.split(",")]
+    for name in names:
+        if name not in METRICS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(METRICS)}.")
+    return list(dict.fromkeys(names))
+
+
+def _parse_systems(
     context: click.Context, parameter: click.Parameter, values: Sequence[str]
 ) -> list[tuple[str, tuple[str, ...]]]:
     """Return the name and the files of every --system NAME=FILE,FILE,…; names are unique."""
@@ -29,6 +48,57 @@ def parse_systems(
         if names.count(name) > 1:
             raise click.BadParameter(f"the name {name!r} is given twice.")
     return systems
+
+
+metric = click.option(
+    "--metric",
+    multiple=True,
+    default=["rougeL"],
+    show_default=True,
+    callback=_parse_metrics,
+    metavar="NAME[,NAME…]",
+    help="What to compute; may be repeated.",
+)
+
+comparison = _options.together(
+    click.option(
+        "--system",
+        multiple=True,
+        callback=_parse_systems,
+        metavar="NAME=FILE[,FILE…]",
+        help="The runs (seeds) of one system: one line, the mean of their values; may be repeated.",
+    ),
+    click.option(
+        "--group-by",
+        metavar="FIELD",
+        help="Also score the records of each value of a field of theirs: a line each.",
+    ),
+    click.option(
+        "--baseline",
+        metavar="FILE|NAME",
+        help="Compare every other system with this one: p-values.",
+    ),
+    _options.field_option(
+        SignificanceSettings,
+        "trials",
+        click.IntRange(min=1),
+        "Trials of the randomization test and of the bootstrap.",
+    ),
+)
+
+bertscore = _options.together(
+    click.option(
+        "--bertscore-model",
+        metavar="NAME",
+        help="bertscore's model: a folder or hub id. [default: roberta-large, or one for --lang]",
+    ),
+    click.option(
+        "--bertscore-layer",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Whose output it takes. [default: the one tuned for the model, or its last]",
+    ),
+)
 
 
 def systems_of(

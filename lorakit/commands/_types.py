@@ -106,7 +106,7 @@ class Amounts(ParamType):
 
 
 def _decimal(text: str) -> Decimal:
-    """Return the decimal that a text writes, NaN where it writes none."""
+    """Return the decimal that a text writes out, NaN where it is not one."""
     try:
         return Decimal(text)
     except InvalidOperation:

@@ -2,63 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
-from lorakit.commands import _options
+from lorakit.commands import _options, _recipe_options
 from lorakit.files import STDIO
-from lorakit.recipes.request import SPLITS, Request
-from lorakit.recipes.table import RECIPES
-
-HUB = "hf://"
-_RECIPE_LIST = "\n".join(f"  {name:<12}{recipe.help}" for name, recipe in RECIPES.items())
-
-if TYPE_CHECKING:
-    Choice = click.Choice[str]
-else:
-    Choice = click.Choice  # not generic before click 8.2
+from lorakit.recipes.request import Request
 
 
-class RecipeName(Choice):
-    """A name in RECIPES, or the address of a data set on the hub."""
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value.startswith(HUB):
-            return value
-        return super().convert(value, param, ctx)
-
-
-@click.command("build-dataset", epilog=f"\b\nRecipes:\n{_RECIPE_LIST}")
-@click.argument("recipe", type=RecipeName(list(RECIPES)), metavar="RECIPE")
+@click.command("build-dataset", epilog=_recipe_options.EPILOG)
+@_recipe_options.recipe
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
-@click.option("--split", type=click.Choice(SPLITS), default=Request.split, show_default=True)
-@click.option(
-    "--lang",
-    type=click.Choice(["en", "ja", "zh"]),
-    help="Take texts of this language. [default: what there is; of microworld, en]",
-)
-@click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Draw N records.")
-@_options.seed
-@click.option("--template", metavar="TEXT", help="The prompt, with {{field}} for a row's fields.")
-@click.option(
-    "--completion", metavar="TEXT", help="The completion, likewise; joined to the prompt as is."
-)
-@click.option("--min-words", type=click.IntRange(min=1), metavar="N", help="Drop shorter prompts.")
-@click.option("--max-words", type=click.IntRange(min=1), metavar="N", help="Drop longer prompts.")
-@click.option(
-    "--min-ratio",
-    type=click.FloatRange(min=0),
-    metavar="R",
-    help="mimic: words of findings for each of the impression, at least. [default: 1.5]",
-)
-@click.option("--highlights", metavar="CSS", help="news-html: where the highlights stand.")
-@click.option("--source", metavar="LANG", help="wmt: language to translate from. [default: en]")
-@click.option("--target", metavar="LANG", help="wmt: language to translate to. [default: zh]")
-@click.option(
-    "--overlap", multiple=True, metavar="FILE", help="Count prompts that stand in these records."
-)
-@click.option("--drop-overlap", multiple=True, metavar="FILE", help="Remove such prompts.")
+@_recipe_options.request
 @click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
@@ -90,8 +44,8 @@ def build_dataset(
     lorakit build-dataset csv a.csv --template 'Summarize: {{text}}' --completion ' {{summary}}'
     lorakit build-dataset mimic --show
     """
-    _options.one_pipe(*sources, *request.overlap, *request.drop_overlap)
-    if recipe.startswith(HUB):
+    _options.check_stdin(*sources, *request.overlap, *request.drop_overlap)
+    if recipe.startswith(_recipe_options.HUB):
         recipe, sources = "hf", (recipe, *sources)
     from itertools import islice
 

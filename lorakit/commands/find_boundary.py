@@ -93,8 +93,8 @@ def find_boundary(
     lorakit find-boundary merged.safetensors --data val.jsonl |
         lorakit strip-layers merged.safetensors --boundary - -o final.safetensors
     """
-    _options.one_pipe(adapter, data)
-    _check_method(boundary, predictions)
+    _options.check_stdin(adapter, data)
+    _check_options(boundary, predictions)
     from lorakit.commands._plots import check_plot, plot_boundaries, plot_probabilities
 
     if plot:
@@ -135,8 +135,8 @@ def find_boundary(
         write_records(rows, stream)
 
 
-def _check_method(boundary: BoundarySettings, predictions: str | None) -> None:
-    """Raise a usage error for an option of the other way to find the boundary."""
+def _check_options(boundary: BoundarySettings, predictions: str | None) -> None:
+    """Raise a usage error for an option that --by does not read."""
     if boundary.by == "evaluation" and boundary.compare:
         raise click.UsageError("--compare is for --by probability only.")
     if boundary.by == "probability" and predictions:

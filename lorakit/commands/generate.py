@@ -49,7 +49,7 @@ def generate(
     \b
     lorakit generate merged.safetensors --data test.jsonl | lorakit score -
     """
-    _options.one_pipe(adapter, data)
+    _options.check_stdin(adapter, data)
     _options.check_resume(resume, output)
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from lorakit.commands import _options
@@ -12,14 +10,7 @@ from lorakit.settings import ModelSettings, TrainingSettings
 
 @click.command()
 @click.argument("adapter")
-@click.option(
-    "--format",
-    "layout",
-    type=click.Choice(["auto", "table", "json"]),
-    default="auto",
-    show_default=True,
-    help="One line of JSON or tables; auto: tables on a terminal.",
-)
+@_options.layout("One line of JSON or tables; auto: tables on a terminal.")
 @click.option(
     "--importance", is_flag=True, help="Show how important each module is on --data instead."
 )
@@ -49,7 +40,7 @@ def inspect(
         raise click.UsageError(
             "--importance needs --data, and --data and --plot need --importance."
         )
-    _options.one_pipe(adapter, data)
+    _options.check_stdin(adapter, data)
     if data is None:
         _describe(adapter, layout)
     else:
@@ -64,10 +55,8 @@ def _describe(source: str, layout: str) -> None:
     from lorakit.records import write_records
 
     record = inspect_adapter(load_adapter(source))
-    if layout == "auto":
-        layout = "table" if sys.stdout.isatty() else "json"
     with open_text_output(STDIO) as stream:
-        if layout == "table":
+        if _options.wants_table(layout, STDIO):
             write_table(record, stream)
         else:
             write_records([record], stream)

@@ -1,4 +1,4 @@
-"""`lorakit judge`: predictions to what language models think of them, one line per file."""
+"""`lorakit judge`: predictions to language models' verdicts on them, one line per file."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def judge(
     \b
     lorakit judge test.jsonl --endpoint http://localhost:8000/v1 --judge-model my-judge
     """
-    _options.one_pipe(*predictions, against)
+    _options.check_stdin(*predictions, against)
     _options.check_resume(resume, output)
     if (ratings, output) == (STDIO, STDIO):
         raise click.UsageError("Only one of --ratings and -o can be stdout.")
@@ -118,7 +118,7 @@ def judge(
 
 
 def _check_judges(models: Sequence[str], options: Mapping[str, Sequence[str]]) -> None:
-    """Raise a usage error for a judge named twice, and for options that do not fit the judges."""
+    """Raise a usage error for a judge named twice, or options not given once or once a judge."""
     if len(set(models)) < len(models):
         raise click.UsageError("A --judge-model is given twice.")
     for name, values in options.items():

@@ -21,17 +21,9 @@ from lorakit.settings import (
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--data", metavar="FILE", help="Target records (JSONL); `-` is stdin.")
 @_training_options.val
-@click.option(
-    "--method",
-    type=click.Choice(list(_methods.HELP)),
-    help="How to merge, see below. [default: adaptive with --data; svd for one adapter and --rank]",
-)
+@_methods.method
 @_methods.static
-@click.option(
-    "--portable",
-    is_flag=True,
-    help="Write it as PEFT, vLLM and llama.cpp read alike: one rank and alpha, zero-padded.",
-)
+@_methods.portable
 @_methods.pruning
 @_options.model
 @_training_options.training
@@ -82,7 +74,7 @@ def merge(
     method = _methods.choose_method(method, data, static.rank, adapters)
     _methods.check_options(method)
     _methods.check_weights(static.weights, adapters)
-    _options.one_pipe(*adapters, data, val)
+    _options.check_stdin(*adapters, data, val)
     if method in METHODS:
         _merge_statically(
             adapters, method, static, output=output, portable=portable, quiet=run.quiet

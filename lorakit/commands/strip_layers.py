@@ -1,4 +1,4 @@
-"""`lorakit strip-layers`: an adapter to the same adapter without the LoRA of its upper layers."""
+"""`lorakit strip-layers`: an adapter without the LoRA of its upper layers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def strip_layers(
     if boundary is not None and re.fullmatch(r"-[0-9]+", boundary):
         raise click.BadParameter(f"{boundary} is below 0.", param_hint="'--boundary'")
     source = _source(adapter)
-    _options.one_pipe(source, boundary)
+    _options.check_stdin(source, boundary)
     from lorakit.adapters.storage import load_adapter
     from lorakit.boundary.records import read_boundary
     from lorakit.boundary.strip import write_stripped
@@ -54,12 +54,12 @@ def strip_layers(
     if output == STDIO:
         refuse_terminal("an adapter")
     reporter = TerminalReporter(quiet=quiet)
-    number = None
+    layer = None
     if boundary is not None:
-        number = int(boundary) if _NUMBER.fullmatch(boundary) else read_boundary(boundary)
+        layer = int(boundary) if _NUMBER.fullmatch(boundary) else read_boundary(boundary)
     loaded = load_adapter(source, check_values=False)
-    stripped = write_stripped(loaded, output, boundary=number, keep=keep)
-    reporter.note(_account(len(loaded.modules()), len(stripped.modules())))
+    stripped = write_stripped(loaded, output, boundary=layer, keep=keep)
+    reporter.note(_summary(len(loaded.modules()), len(stripped.modules())))
     if any(module.layer is None for module in stripped.modules()):
         reporter.note("modules outside the layers keep their LoRA")
     reporter.note(f"wrote {output}")
@@ -72,7 +72,7 @@ def _source(adapter: str | None) -> str:
     return STDIO if adapter is None else adapter
 
 
-def _account(before: int, after: int) -> str:
+def _summary(before: int, after: int) -> str:
     """Return a note on how many modules are left."""
     if before == after:
         return "no LoRA on the layers to strip: every tensor is kept"

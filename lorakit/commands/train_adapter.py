@@ -58,7 +58,7 @@ def train_adapter(
     \b
     lorakit train-adapter --data train.jsonl --val val.jsonl -o xs.safetensors
     """
-    _options.one_pipe(data, val)
+    _options.check_stdin(data, val)
     from lorakit.commands._opening import open_base, reporting
     from lorakit.training import train
 

@@ -203,11 +203,11 @@ def test_a_command_without_options_has_the_defaults_of_the_settings(
 @pytest.mark.parametrize("paths", [("-", "-"), ("a", "-", None, "-")])
 def test_two_inputs_from_one_pipe_are_a_usage_error(paths: tuple[str | None, ...]) -> None:
     with pytest.raises(click.UsageError, match="one stdin"):
-        _options.one_pipe(*paths)
+        _options.check_stdin(*paths)
 
 
 def test_one_input_from_a_pipe_is_none() -> None:
-    _options.one_pipe("-", "a", None, "a")
+    _options.check_stdin("-", "a", None, "a")
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -1,0 +1,72 @@
+"""The options of `build-dataset` that say what a recipe is to yield: the fields of Request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from lorakit.commands import _options
+from lorakit.recipes.request import SPLITS, Request
+from lorakit.recipes.table import RECIPES
+
+HUB = "hf://"
+EPILOG = "\b\nRecipes:\n" + "\n".join(
+    f"  {name:<12}{recipe.help}" for name, recipe in RECIPES.items()
+)
+
+if TYPE_CHECKING:
+    Choice = click.Choice[str]
+else:
+    Choice = click.Choice  # not generic before click 8.2
+
+
+class _RecipeName(Choice):
+    """A name in RECIPES, or the address of a data set on the hub."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value.startswith(HUB):
+            return value
+        return super().convert(value, param, ctx)
+
+
+recipe = click.argument("recipe", type=_RecipeName(list(RECIPES)), metavar="RECIPE")
+
+request = _options.together(
+    click.option("--split", type=click.Choice(SPLITS), default=Request.split, show_default=True),
+    click.option(
+        "--lang",
+        type=click.Choice(["en", "ja", "zh"]),
+        help="Take texts of this language. [default: what there is; of microworld, en]",
+    ),
+    click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Draw N records."),
+    _options.seed,
+    click.option(
+        "--template", metavar="TEXT", help="The prompt, with {{field}} for a row's fields."
+    ),
+    click.option(
+        "--completion", metavar="TEXT", help="The completion, likewise; joined to the prompt as is."
+    ),
+    click.option(
+        "--min-words", type=click.IntRange(min=1), metavar="N", help="Drop shorter prompts."
+    ),
+    click.option(
+        "--max-words", type=click.IntRange(min=1), metavar="N", help="Drop longer prompts."
+    ),
+    click.option(
+        "--min-ratio",
+        type=click.FloatRange(min=0),
+        metavar="R",
+        help="mimic: words of findings for each of the impression, at least. [default: 1.5]",
+    ),
+    click.option("--highlights", metavar="CSS", help="news-html: where the highlights stand."),
+    click.option("--source", metavar="LANG", help="wmt: language to translate from. [default: en]"),
+    click.option("--target", metavar="LANG", help="wmt: language to translate to. [default: zh]"),
+    click.option(
+        "--overlap",
+        multiple=True,
+        metavar="FILE",
+        help="Count prompts that stand in these records.",
+    ),
+    click.option("--drop-overlap", multiple=True, metavar="FILE", help="Remove such prompts."),
+)
