@@ -8,7 +8,7 @@
 #
 #     sh examples/adaptive_merge.sh [FOLDER]    # work goes to FOLDER, by default ./runs
 #
-# A command whose output exists is skipped, so that a stopped run goes on where it was. The
+# A command whose output exists is skipped, so that a stopped run can go on. The
 # related adapters are trained once, on 600 records each; a seed draws the 50 target examples and
 # the 50 validation examples and seeds all training on them. $TASKS, $LANGS and $SEEDS choose fewer.
 
@@ -30,9 +30,9 @@ merging="$target --lr 3e-3 --prune-ratio"
 stage=""
 # make OUTPUT COMMAND…: print a command to run in $folder, unless its output exists
 make() {
-    made=$1
+    output=$1
     shift
-    [ -e "$folder/$made" ] || echo "$stage$folder lorakit $* -o $made"
+    [ -e "$folder/$output" ] || echo "$stage$folder lorakit $* -o $output"
 }
 data() { # data OUTPUT TASK SPLIT SEED COUNT
     make "$1" build-dataset microworld "$2" --lang "$lang" --split "$3" --seed "$4" --sample "$5" -q
@@ -41,7 +41,7 @@ predict() { # predict NAME [ADAPTER]
     make "$1.jsonl" generate ${2:+"$2"} --data "$test" --max-new-tokens 48 --batch-size 60 -q
 }
 
-ask() { # print every command of the experiments, those that others need first
+commands() { # print every command of the experiments, those that others need first
     for lang in $langs; do
         folder=$out/$lang
         mkdir -p "$folder"
@@ -113,12 +113,12 @@ ablations() { # of XS+WL+TGT, Japanese; the eighth, input-parameter-zero, is xs+
     [ "$lang" = ja ] || return 0
     for value in zero init; do
         for importance in input gradient; do
-            how="--importance $importance --prune-value $value --seed $seed"
+            pruning="--importance $importance --prune-value $value --seed $seed"
             [ $importance-$value = input-zero ] ||
-                make "$importance-parameter-$value.safetensors" merge $adapters $merging 0.1 $how
+                make "$importance-parameter-$value.safetensors" merge $adapters $merging 0.1 $pruning
             [ $importance = input ] && threshold=$T_INPUT || threshold=$T_GRADIENT
             make "$importance-module-$value.safetensors" merge $adapters $target --lr 3e-3 \
-                --unit module --prune-threshold $threshold $how
+                --unit module --prune-threshold $threshold $pruning
         done
     done
 }
@@ -144,13 +144,13 @@ system() { # system NAME: its files over the seeds, as score takes them
     for seed in $seeds; do files="$files,$seed/$1.jsonl"; done
     echo "--system $1=${files#,}"
 }
-compare() { # compare TABLE BASELINE SYSTEM…: ask for scores of systems with seeds, of files without
-    table=$1 baseline=$2 asked=""
+compare() { # compare TABLE BASELINE SYSTEM…: scores of systems with seeds, and of single files
+    table=$1 baseline=$2 systems=""
     shift 2
     for name in "$@"; do
-        case $name in *.jsonl) asked="$asked $name" ;; *) asked="$asked $(system $name)" ;; esac
+        case $name in *.jsonl) systems="$systems $name" ;; *) systems="$systems $(system $name)" ;; esac
     done
-    echo "$stage$out/$lang/$task lorakit score $asked --baseline $baseline --lang $lang" \
+    echo "$stage$out/$lang/$task lorakit score $systems --baseline $baseline --lang $lang" \
         "--metric rougeL,bleu,em --format json -q -o $table.scores.jsonl"
 }
 scores() {
@@ -163,6 +163,6 @@ scores() {
     done
 }
 
-ask | python examples/forks.py
+commands | python examples/forks.py
 python examples/table.py "$out" --table 2
 python examples/table.py "$out" --table 4

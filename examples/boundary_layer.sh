@@ -7,7 +7,7 @@
 #
 #     sh examples/boundary_layer.sh [FOLDER]    # work goes to FOLDER, by default ./boundary
 #
-# A command whose output exists is skipped, so that a stopped run goes on where it was. $TASKS, $RANKS
+# A command whose output exists is skipped, so that a stopped run can go on. $TASKS, $RANKS
 # and $TRAIN (records to train on) choose less. `contains` is the paper's EM. What it printed is in
 # examples/README.md.
 
@@ -34,9 +34,9 @@ metric_of() {
 lang_of() { [ "$1" = translate ] && echo ja || echo en; } # of the outputs
 stage=""
 make() { # make OUTPUT COMMAND…: print a command to run in $folder, unless its output exists
-    made=$1
+    output=$1
     shift
-    [ -e "$folder/$made" ] || echo "$stage$folder lorakit $* -o $made"
+    [ -e "$folder/$output" ] || echo "$stage$folder lorakit $* -o $output"
 }
 data() { # data SPLIT COUNT
     make "$1.jsonl" build-dataset microworld "$task" --split "$1" --sample "$2" -q
@@ -44,7 +44,7 @@ data() { # data SPLIT COUNT
 predict() { # predict NAME DATA
     make "$1.jsonl" generate "${3:-$1}.safetensors" --data "$2" --max-new-tokens 48 --batch-size 50 -q
 }
-each() {
+each() { # each FUNCTION, for every task, in its folder
     for task in $tasks; do
         folder=$out/$task
         $1

@@ -1,4 +1,4 @@
-"""Print and draw scores by the size of the training set, from what examples/data_size.sh has saved.
+"""Print and draw scores by the size of the training set, from what data_size.sh has saved.
 
     python examples/data_size.py runs/data_size.jsonl [--metric rougeL] [--plot FILE.png]
 

@@ -28,9 +28,9 @@ mkdir -p "$top"
 
 stage=""
 make() { # make OUTPUT COMMAND…: print a command to run in $folder, unless its output exists
-    made=$1
+    output=$1
     shift
-    [ -e "$folder/$made" ] || echo "$stage$folder lorakit $* -o $made"
+    [ -e "$folder/$output" ] || echo "$stage$folder lorakit $* -o $output"
 }
 data() { # data OUTPUT TASK SPLIT SEED COUNT
     make "$1" build-dataset microworld "$2" --lang "$lang" --split "$3" --seed "$4" --sample "$5" -q
@@ -84,12 +84,12 @@ outputs() {
 } | python examples/forks.py
 
 for size in $sizes; do
-    asked=""
+    systems=""
     for system in tgt xs+wl xs+wl+tgt; do
         files=""
         for seed in $seeds; do files="$files,$size/$seed/$system.jsonl"; done
-        asked="$asked --system $size:$system=${files#,}"
+        systems="$systems --system $size:$system=${files#,}"
     done
-    (cd "$top" && lorakit score $asked --lang "$lang" --metric rougeL --format json)
+    (cd "$top" && lorakit score $systems --lang "$lang" --metric rougeL --format json)
 done > "$out/data_size.jsonl"
 python examples/data_size.py "$out/data_size.jsonl" --plot "$out/data_size.png"

@@ -30,15 +30,15 @@ def run(line: str) -> int:
 
     try:
         lorakit()
-    except SystemExit as end:
+    except SystemExit as stop:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+        os._exit(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     os._exit(0)
 
 
 def wait(running: dict[int, str]) -> None:
-    """Wait for one of the children to end; stop all others if it failed."""
+    """Wait for a child to end; if it failed, stop all others and exit."""
     child, status = os.wait()
     line = running.pop(child)
     if status:

@@ -3,11 +3,12 @@
     python examples/make_tiny.py --out lorakit/tiny
 
 A Llama of 8 layers and width 128 is trained from scratch on the microworld's base tasks, English
-and Japanese, with the loss on the answers only. So small a model takes long to find out how to
-copy, so its first two layers start as a circuit that repeats what it has seen (start_copying_), and
-some batches of the first half of the run are random sequences to be repeated, which keep it. It
-never sees a related, target or probe task; the tokenizer reads them all. The same versions, seed
-and thread count give the same weights on one machine. Runs on a CPU, or on a GPU if there is one.
+and Japanese, with the loss on the answers only. A model as small as this takes long to learn to
+copy. So its first two layers start as a circuit that repeats what it has seen (start_copying_), and
+in the first half of the run every eighth batch is random sequences to be repeated, which keeps that
+circuit alive. It never sees a related, target or probe task; the tokenizer reads them all. The same
+versions, seed and thread count give the same weights on one machine. Runs on a CPU, or on a GPU if
+there is one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ VOCABULARY, CONTEXT = 1020, 512
 ROPE_THETA = 100000.0
 BATCH, WARMUP = 32, 100
 # Letters (with the space before them), single digits, and each Japanese script are cut apart, and
-# punctuation stands alone: so no token reaches over the border of prompt and completion.
+# punctuation stands alone, so that no token crosses the border of prompt and completion.
 PIECES = r" ?[A-Za-z]+|[0-9]|[ァ-ヶー]+|[ぁ-ん]+|[一-龥]+|\s| ?[^\sA-Za-z0-9ぁ-んァ-ヶー一-龥]"
 
 
@@ -117,10 +118,11 @@ def start_copying_(model: LlamaForCausalLM) -> None:
     """Set the first two layers to an induction circuit, which training alone finds only late.
 
     Layer 0 looks one and two tokens back (through the rotary angles, from a constant channel of the
-    embeddings) and writes what it sees into channels of its own. Layer 1 looks for the place where
-    the present token, best with the one before it, stood just before, and writes what stands there
-    into the content channels: so a text that was begun once more goes on as it did. Source: Olsson
-    et al. 2022, "In-context learning and induction heads". Everything stays trainable.
+    embeddings) and writes what it sees into channels of its own. Layer 1 looks for the position
+    after an earlier occurrence of the present token, best one with the same token before it, and
+    writes the token there into the content channels: so a text that begins again goes on as it did.
+    Source: Olsson et al. 2022, "In-context learning and induction heads". Everything stays
+    trainable.
     """
     size, width = 32, 40  # of a head; of the content channels and of each copy of them
     constant, content, one_back, two_back = 0, 1, 41, 81  # first channels
@@ -131,8 +133,13 @@ def start_copying_(model: LlamaForCausalLM) -> None:
     embeddings[:, content : content + width] = 0.6 * directions
     embeddings[:, constant] = 0.3
     first, second = (model.model.layers[layer].self_attn for layer in (0, 1))
-    for layer in (first, second):
-        for projection in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj):
+    for attention in (first, second):
+        for projection in (
+            attention.q_proj,
+            attention.k_proj,
+            attention.v_proj,
+            attention.o_proj,
+        ):
             projection.weight.mul_(0.1)
     fast = ROPE_THETA ** (-torch.arange(6) / 16)
     slow = [*range(7, 16), *range(23, 32)]  # coordinates that the rotary angles hardly turn
@@ -175,7 +182,7 @@ def encode(
 
 
 def text_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
-    """Yield (2, batch, length) tensors of ids and labels, rows of like length together; no end."""
+    """Yield (2, batch, length) ids and labels without end, rows of similar length together."""
     dice = random.Random(seed)
     draw = 0
     while True:
@@ -205,7 +212,7 @@ def padded(rows: list[list[list[int]]]) -> torch.Tensor:
 
 
 def repeat_batch(vocabulary: int, dice: torch.Generator) -> torch.Tensor:
-    """Return random sequences, each written twice; the labels are the second time."""
+    """Return ids and labels of random sequences written twice; the labels are the second copy."""
     half = int(torch.randint(8, 40, (1,), generator=dice))
     once = torch.randint(len(SPECIAL), vocabulary, (BATCH, half), generator=dice)
     start = torch.full((BATCH, 1), BOS)
@@ -215,24 +222,24 @@ def repeat_batch(vocabulary: int, dice: torch.Generator) -> torch.Tensor:
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace
 ) -> None:
-    """Train with AdamW under a warm-up and a cosine; the loss is on the labels alone."""
+    """Train with AdamW, a warm-up and a cosine schedule; the loss is on the labels alone."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05
+        model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.05
     )
-    texts, dice = text_batches(tokenizer, args.seed), torch.Generator().manual_seed(args.seed)
+    texts, dice = text_batches(tokenizer, options.seed), torch.Generator().manual_seed(options.seed)
     model.train()
-    begin, seen, counted = time.time(), 0.0, 0
-    for step in range(args.steps):
-        repeat = step % 8 == 7 and step < args.steps // 2
+    started, loss_sum, batches = time.time(), 0.0, 0
+    for step in range(options.steps):
+        repeat = step % 8 == 7 and step < options.steps // 2
         batch = repeat_batch(len(tokenizer), dice) if repeat else next(texts)
         ids, labels = batch.to(device)
         rate = min(1.0, (step + 1) / WARMUP)
-        rate *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        rate *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / options.steps))
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate
+            group["lr"] = options.lr * rate
         with torch.autocast(device.type, dtype=torch.bfloat16):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
             counts = labels[:, 1:] != -100
@@ -243,19 +250,19 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         if not repeat:
-            seen += loss.item()
-            counted += 1
+            loss_sum += loss.item()
+            batches += 1
         if (step + 1) % 50 == 0:
-            spent = time.time() - begin
-            print(f"step {step + 1} loss {seen / counted:.3f} {spent:.0f} s", flush=True)
-            seen, counted = 0.0, 0
+            seconds = time.time() - started
+            print(f"step {step + 1} loss {loss_sum / batches:.3f} {seconds:.0f} s", flush=True)
+            loss_sum, batches = 0.0, 0
 
 
 @torch.no_grad()
 def exact(model: Any, tokenizer: PreTrainedTokenizerFast, task: str, lang: str) -> float:
     """Return the share of 100 test records whose greedy output is the completion, in percent."""
     pairs = records(task, lang, "test", 0)[:100]
-    right = 0
+    exact_outputs = 0
     for start in range(0, len(pairs), 50):
         part = pairs[start : start + 50]
         inputs = tokenizer([prompt for prompt, _ in part], padding=True, return_tensors="pt")
@@ -264,8 +271,10 @@ def exact(model: Any, tokenizer: PreTrainedTokenizerFast, task: str, lang: str) 
         texts = tokenizer.batch_decode(
             outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        right += sum(text == completion for text, (_, completion) in zip(texts, part, strict=True))
-    return 100.0 * right / len(pairs)
+        exact_outputs += sum(
+            text == completion for text, (_, completion) in zip(texts, part, strict=True)
+        )
+    return 100.0 * exact_outputs / len(pairs)
 
 
 CARD = """---
@@ -305,7 +314,7 @@ right answer and is left out):
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write model and tokenizer; its class is recorded under the name that every reader knows."""
+    """Write the model and the tokenizer, naming its class as every reader knows it."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
@@ -315,6 +324,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def write_card(out: Path, **facts: object) -> None:
+    """Write the model card with these facts in its places."""
     (out / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
 
 
@@ -326,38 +336,38 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.time()
     tokenizer = make_tokenizer()
     model: Any = make_model(len(tokenizer))  # its own types forbid `to` and `generate`
     model.to(device)
-    train(model, tokenizer, args)
+    train(model, tokenizer, options)
     model.eval()
     model.generation_config = GenerationConfig(
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False
     )
     minutes = (time.time() - begin) / 60
-    save(model, tokenizer, args.out)
+    save(model, tokenizer, options.out)
     scored = [task for task in BASE if task != "continue"]
     rows = [(task, *(exact(model, tokenizer, task, lang) for lang in LANGS)) for task in scored]
     table = "\n".join(f"| {task} | {en:.0f} | {ja:.0f} |" for task, en, ja in rows)
     print(table)
     write_card(
-        args.out,
+        options.out,
         context=CONTEXT,
         parameters=model.num_parameters(),
         vocabulary=len(tokenizer),
         tasks=", ".join(BASE),
-        steps=args.steps,
-        seed=args.seed,
-        threads=args.threads,
+        steps=options.steps,
+        seed=options.seed,
+        threads=options.threads,
         batch=BATCH,
-        lr=args.lr,
+        lr=options.lr,
         minutes=minutes,
-        device="a GPU" if device == "cuda" else f"a CPU ({args.threads} threads)",
+        device="a GPU" if device == "cuda" else f"a CPU ({options.threads} threads)",
         torch=torch.__version__,
         transformers=transformers.__version__,
         python=platform.python_version(),

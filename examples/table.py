@@ -1,9 +1,9 @@
-"""Print a table of the paper from the scores that examples/adaptive_merge.sh has saved.
+"""Print a table of the adaptive-merge paper from the scores that adaptive_merge.sh has saved.
 
     python examples/table.py runs [--table 2] [--metric rougeL]
 
-Scores are in FOLDER/LANG/TASK/table2.scores.jsonl and table4.scores.jsonl. A system with seeds has
-mean ± standard deviation (n - 1) over them; a star means p < 0.05 against the table's baseline.
+The scores are in FOLDER/LANG/TASK/table2.scores.jsonl and table4.scores.jsonl. A system with seeds
+has mean ± standard deviation (n - 1) over them; a star means p < 0.05 against the table's baseline.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TABLES = {
 
 
 def read_scores(folder: Path, table: int) -> dict[tuple[str, str], Record]:
-    """Return the records of scores by (task, system); task is `TASK LANG`."""
+    """Return the records of scores by task, as `TASK LANG`, and system."""
     scores = {}
     for path in sorted(folder.glob(f"*/*/table{table}.scores.jsonl")):
         lang, task = path.parts[-3:-1]
@@ -53,7 +53,7 @@ def read_scores(folder: Path, table: int) -> dict[tuple[str, str], Record]:
 
 
 def cell(record: Record, metric: str) -> str:
-    """Return mean, spread over seeds and the mark of significance."""
+    """Return a table's cell: the mean, the spread over seeds and the star of significance."""
     fields = record.fields
     runs = fields.get("runs", {}).get(metric, [])
     spread = f" ± {statistics.stdev(runs):.1f}" if len(runs) > 1 else ""
