@@ -1,9 +1,9 @@
-"""find-boundary against the plain way: PEFT on every stripped adapter, `generate` for each.
+"""find-boundary against the plain way: PEFT's `generate` on every stripped adapter.
 
 An adapter is trained on a task of the microworld, by default titles on `tiny`; then a sample is
 decoded greedily in float32 at every boundary, once by PEFT and transformers' `generate` on the
 stripped adapters, in batches of the records as they come, and once by lorakit, with as many rows in
-a batch. Both ways write tokens; they have to be the same, and the run ends with an error if not.
+a batch. Both must write the same tokens, or the run ends with an error.
 With `--layers` the model is a random Llama of that depth instead (32: about a billion parameters,
 for a GPU), its adapter random.
 
@@ -43,8 +43,9 @@ Outputs = dict[tuple[int, int], list[int]]
 
 
 def records_of(task: str, split: str, count: int) -> list[Record]:
-    made = microworld(task, split=split)
-    return [Record(row, str(row["id"])) for row, _ in zip(made, range(count), strict=False)]
+    """Return the first records of a task's split."""
+    rows = microworld(task, split=split)
+    return [Record(row, str(row["id"])) for row, _ in zip(rows, range(count), strict=False)]
 
 
 def trained(base: Base, folder: Path, task: str, count: int, epochs: int) -> Adapter:
@@ -118,6 +119,8 @@ def stripped(adapter: Adapter, boundary: int, folder: Path) -> str | None:
 
 
 class Timed(NamedTuple):
+    """What a run returned, and how long it took: seconds by the clock and of the processor."""
+
     outputs: Outputs
     seconds: float
     processor: float
@@ -132,30 +135,30 @@ def timed(work: Callable[[], Outputs], device: torch.device) -> Timed:
 
 
 def one_after_another(
-    base: Base, folders: dict[int, str | None], prompts: Sequence[Sequence[int]], given: Any
+    base: Base, folders: dict[int, str | None], prompts: Sequence[Sequence[int]], options: Any
 ) -> Outputs:
-    """PEFT's own model of every stripped adapter, batch by batch through `generate`."""
+    """Decode with PEFT's model of every stripped adapter, batch by batch through `generate`."""
     pad, ends = base.end_tokens[0], set(base.end_tokens)
     outputs: Outputs = {}
     for boundary, folder in folders.items():
         model = base.model
         if folder is not None:
             model = peft.PeftModel.from_pretrained(base.model, folder).eval()
-        for start in range(0, len(prompts), given.batch_size):
-            rows = prompts[start : start + given.batch_size]
+        for start in range(0, len(prompts), options.batch_size):
+            rows = prompts[start : start + options.batch_size]
             length = max(map(len, rows))
             ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
             mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
             with torch.inference_mode():
-                found = model.generate(
+                sequences = model.generate(
                     input_ids=ids.to(base.device),
                     attention_mask=mask.to(base.device),
-                    max_new_tokens=given.max_new_tokens,
+                    max_new_tokens=options.max_new_tokens,
                     do_sample=False,
                     eos_token_id=list(base.end_tokens),
                     pad_token_id=pad,
                 )
-            for place, row in enumerate(found[:, length:].tolist(), start):
+            for place, row in enumerate(sequences[:, length:].tolist(), start):
                 end = next((n for n, token in enumerate(row) if token in ends), len(row))
                 outputs[place, boundary] = row[:end]
         if folder is not None:
@@ -164,11 +167,12 @@ def one_after_another(
 
 
 def together(
-    base: Base, adapter: Adapter, boundaries: Sequence[int], prompts: Sequence[Any], given: Any
+    base: Base, adapter: Adapter, boundaries: Sequence[int], prompts: Sequence[Any], options: Any
 ) -> Outputs:
+    """Decode at all boundaries at once, as find-boundary does."""
     with Gates(attach(base, adapter)).standing() as gates:
-        pool = Pool(base, gates, prompts, given.max_new_tokens, given.batch_size)
-        return {(one.prompt, one.boundary): one.tokens for one in pool.run(boundaries)}
+        pool = Pool(base, gates, prompts, options.max_new_tokens, options.batch_size)
+        return {(output.prompt, output.boundary): output.tokens for output in pool.run(boundaries)}
 
 
 def main() -> None:
@@ -184,38 +188,38 @@ def main() -> None:
     parser.add_argument("--adapter", help="use this adapter, trained before")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", type=int, help="a random Llama of so many layers")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        compare(given, Path(folder))
+        compare(options, Path(folder))
 
 
-def compare(given: argparse.Namespace, folder: Path) -> None:
-    device = torch.device(given.device)
-    name = random_llama(folder, given.layers) if given.layers else "tiny"
+def compare(options: argparse.Namespace, folder: Path) -> None:
+    device = torch.device(options.device)
+    name = random_llama(folder, options.layers) if options.layers else "tiny"
     base = load_base(name, device=device, dtype=torch.float32)
-    if given.layers:
+    if options.layers:
         adapter = random_adapter(base)
-    elif given.adapter:
-        adapter = load_adapter(given.adapter)
+    elif options.adapter:
+        adapter = load_adapter(options.adapter)
     else:
-        adapter = trained(base, folder, given.task, given.train, given.epochs)
+        adapter = trained(base, folder, options.task, options.train, options.epochs)
         base = load_base(name, device=device, dtype=torch.float32)
-    boundaries = list(range(1 if given.no_baseline else 0, base.layers + 1))
+    boundaries = list(range(1 if options.no_baseline else 0, base.layers + 1))
     folders = {k: stripped(adapter, k, folder) for k in boundaries}
     encoder = base.encoder(chat="auto")
-    sample = records_of(given.task, "validation", given.sample)
-    prompts = [encoder.prompt(record, given.max_new_tokens).ids for record in sample]
+    sample = records_of(options.task, "validation", options.sample)
+    prompts = [encoder.prompt(record, options.max_new_tokens).ids for record in sample]
     plain = load_base(name, device=device, dtype=torch.float32)
     ours, theirs = [], []
-    for _ in range(given.rounds):
-        ours.append(timed(lambda: together(base, adapter, boundaries, prompts, given), device))
-        theirs.append(timed(lambda: one_after_another(plain, folders, prompts, given), device))
+    for _ in range(options.rounds):
+        ours.append(timed(lambda: together(base, adapter, boundaries, prompts, options), device))
+        theirs.append(timed(lambda: one_after_another(plain, folders, prompts, options), device))
     report(ours, theirs, boundaries)
 
 
 def report(ours: Sequence[Timed], theirs: Sequence[Timed], boundaries: Sequence[int]) -> None:
     expected = theirs[0].outputs
-    found = {key: ours[0].outputs[key] for key in expected}
+    actual = {key: ours[0].outputs[key] for key in expected}
     tokens = sum(map(len, expected.values()))
     print(
         f"boundaries {boundaries[0]}-{boundaries[-1]}, {len(expected)} outputs, "
@@ -226,7 +230,7 @@ def report(ours: Sequence[Timed], theirs: Sequence[Timed], boundaries: Sequence[
         print(f"{side:8} {wall:8.1f} s, processor {used:8.1f} s")
     wall = min(r.seconds for r in theirs) / min(r.seconds for r in ours)
     used = min(r.processor for r in theirs) / min(r.processor for r in ours)
-    differing = sum(found[key] != expected[key] for key in expected)
+    differing = sum(actual[key] != expected[key] for key in expected)
     print(f"wall time: {wall:.2f}× faster, processor time: {used:.2f}×")
     print(f"outputs that differ: {differing} of {len(expected)}")
     if differing:

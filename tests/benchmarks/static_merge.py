@@ -1,4 +1,4 @@
-"""Merging three adapters without data by `svd`, lorakit against PEFT: time, memory and error.
+"""Merge three adapters without data by `svd`, lorakit against PEFT: time, memory and error.
 
 The adapters are random, of rank 8, 16 and 16, on all seven projections of Qwen2.5-0.5B's 24 layers
 (168 modules), merged to rank 16. lorakit's time and peak memory are those of a process that reads
@@ -78,6 +78,7 @@ def run_lorakit(folder: Path) -> dict[str, float]:
 
 
 def _status(name: str) -> int:
+    """Return a size of this process in bytes, by its name in /proc/self/status."""
     text = Path("/proc/self/status").read_text()
     return 1024 * int(text.split(f"{name}:")[1].split()[0])
 
@@ -107,7 +108,7 @@ def run_peft(folder: Path, layers: int) -> dict[str, Any]:
     ours = {m.name: m for m in load_adapter(str(folder / "merged.safetensors")).modules()}
     errors: dict[str, list[float]] = {"lorakit": [], "peft": []}
     for name in [name for name in ours if name in pairs]:
-        parts = [next(m for m in each.modules() if m.name == name) for each in adapters]
+        parts = [next(m for m in a.modules() if m.name == name) for a in adapters]
         truth = sum(weight * part.delta() for weight, part in zip(WEIGHTS, parts, strict=True))
         best = np.linalg.norm(np.linalg.svd(truth, compute_uv=False)[RANK:])
         theirs = pairs[name].get_delta_weight("merged").detach().double().numpy()
@@ -138,24 +139,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", choices=["lorakit", "peft"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.side == "lorakit":
-        print(json.dumps(run_lorakit(given.folder)))
-    elif given.side == "peft":
-        print(json.dumps(run_peft(given.folder, given.layers)))
+    options = parser.parse_args()
+    if options.side == "lorakit":
+        print(json.dumps(run_lorakit(options.folder)))
+    elif options.side == "peft":
+        print(json.dumps(run_peft(options.folder, options.layers)))
     else:
         with tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder))
-            report(Path(folder), given.layers, given.rounds)
+            report(Path(folder), options.layers, options.rounds)
 
 
 def _child(side: str, folder: Path) -> dict[str, Any]:
+    """Return what one side's process has measured."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode:
+        sys.exit(child.stderr)
+    measured: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return measured
 
 
 def report(folder: Path, layers: int, rounds: int) -> None:

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/strip_layers.py [--bytes 1e9] [--boundary 16] [--runs 5]
 
-A float32 adapter of 32 layers is made in a temporary folder. The yardstick is to read that file
-once and to write and sync as many bytes as are kept, in turns with the command, whose time has
-Python's start in it. Memory is the command's peak above that of stripping a small adapter.
+A float32 adapter of 32 layers is written to a temporary folder. The yardstick is to read that file
+once and to write and sync as many bytes as are kept, in turns with the command, whose time includes
+Python's start. Memory is the command's peak above that of stripping a small adapter.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def yardstick(source: Path, output: Path, kept: int) -> None:
 
 
 def strip(source: Path, output: Path, boundary: int) -> int:
-    """Run the command; return its peak memory in KiB, where the system tells it (Linux)."""
+    """Run the command; return its peak memory in KiB, or 0 where the system does not tell it."""
     command = [sys.executable, "-c", COMMAND, "strip-layers", str(source), "-q"]
     command += ["--boundary", str(boundary), "-o", str(output)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return int(told or 0)
+    peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(peak or 0)
 
 
-# A process of its own, since the peak that resource.getrusage tells of a child has its parent's in
-# it; VmHWM has not.
+# The child reads its own VmHWM: the peak that resource.getrusage gives for a child includes that of
+# its parent.
 COMMAND = """
 import pathlib
 from lorakit.cli import lorakit
@@ -77,25 +77,25 @@ def main() -> None:
     parser.add_argument("--bytes", type=float, default=1e9)
     parser.add_argument("--boundary", type=int, default=LAYERS // 2)
     parser.add_argument("--runs", type=int, default=5)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         small, large, output = (Path(folder) / name for name in ("small", "large", "out"))
         make_adapter(int(1e5), small)
-        make_adapter(int(given.bytes), large)
-        start = strip(small, output, given.boundary)
+        make_adapter(int(options.bytes), large)
+        start = strip(small, output, options.boundary)
         ratios, peaks = [], []
-        for _ in range(given.runs):
+        for _ in range(options.runs):
             before = time.perf_counter()
-            peaks.append(strip(large, output, given.boundary))
+            peaks.append(strip(large, output, options.boundary))
             between, kept = time.perf_counter(), output.stat().st_size
             yardstick(large, output, kept)
             ours, theirs = between - before, time.perf_counter() - between
             ratios.append(ours / theirs)
             print(f"strip-layers {ours:.2f} s, reading and writing {theirs:.2f} s", flush=True)
         print(f"{large.stat().st_size:,} bytes, {kept:,} kept on {os.cpu_count()} cores")
-        print(f"ratio {statistics.median(ratios):.2f} (median of {given.runs})")
+        print(f"ratio {statistics.median(ratios):.2f} (median of {options.runs})")
         print(f"peak memory {(max(peaks) - start) / 1024:.1f} MiB above a small adapter's, with")
-        print(f"tensors of {given.bytes / (LAYERS * 4) / 2**20:.1f} MiB")
+        print(f"tensors of {options.bytes / (LAYERS * 4) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ Both train three rank-8 adapters on q_proj and v_proj of a random Llama (width 5
 32,000 words) with the same weights, in the same dtype, on the same batches of 8 SciTLDR records,
 tokenised by a BPE of that size learnt from SciTLDR. The peer pads each batch to its longest row and
 computes the logits of every position, as PEFT with a Trainer does. Each side runs in processes of
-its own, in turns; of each step the fastest round counts, of memory the peak above what stood after
-loading. On a CPU the processor time is printed too: it leaves out what other users of a shared
-machine took.
+its own, in turns. Of each step the fastest round counts; memory is the peak above what was held
+after loading. On a CPU the processor time is printed too: it leaves out what other users of a
+shared machine took.
 
     python tests/benchmarks/train_step.py --scitldr FOLDER [--steps 8] [--rounds 2] [--device cpu]
 """
@@ -64,8 +64,8 @@ SHAPE: dict[str, Any] = {
 
 def prepare(folder: Path, scitldr: str) -> None:
     """Write the base, its tokenizer, three adapters and the records into a folder."""
-    made = list(build_dataset("scitldr", [scitldr]))
-    (folder / "records.json").write_text(json.dumps(made))
+    records = list(build_dataset("scitldr", [scitldr]))
+    (folder / "records.json").write_text(json.dumps(records))
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPE, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
@@ -77,7 +77,8 @@ def prepare(folder: Path, scitldr: str) -> None:
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator((f"{row['prompt']}{row['completion']}" for row in made), trainer)
+    texts = (f"{record['prompt']}{record['completion']}" for record in records)
+    tokenizer.train_from_iterator(texts, trainer)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
@@ -91,8 +92,8 @@ def prepare(folder: Path, scitldr: str) -> None:
             )
             for name in modules
         }
-        told = peft_config(dict.fromkeys(modules, 8), base=str(folder), alpha=16)
-        save_adapter(Adapter(tensors_of(factors), told), f"{folder}/adapter{number}/")
+        adapter_config = peft_config(dict.fromkeys(modules, 8), base=str(folder), alpha=16)
+        save_adapter(Adapter(tensors_of(factors), adapter_config), f"{folder}/adapter{number}/")
 
 
 def batches_of(folder: Path, encoder: Any, steps: int) -> list[list[Example]]:
@@ -102,7 +103,7 @@ def batches_of(folder: Path, encoder: Any, steps: int) -> list[list[Example]]:
 
 
 class Memory:
-    """The peak, from here on, of what this process (or the GPU) holds above its present: MB."""
+    """The peak of what this process, or the GPU, holds from now on above what it holds now: MB."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -119,6 +120,7 @@ class Memory:
 
 
 def _status(name: str) -> int:
+    """Return a size of this process in bytes, by its name in /proc/self/status."""
     text = Path("/proc/self/status").read_text()
     return 1024 * int(text.split(f"{name}:")[1].split()[0])
 
@@ -158,13 +160,14 @@ def run_lorakit(folder: Path, steps: int, device: torch.device, tokens: int) -> 
     memory = Memory(device)
     trainer.validate(batches[0])
     with trainer._training_mode():
-        found = timed(
-            [lambda b=b: losses.append(trainer._step(b, 10**6).train_loss) for b in batches],
-            *(memory, device),
-        )
-    pruning = statistics.median(timed_pruner.seconds[1:]) / statistics.median(found["seconds"])
+        updates = [
+            lambda batch=batch: losses.append(trainer._step(batch, 10**6).train_loss)
+            for batch in batches
+        ]
+        measured = timed(updates, memory, device)
+    pruning = statistics.median(timed_pruner.seconds[1:]) / statistics.median(measured["seconds"])
     return {
-        **found,
+        **measured,
         "losses": losses,
         "pruning": pruning,
         "tokens": sum(len(row.ids) for batch in batches[1:] for row in batch),
@@ -192,6 +195,7 @@ class _TimedHook(StepHook):
 
 
 def run_peft(folder: Path, steps: int, device: torch.device) -> dict[str, Any]:
+    """Return what PEFT's steps took, and their losses."""
     encoder = load_base(str(folder), device=torch.device("cpu"), dtype=torch.bfloat16).encoder(
         chat="off"
     )
@@ -227,8 +231,8 @@ def run_peft(folder: Path, steps: int, device: torch.device) -> dict[str, Any]:
         losses.append(float(loss.detach()))
 
     batches = batches_of(folder, encoder, steps + 1)
-    told = timed([lambda b=b: step(b) for b in batches], Memory(device), device)
-    return {**told, "losses": losses}
+    measured = timed([lambda b=b: step(b) for b in batches], Memory(device), device)
+    return {**measured, "losses": losses}
 
 
 def matmul_rate(device: torch.device, size: int = 2048) -> float:
@@ -245,7 +249,7 @@ def matmul_rate(device: torch.device, size: int = 2048) -> float:
 
 
 def flops(tokens: int, targets: int) -> float:
-    """Return the multiplications and additions that a step cannot do without.
+    """Return the multiplications and additions that no step can do without.
 
     Forward, and backward to the activations only: 4 a weight and token; the head where a loss is
     due; attention and the adapters, which are small, left out.
@@ -266,31 +270,34 @@ def main() -> None:
     )
     parser.add_argument("--side", choices=["lorakit", "peft"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    device = torch.device(given.device)
-    if given.side:
-        if given.side == "peft":
-            found = run_peft(given.folder, given.steps, device)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if options.side:
+        if options.side == "peft":
+            measured = run_peft(options.folder, options.steps, device)
         else:
-            found = run_lorakit(given.folder, given.steps, device, given.micro_batch_tokens)
-        print(json.dumps(found))
+            measured = run_lorakit(
+                options.folder, options.steps, device, options.micro_batch_tokens
+            )
+        print(json.dumps(measured))
         return
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), given.scitldr)
+        prepare(Path(folder), options.scitldr)
         rounds: dict[str, list[dict[str, Any]]] = {"peft": [], "lorakit": []}
-        for _ in range(given.rounds):
+        for _ in range(options.rounds):
             for side, results in rounds.items():
                 results.append(_child(side, folder))
         report(rounds, device)
 
 
 def _child(side: str, folder: str) -> dict[str, Any]:
+    """Return what one side's process has measured."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    if done.returncode:
-        sys.exit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    child = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    if child.returncode:
+        sys.exit(child.stderr)
+    measured: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return measured
 
 
 def fastest(results: list[dict[str, Any]], field: str) -> float:

@@ -1,4 +1,4 @@
-"""Small adapters to test with, and Python run in a process of its own."""
+"""Small adapters to test with, and Python in a process of its own."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def tiny(rank: int = 2, layers: int = 2, dtype: str = "F32", **config: object) -
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": 4,
-        "target_modules": ["q_proj"],
+        "target_modules": ["v_proj", "q_proj"],
+        **config,
     }
-    fields |= {"target_modules": ["v_proj", "q_proj"], **config}
     return Adapter(tensors, fields, {"format": 1, "chat": "off"}, "tiny")
 
 

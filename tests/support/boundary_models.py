@@ -1,4 +1,4 @@
-"""Random adapters, and what the model writes with one that is stripped at a boundary."""
+"""Random adapters, whole or stripped at a boundary, and what the model writes with one."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ SETTINGS = GenerationSettings(max_new_tokens=12, device="cpu", dtype="float32")
 
 
 class Notes(Silent):
+    """A reporter that keeps its notes and checks announced totals."""
+
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -29,9 +31,9 @@ class Notes(Silent):
         self.notes.append(text)
 
     def timed(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
-        listed = list(items)
-        assert len(listed) == total
-        yield from listed
+        all_items = list(items)
+        assert len(all_items) == total
+        yield from all_items
 
 
 def random_adapter(
@@ -45,7 +47,7 @@ def random_adapter(
 ) -> Any:
     """Return an adapter of random weights.
 
-    With `below`, as it is stripped at that boundary (None: nothing left).
+    With `below`, return it as stripped at that boundary, None where nothing is left.
     """
     draw = np.random.default_rng(seed)
     shapes = projections(base.model)

@@ -1,4 +1,4 @@
-"""Tiny random models of the families lorakit is tried on, with a tokenizer of their own."""
+"""Tiny random models of the families lorakit is tested on, with a tokenizer of their own."""
 
 from __future__ import annotations
 
