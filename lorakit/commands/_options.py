@@ -2,8 +2,8 @@
 
 Each option has one name here, in the library and in the records; defaults are in settings.py. A
 command gets its options as frozen settings, by `@_options.settings`. Training's options are in
-_training_options.py; the options of one command are in its own file or, where they are many, in
-_methods.py (`merge`), _scoring_options.py and _recipe_options.py (`build-dataset`).
+_training_options.py; the options of one command are in its own file or, where they are many, in a
+file beside it: _methods.py for `merge`, _recipe_options.py for `build-dataset`, and so on.
 """
 
 from __future__ import annotations

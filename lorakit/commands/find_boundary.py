@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lorakit.commands import _options
-from lorakit.commands._types import Boundaries, MetricName
+from lorakit.commands import _boundary_options, _options
 from lorakit.files import STDIO
 from lorakit.settings import BoundarySettings, GenerationSettings, ModelSettings
 
@@ -21,46 +20,9 @@ if TYPE_CHECKING:
 @click.command("find-boundary")
 @click.argument("adapter", default=STDIO)
 @_options.data
-@_options.field_option(
-    BoundarySettings,
-    "by",
-    click.Choice(["evaluation", "probability"]),
-    "Score greedy outputs, or read the probability of the completion after every layer.",
-)
-@click.option(
-    "--boundaries",
-    type=Boundaries(),
-    metavar="K",
-    help="Those to try: 8-31. [default: all]",
-)
-@_options.field_option(
-    BoundarySettings, "sample", click.IntRange(min=1), "Records drawn at random from --data."
-)
-@_options.field_option(
-    BoundarySettings,
-    "metric",
-    MetricName(),
-    "What scores the outputs, as in `score`.",
-    metavar="METRIC",
-)
-@_options.lang
-@_options.decoding
-@click.option(
-    "--predictions", metavar="FILE", help="Write the outputs of every boundary, 0 too (JSONL)."
-)
-@_options.field_option(
-    BoundarySettings,
-    "tokens",
-    click.IntRange(min=1),
-    "By probability: how many positions of the completion are read.",
-)
-@click.option(
-    "--compare",
-    type=Boundaries(),
-    default=BoundarySettings.compare,
-    metavar="K",
-    help="By probability: boundaries whose curves are compared with the whole adapter's: 10,20,25.",
-)
+@_boundary_options.search
+@_boundary_options.evaluation
+@_boundary_options.probability
 @_options.model
 @_options.max_length
 @_options.truncate
@@ -94,7 +56,7 @@ def find_boundary(
         lorakit strip-layers merged.safetensors --boundary - -o final.safetensors
     """
     _options.check_stdin(adapter, data)
-    _check_options(boundary, predictions)
+    _boundary_options.check_options(boundary, predictions)
     from lorakit.commands._plots import check_plot, plot_boundaries, plot_probabilities
 
     if plot:
@@ -133,14 +95,6 @@ def find_boundary(
     _sketch(rows, reporter)
     with open_text_output(output) as stream:
         write_records(rows, stream)
-
-
-def _check_options(boundary: BoundarySettings, predictions: str | None) -> None:
-    """Raise a usage error for an option that --by does not read."""
-    if boundary.by == "evaluation" and boundary.compare:
-        raise click.UsageError("--compare is for --by probability only.")
-    if boundary.by == "probability" and predictions:
-        raise click.UsageError("--predictions is for --by evaluation only.")
 
 
 def _sketch(rows: Sequence[BoundaryRecord], reporter: TerminalReporter) -> None:

@@ -32,7 +32,7 @@ from lorakit.training.train import train_adapter
 from lorakit.training.trainer import Trainer
 from tests.support.models import FAMILIES, open_base, save_model
 from tests.support.program import run_over
-from tests.support.training_data import Silent, rows, save_rows
+from tests.support.training_data import Recorder, rows, save_rows
 
 SETTINGS = TrainingSettings(
     lr=1e-2, epochs=3, batch_size=6, dropout=0.0, device="cpu", dtype="float32"
@@ -61,7 +61,7 @@ def adapters(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) ->
             settings=replace(SETTINGS, epochs=2, lr=5e-2),
             lora=shape,
             output=str(folder / f"{name}.safetensors"),
-            reporter=Silent(),
+            reporter=Recorder(),
         )
     return [load_adapter(str(folder / f"{name}.safetensors")) for name in SHAPES]
 
@@ -84,7 +84,7 @@ def merge(
         settings=replace(SETTINGS, **changes),
         pruning=pruning or PruningSettings(),
         output=str(output),
-        reporter=Silent(),
+        reporter=Recorder(),
         resume=resume,
     )
     return load_adapter(str(output))
@@ -104,7 +104,7 @@ def test_a_portable_merge_is_the_same_merge_at_one_rank(
             settings=replace(SETTINGS, epochs=1),
             pruning=PruningSettings(),
             output=output,
-            reporter=Silent(),
+            reporter=Recorder(),
             portable=portable,
         )
         made[portable] = load_adapter(output)
@@ -188,7 +188,7 @@ def _summed_loss(model: Any, example: Any) -> Any:
 def test_a_merge_improves_on_where_it_began(
     llama: str, data: str, adapters: list[Adapter], tmp_path: Path
 ) -> None:
-    watcher = Silent()
+    watcher = Recorder()
     merge_adaptively(
         adapters,
         open_base(llama),
@@ -401,7 +401,7 @@ def test_the_merged_adapter_is_one_of_the_base_it_says(
 def test_each_family_trains_merges_and_generates(family: str, data: str, tmp_path: Path) -> None:
     """The merged file gives the same logits in PEFT; greedy rows do not see their batch."""
     name = save_model(tmp_path / family, family)
-    watcher = Silent()
+    watcher = Recorder()
     for number, seed in enumerate((0, 1)):
         train_adapter(
             open_base(name),

@@ -18,7 +18,7 @@ from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training.train import train_adapter
 from tests.support.models import open_base
 from tests.support.program import run
-from tests.support.training_data import Silent, rows, save_rows
+from tests.support.training_data import Recorder, rows, save_rows
 
 SETTINGS = TrainingSettings(lr=2e-2, epochs=1, batch_size=4, dropout=0.0)
 
@@ -42,7 +42,7 @@ def merged(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> A
             settings=SETTINGS,
             lora=lora,
             output=str(folder / name),
-            reporter=Silent(),
+            reporter=Recorder(),
         )
     merge_adaptively(
         [load_adapter(str(folder / name)) for name in ("one", "two")],
@@ -52,7 +52,7 @@ def merged(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> A
         settings=SETTINGS,
         pruning=PruningSettings(Decimal("0.1")),
         output=str(folder / "merged"),
-        reporter=Silent(),
+        reporter=Recorder(),
     )
     return load_adapter(str(folder / "merged"))
 

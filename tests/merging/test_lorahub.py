@@ -20,7 +20,7 @@ from lorakit.settings import LoraSettings, TrainingSettings
 from lorakit.training.loss import BatchLoss
 from lorakit.training.train import train_adapter
 from tests.support.models import open_base
-from tests.support.training_data import Silent, rows, save_rows
+from tests.support.training_data import Recorder, rows, save_rows
 
 SETTINGS = TrainingSettings(lr=5e-2, epochs=3, batch_size=4, dropout=0.0)
 
@@ -42,13 +42,13 @@ def adapters(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) ->
             settings=replace(SETTINGS, seed=len(name)),
             lora=LoraSettings(rank=rank, alpha=4),
             output=str(folder / name),
-            reporter=Silent(),
+            reporter=Recorder(),
         )
     return [load_adapter(str(folder / name)) for name in ("one", "two", "odd")]
 
 
-def merge(llama: str, adapters: Sequence[Adapter], data: str, output: Path) -> Silent:
-    watcher = Silent()
+def merge(llama: str, adapters: Sequence[Adapter], data: str, output: Path) -> Recorder:
+    watcher = Recorder()
     merge_lorahub(
         adapters,
         open_base(llama),

@@ -27,7 +27,7 @@ from lorakit.training.loss import new_accelerator
 from lorakit.training.train import train_adapter
 from lorakit.training.trainer import Trainer
 from tests.support.models import open_base
-from tests.support.training_data import Silent, rows, save_rows
+from tests.support.training_data import Recorder, rows, save_rows
 
 SETTINGS = TrainingSettings(lr=5e-2, epochs=2, batch_size=4, dropout=0.0, max_grad_norm=0.05)
 COMBINATIONS = list(itertools.product(CRITERIA, ["parameter", "module"], VALUES))
@@ -50,7 +50,7 @@ def adapters(llama: str, tmp_path_factory: pytest.TempPathFactory) -> list[Adapt
             settings=replace(SETTINGS, max_grad_norm=1.0),
             lora=lora,
             output=str(folder / name),
-            reporter=Silent(),
+            reporter=Recorder(),
         )
     return [load_adapter(str(folder / name)) for name in shapes]
 
@@ -120,7 +120,7 @@ def test_every_combination_resets_what_its_restatement_says(
         base, layers, SETTINGS, accelerator=new_accelerator("cpu"), hooks=(norms, watched)
     )
     some = examples(base)
-    list(trainer.train(some, some[:5], Silent()))
+    list(trainer.train(some, some[:5], Recorder()))
     assert watched.calls == trainer.steps == 6
     assert watched.resets > 0
     assert watched.resets < watched.parameters * watched.calls
@@ -184,7 +184,7 @@ def _settings(
     hooks = pruning_hooks(stacked.blocks, layers, plain)
     trainer = Trainer(base, layers, SETTINGS, accelerator=new_accelerator("cpu"), hooks=hooks)
     some = examples(base)
-    trainer.begin(some, some[:5], Silent())
+    trainer.begin(some, some[:5], Recorder())
     trainer.advance(until=1)
     with torch.no_grad():
         pruner = hooks[-1]
@@ -214,7 +214,7 @@ def test_every_combination_merges_to_a_file(
         settings=replace(SETTINGS, epochs=1),
         pruning=settings.at(Decimal("0.3") if unit == "parameter" else Decimal("1e-3")),
         output=str(tmp_path / "m"),
-        reporter=Silent(),
+        reporter=Recorder(),
     )
     told = load_adapter(str(tmp_path / "m")).header["history"][-1]["settings"]
     assert (told["importance"], told["unit"], told["prune_value"]) == (importance, unit, value)
@@ -229,7 +229,7 @@ def test_the_gradient_is_taken_as_it_was_before_clipping(
     pruner = Pruner(stacked.blocks, layers, PruningSettings(Decimal("0.1"), "gradient"))
     trainer = Trainer(base, layers, SETTINGS, accelerator=new_accelerator("cpu"), hooks=(pruner,))
     some = examples(base)
-    trainer.begin(some, some, Silent())
+    trainer.begin(some, some, Recorder())
     report = trainer._step(some[:4], 10)
     kept = torch.cat([g.flatten() for both in pruner._gradients.values() for g in both])
     assert float(kept.norm()) == pytest.approx(report.grad_norm, rel=1e-4)

@@ -17,10 +17,10 @@ from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.train import train_adapter
 from lorakit.training.trainer import Trainer
 from tests.support.models import open_base
-from tests.support.training_data import Silent, rows, save_rows
+from tests.support.training_data import Recorder, rows, save_rows
 
 SETTINGS = TrainingSettings(lr=3e-2, epochs=6, patience=6, batch_size=4, dropout=0.1)
-Merge = Callable[..., tuple[Silent, list[dict[str, Any]]]]
+Merge = Callable[..., tuple[Recorder, list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +41,12 @@ def merge(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Me
             settings=replace(SETTINGS, epochs=2, seed=rank),
             lora=LoraSettings(rank=rank),
             output=str(folder / name),
-            reporter=Silent(),
+            reporter=Recorder(),
         )
         adapters.append(load_adapter(str(folder / name)))
 
-    def run(output: Path, **given: Any) -> tuple[Silent, list[dict[str, Any]]]:
-        watcher = Silent()
+    def run(output: Path, **given: Any) -> tuple[Recorder, list[dict[str, Any]]]:
+        watcher = Recorder()
         pruning = given.pop("pruning", PruningSettings())
         changes = given.pop("changes", {})
         tried = merge_adaptively(

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit import reporting
-from lorakit.reporting import EpochReport, StepReport
+from lorakit.reporting import EpochReport, Silent, StepReport
 
 _WORDS = ["red", "blue", "green", "cat", "dog", "sun", "moon", "tree"]
 
@@ -32,8 +31,8 @@ def save_rows(path: Path, records: Iterable[Mapping[str, object]]) -> str:
     return str(path)
 
 
-class Silent(reporting.Silent):
-    """A reporter that keeps what it hears."""
+class Recorder(Silent):
+    """A reporter that keeps all that is reported to it."""
 
     def __init__(self) -> None:
         self.steps: list[Mapping[str, Any]] = []

@@ -21,7 +21,7 @@ from lorakit.training.train import hold_out, train_adapter
 from lorakit.training.trainer import Trainer, learning_rate_factor
 from tests.support.models import open_base
 from tests.support.program import run_over
-from tests.support.training_data import Silent, rows, save_rows
+from tests.support.training_data import Recorder, rows, save_rows
 
 SETTINGS = TrainingSettings(
     lr=1e-2, epochs=4, batch_size=6, dropout=0.0, device="cpu", dtype="float32"
@@ -137,8 +137,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_rows(tmp_path_factory.mktemp("data") / "train.jsonl", rows(20))
 
 
-def fit(llama: str, data: str, output: Path, **changes: Any) -> Silent:
-    watcher = Silent()
+def fit(llama: str, data: str, output: Path, **changes: Any) -> Recorder:
+    watcher = Recorder()
     resume = changes.pop("resume", False)
     train_adapter(
         open_base(llama, changes.pop("base_dtype", torch.float32)),
