@@ -29,6 +29,7 @@ def fetch_adapter(address: str, *files: str) -> Path:
 
 
 def _fetch(repo: str, file: str, revision: str | None, address: str) -> Path:
+    """Return the local path of one file of a repository."""
     from huggingface_hub import errors, hf_hub_download
 
     try:

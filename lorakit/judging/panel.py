@@ -122,6 +122,7 @@ def write_judgements(
 def _summarise(
     items: Sequence[Item], judges: Sequence[str], answer: Answer, *, preference: bool
 ) -> tuple[Summary, Sequence[Row]]:
+    """Return the summary of a file and a row for each of its records."""
     if preference:
         return preference_summary(items, judges, answer)
     return rating_summary(items, judges, answer)

@@ -1,6 +1,6 @@
 """The documents of the microworld: news, guides, scan reports and abstracts of 3 to 5 sentences.
 
-Every fact stands in its own sentence, beside a rival of the same kind that the wording rules out
+Every fact has its own sentence, beside a rival of the same kind that the wording rules out
 ("the storm rather than the fire"). All domains share the wordings of that contrast (CONTRASTS) and
 of background remarks, and nothing else. So a model that has learned to pick facts out of news can
 use that in a report, and one that has not must learn every wording anew. Sentences come in random

@@ -38,6 +38,7 @@ def decoded(content: bytes, name: str, declared: str | None = None) -> str:
 
 
 def _try(content: bytes, encoding: str) -> str | None:
+    """Return the decoded text, None where the bytes are not in this encoding."""
     try:
         return content.decode(encoding)
     except (UnicodeDecodeError, LookupError):

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, which pyarrow reads a batch at a time."""
+"""Read the rows of Parquet files with pyarrow, a batch at a time."""
 
 from __future__ import annotations
 

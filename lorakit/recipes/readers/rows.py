@@ -1,4 +1,4 @@
-"""Raw rows of JSON files and lines of text, each with the place it was read from.
+"""Read the raw rows of JSON files and lines of text, each with its place in the file.
 
 A row is a Record whose fields are the source's own; recipes name them, templates use them. This
 file knows no data set.
@@ -170,6 +170,7 @@ class _JsonText:
         self._text, self._position, self._ended = "", 0, False
 
     def _read_more(self, size: int = _CHUNK) -> None:
+        """Decode further bytes and drop the text that has been taken."""
         data = self._part.stream.read(size)
         try:
             new = self._decoder.decode(data, not data)

@@ -1,4 +1,4 @@
-"""Raw rows of tables, CSV or TSV with a header line, each with the place it was read from."""
+"""Read the raw rows of CSV and TSV tables with a header line, each with its place in the file."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def table_in(part: Part, tally: Tally) -> Iterator[Record]:
 
 
 def _table(text: io.TextIOWrapper, name: str, delimiter: str, tally: Tally) -> Iterator[Record]:
+    """Yield the rows below the header line; malformed ones go to the tally."""
     import csv
 
     csv.field_size_limit(_LONGEST_CELL)
@@ -89,7 +90,7 @@ def _reject_cells(where: str, error: Exception, tally: Tally, has_header: bool) 
 
 
 def _decoded(cells: list[str], where: str) -> list[str]:
-    """Return the cells; LorakitError, which can name the line only here, if one is not UTF-8."""
+    """Return the cells; LorakitError if one is not UTF-8, which only here can name the line."""
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:
@@ -98,6 +99,7 @@ def _decoded(cells: list[str], where: str) -> list[str]:
 
 
 def _header(cells: list[str], name: str) -> list[str]:
+    """Return the names of the columns; LorakitError if two are the same."""
     for column in _decoded(cells, f"{name}:1"):
         if cells.count(column) > 1:
             raise LorakitError(f"{name}:1: column {column!r} stands twice; rename one of them")
@@ -105,6 +107,7 @@ def _header(cells: list[str], name: str) -> list[str]:
 
 
 def _row(header: list[str], cells: list[str], where: str) -> Record:
+    """Return a row's cells by column; LorakitError if there are more or fewer of them."""
     if len(cells) != len(header):
         raise LorakitError(
             f"{where}: {len(cells)} cells where the header has {len(header)}; "
@@ -114,6 +117,6 @@ def _row(header: list[str], cells: list[str], where: str) -> Record:
 
 
 def rows_in(part: Part, tally: Tally) -> Iterator[Record]:
-    """Yield the rows of one file, JSON or a table, as its first byte tells."""
+    """Yield the rows of one file: JSON or a table, judging by its first character."""
     is_json = first_character(part) in (b"[", b"{")
     yield from objects_in(part, tally) if is_json else table_in(part, tally)
