@@ -33,7 +33,8 @@ from lorakit.models.attention import BY_ROW
 
 _KINDS = {"full_attention", "sliding_attention"}
 _ATTENTIONS = {"eager", "sdpa", BY_ROW}
-_NEEDED = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"}
+_NEEDED = {"position_ids", "attention_mask", "logits_to_keep"}
+_CACHES = ("cache", "past_key_values")  # what transformers calls the cache, since 5.24 and before
 _LayerInputs = tuple[torch.Tensor, ...]
 
 
@@ -44,8 +45,15 @@ def can_slot(model: Model) -> bool:
         config._attn_implementation in _ATTENTIONS
         and set(getattr(config, "layer_types", None) or ()) <= _KINDS
         and set(forward_parameters(model)) >= _NEEDED
+        and _cache_parameter(model) is not None
         and decoder_layers(model) is not None
     )
+
+
+def _cache_parameter(model: Model) -> str | None:
+    """Return the name by which a model's forward takes a cache, None where it takes none."""
+    parameters = forward_parameters(model)
+    return next((name for name in _CACHES if name in parameters), None)
 
 
 class Slots:
@@ -56,6 +64,7 @@ class Slots:
 
     def __init__(self, model: Model, rows: int, length: int) -> None:
         self._model, self._rows, self._length = model, rows, length
+        self._cache_name = str(_cache_parameter(model))
         self._stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._fanned = 0  # how many rows the batch is fanned out to; 0 while rows are extended
         self._device = next(model.parameters()).device
@@ -146,9 +155,9 @@ class Slots:
             input_ids=ids,
             position_ids=positions,
             attention_mask=self._mask(positions),
-            past_key_values=self,
             use_cache=True,
             logits_to_keep=keep,
+            **{self._cache_name: self},
         ).logits
         predicted: list[list[int]] = logits[:, -keep:].float().argmax(-1).tolist()
         return predicted

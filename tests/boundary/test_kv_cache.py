@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from lorakit.boundary.kv_cache import Slots
@@ -57,11 +58,21 @@ class Model(torch.nn.Module):
         return SimpleNamespace(logits=torch.zeros(*hidden.shape, 2))
 
 
+class RenamedModel(Model):
+    """The same model, whose forward calls the cache as transformers does since 5.24."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: Slots, **others: Any
+    ) -> Any:
+        return super().forward(input_ids, attention_mask, cache, **others)
+
+
 A, B, C, D, E, F, G, X = range(1, 9)
 
 
-def test_the_worked_example_is_what_lies_in_the_slots() -> None:
-    model = Model()
+@pytest.mark.parametrize("kind", [Model, RenamedModel])
+def test_the_worked_example_is_what_lies_in_the_slots(kind: type[Model]) -> None:
+    model = kind()
     slots = Slots(model, rows=2, length=4)
     slots.extend([[A, B, C], [D]], [0, 0], 0, 1)
     assert model.read == [[A, B, C], [0, 0, D]]
