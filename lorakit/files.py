@@ -1,6 +1,6 @@
-"""Opening what a command reads and writes: `-` for the pipes, whole files replaced at once.
+"""Open what a command reads and writes: `-` for stdin and stdout, files replaced atomically.
 
-It knows nothing of what is in the files; records.py and storage.py do.
+What is in the files is the business of records.py and adapters/storage.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def input_name(path: str) -> str:
 
 
 def open_input(path: str) -> BinaryIO:
-    """Open `path` for reading bytes; `-` is stdin. Raises LorakitError where it cannot be read."""
+    """Open `path` for reading bytes; `-` is stdin. Raises LorakitError if it cannot be read."""
     if path == STDIO:
         return sys.stdin.buffer
     try:
@@ -41,7 +41,7 @@ def open_input(path: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[BinaryIO]:
-    """Yield `path` opened as by open_input; an error while it is read is a LorakitError, too."""
+    """Yield `path` opened by open_input; an error while reading is raised as LorakitError too."""
     try:
         with open_input(path) as stream:
             yield stream
@@ -52,32 +52,32 @@ def reading(path: str) -> Iterator[BinaryIO]:
 
 
 def is_stream(path: str) -> bool:
-    """Return whether `path` is `-`, a device or a named pipe: written as it is, never replaced."""
-    there = Path(path)
-    return path == STDIO or (there.exists() and not there.is_file() and not there.is_dir())
+    """Return whether `path` is `-`, a device or a named pipe, which is written to, not replaced."""
+    target = Path(path)
+    return path == STDIO or (target.exists() and not target.is_file() and not target.is_dir())
 
 
 def check_output(path: str) -> None:
-    """Raise LorakitError where no file could be written at `path`, before the work is done."""
+    """Raise LorakitError, before the work begins, if no file could be written at `path`."""
     if not is_stream(path):
         _new_side_file(path).unlink()
 
 
 def refuse_terminal(what: str) -> None:
-    """Raise LorakitError when stdout is a terminal, which binary data would garble."""
+    """Raise LorakitError if stdout is a terminal, which binary data would garble."""
     if sys.stdout.isatty():
         raise LorakitError(f"{what} would go to the terminal; give -o FILE or pipe it on")
 
 
 def names_folder(output: str) -> bool:
-    """Return whether an adapter's `output` is a folder: it is there, or ends in a slash."""
+    """Return whether an adapter's `output` is a folder: one that exists, or ends in a slash."""
     return output.endswith(("/", os.sep)) or os.path.isdir(output)
 
 
 def check_adapter_output(output: str) -> None:
-    """Refuse, before the work, an adapter's output that could not be written after it.
+    """Raise LorakitError, before the work begins, if an adapter could not be written to `output`.
 
-    A folder, one that is there or a name with a trailing slash, is made when it is written.
+    Folders are not checked: they are created when the adapter is written.
     """
     if output == STDIO:
         refuse_terminal("an adapter")
@@ -87,10 +87,10 @@ def check_adapter_output(output: str) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a side file that takes the name `path`, synced, once the block ends without an error.
+    """Yield a side file that is synced and renamed to `path` if the block ends without an error.
 
-    The old file stays as it was until then and no half file ever bears the final name. A link is
-    followed, so that what it points to is replaced; an existing file keeps its permissions.
+    Until then the old file stays as it was, so a half-written file never has the final name. Links
+    are followed: what `path` points to is replaced. An existing file keeps its permissions.
     """
     side, final = _new_side_file(path), Path(os.path.realpath(path))
     try:
@@ -106,6 +106,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def _new_side_file(path: str | Path) -> Path:
+    """Create an empty temporary file in the folder of what `path` is, or links to."""
     import tempfile
 
     final = Path(os.path.realpath(path))
@@ -119,18 +120,19 @@ def _new_side_file(path: str | Path) -> Path:
 
 
 def refuse_directory(path: Path) -> None:
-    """Raise IsADirectoryError where `path` is a folder."""
+    """Raise IsADirectoryError if `path` is a folder."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
 def cannot_write(path: str | Path, error: OSError) -> LorakitError:
-    """Return the error of an output that cannot be written."""
+    """Return the LorakitError for an output that cannot be written."""
     name = "stdout" if path == STDIO else path
     return LorakitError(f"cannot write {name}: {explain(error)}; choose another -o")
 
 
 def _mode_of(path: Path) -> int:
+    """Return the permissions of an existing file, or those that a new file would get."""
     if path.exists():
         return path.stat().st_mode & 0o777
     mask = os.umask(0)
@@ -139,7 +141,7 @@ def _mode_of(path: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder written to the disk."""
+    """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -151,7 +153,7 @@ def sync(path: Path) -> None:
 def open_text_output(path: str) -> Iterator[IO[str]]:
     """Yield a UTF-8 text stream to `path`, put in place when the block ends; `-` is stdout.
 
-    Devices and named pipes are written as they are. A closed pipe stays a BrokenPipeError.
+    Devices and named pipes are written to directly. A closed pipe raises BrokenPipeError.
     """
     if not is_stream(path):
         with atomic_path(path) as side, open(side, "w", encoding="utf-8", newline="\n") as stream:

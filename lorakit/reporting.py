@@ -1,7 +1,7 @@
-"""What the library reports while it works: notes, progress, and the lines of a log.
+"""What the library reports while it works: notes, progress, and log lines.
 
-The library prints nothing. Every long-running function takes a Reporter; the commands pass one that
-writes to stderr and to `--log` (commands/_progress.py), everyone else may leave it out.
+The library prints nothing. Every long-running function takes a Reporter. The commands pass one that
+writes to stderr and to `--log` (commands/_progress.py); Silent is for everyone else.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step; `train_loss` in nats a token, `grad_norm` before clipping.
+    """One optimiser step; `train_loss` in nats per token, `grad_norm` before clipping.
 
-    `candidate` names the run where a search trains several.
+    `candidate` names the run when a search trains several.
     """
 
     step: int
@@ -29,15 +29,15 @@ class StepReport:
     candidate: str | None = None
 
     def log_entry(self) -> dict[str, object]:
-        """Return the line of the log: the candidate first, where there is one."""
+        """Return the fields of the log line: the candidate first, if there is one."""
         return _log_entry(asdict(self), self.candidate)
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One epoch and its validation; losses in nats a token.
+    """One epoch and its validation; losses in nats per token.
 
-    `validation_score` is the metric of `--select-by`, None where that is the loss.
+    `validation_score` is the metric of `--select-by`, None if that is the loss.
     """
 
     epoch: int
@@ -50,7 +50,7 @@ class EpochReport:
     candidate: str | None = None
 
     def log_entry(self) -> dict[str, object]:
-        """Return the line of the log: the candidate first, `seconds` last."""
+        """Return the fields of the log line: the candidate first, `seconds` last."""
         fields = asdict(self)
         seconds, score = fields.pop("seconds"), fields.pop("validation_score")
         if score is not None:
@@ -59,39 +59,40 @@ class EpochReport:
 
 
 def _log_entry(fields: dict[str, object], candidate: str | None) -> dict[str, object]:
+    """Return the fields with the candidate moved to the front, or left out if there is none."""
     del fields["candidate"]
     return fields if candidate is None else {"candidate": candidate, **fields}
 
 
 class Reporter(Protocol):
-    """Receives what a long run has to say."""
+    """Receives the notes, progress and log entries of a long run."""
 
     def note(self, text: str) -> None:
-        """Take one line for the user; `Warning: …` is a warning."""
+        """Show the user one line; a text that begins with `Warning: ` is a warning."""
 
     def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-        """Yield the items and show how many have passed."""
+        """Yield the items, showing how many are done."""
         ...
 
     def timed(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
-        """Yield the items and show how many have passed and the time that is left."""
+        """Yield the items, showing how many are done and the time left."""
         ...
 
     def start(self, steps: int, epochs: int, done: int) -> None:
-        """Learn that a run of so many optimiser steps begins, `done` of them behind it."""
+        """Announce a run of `steps` optimiser steps in all, of which `done` are already taken."""
 
     def step(self, report: StepReport) -> None:
-        """Learn of an optimiser step."""
+        """Report an optimiser step."""
 
     def epoch(self, report: EpochReport) -> None:
-        """Learn of the end of an epoch."""
+        """Report the end of an epoch."""
 
     def event(self, entry: Mapping[str, object], text: str) -> None:
-        """Log an entry and say it in one line."""
+        """Log `entry` and show the user `text`, the same in one line."""
 
 
 class Silent:
-    """A Reporter that says nothing and keeps nothing."""
+    """A Reporter that ignores everything."""
 
     def note(self, text: str) -> None:
         pass

@@ -1,8 +1,8 @@
-"""What a killed run needs to go on: files beside its output that live until the output is done.
+"""What a killed run needs to resume: files beside its output that are deleted once it is complete.
 
 Training saves a checkpoint (training/checkpoint.py), generation the finished lines of its output,
-judging and searching the values they have computed. All are named after the output, and what they
-hold counts only for a run with the same settings, data and adapters: `run_key` hashes all of those.
+judging and searching the values they have computed. All are named after the output, and are used
+only by a run with the same settings, data and adapters, all of which `run_key` hashes.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ T = TypeVar("T")
 
 
 def run_key(*shaping: object) -> str:
-    """Return the hash of everything that shapes a run, given as JSON values."""
+    """Return a hash of everything that shapes a run, passed as JSON values."""
     return hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def beside(output: str, suffix: str) -> Path | None:
-    """Return the path of a file beside `output`, named after it; None where that is a stream."""
+def path_beside(output: str, suffix: str) -> Path | None:
+    """Return the path of a file beside `output`, named after it; None if that is a stream."""
     return None if is_stream(output) else Path(f"{output.rstrip('/')}.{suffix}")
 
 
-def hidden_beside(output: str, suffix: str) -> Path:
-    """Return the path of a hidden file beside what `output` is, or links to."""
+def hidden_path_beside(output: str, suffix: str) -> Path:
+    """Return the path of a hidden file beside the file that `output` is or links to."""
     final = Path(os.path.realpath(output))
     return final.with_name(f".{final.name}.{suffix}")
 
 
 class OutputLines:
-    """A text output that is written under another name first and can be continued after a kill.
+    """A text output written under a temporary name, which a resumed run can continue.
 
-    The side file bears `key`, so that only a run of the same kind continues it. `lines` are the
-    whole lines that an earlier run left; one that was cut short is dropped.
+    The name of the side file contains `key`, so that only the same run continues it. `lines` are
+    the complete lines that an earlier run left; one that was cut short is dropped.
     """
 
     def __init__(self, output: str, key: str, *, resume: bool) -> None:
         self.final = Path(os.path.realpath(output))
-        self._side = hidden_beside(output, f"{key[:12]}.part")
+        self._side = hidden_path_beside(output, f"{key[:12]}.part")
         whole = _whole_lines(self._side, "generate") if resume else ""
         self.lines = [f"{line}\n" for line in whole.split("\n")[:-1]]
 
@@ -71,13 +71,13 @@ class OutputLines:
 
 
 class SavedValues:
-    """JSON values of a run, by name, each also a line of a file until the run is done.
+    """JSON values of a run by name, in memory and as the lines of a file.
 
-    As a context it deletes the file where the block ends without an error and else leaves it for a
-    resumed run. With `resume` the values of an earlier run are there, otherwise they are dropped.
-    Without a `path` nothing is kept; of several processes only the one that `writes` keeps them.
-    What `find` keeps counts only for a run of the same `key`. `writer` is the command, for the
-    message about a file that something else wrote.
+    Used as a context manager, it deletes the file if the block ends without an error, and leaves it
+    for a resumed run otherwise. With `resume` it starts with the values of an earlier run; without,
+    it drops them. Without a `path` nothing is saved; of several processes only the one that
+    `writes` saves. `find` prefixes names with `key`, so that other runs' values are not used.
+    `writer` is the command, for the message about a file that something else wrote.
     """
 
     def __init__(
@@ -95,17 +95,17 @@ class SavedValues:
         self._writer = writer
         self._stream: IO[bytes] | None = None
         self._size = 0
-        self.known: dict[str, object] = {}
+        self.values: dict[str, object] = {}
         if path is not None and resume:
             whole = _whole_lines(path, writer)
             self._size = len(whole.encode())
-            self.known = dict(self._parsed(line) for line in whole.split("\n")[:-1])
+            self.values = dict(self._parsed(line) for line in whole.split("\n")[:-1])
         elif path is not None and writes and path.exists():
             path.write_bytes(b"")
 
     def add(self, name: str, value: object) -> None:
-        """Keep a value, in the file before the next one is computed."""
-        self.known[name] = value
+        """Add a value and write it to the file at once."""
+        self.values[name] = value
         if self._path is None or not self._writes:
             return
         try:
@@ -118,14 +118,14 @@ class SavedValues:
             raise cannot_write(self._path, error) from None
 
     def find(self, name: str, kind: type[T], compute: Callable[[], list[T]]) -> list[T]:
-        """Return the list of this name, of values of one kind; where it is not known, compute it.
+        """Return the list saved under `name`; if there is none, compute and save it.
 
-        Raises LorakitError where the file holds something else under this name.
+        Raises LorakitError if the file holds anything but a list of `kind` under that name.
         """
         name = f"{self._key}{name}"
-        if name not in self.known:
+        if name not in self.values:
             self.add(name, compute())
-        values = self.known[name]
+        values = self.values[name]
         if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
             raise _foreign(self._path, self._writer)
         return values
@@ -146,6 +146,7 @@ class SavedValues:
             self._path.unlink(missing_ok=True)
 
     def _parsed(self, line: str) -> tuple[str, object]:
+        """Return the name and the value in a line of the file."""
         try:
             name, value = json.loads(line)
         except (ValueError, TypeError, RecursionError):
@@ -156,7 +157,7 @@ class SavedValues:
 
 
 def _whole_lines(path: Path, writer: str) -> str:
-    """Return the text of a side file up to its last line end; "" where there is no file."""
+    """Return the text of a side file up to its last line end; "" if there is no file."""
     try:
         content = path.read_bytes() if path.exists() else b""
         return content[: content.rfind(b"\n") + 1].decode()
@@ -167,4 +168,5 @@ def _whole_lines(path: Path, writer: str) -> str:
 
 
 def _foreign(path: Path | None, writer: str) -> LorakitError:
+    """Return the error for a file that `writer` did not write."""
     return LorakitError(f"{path} is not what {writer} wrote; run without --resume")

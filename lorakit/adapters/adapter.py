@@ -1,7 +1,7 @@
 """LoRA adapters in memory: one A and one B for each module they change, by PEFT's names.
 
-It knows no files: storage.py reads, checks and writes them. What the config means is in config.py,
-what the header holds in history.py, what a tensor is in tensors.py.
+This module knows no files: storage.py reads, checks and writes them. What the config means is in
+config.py, what the header holds in history.py, what a tensor is in tensors.py.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ class Adapter:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The SHA-256 of what the adapter computes: its config's text, its tensors' own SHA-256.
+        """The SHA-256 of what the adapter computes: of its config's text and its tensors' hashes.
 
-        Header, file layout and the order of keys are left out, so that the single file and the
-        folder of an adapter have the same hash, and so does an adapter that is written again.
+        Header, file layout and the order of keys are left out, so that an adapter has the same hash
+        as a single file, as a folder, and when it is written again.
         Raises LorakitError for a value that is not finite.
         """
         hashes = _finite_hashes(self.tensors, self.name)
@@ -95,7 +95,7 @@ class Adapter:
         return hashlib.sha256((config_text(self.config) + json.dumps(rows)).encode()).hexdigest()
 
     def modules(self) -> list[LoraModule]:
-        """Return the A/B pairs by layer, then name; cheap, since values are converted on access."""
+        """Return the A/B pairs by layer, then name. Cheap: values are converted only on access."""
         return list(self._modules)
 
     @functools.cached_property
@@ -124,10 +124,11 @@ def product_norm(a: FloatArray, b: FloatArray) -> float:
 
 
 def _finite_hashes(tensors: Mapping[str, Tensor], name: str) -> dict[str, str]:
-    """Return the SHA-256 of every tensor; all values are finite.
+    """Return the SHA-256 of every tensor.
 
-    Raises LorakitError for one that has not. Nothing done to an adapter takes longer, so each
-    tensor is checked and hashed in one pass, several tensors in parallel.
+    Raises LorakitError for a tensor with a value that is not finite. Nothing else done to an
+    adapter takes as long, so each tensor is checked and hashed in one pass, several tensors in
+    parallel.
     """
     from concurrent.futures import ThreadPoolExecutor
 

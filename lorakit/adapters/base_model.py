@@ -1,4 +1,4 @@
-"""Which base model is meant: the one named, the adapters' own, $LORAKIT_MODEL, or tiny."""
+"""Choose the base model: the one named, the adapters' own, $LORAKIT_MODEL, or tiny."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _MODEL_VARIABLE = "LORAKIT_MODEL"
 
 
 def choose_model(name: str | None, adapters: Sequence[Adapter] = ()) -> tuple[str, str | None]:
-    """Return the name of the base model to use and, if the choice needs one, a note for the user.
+    """Return the name of the base model to use, and a note for the user if the choice needs one.
 
-    It is the `name` asked for; else what the adapters were trained on; else $LORAKIT_MODEL; else
-    tiny. Raises LorakitError if the adapters name a folder that does not exist and nothing else is
-    named.
+    It is `name` if that is set; else what the adapters were trained on; else $LORAKIT_MODEL; else
+    tiny. Raises LorakitError if the adapters name a folder that does not exist and neither `name`
+    nor $LORAKIT_MODEL is set.
     """
     if name:
         return name, _warning_of_other_bases(name, adapters)
@@ -39,20 +39,20 @@ def choose_model(name: str | None, adapters: Sequence[Adapter] = ()) -> tuple[st
 
 
 def base_name(adapter: Adapter) -> str | None:
-    """Return the name of the base an adapter records, in lorakit's header or PEFT's config."""
+    """Return the base model named in an adapter's header or, failing that, in PEFT's config."""
     configured: str | None = adapter.config.get("base_model_name_or_path")
     return base_fields(adapter.header).get("name") or configured
 
 
 def base_revision(adapters: Sequence[Adapter], name: str) -> str | None:
-    """Return the revision of the base `name` that the first adapter to record one records."""
+    """Return the first revision of the base `name` that an adapter records, or None."""
     bases = [base_fields(adapter.header) for adapter in adapters]
     revisions = (base.get("revision") for base in bases if base.get("name") == name)
     return next((revision for revision in revisions if revision), None)
 
 
 def check_fingerprint(adapters: Sequence[Adapter], name: str, fingerprint: str) -> str | None:
-    """Return a warning if adapters record the base's name with another fingerprint than its own."""
+    """Return a warning if adapters record another fingerprint for the base `name`, else None."""
     recorded = {a.name: base_fields(a.header).get("fingerprint") for a in adapters}
     changed = [adapter for adapter, old in recorded.items() if old and old != fingerprint]
     if not changed:
@@ -61,13 +61,14 @@ def check_fingerprint(adapters: Sequence[Adapter], name: str, fingerprint: str) 
 
 
 def _is_missing_folder(adapter: Adapter, name: str) -> bool:
-    """Return whether the base was a folder, as recorded or as its name looks, that is gone."""
+    """Return whether the base, by its record or the look of its name, was a folder now gone."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
     is_local = bool(base_fields(adapter.header).get("local")) or looks_local
     return name != TINY and is_local and not Path(name).expanduser().is_dir()
 
 
 def _warning_of_other_bases(name: str, adapters: Sequence[Adapter]) -> str | None:
+    """Return a warning that lists the adapters trained on another base than `name`, or None."""
     others = [f"{a.name} ({base_name(a)})" for a in adapters if _differ(base_name(a), name)]
     return f"Warning: not trained on {name}: {', '.join(others)}" if others else None
 

@@ -2,8 +2,9 @@
 
 An adapter that was merged side by side is a stack: a block is a run of rows of A, and the same
 columns of B, in every module its source adapter had. Everything that reads or writes the blocks in
-an adapter's header is here. A header may be another program's, so that any field may be missing or
-null and others may be there: BlockFields is a block as the header has it, Block one that is whole.
+an adapter's header is here. Another program may have written the header, so any field may be
+missing or null, and unknown ones present: BlockFields is a block as the header has it, Block a
+complete one.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class BlockFields(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Slice:
-    """Where a block lies in one module: rows offset … offset+rank of A, those columns of B.
+    """Where a block lies in one module: rows offset … offset+rank of A, and those columns of B.
 
-    `scale` is the factor from the source's B to this B, or, before it is folded in, to be folded.
+    `scale` is the factor by which the source's B is multiplied, or will be once it is folded in.
     """
 
     offset: int
@@ -55,10 +56,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Block:
-    """The part of a stacked adapter that came from one source adapter, by module.
-
-    `sha256` is the source adapter's.
-    """
+    """The part of a stacked adapter that came from one source adapter, whose SHA-256 it records."""
 
     name: str
     sha256: str
@@ -80,7 +78,7 @@ class Block:
 
 
 def share_of_zeros(pairs: Iterable[Pair]) -> float:
-    """Return the share of parameters, A and B together, that are exactly zero; 0 without any."""
+    """Return the share of parameters, A and B together, that are exactly zero; 0 for no pairs."""
     zeros = count = 0
     for pair in pairs:
         for values in pair:
@@ -106,7 +104,7 @@ def _read_block(fields: BlockFields) -> Block:
 
 
 def slices_of(block: BlockFields) -> dict[str, SliceFields]:
-    """Return the slices of a header's block by module, {} for one that is null."""
+    """Return the slices of a header's block by module, with {} for a null slice."""
     return {name: part or {} for name, part in (block.get("modules") or {}).items()}
 
 
@@ -125,14 +123,14 @@ def pair_of(part: SliceFields, a: FloatArray, b: FloatArray) -> Pair:
 def check_blocks(
     blocks: Sequence[BlockFields] | None, ranks: Mapping[str, int], where: str
 ) -> None:
-    """Raise LorakitError for two blocks of one name and for a slice outside the adapter.
+    """Raise LorakitError for two blocks of the same name and for a slice outside the adapter.
 
     `ranks` holds the rank of each of the adapter's modules; `where` names the header in messages.
     """
     blocks = [block or {} for block in blocks or ()]
     names = [name for block in blocks if (name := block.get("name")) is not None]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise LorakitError(f"{where} names two blocks {quote(twice[0])}; take a new copy")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise LorakitError(f"{where} names two blocks {quote(repeated[0])}; take a new copy")
     for block in blocks:
         for module, part in slices_of(block).items():
             _check_slice(part, ranks.get(module), f"{where}: block {quote(module)}")
@@ -150,7 +148,7 @@ def block_names(adapter_names: Iterable[str]) -> list[str]:
 
 
 def plain_name(adapter_name: str) -> str:
-    """Return a short name of an adapter: its file's, or its folder's where all files are alike."""
+    """Return a short name of an adapter: its file's, or its folder's if PEFT named the file."""
     path = PurePath(adapter_name)
     plain = path.parent.name if path.stem in ("adapter_model", "adapter") else path.stem
     return plain or path.stem or "adapter"

@@ -1,7 +1,7 @@
-"""PEFT's `adapter_config.json`: read, checked, written, and what it says of rank and scale.
+"""Read, check and write PEFT's `adapter_config.json`, and look up ranks and scales in it.
 
-Which keys there may be is in config_keys.py, which modules a config selects in targets.py. This
-follows PEFT and imports none of it; the tests compare the two.
+The allowed keys are in config_keys.py, which modules a config selects in targets.py. This follows
+PEFT without importing it; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorakit.adapters.config_keys import FORMER, HARMLESS_INITS, KEPT, PLAIN, RE
 from lorakit.adapters.foreign_text import parse_json, quote
 from lorakit.errors import LorakitError
 
-# PEFT's config: what check_config passes, so that the keys lorakit reads have the types of KEPT.
+# PEFT's config, as check_config returns it: the keys that lorakit reads have the types of KEPT.
 Config = Mapping[str, Any]
 
 DEFAULT_RANK = 8  # PEFT's, for a config that leaves r or lora_alpha out
@@ -26,12 +26,12 @@ DEFAULT_ALPHA = 8
 SETS = ("exclude_modules", "layers_to_transform", "target_modules")  # lists without order
 
 _PATTERNS = ("alpha_pattern", "rank_pattern")
-_LARGEST = 1e38  # of float32, in which the numbers are used; neither NaN nor infinity is below
+_LARGEST = 1e38  # the numbers are used in float32; neither NaN nor infinity is below this
 _NEVER_NULL = ("bias", "lora_alpha", "lora_dropout", "r")
 
 
 def parse_config(text: bytes | str, name: str) -> Config:
-    """Return the config in `text`, checked by check_config; `name` is the file for messages."""
+    """Return the config in `text`, checked by check_config; messages call the file `name`."""
     try:
         value: object = parse_json(text if isinstance(text, str) else text.decode("utf-8"))
     except ValueError as error:
@@ -44,9 +44,9 @@ def parse_config(text: bytes | str, name: str) -> Config:
 def check_config(config: Mapping[str, object], name: str) -> Config:
     """Return `config` without the keys that PEFT does not know.
 
-    Those of them that are unset or in TRAINING_ONLY are dropped, as PEFT drops them too. Any other
-    could change what the adapter computes: for it, as for a key in REFUSED that is set and a value
-    of the wrong type, LorakitError names the key and the file `name`.
+    As in PEFT, unknown keys are dropped if they are unset or in TRAINING_ONLY. Any other could
+    change what the adapter computes. Raises LorakitError naming the file and the key for such a
+    key, for a key in REFUSED that is set, and for a value of the wrong type.
     """
     _check_kind(config, name)
     for key, value in config.items():
@@ -62,6 +62,7 @@ def check_config(config: Mapping[str, object], name: str) -> Config:
 
 
 def _check_kind(config: Mapping[str, object], name: str) -> None:
+    """Raise LorakitError for a config that is not of a LoRA in PEFT's format."""
     if "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config):
         raise LorakitError(f"{name} is an MLX adapter's; export the adapter to PEFT's format")
     kind = config.get("peft_type")
@@ -82,7 +83,7 @@ def _check_value(key: str, value: object, name: str) -> None:
 
 
 def _shown(value: object) -> str:
-    """Return a value as JSON, shortened and escaped for a message."""
+    """Return a value as JSON, shortened and escaped to be put in a message."""
     return quote(json.dumps(value))[1:-1]
 
 
@@ -143,12 +144,12 @@ def compile_regex(regex: str) -> re.Pattern[str]:
 
 
 def rank_of(config: Config, module: str) -> int:
-    """Return the rank the config gives `module`: the first rank_pattern that matches, else r."""
+    """Return the rank of `module`: that of the first rank_pattern to match, else r."""
     return int(_by_pattern(config, "rank_pattern", module, config.get("r", DEFAULT_RANK)))
 
 
 def alpha_of(config: Config, module: str) -> float:
-    """Return the alpha of `module`: the first alpha_pattern that matches, else lora_alpha."""
+    """Return the alpha of `module`: that of the first alpha_pattern to match, else lora_alpha."""
     default = config.get("lora_alpha", DEFAULT_ALPHA)
     return float(_by_pattern(config, "alpha_pattern", module, default))
 
@@ -165,14 +166,14 @@ def _by_pattern(config: Config, key: str, module: str, default: float) -> float:
 
 
 def pattern_of(config: Config, key: str, module: str) -> str | None:
-    """Return the pattern of `rank_pattern` or `alpha_pattern` (`key`) that counts for `module`."""
+    """Return the pattern of `key` (rank_pattern or alpha_pattern) that applies to `module`."""
     patterns: Mapping[str, float] = config.get(key) or {}
     matches = (part for part in patterns if compile_regex(f"(.*\\.)?({part})$").match(module))
     return next(matches, None)
 
 
 def layer_regexes(config: Config) -> dict[str, str]:
-    """Return, for each part of `layers_pattern`, PEFT's regular expression of a layer's index."""
+    """Return PEFT's regular expression for a layer's index, for each part of `layers_pattern`."""
     patterns = config.get("layers_pattern") or []
     parts = [patterns] if isinstance(patterns, str) else patterns
     return {part: f"(?:^|.*?\\.){part}\\.(?P<idx>\\d+)\\." for part in parts}
@@ -181,8 +182,8 @@ def layer_regexes(config: Config) -> dict[str, str]:
 def config_text(config: Config) -> str:
     """Return the config as PEFT writes it, indented by two; equal configs give equal texts.
 
-    Keys are sorted, and so are the lists that are sets (SETS). The patterns keep their order, since
-    the first that matches a module counts; so does layers_pattern.
+    Keys are sorted, and so are the lists that stand for sets (SETS). The patterns keep their order,
+    since the first match applies; so does layers_pattern.
     """
     ordered = {key: _ordered(key, config[key]) for key in sorted(config)}
     return json.dumps(ordered, indent=2, ensure_ascii=True)

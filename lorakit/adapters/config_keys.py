@@ -1,8 +1,9 @@
 """The keys of a PEFT `adapter_config.json`: which are kept, of what type, and which are refused.
 
-It follows peft.LoraConfig. A key is either kept (KEPT: it is exact here, or acts on training only)
-or refused where it is set (REFUSED: it changes the forward pass in a way that A and B alone do not
-hold). A key of a later PEFT is one line in one of the two; a test holds them to the installed one.
+The keys are those of peft.LoraConfig. A key is either kept (KEPT: lorakit follows it exactly, or it
+acts on training only) or refused if it is set (REFUSED: it changes the forward pass in a way that A
+and B alone do not capture). A key of a later PEFT is one line in one of the two; a test compares
+them with the installed PEFT.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _is_anything(value: object) -> bool:
     return True
 
 
-Check = tuple[Callable[[object], bool], str]
+Check = tuple[Callable[[object], bool], str]  # whether a value has the type, and its name
 _OBJECT: Check = (_is_object, "an object")
 _TEXT: Check = (_is_text, "a text")
 _BOOL: Check = (_is_bool, "true or false")
@@ -89,7 +90,7 @@ KEPT: Mapping[str, Check] = {
     "megatron_core": _TEXT,
     "peft_type": _TEXT,
     "peft_version": _TEXT,
-    "qalora_group_size": _ANY,  # without use_qalora it is not read
+    "qalora_group_size": _ANY,  # PEFT reads it only with use_qalora, which is refused
     "r": (_is_rank, "a positive integer"),
     "rank_pattern": (_is_ranks, "an object of positive integers"),
     "revision": _TEXT,
@@ -116,11 +117,11 @@ REFUSED: Mapping[str, str] = {
     "velora_config": "VeLoRA holds projections besides A and B",
 }
 
-# Set by trainers or old versions and no part of LoraConfig; PEFT drops them with a warning.
+# Set by trainers or old versions and not part of LoraConfig; PEFT drops them with a warning.
 TRAINING_ONLY = ("lora_plus_lr_ratio", "loraplus_lr_ratio", "merge_weights", "runtime_config")
 
-# Refused where set, and no part of LoraConfig any more: not written where unset.
+# In REFUSED but no longer part of LoraConfig, so not written when unset.
 FORMER = ("enable_lora",)
 
-# These leave the base weights as they are; pissa, olora, corda, loftq and lora_ga do not.
+# Initialisations that leave the base weights alone; pissa, olora, corda, loftq and lora_ga do not.
 HARMLESS_INITS = ("eva", "gaussian", "mica", "orthogonal")

@@ -1,7 +1,7 @@
-"""What `inspect` says of an adapter: its config in short, its layers, its blocks, its history.
+"""Describe an adapter for `inspect`: a summary of its config, its layers, blocks and history.
 
-It reads one module at a time, so that memory does not grow with the adapter. ΔW is never built:
-norms come from the factors.
+Modules are read one at a time, so that memory does not grow with the adapter. ΔW is never formed:
+norms are computed from the factors.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Measures(TypedDict):
 
 
 class LayerRow(Measures):
-    """What is on one layer; None stands for the modules outside the layers."""
+    """The measures of one layer; None stands for the modules outside the layers."""
 
     layer: int | None
 
 
 class BlockSummary(TypedDict):
-    """What the header says of a block; `rank` and `scale` list the values that occur."""
+    """What the header says about a block; `rank` and `scale` list the values that occur."""
 
     name: str | None
     sha256: str | None
@@ -51,11 +51,11 @@ class BlockSummary(TypedDict):
 
 
 class BlockRow(BlockSummary, Measures):
-    """What the header says of a block, and what the block holds."""
+    """What the header says about a block, and its measures."""
 
 
 class Summary(TypedDict):
-    """What config and header say of an adapter; the lists hold the values that occur."""
+    """What config and header say about an adapter; the lists hold the values that occur."""
 
     base: str | None
     fingerprint: str | None
@@ -69,7 +69,7 @@ class Summary(TypedDict):
 
 
 class Description(Summary, Measures):
-    """All that `inspect` says of an adapter."""
+    """Everything that `inspect` says about an adapter."""
 
     adapter: str
     sha256: str
@@ -80,7 +80,7 @@ class Description(Summary, Measures):
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over A/B pairs: parameters, exact zeros among them, the square of the norm of ΔW."""
+    """Sums over modules: parameters, how many are exactly zero, and the squared norms of ΔW."""
 
     modules: int = 0
     parameters: int = 0
@@ -96,7 +96,7 @@ class Sums:
         )
 
     def measures(self) -> Measures:
-        """Return the fields of a record; its norm is that of all ΔW together."""
+        """Return the sums as measures; the norm is that of all ΔW together."""
         return {
             "modules": self.modules,
             "parameters": self.parameters,
@@ -106,17 +106,17 @@ class Sums:
 
 
 def measure(a: FloatArray, b: FloatArray, scale: float) -> Sums:
-    """Measure one pair A (r × d_in), B (d_out × r)."""
+    """Return the sums for one module's A (r × d_in) and B (d_out × r)."""
     parameters = a.size + b.size
     zeros = parameters - int(np.count_nonzero(a)) - int(np.count_nonzero(b))
     return Sums(1, parameters, zeros, (scale * product_norm(a, b)) ** 2)
 
 
 def inspect_adapter(adapter: Adapter) -> Description:
-    """Return what is in an adapter as one record, fit for JSON.
+    """Return the description of an adapter, ready for JSON.
 
-    Norms and zeros are those of the whole, of each layer (the modules outside the layers last) and
-    of each block.
+    Norms and zeros are given for the whole adapter, for each layer (modules outside the layers come
+    last) and for each block.
     """
     modules = adapter.modules()
     blocks: list[BlockFields] = [block or {} for block in adapter.header.get("blocks") or []]
@@ -169,16 +169,19 @@ def _block_summary(block: BlockFields) -> BlockSummary:
 
 
 def write_table(description: Description, stream: IO[str]) -> None:
-    """Write a description for people: the config, then the layers, the blocks and the history."""
+    """Write a description as text: the summary, then the layers, the blocks and the history."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(file=stream, width=None if stream.isatty() else 1000)
     fields: Mapping[str, object] = description
-    for name in _SHOWN:
+    for name in _SUMMARY_FIELDS:
         if fields[name] not in (None, []):
-            console.print(Text(f"{name:<15} {_shown(name, fields[name])}"), soft_wrap=True)
-    for columns, rows in ((_LAYERS, description["layers"]), (_BLOCKS, description["blocks"])):
+            console.print(Text(f"{name:<15} {_formatted(name, fields[name])}"), soft_wrap=True)
+    for columns, rows in (
+        (_LAYER_COLUMNS, description["layers"]),
+        (_BLOCK_COLUMNS, description["blocks"]),
+    ):
         if rows:
             console.print()
             console.print(_table(columns, rows))
@@ -188,7 +191,7 @@ def write_table(description: Description, stream: IO[str]) -> None:
             console.print(Text(line), soft_wrap=True)
 
 
-_SHOWN = (
+_SUMMARY_FIELDS = (
     "adapter",
     "sha256",
     "base",
@@ -205,8 +208,8 @@ _SHOWN = (
     "norm",
     "zeros",
 )
-_LAYERS = ("layer", "modules", "parameters", "norm", "zeros")
-_BLOCKS = ("name", "rank", "scale", "modules", "parameters", "norm", "zeros", "sha256")
+_LAYER_COLUMNS = ("layer", "modules", "parameters", "norm", "zeros")
+_BLOCK_COLUMNS = ("name", "rank", "scale", "modules", "parameters", "norm", "zeros", "sha256")
 
 
 def _table(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> Table:
@@ -219,16 +222,16 @@ def _table(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> Tabl
         heading = "block" if column == "name" else column
         table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
     for row in rows:
-        table.add_row(*(Text(_shown(column, row[column])) for column in columns))
+        table.add_row(*(Text(_formatted(column, row[column])) for column in columns))
     return table
 
 
-def _shown(name: str, value: object) -> str:
-    """Return the value of the field `name` as people read it."""
+def _formatted(name: str, value: object) -> str:
+    """Return the value of the field `name` formatted for reading."""
     if value is None:
         return "–"
     if isinstance(value, list):
-        return ", ".join(_shown(name, item) for item in value)
+        return ", ".join(_formatted(name, item) for item in value)
     if isinstance(value, int | float):
         if name == "zeros":
             return f"{value:.2%}"

@@ -1,7 +1,7 @@
 """Detect files that look like an adapter but that lorakit cannot read, and say what to do instead.
 
-Files of other formats are known by their first bytes, folders by the files in them, other kinds of
-adapter by the names of their tensors. To detect another one, add a line to BYTES or TENSORS.
+Files of other formats are recognised by their first bytes, folders by the files in them, and other
+kinds of adapter by their tensors' names. To detect another one, add a line to BYTES or TENSORS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PICKLE_FILE = "adapter_model.bin"
 
 _PICKLE = rb"PK\x03\x04|\x80[\x02-\x05]"
 
-# By a pattern of a file's first bytes: what the file is, and what to do.
+# What a file is and what to do about it, by a pattern for its first bytes.
 BYTES: Mapping[bytes, str] = {
     rb"version https://git-lfs": "is a Git LFS pointer, not the file; fetch it with git lfs pull",
     rb"\s*<(!doctype|html|\?xml)": "is a web page; download the file itself, not its page",
@@ -26,8 +26,8 @@ BYTES: Mapping[bytes, str] = {
     rb"\x93NUMPY": "is a NumPy file; give a PEFT adapter",
 }
 
-# By a pattern of the name of a tensor that is not A or B of a module: what the tensor is, and what
-# to do. The first pattern that occurs in the name counts, so the general ones come last.
+# What a tensor that is neither A nor B of a module is, and what to do about it, by a pattern for
+# its name. The first pattern that occurs in the name applies, so the general ones come last.
 TENSORS: Mapping[str, str] = {
     r"\n": "holds a line break; rename it",
     r"lora_magnitude_vector": "belongs to DoRA; train or export the adapter as plain LoRA",
@@ -82,7 +82,7 @@ def refuse_tensor(key: str, name: str) -> NoReturn:
 
 
 def _conversion(name: str) -> str:
-    """Return the advice how to convert the pickle `name` to safetensors."""
+    """Return advice on how to convert the pickle `name` to safetensors."""
     return (
         "convert it in Python: import torch; from safetensors.torch import save_file; "
         f"t = torch.load({name!r}, map_location='cpu', weights_only=True); "

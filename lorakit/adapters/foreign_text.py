@@ -9,21 +9,21 @@ _LONGEST_NAME = 120  # characters of a name quoted in a message
 
 
 def quote(name: str) -> str:
-    """Return a name from a file in quotes, shortened and escaped to fit one line of a terminal."""
+    """Return a name from a file in quotes, shortened and escaped so that it is safe to print."""
     short = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
     return f"'{printable(short)}'"
 
 
 def printable(text: str) -> str:
-    """Return a text with every character escaped that could steer a terminal."""
+    """Return a text with every character escaped that could control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def parse_json(text: str) -> Any:
     """Parse JSON strictly.
 
-    Raises ValueError also for a key that occurs twice, for nesting that is too deep and for text
-    that UTF-8 cannot hold (half a surrogate pair), which could not be written again.
+    Also raises ValueError for a key that occurs twice, for nesting that is too deep and for text
+    that UTF-8 cannot encode (half a surrogate pair), which could not be written again.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object_of_unique_keys)

@@ -1,9 +1,9 @@
-"""The `lorakit` header of an adapter: its base model, its blocks and the history of its making.
+"""The `lorakit` header of an adapter: base model, blocks and the history of how it was made.
 
-The header is JSON beside the tensors. Everything in it may be missing or null, as in adapters that
-other programs wrote, and what lorakit does not know is carried along. What is there must have the
-type that FIELDS gives it. Every header is read and written here; its blocks are in blocks.py.
-To add a field, add a line to FIELDS and to the type.
+The header is JSON in the metadata of the tensor file. Any field may be missing or null, since other
+programs write adapters too, and unknown fields are preserved. Known fields must have the type that
+FIELDS gives them. Every header is read and written here; its blocks are in blocks.py. To add a
+field, add a line to FIELDS and to the TypedDict.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ FORMAT = 1
 
 
 class BaseFields(TypedDict, total=False):
-    """The base model of an adapter; `local` says that its name is a folder's.
+    """The base model of an adapter; `local` says that its name is a folder.
 
-    `fingerprint` is a SHA-256 of what the shapes of its weights depend on.
+    `fingerprint` is a SHA-256 of what determines the shapes of its weights.
     """
 
     name: str
@@ -32,11 +32,11 @@ class BaseFields(TypedDict, total=False):
 
 
 class HistoryEntry(TypedDict, total=False):
-    """One command that made the adapter what it is.
+    """One of the commands that made or changed the adapter.
 
     `parents` maps the names of the adapters it started from to their SHA-256; `data` and `val` are
-    the SHA-256 of files of records. `best` and `evaluations` (lorahub) and `search` (several
-    pruning settings) say what was tried.
+    the SHA-256 of the files of records. `best` and `evaluations` (lorahub) and `search` (a choice
+    among pruning settings) record what was tried.
     """
 
     command: str
@@ -51,9 +51,9 @@ class HistoryEntry(TypedDict, total=False):
 
 
 class Header(TypedDict, total=False):
-    """What lorakit notes in an adapter; `chat` is `on` or `off`, the history begins at the oldest.
+    """What lorakit records in an adapter; `chat` is `on` or `off`, the history is oldest first.
 
-    `chat_date` is the date that the chat template was filled in with.
+    `chat_date` is the date that the chat template was given.
     """
 
     format: int
@@ -64,8 +64,8 @@ class Header(TypedDict, total=False):
     history: list[HistoryEntry]
 
 
-# What a value must be: a type, a list of one such kind, or an object of them by key ("*": any other
-# key; None: anything).
+# The kind of a value: a type, a list with the kind of its items, or a dict with the kinds of its
+# values by key ("*" is any other key; None allows anything).
 Kind = type | list["Kind"] | dict[str, "Kind | None"]
 
 FIELDS: dict[str, Kind | None] = {
@@ -124,7 +124,7 @@ def parse_header(text: str, ranks: Mapping[str, int], name: str) -> Header:
 
 
 def _check(value: object, kind: Kind | None, where: str) -> None:
-    """Raise LorakitError if `value`, or a value inside it, is neither null nor of its kind."""
+    """Raise LorakitError if `value`, or a value in it, is neither null nor of the right kind."""
     if value is None or kind is None:
         return
     outer = kind if isinstance(kind, type) else type(kind)
@@ -140,7 +140,7 @@ def _check(value: object, kind: Kind | None, where: str) -> None:
 
 
 def header_text(header: Header) -> str:
-    """Return the header as it is written: keys sorted, so that equal headers are equal texts."""
+    """Return the header as JSON with sorted keys, so that equal headers give equal texts."""
     return json.dumps(header, sort_keys=True, separators=(",", ":"))
 
 
@@ -152,9 +152,9 @@ def new_entry(
     parents: Mapping[str, str] | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> HistoryEntry:
-    """Return the history's entry for a command.
+    """Return the history entry of a command.
 
-    `hashes` holds the SHA-256 of the files of records, under `data` and `val`.
+    `hashes` maps `data` and `val` to the SHA-256 of those files of records.
     """
     entry: HistoryEntry = {
         "command": command,
@@ -178,8 +178,8 @@ def new_header(
 ) -> Header:
     """Return the header of a new adapter.
 
-    Its history is that of its parents, each entry once, and then `entry`. `chat` holds the fields
-    `chat` and `chat_date`, as far as they are known.
+    Its history is that of its parents, without repeated entries, followed by `entry`. `chat` holds
+    the fields `chat` and `chat_date`, as far as they are known.
     """
     header: Header = {"format": FORMAT, "history": [*_joined_history(parents), entry]}
     if base is not None:
@@ -192,7 +192,7 @@ def new_header(
 
 
 def _joined_history(headers: Iterable[Header]) -> list[HistoryEntry]:
-    """Return the entries of several headers' histories in order, each once."""
+    """Return the entries of several headers' histories in order, without repetitions."""
     joined: list[HistoryEntry] = []
     for header in headers:
         joined += [entry for entry in header.get("history") or [] if entry not in joined]
@@ -200,7 +200,7 @@ def _joined_history(headers: Iterable[Header]) -> list[HistoryEntry]:
 
 
 def with_entry(header: Header, entry: HistoryEntry) -> Header:
-    """Return the header of an adapter that a command changed: `entry` ends its history."""
+    """Return the header with `entry` appended to its history."""
     history = [*(header.get("history") or []), entry]
     return cast("Header", {"format": FORMAT, **header, "history": history})
 
@@ -213,5 +213,5 @@ def with_parents(header: Header, parents: Mapping[str, str]) -> Header:
 
 
 def base_fields(header: Header) -> BaseFields:
-    """Return what the header says of the base model, {} if it says nothing."""
+    """Return what the header says about the base model, {} if nothing."""
     return header.get("base") or {}

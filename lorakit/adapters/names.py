@@ -1,7 +1,8 @@
 """The names of modules and of their tensors: PEFT's keys, and the decoder layer in a module's name.
 
-It knows no model: `model.layers.3.self_attn.q_proj`, `transformer.h.3.attn.c_attn` and
-`transformer.layers.1.experts.7.w1` all name their layer by the first number among their parts.
+No knowledge of models is needed: in `model.layers.3.self_attn.q_proj`,
+`transformer.h.3.attn.c_attn` and `transformer.layers.1.experts.7.w1` the layer is the first number
+among the parts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def lora_name(module: str, factor: Factor) -> str:
 
 
 def lora_parts(key: str) -> tuple[str, Factor] | None:
-    """Return the module and the factor whose tensor PEFT calls `key`; None for other names."""
+    """Return the module and factor of the tensor that PEFT calls `key`; None for other names."""
     match = _LORA_NAME.fullmatch(key)
     if match is None:
         return None
@@ -33,16 +34,16 @@ def lora_parts(key: str) -> tuple[str, Factor] | None:
 
 
 def module_names(keys: Iterable[str]) -> list[str]:
-    """Return the names of the modules that have a tensor among `keys`, by layer, then name."""
+    """Return the names of the modules that have a tensor in `keys`, by layer, then name."""
     modules = {parts[0] for key in keys if (parts := lora_parts(key))}
     return sorted(modules, key=natural_key)
 
 
 def layer_of(module: str) -> int | None:
-    """Return the index of the layer `module` is in, or None if its name holds none.
+    """Return the index of the layer `module` is in, or None if its name has none.
 
-    It is the first part of the name that is a number with parts before and after it, as PEFT reads
-    names for `layers_to_transform`; a later number counts experts or the parts of a sequence.
+    It is the first part of the name that is a number and has parts before and after it, as in
+    PEFT's `layers_to_transform`; later numbers count experts or the parts of a sequence.
     """
     match = _LAYER.match(module)
     return int(match.group(2)) if match else None
@@ -60,7 +61,7 @@ def last_part(module: str) -> str:
 
 
 def natural_key(module: str) -> tuple[int, int, list[tuple[int, str]]]:
-    """Return a key that sorts modules by layer, then by name with its numbers in number order."""
+    """Return a key that sorts modules by layer, then by name with its numbers as numbers."""
     layer = layer_of(module)
     parts = _DIGITS.split(module)
     words = [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

@@ -1,7 +1,7 @@
-"""The encoding of an adapter that PEFT, vLLM and llama.cpp all read in the same way.
+"""Rewrite an adapter so that PEFT, vLLM and llama.cpp all read it in the same way.
 
-vLLM reads r, lora_alpha and use_rslora but no patterns; llama.cpp divides one alpha by each
-tensor's own rank. All agree on an adapter of one rank, with alpha equal to it, no rslora and no
+vLLM reads r, lora_alpha and use_rslora but no patterns; llama.cpp divides a single alpha by each
+tensor's own rank. They agree on an adapter with one rank, alpha equal to it, no rslora and no
 patterns.
 """
 
@@ -19,8 +19,8 @@ from lorakit.adapters.tensors import FloatArray, Tensor
 def make_portable(adapter: Adapter) -> Adapter:
     """Return the adapter with the same ΔW at one rank and scale 1; blocks stay where they are.
 
-    Ranks are padded with zeros to the largest and the scale goes into B, which becomes float32
-    where its own format cannot hold that exactly.
+    Ranks are padded with zeros to the largest, and the scale is folded into B, which becomes
+    float32 if its own format cannot hold the product exactly.
     """
     rank = max(module.rank for module in adapter.modules())
     tensors: dict[str, Tensor] = {}
@@ -38,7 +38,7 @@ def make_portable(adapter: Adapter) -> Adapter:
 
 
 def _padded(module: LoraModule, rank: int) -> dict[str, Tensor]:
-    """Return the module's A and B with zeros up to `rank`, its scale in B, by PEFT's names."""
+    """Return the module's A and B, padded to `rank` and with its scale in B, by PEFT's names."""
     key_a, key_b = lora_name(module.name, "A"), lora_name(module.name, "B")
     missing = rank - module.rank
     if missing == 0 and module.scale == 1:
@@ -51,6 +51,6 @@ def _padded(module: LoraModule, rank: int) -> dict[str, Tensor]:
 
 
 def _exact(values: FloatArray, dtype: str) -> Tensor:
-    """Return the values in a format, or in F32 where it cannot hold them exactly."""
+    """Return the values in the format `dtype`, or in F32 if that cannot hold them exactly."""
     tensor = Tensor.from_array(values, dtype)
     return tensor if np.array_equal(tensor.array(), values) else Tensor.from_array(values)

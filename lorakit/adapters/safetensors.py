@@ -1,8 +1,8 @@
-"""The safetensors container: named tensors and a header of texts, read and written without torch.
+"""The safetensors format, without torch: named tensors and a header with text metadata.
 
-It knows nothing of LoRA. The reader accepts what safetensors' own reader accepts; the writer fixes
-what that leaves open (the order of the header's keys and of the tensors), so that equal tensors are
-equal bytes.
+Nothing here knows about LoRA. The reader accepts what safetensors' own reader accepts; the writer
+fixes what the format leaves open (the order of the header's keys and of the tensors), so that equal
+tensors give equal bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _LARGEST_HEADER = 100_000_000  # safetensors' own limit
 def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of safetensors bytes; a path is mapped, not read.
 
-    `name` is what messages call the file. Raises LorakitError for whatever is not a whole, sound
-    safetensors file. The values are not looked at.
+    `name` is what messages call the file. Raises LorakitError for anything that is not a complete,
+    valid safetensors file. The values are not checked.
     """
     data = memoryview(source) if isinstance(source, bytes) else _map_file(source, name)
     if bytes(data[8:9]) != b"{":  # not safetensors; the 8 bytes before it may be any number
@@ -36,17 +36,17 @@ def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], di
     header, start = _read_header(data, name)
     metadata = _check_metadata(header.pop("__metadata__", None), name)
     body = data[start:]
-    places = {key: _check_entry(key, entry, name) for key, entry in header.items()}
-    _check_layout(places, len(body), name)
+    infos = {key: _check_entry(key, entry, name) for key, entry in header.items()}
+    _check_layout(infos, len(body), name)
     tensors = {
-        key: Tensor(place.dtype, place.shape, body[place.first : place.last], start + place.first)
-        for key, place in places.items()
+        key: Tensor(info.dtype, info.shape, body[info.first : info.last], start + info.first)
+        for key, info in infos.items()
     }
     return tensors, metadata
 
 
-class _Place(NamedTuple):
-    """What the header says of a tensor; its bytes are first … last of those after the header."""
+class _TensorInfo(NamedTuple):
+    """What the header says about a tensor: bytes first … last after the header are its values."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class _Place(NamedTuple):
 
 
 def _map_file(path: Path, name: str) -> memoryview:
-    """Return the bytes of a file, mapped where it can be."""
+    """Return the bytes of a file, mapped into memory if possible."""
     try:
         with open(path, "rb") as stream:
             if not path.is_file():  # a pipe such as /dev/fd/63 cannot be mapped
@@ -75,7 +75,7 @@ def _refuse(name: str, reason: str) -> NoReturn:
 
 
 def _read_header(data: memoryview, name: str) -> tuple[dict[str, object], int]:
-    """Return the header, unchecked but for being an object, and where the tensors begin."""
+    """Return the header, checked only to be an object, and the offset where the tensors begin."""
     if len(data) < 8:
         _refuse(name, f"only {len(data)} bytes")
     length = int.from_bytes(data[:8], "little")
@@ -100,8 +100,8 @@ def _check_metadata(metadata: object, name: str) -> dict[str, str]:
     return metadata
 
 
-def _check_entry(key: str, entry: object, name: str) -> _Place:
-    """Return what the header's `entry` for the tensor `key` says, checked on its own."""
+def _check_entry(key: str, entry: object, name: str) -> _TensorInfo:
+    """Return what the header's `entry` says about the tensor `key`, checked by itself."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         _refuse(name, f"the entry of tensor {quote(key)} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -115,20 +115,20 @@ def _check_entry(key: str, entry: object, name: str) -> _Place:
     first, last = offsets
     if last - first != math.prod(shape) * ITEM_SIZES[dtype]:
         _refuse(name, f"shape and length of tensor {quote(key)} disagree")
-    return _Place(dtype, tuple(shape), first, last)
+    return _TensorInfo(dtype, tuple(shape), first, last)
 
 
 def _are_naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
 
 
-def _check_layout(places: Mapping[str, _Place], size: int, name: str) -> None:
+def _check_layout(infos: Mapping[str, _TensorInfo], size: int, name: str) -> None:
     """Check that the tensors fill the `size` bytes after the header, without gap or overlap."""
     position = 0
-    for key, place in sorted(places.items(), key=lambda item: item[1][2:]):
-        if place.first != position:
+    for key, info in sorted(infos.items(), key=lambda item: item[1][2:]):
+        if info.first != position:
             _refuse(name, f"tensor {quote(key)} does not follow the one before it")
-        position = place.last
+        position = info.last
     if position > size:
         _refuse(name, f"cut short: {size} bytes of tensors, {position} expected")
     if position < size:
@@ -144,10 +144,10 @@ def write_tensors(
 ) -> None:
     """Write safetensors bytes, one tensor at a time; equal input gives equal bytes.
 
-    The header's keys are sorted and it is padded to 8 bytes; the tensors stand in the order of
-    falling item size, then name, which keeps each aligned, as safetensors' own writer has it.
-    `late`, for a stream that can seek, is called for the final metadata once the tensors are
-    written; `metadata` holds its place until then and has to be as long.
+    The header's keys are sorted and it is padded to a multiple of 8 bytes. As in safetensors' own
+    writer, tensors are ordered by falling item size, then name, which keeps them aligned. `late`,
+    for a seekable stream, is called for the final metadata once the tensors are written; `metadata`
+    is a placeholder of the same length.
     """
     order = sorted(tensors, key=lambda key: (-ITEM_SIZES[tensors[key].dtype], key))
     head = _head(tensors, order, metadata)
@@ -166,7 +166,7 @@ def write_tensors(
 def _head(
     tensors: Mapping[str, Tensor], order: Sequence[str], metadata: Mapping[str, str]
 ) -> bytes:
-    """Return the bytes before the tensors: the header and, ahead of it, its length."""
+    """Return the bytes before the tensors: the length of the header and the header."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     header |= dict(_entries(tensors, order))
     text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
@@ -175,13 +175,15 @@ def _head(
 
 
 class _Entry(TypedDict):
+    """A tensor's entry in the header, as it is written."""
+
     dtype: str
     shape: list[int]
     data_offsets: list[int]
 
 
 def _entries(tensors: Mapping[str, Tensor], order: Sequence[str]) -> Iterator[tuple[str, _Entry]]:
-    """Yield the header's entry for each tensor, one tensor after the other."""
+    """Yield the header's entry for each tensor, laying the tensors one after the other."""
     position = 0
     for key in order:
         tensor = tensors[key]

@@ -1,8 +1,8 @@
-"""Adapters in files: single files, PEFT folders, pipes and the hub, read, checked and written.
+"""Read, check and write adapters: single files, PEFT folders, pipes and the hub.
 
-It reads only what it can write again exactly: whatever else is in a file is an error that names it,
-never dropped. The bytes are in safetensors.py, the config in config.py, lorakit's own header in
-history.py, the hub in hub.py.
+Only what can be written again exactly is read: anything else in a file is an error that names it
+and is never dropped silently. The bytes are in safetensors.py, the config in config.py, lorakit's
+own header in history.py, the hub in hub.py.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ HUB = "hf://"
 def load_adapter(source: str, *, check_values: bool = True) -> Adapter:
     """Return the adapter in a file, a PEFT folder, `-` (stdin) or `hf://owner/name[@revision]`.
 
-    A tensor file beside an adapter_config.json is read with it if it is named as PEFT names it or
-    has no config of its own. Where the two configs differ the folder's counts, as in PEFT: it is
-    the one people edit. Raises LorakitError for anything that cannot be written again exactly, and
-    for values that are not finite, unless `check_values` is false: then only when the adapter's
-    hash is needed.
+    A tensor file is read with the adapter_config.json beside it if it has PEFT's name or no config
+    of its own. If the two configs differ the folder's applies, as in PEFT, since that is the one
+    people edit. Raises LorakitError for anything that cannot be written again exactly, and for
+    values that are not finite; with `check_values` false, the latter only once the hash is
+    computed.
     """
     adapter = _open(source)
     if check_values:
@@ -74,7 +74,7 @@ def _load_folder(folder: Path, name: str) -> Adapter:
     files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if TENSOR_FILE not in files:
         if CONFIG_FILE in files:
-            parse_config(_read(config), str(config))  # an error of the config says more
+            parse_config(_read(config), str(config))  # its errors are more telling
         refuse_folder(files, name)
     return _load(tensors, name, config if CONFIG_FILE in files else None)
 
@@ -85,7 +85,7 @@ def _read(path: Path) -> bytes:
 
 
 def _load(source: bytes | Path, name: str, config_file: Path | None) -> Adapter:
-    """Return the adapter in bytes or in a tensor file, with the config in it or beside it."""
+    """Return the adapter in bytes or in a tensor file, with its own config or `config_file`."""
     tensors, metadata = read_tensors(source, name)
     _check_names(tensors, name)
     own_config = metadata.get("adapter_config")
@@ -103,7 +103,7 @@ def _load(source: bytes | Path, name: str, config_file: Path | None) -> Adapter:
 
 
 def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
-    """Raise LorakitError for a tensor that is no LoRA factor or lacks the other one."""
+    """Raise LorakitError for a tensor that is not a LoRA factor or lacks the other factor."""
     if not tensors:
         raise LorakitError(f"{name} holds no tensors; check what wrote it")
     for key in sorted(tensors):
@@ -155,12 +155,12 @@ def save_adapter(
 ) -> str:
     """Write `adapter` as one file, to stdout (`-`) or as a PEFT folder; return `output`.
 
-    A folder is an `output` that ends in a slash or exists as one. Files are replaced whole. In a
-    folder the old config is deleted before the new tensors are put in place, so that a run that is
-    killed in between never leaves one adapter's tensors beside another's config; the tensor file
-    holds its own config in its header. `late` returns the adapter once more, with a complete header
-    of the same length: it is called while the tensors are on their way to a file, or before
-    anything is written to a pipe.
+    A folder is an `output` that ends in a slash or is an existing folder. Files are replaced
+    atomically. In a folder the old config is deleted before the new tensors are put in place, so
+    that a run killed in between never leaves one adapter's tensors beside another's config; the
+    tensor file holds its own config in its header. `late` returns the adapter with its final
+    header, of the same length: it is called while the tensors are being written to a file, or
+    before anything is written to a pipe.
     """
     if output == STDIO:
         refuse_terminal("an adapter")
@@ -175,7 +175,7 @@ def save_adapter(
 
 
 def _write(adapter: Adapter, stream: BinaryIO, late: Callable[[], Adapter] | None = None) -> None:
-    """Write the adapter's bytes, its metadata once more at the end if there is a `late`."""
+    """Write the adapter's bytes and, if there is a `late`, its final metadata at the end."""
 
     def metadata_of(late: Callable[[], Adapter]) -> dict[str, str]:
         stream.flush()
@@ -200,7 +200,7 @@ def _write_stream(adapter: Adapter, output: str) -> None:
             to_stdout = output == STDIO
             stream = sys.stdout.buffer if to_stdout else stack.enter_context(open(output, "wb"))
             _write(adapter, stream)
-    except BrokenPipeError:  # the reader of the pipe has left: not an error of the output's
+    except BrokenPipeError:  # the reader closed the pipe, which is no error of the output
         raise
     except OSError as error:
         raise LorakitError(f"cannot write {output}: {explain(error)}; choose another -o") from error

@@ -1,8 +1,8 @@
-"""Which modules a PEFT config selects, and configs that select exactly the modules they should.
+"""Which modules a PEFT config selects, and how to write a config that selects exactly some modules.
 
-Selection is spread over four keys (SELECTION): names or a regular expression, layers, and what is
-excluded. The configs of new, stripped and merged adapters are made here, with names as short as
-they can be without selecting another module.
+Selection is spread over four keys (SELECTION): names or a regular expression, layers, and
+exclusions. The configs of new, stripped and merged adapters are built here, with module names as
+short as they can be without selecting another module.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lorakit.adapters.names import last_part, layer_of, natural_key
 
 ALL_LINEAR = "all-linear"
 SELECTION = ("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules")
-_CARRIED_OVER = ("auto_mapping", "revision", "task_type")  # by a merge whose adapters agree on it
+_CARRIED_OVER = ("auto_mapping", "revision", "task_type")  # by a merge, if its adapters agree
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."  # PEFT's, for a config without layers_pattern
 
 
@@ -25,9 +25,10 @@ _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."  # PEFT's, for a config without layer
 def is_targeted(config: Config, module: str) -> bool:
     """Return whether PEFT would give `module` a LoRA under this config.
 
-    `all-linear` and null (the family's own modules) depend on the model; here they take any module.
-    Which targeted modules a model has cannot be known without it: PEFT leaves one without tensors
-    at its initialisation, harmless unless init_lora_weights is false, where it would be random.
+    `all-linear` and null (the family's own modules) depend on the model; here they match any
+    module. Which modules without tensors the config targets too cannot be known without the model:
+    PEFT leaves them at their initialisation, which is harmless unless init_lora_weights is false
+    and it is random.
     """
     if _is_excluded(config, module):
         return False
@@ -36,7 +37,7 @@ def is_targeted(config: Config, module: str) -> bool:
         return True
     if isinstance(targets, str):
         return targets.lower() == ALL_LINEAR or bool(compile_regex(targets).fullmatch(module))
-    if module in targets:  # a whole name passes by layers_to_transform
+    if module in targets:  # a full name is matched whatever layers_to_transform says
         return True
     return _ends_in_part(module, targets) and _in_layers(config, module)
 
@@ -49,10 +50,12 @@ def _is_excluded(config: Config, module: str) -> bool:
 
 
 def _ends_in_part(module: str, parts: Iterable[str]) -> bool:
+    """Return whether the name of a module ends in one of `parts`, after a dot."""
     return module.endswith(tuple(f".{part}" for part in parts))
 
 
 def _in_layers(config: Config, module: str) -> bool:
+    """Return whether `module` is in a layer that layers_to_transform allows."""
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:  # PEFT: an empty list means all layers
         return True
@@ -78,18 +81,18 @@ def peft_config(
     dropout: float = 0.0,
     alpha: float | None = None,
     transposed: bool = False,
-    there: Iterable[str] = (),
+    projections: Iterable[str] = (),
 ) -> Config:
     """Return the config under which PEFT builds exactly these modules, with these ranks.
 
-    The scale is alpha/rank where an alpha is given, else 1. `there` are all projections of the
-    base: where naming the modules by their last part selects no other, that short form is used.
+    The scale is alpha/rank if `alpha` is set, else 1. `projections` are all those of the base:
+    modules are named by the last part of their names if that selects no other projection.
     """
     modules = sorted(ranks, key=natural_key)
     occurring = list(ranks.values())
     usual = max(set(occurring), key=lambda rank: (occurring.count(rank), rank))
     unusual = {name: ranks[name] for name in modules if ranks[name] != usual}
-    targets, layers = short_targets(modules, there)
+    targets, layers = short_targets(modules, projections)
     return {
         "alpha_pattern": dict(unusual) if alpha is None else {},
         "base_model_name_or_path": base,
@@ -113,16 +116,16 @@ def peft_config(
 
 
 def short_targets(
-    modules: Sequence[str], there: Iterable[str]
+    modules: Sequence[str], projections: Iterable[str]
 ) -> tuple[list[str], list[int] | None]:
     """Return PEFT's target_modules and layers_to_transform that select exactly `modules`.
 
-    Last parts of names (and the layers, where not all of them are meant) if they select no other
-    projection of `there`; else the full names.
+    They are the last parts of the names (with the layers, unless all are meant) if these select no
+    other of the base's `projections`; else the full names.
     """
-    there = list(there)
+    projections = list(projections)
     last_parts = sorted({last_part(name) for name in modules})
-    selected = {name for name in there if last_part(name) in last_parts}
+    selected = {name for name in projections if last_part(name) in last_parts}
     if selected == set(modules):
         return last_parts, None
     layers = sorted({layer for name in modules if (layer := layer_of(name)) is not None})
@@ -134,46 +137,48 @@ def short_targets(
 # — The config of an adapter that lost some of its modules —
 
 
-def stripped_config(config: Config, modules: Collection[str], kept: Collection[str]) -> Config:
-    """Return the config under which PEFT builds exactly the modules `kept`, each as it was.
+def stripped_config(config: Config, modules: Collection[str], remaining: Collection[str]) -> Config:
+    """Return the config under which PEFT builds exactly the `remaining` modules, each as before.
 
-    `modules` are all that the adapter has, and `config` is its own. A list of targets stays and
-    `layers_to_transform` names the layers, as far as that selects the modules to keep and no other;
-    else the targets are the modules' full names.
+    `modules` are all those of the adapter whose config is `config`. If a list of targets stays
+    correct with `layers_to_transform` naming the layers, it stays; else the targets are the
+    modules' full names.
     """
-    if len(kept) == len(modules):
+    if len(remaining) == len(modules):
         return dict(config)
-    config = {**config, **_used_patterns(config, kept)}
-    short = _short_form(config, kept)
-    if short is not None and {name for name in modules if is_targeted(short, name)} == set(kept):
-        return short
+    config = {**config, **_used_patterns(config, remaining)}
+    short = _short_form(config, remaining)
+    if short is not None:
+        selected = {name for name in modules if is_targeted(short, name)}
+        if selected == set(remaining):
+            return short
     return {
         **config,
-        "target_modules": sorted(kept),
+        "target_modules": sorted(remaining),
         "layers_to_transform": None,
         "layers_pattern": None,
         "exclude_modules": None,
     }
 
 
-def _used_patterns(config: Config, kept: Collection[str]) -> dict[str, dict[str, float]]:
-    """Return rank_pattern and alpha_pattern, where set, with the patterns that still count."""
+def _used_patterns(config: Config, remaining: Collection[str]) -> dict[str, dict[str, float]]:
+    """Return rank_pattern and alpha_pattern, if set, reduced to the patterns still in use."""
     used_patterns = {}
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
-            used = {pattern_of(config, key, name) for name in kept}
+            used = {pattern_of(config, key, name) for name in remaining}
             used_patterns[key] = {p: value for p, value in config[key].items() if p in used}
     return used_patterns
 
 
-def _short_form(config: Config, kept: Collection[str]) -> Config | None:
-    """Return the config with its list of targets and the kept layers, or None where that may err.
+def _short_form(config: Config, remaining: Collection[str]) -> Config | None:
+    """Return the config with its list of targets and the remaining layers, or None if unsafe.
 
-    It may for full names, which PEFT takes in any layer, and for layers that are not alike.
+    It is unsafe for full names, which PEFT matches in any layer, and for layers that differ.
     """
     targets = config.get("target_modules")
     parts: dict[int, set[str]] = {}  # the rest of the name after the layer, by layer
-    for name in kept:
+    for name in remaining:
         if (layer := layer_of(name)) is not None:
             parts.setdefault(layer, set()).add(name.partition(f".{layer}.")[2])
     alike = len({frozenset(inner) for inner in parts.values()}) == 1
@@ -183,7 +188,7 @@ def _short_form(config: Config, kept: Collection[str]) -> Config | None:
         or any(layer_of(part) in parts for part in targets)
     ):
         return None
-    used = [part for part in targets if any(f".{name}".endswith(f".{part}") for name in kept)]
+    used = [part for part in targets if any(f".{name}".endswith(f".{part}") for name in remaining)]
     return {**config, "target_modules": used, "layers_to_transform": sorted(parts)}
 
 
@@ -193,9 +198,9 @@ def _short_form(config: Config, kept: Collection[str]) -> Config | None:
 def merged_config(
     configs: Sequence[Config], ranks: Mapping[str, int], *, base: str | None
 ) -> Config:
-    """Return the config of modules of these ranks at scale 1 that selects what `configs` select.
+    """Return the config, at scale 1, of modules of these ranks: all that `configs` select.
 
-    Names stay as short as they were where the configs select alike, or by names alone.
+    Names stay as short as they were if the configs agree on SELECTION, or select by names alone.
     """
     config = peft_config(
         ranks,
@@ -207,7 +212,7 @@ def merged_config(
 
 
 def _joint_selection(configs: Sequence[Config]) -> Config:
-    """Return the keys of SELECTION for all the configs' modules; none where it takes full names."""
+    """Return the keys of SELECTION for the modules of all configs; {} if full names are needed."""
     if all(_agree(configs, key) for key in SELECTION):
         return {key: configs[0].get(key) for key in SELECTION}
     targets = [config.get("target_modules") for config in configs]
@@ -218,7 +223,7 @@ def _joint_selection(configs: Sequence[Config]) -> Config:
 
 
 def _agree(configs: Sequence[Config], key: str) -> bool:
-    """Return whether the key has one value in all configs, the order of lists left aside."""
+    """Return whether all configs have the same value of `key`, whatever the order of lists."""
     values = [config.get(key) for config in configs]
     texts = {json.dumps(sorted(v) if isinstance(v, list) else v, sort_keys=True) for v in values}
     return len(texts) == 1

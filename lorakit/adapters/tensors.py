@@ -1,7 +1,7 @@
 """One tensor as a file holds it: bytes in a number format, converted to float32 and back.
 
-It knows neither files nor LoRA. To add a number format, add a line to ITEM_SIZES; those that can be
-computed with are in FLOATS.
+This module knows neither files nor LoRA. To add a number format, add a line to ITEM_SIZES; those
+that lorakit can compute with are in FLOATS.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ ITEM_SIZES: Mapping[str, int] = {
 }
 FLOATS: Mapping[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
-# An unsigned format as wide as each, and the bits of its exponent: all of them are set in
-# infinities and NaNs, and in nothing else.
+# For each, the unsigned format of the same width and the bits of the exponent, all of which are set
+# in infinities and NaNs alone.
 _EXPONENTS: Mapping[str, tuple[str, int]] = {
     "F32": ("<u4", 0x7F80_0000),
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
-_PIECE = 1 << 19  # bytes read at a time: they and what is computed from them stay in the cache
-_READ_AROUND = 1 << 16  # bytes that Linux may map on either side of those that are read
+_PIECE = 1 << 19  # bytes read at a time, few enough that they and what they become stay in cache
+_READ_AROUND = 1 << 16  # bytes on either side of a read that Linux may map as well
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Tensor:
 
     @classmethod
     def from_array(cls, array: ArrayLike, dtype: str = "F32") -> Tensor:
-        """Return `array` as a tensor of `dtype`, rounded to the nearest (ties to even)."""
+        """Return `array` as a tensor of `dtype`, rounded to nearest (ties to even)."""
         values = np.asarray(array, dtype=np.float32)
         if dtype == "BF16":
             stored: NDArray[np.generic] = _to_bfloat16(values)
@@ -91,14 +91,14 @@ class Tensor:
         return cls(dtype, values.shape, memoryview(stored.tobytes()))
 
     def pieces(self) -> Iterator[memoryview]:
-        """Yield the data in pieces, giving the memory of each back when the next is asked for."""
+        """Yield the data in pieces, releasing the memory of each when the next is requested."""
         for first in range(0, len(self.data), _PIECE):
             piece = self.data[first : first + _PIECE]
             yield piece
             self._release(first, len(piece))
 
     def finite_sha256(self) -> str | None:
-        """Return the SHA-256 of the data of an F32, F16 or BF16; None for a NaN or an infinity."""
+        """Return the SHA-256 of F32, F16 or BF16 data; None if it has a NaN or an infinity."""
         kind, mask = _EXPONENTS[self.dtype]
         exponent = np.dtype(kind).type(mask)
         digest = hashlib.sha256()
@@ -114,11 +114,11 @@ class Tensor:
         return values.size - int(np.count_nonzero(values))
 
     def release(self) -> None:
-        """Give the memory of a mapped file back; it is read from the file again when needed."""
+        """Release the memory of a mapped file; it is read from the file again when needed."""
         self._release(0, len(self.data))
 
     def _release(self, first: int, length: int) -> None:
-        """Give back the pages that hold `length` bytes of the data from `first` on."""
+        """Release the pages that hold `length` bytes of the data from `first` on."""
         source = self.data.obj
         if length and isinstance(source, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             end = self.offset + first + length

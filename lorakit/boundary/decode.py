@@ -1,7 +1,7 @@
 """Greedy decoding of the same prompts at many boundaries, in batches whose rows come and go.
 
 Every boundary writes exactly what it would write alone (in float32; half precision rounds
-differently in different batches), for less work, for two reasons. The layers below a boundary
+differently in other batches), but with less work. The layers below a boundary
 compute the same for it and for all higher boundaries; and neighbouring boundaries often write the
 same text. So a prompt is decoded at its highest boundary first, and that output is the draft for
 the boundaries below it: prompt and draft go through the model once, splitting up by boundary on the
@@ -17,9 +17,9 @@ in speculative decoding, with the highest boundary as the draft model). A prompt
     step      p@0 reads x, p@1 reads y  as two rows of one batch; each also reads up to four tokens
                                         guessed from all that was written for p, and verifies them
 
-Places in the batch that rows leave go to other prompts, or to the next few boundaries of a prompt,
-whose draft is the output of the lowest boundary done. There are at most `batch_size` rows. Where
-the keys and values of a row lie is for kv_cache.py to say, which layers it gets LoRA in for
+When rows leave the batch, their places go to other prompts, or to the next few boundaries of a
+prompt, whose draft is the output of the lowest boundary done. There are at most `batch_size` rows.
+Where a row's keys and values are stored is decided in kv_cache.py, which layers apply LoRA to it in
 gates.py.
 """
 
@@ -36,19 +36,20 @@ from lorakit.boundary.gates import Gates
 from lorakit.boundary.kv_cache import Slots, can_slot
 from lorakit.models.base import Base
 
-FANNED = 4  # boundaries that share a pass over a prompt and its draft
-GUESSED = 4  # tokens guessed for a row in a step
-_TRIED = 4  # boundaries on which a model is tried
-_RUNS = (3, 2, 1)  # lengths of the runs of tokens that a guess goes by, the longest first
+FANNED = 4  # boundaries that share one pass over a prompt and its draft
+GUESSED = 4  # tokens guessed for a row in one step
+_TRIED = 4  # boundaries at which can_pool tries a model
+_RUNS = (3, 2, 1)  # lengths of the runs of tokens that guesses are based on, longest first
+# What a model raises whose code cannot work with the slots of kv_cache.py.
 _REFUSALS = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
 
 
 class Drafts:
     """Guesses how a text of one prompt goes on, from all the texts of that prompt.
 
-    It knows what followed every run of up to three tokens, the newest of each, in the prompt and in
-    what was written: after 5 6 7 8 and then 5 6 9, what follows 1 5 6 is guessed to be 9. A wrong
-    guess costs no more than the room it took in a batch.
+    It remembers what last followed every run of up to three tokens, in the prompt and in the texts
+    written: after 5 6 7 8 and then 5 6 9, what follows 1 5 6 is guessed to be 9. A wrong guess
+    costs no more than its room in the batch.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
@@ -66,8 +67,8 @@ class Drafts:
         """Return up to `most` tokens that may follow `ids`: those after its longest known run."""
         if most > 0:
             for run in _RUNS:
-                if run <= len(ids) and (seen := self._after.get(tuple(ids[-run:]))):
-                    text, place = seen
+                if run <= len(ids) and (source := self._after.get(tuple(ids[-run:]))):
+                    text, place = source
                     return text[place : place + most]
         return ()
 
@@ -77,7 +78,7 @@ class _Row:
     """A prompt (its number) at a boundary, as a row of the batch.
 
     `ids` are the prompt's tokens and those written so far, which begin at `start`; `guess` are the
-    tokens that the model reads after them and verifies.
+    tokens guessed to follow, which the model reads after them and verifies.
     """
 
     prompt: int
@@ -96,7 +97,7 @@ class Output(NamedTuple):
 
 
 class Pool:
-    """Decodes prompts (tokens) at boundaries; the adapter is on the base and its gates stand."""
+    """Decodes tokenised prompts at several boundaries, with the adapter gated on the base."""
 
     def __init__(
         self,
@@ -115,10 +116,10 @@ class Pool:
 
     @torch.inference_mode()
     def run(self, boundaries: Sequence[int]) -> Iterator[Output]:
-        """Yield the output of every prompt at every boundary, in the order they are done.
+        """Yield the output of every prompt at every boundary as soon as it is done.
 
-        A prompt begins at the highest boundary; when the lowest of a few is done, its output is the
-        draft of the few below it.
+        A prompt begins at the highest boundary. When the lowest boundary of a fan is done, its
+        output is the draft for the next fan.
         """
         highest, *others = sorted(boundaries, reverse=True)
         fans = self._fans(others)
@@ -140,12 +141,12 @@ class Pool:
                 yield output
 
     def _fans(self, boundaries: Sequence[int]) -> list[Sequence[int]]:
-        """Cut boundaries, highest first, into the few that share a pass over a prompt."""
+        """Cut boundaries, highest first, into fans: those that share one pass over a prompt."""
         size = min(FANNED, self._size)
         return [boundaries[first : first + size] for first in range(0, len(boundaries), size)]
 
     def _join(self, numbers: Sequence[int], boundary: int) -> Iterator[Output]:
-        """Let prompts join the batch at a boundary."""
+        """Add rows for prompts (their numbers) at a boundary, and decode their first token."""
         first = len(self._rows)
         prompts = [self._prompts[number] for number in numbers]
         self._gates.set([boundary])
@@ -154,7 +155,7 @@ class Pool:
         yield from self._advance(first, rows, predicted)
 
     def _fan_out(self, draft: Output, boundaries: Sequence[int]) -> Iterator[Output]:
-        """Let the draft's prompt join the batch at boundaries, highest first, with the draft."""
+        """Add a row for the draft's prompt at each boundary, highest first, and check the draft."""
         first, order = len(self._rows), [boundaries[0], *sorted(boundaries[1:])]
         self._gates.set(order)
         ids = [*self._prompts[draft.prompt], *draft.tokens]
@@ -167,7 +168,7 @@ class Pool:
         return _Row(number, boundary, list(prompt), len(prompt), guess)
 
     def _step(self) -> Iterator[Output]:
-        """Let every row of the batch read its last token and a new guess."""
+        """Feed every row of the batch its last token and a new guess."""
         for row in self._rows:
             most = min(GUESSED, self._most - (len(row.ids) - row.start) - 1)
             row.guess = self._drafts[row.prompt].guess(row.ids, most)
@@ -181,9 +182,9 @@ class Pool:
     def _advance(
         self, first: int, rows: Sequence[_Row], predicted: Sequence[Sequence[int]]
     ) -> Iterator[Output]:
-        """Write what was predicted after each row's last token and guess; yield what is done.
+        """Append to each row the predicted tokens that it accepts; yield the outputs that are done.
 
-        `rows` have the slots of rows `first` …; those that go on close the gaps of the others.
+        `rows` have the slots of rows `first` …; rows that go on move up to close gaps.
         """
         done = []
         for place, (row, tokens) in enumerate(zip(rows, predicted, strict=True), first):
@@ -199,9 +200,9 @@ class Pool:
             yield Output(row.prompt, row.boundary, tokens[:-1] if ended else tokens)
 
     def _accept(self, row: _Row, predicted: Sequence[int]) -> bool:
-        """Write the tokens that confirm the guess and the one after them; tell if the row is done.
+        """Append the predictions that confirm the guess and the next one; return whether done.
 
-        The first of `predicted` follows the row's last token, each other one a token of the guess.
+        The first of `predicted` follows the row's last token, each later one a token of the guess.
         """
         for place, token in enumerate(predicted):
             row.ids.append(token)
@@ -215,10 +216,10 @@ class Pool:
 
 @torch.inference_mode()
 def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
-    """Tell whether a pool can decode with a model, by trying it on a prompt.
+    """Return whether a Pool can decode with a model, by trying it on a prompt.
 
-    Read in two parts, and fanned out, the prompt has to give the same most probable tokens as read
-    whole by the model's own forward (in half precision: nearly all of them).
+    Reading the prompt in two parts, and fanned out, has to give the same most probable tokens as
+    reading it whole by the model's own forward (in half precision, nearly all of them).
     """
     if not can_slot(base.model):
         return False

@@ -1,8 +1,8 @@
-"""The boundary layer by evaluation: at which k the LoRA of the bottom k layers scores best.
+"""Find the boundary by evaluation: the k at which the LoRA of the bottom k layers scores best.
 
-A boundary's outputs are, in float32, those of greedy decoding with the adapter stripped there, and
-its score is what `score` gives them. How boundaries are decoded together is in decode.py; models
-that it cannot handle are decoded one boundary after the other.
+The outputs of a boundary are, in float32, those of greedy decoding with the adapter stripped there,
+and its score is what the command `score` gives them. How boundaries are decoded together is in
+decode.py; models that it cannot handle are decoded one boundary after the other.
 """
 
 from __future__ import annotations
@@ -31,23 +31,26 @@ from lorakit.scoring.metrics import METRICS, Score, score
 from lorakit.scoring.texts import references_of
 from lorakit.settings import BoundarySettings, GenerationSettings
 
-Prompt = Sequence[int]
+PromptTokens = Sequence[int]
 
 
 def draw_sample(data: str, *needed: str, sample: int, seed: int) -> list[Record]:
-    """Return a seeded random sample of a file's records, in their order; of a smaller file, all.
+    """Return a seeded random sample of a file's records in file order, or all if there are fewer.
 
     Each has the fields `needed`. Raises LorakitError naming file and line for a record that cannot
     be used.
     """
     records, _ = load_records(data, *needed)
     chosen = random.Random(f"sample:{seed}").sample(range(len(records)), min(sample, len(records)))
-    return [records[place] for place in sorted(chosen)]
+    return [records[index] for index in sorted(chosen)]
 
 
-def pick_boundaries(asked: Sequence[int] | None, layers: int) -> list[int]:
-    """Return the boundaries asked for, sorted, or 1 … L; LorakitError for one beyond the model."""
-    chosen = sorted(asked or range(1, layers + 1))
+def pick_boundaries(requested: Sequence[int] | None, layers: int) -> list[int]:
+    """Return the requested boundaries, sorted, or 1 … `layers` if there are none.
+
+    Raises LorakitError for a boundary that the model does not have.
+    """
+    chosen = sorted(requested or range(1, layers + 1))
     if chosen[0] < 1 or chosen[-1] > layers:
         raise LorakitError(
             f"the model has no boundary {chosen[-1]}; give boundaries within 1-{layers}"
@@ -57,7 +60,7 @@ def pick_boundaries(asked: Sequence[int] | None, layers: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The outputs and the score of every boundary, the base model's as boundary 0."""
+    """The outputs and the score of every boundary; boundary 0 is the base model."""
 
     records: Sequence[Record]
     outputs: Mapping[int, Sequence[str]]
@@ -65,12 +68,12 @@ class Evaluation:
 
     @property
     def best(self) -> int:
-        """The boundary that scores best, never 0; of equal ones the smallest."""
+        """The boundary that scores best, never 0; of equals the lowest."""
         sign = 1 if METRICS[self.scores[0].name].higher_is_better else -1
         return max((k for k in sorted(self.scores) if k), key=lambda k: sign * self.scores[k].value)
 
     def as_records(self) -> list[EvaluationRecord]:
-        """Return a record for each boundary but 0, in order, the base model's score in each."""
+        """Return a record for each boundary except 0, in order, with the base model's score."""
         return [
             {
                 "boundary": k,
@@ -94,7 +97,7 @@ class Evaluation:
 
     @property
     def baseline_note(self) -> str:
-        """One line for the user that compares the base model with the best boundary."""
+        """A line for the user that compares the base model with the best boundary."""
         base, best = self.scores[0], self.scores[self.best]
         line = f"baseline: the base model (boundary 0) scores {base.value:.2f} {base.name}"
         wins = base.value > best.value
@@ -117,7 +120,7 @@ def evaluate(
 ) -> Evaluation:
     """Decode a sample of `data` at every boundary and score it.
 
-    The outputs of all boundaries are written to the file `predictions`, if there is to be one.
+    The outputs of all boundaries are written to the file `predictions`, if that is set.
     Raises LorakitError naming file and line for a record that cannot be used, and for an adapter or
     a boundary that does not fit the base.
     """
@@ -149,9 +152,9 @@ def decode(
     settings: GenerationSettings,
     reporter: Reporter,
 ) -> dict[int, list[str]]:
-    """Return the greedy output for every prompt at every boundary, each boundary's in order.
+    """Return, by boundary, the greedy output for every prompt, in the order of the prompts.
 
-    Boundaries that leave the same layers on are decoded once.
+    Boundaries that keep the LoRA of the same layers are decoded once.
     """
     layers = attach(base, adapter)
     model_of = {layers_on(layers, k): k for k in sorted(boundaries, reverse=True)}
@@ -171,12 +174,12 @@ def decode(
 def _outputs(
     base: Base,
     gates: Gates,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptTokens],
     boundaries: Sequence[int],
     settings: GenerationSettings,
     reporter: Reporter,
 ) -> Iterator[Output]:
-    """Yield the outputs of every boundary, decoded together where the model allows it."""
+    """Yield the outputs of every boundary, decoded together if the model allows it."""
     if can_pool(base, gates, prompts[0]):
         pool = Pool(base, gates, prompts, settings.max_new_tokens, settings.batch_size)
         yield from pool.run(boundaries)
@@ -190,11 +193,11 @@ def _outputs(
 def _decode_alone(
     base: Base,
     gates: Gates,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptTokens],
     boundary: int,
     settings: GenerationSettings,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Decode prompts at one boundary as `generate` does; yield their numbers and new tokens."""
+    """Decode prompts at one boundary as the command `generate` does; yield numbers and tokens."""
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     for start in range(0, len(order), settings.batch_size):
         numbers = order[start : start + settings.batch_size]
@@ -206,13 +209,14 @@ def _decode_alone(
 def _rounding_note(
     base: Base,
     gates: Gates,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptTokens],
     settings: GenerationSettings,
     written: Mapping[tuple[int, int], list[int]],
 ) -> str:
-    """Decode a batch of prompts at a few boundaries alone; say how many outputs differ.
+    """Return a note on how many outputs differ from those of a boundary decoded alone.
 
-    `written` holds the tokens by boundary and prompt.
+    The first batch of prompts is decoded again at up to four boundaries. `written` holds the tokens
+    by boundary and prompt.
     """
     boundaries = sorted({k for k, _ in written})
     few = boundaries[:: max(1, len(boundaries) // 4)][:4]

@@ -1,8 +1,8 @@
 """A cache of keys and values for rows that come and go: a slot for each position of each row.
 
 A token's keys and values lie in the slot of its own position, so rows of any lengths share a batch
-without padding between their tokens, and what was guessed wrongly is overwritten by what comes
-next. A token sees the slots of its row up to its own, inside the layer's window where it has one.
+without padding between their tokens, and wrong guesses are overwritten by the tokens that come
+next. A token sees the slots of its row up to its own, within the layer's window if it has one.
 Two rows of four slots, given tokens by `extend`, row by row:
 
     row 0   row 1     starts   the model reads   then row 0 and row 1 hold
@@ -10,9 +10,9 @@ Two rows of four slots, given tokens by `extend`, row by row:
     x       e f       3, 1     · x   / e f       a b c x   d e f .      e f was a guess, f is wrong:
     .       g         -, 2             g         a b c x   d e g .      g goes into the slot of f
 
-The padding (·) of shorter rows is on the left and goes into one slot more, which no token sees.
-Where a row splits by boundary in the middle of the model, `fan_out` fills several rows at once.
-Which tokens are guessed, and which rows come and go, is for decode.py to say.
+The padding (·) of shorter rows is on the left and goes into an extra slot that no token sees. When
+a row splits by boundary in the middle of the model, `fan_out` fills several rows at once. Which
+tokens are guessed, and which rows come and go, is decided in decode.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LayerInputs = tuple[torch.Tensor, ...]
 
 
 def can_slot(model: Model) -> bool:
-    """Tell whether a model's layers all attend as the slots do, as far as its config says."""
+    """Return whether, by its config, a model's layers all attend in a way that Slots supports."""
     config = text_config(model)
     return (
         config._attn_implementation in _ATTENTIONS
@@ -59,7 +59,7 @@ def _cache_parameter(model: Model) -> str | None:
 class Slots:
     """A model's cache of `rows` rows of `length` positions; the model calls `update`.
 
-    The batch that is being computed is a run of rows, from row `first` on.
+    The batch that is being computed is the run of rows that begins at row `first`.
     """
 
     def __init__(self, model: Model, rows: int, length: int) -> None:
@@ -73,7 +73,7 @@ class Slots:
         self._dtype = model.dtype
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0, which tells the model nothing: it always gets positions."""
+        """Return 0: the model asks, but needs no length, since it is always given positions."""
         return 0
 
     def update(
@@ -81,12 +81,12 @@ class Slots:
         key: torch.Tensor,
         value: torch.Tensor,
         layer_idx: int,
-        *rest: object,
-        **named: object,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new keys and values (rows, heads, new, width); return all that is seen.
+        """Store a layer's new keys and values (rows, heads, new, width); return all visible ones.
 
-        What a fanned-out batch sees is the new ones alone, as its rows begin at position 0.
+        A fanned-out batch sees the new ones alone, as its rows begin at position 0.
         """
         stored = self._stored.get(layer_idx)
         if stored is None:
@@ -100,11 +100,11 @@ class Slots:
                 # rows that split off above this layer are still the first row here
                 slots[first + len(new) : first + self._fanned, : laid.shape[1]] = laid[:1]
             return key, value
-        seen = []
+        visible = []
         for slots, new in zip(stored, (key, value), strict=True):
             slots[self._row_numbers, self._targets] = new.transpose(1, 2)
-            seen.append(slots[first : first + len(new), : self._seen].transpose(1, 2))
-        return seen[0], seen[1]
+            visible.append(slots[first : first + len(new), : self._visible].transpose(1, 2))
+        return visible[0], visible[1]
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         """Return zeros (rows, length + 1, heads, width) for a layer's keys or values."""
@@ -114,10 +114,10 @@ class Slots:
     def extend(
         self, tokens: Sequence[Sequence[int]], starts: Sequence[int], first: int, keep: int
     ) -> list[list[int]]:
-        """Put new tokens into rows `first` …, each row's from its start on.
+        """Read new tokens into rows `first` …, each row's from its start on.
 
-        Return, for each row, the most probable token after each of its last `keep` tokens. Of a row
-        that got fewer, the values on the left belong to padding and mean nothing.
+        Return, for each row, the most probable token after each of its last `keep` tokens. For a
+        row with fewer new tokens, the values on the left belong to padding and mean nothing.
         """
         width = max(map(len, tokens))
         ids = [[0] * (width - len(row)) + list(row) for row in tokens]
@@ -125,32 +125,35 @@ class Slots:
             [-1] * (width - len(row)) + list(range(start, start + len(row)))
             for row, start in zip(tokens, starts, strict=True)
         ]
-        at = torch.tensor(positions, device=self._device)
+        position_ids = torch.tensor(positions, device=self._device)
         self._first, self._fanned = first, 0
-        self._seen = max(row[-1] for row in positions) + 1
+        self._visible = max(row[-1] for row in positions) + 1
         self._row_numbers = torch.arange(first, first + len(tokens), device=self._device)[:, None]
-        self._targets = torch.where(at < 0, self._length, at)  # padding: the slot nobody sees
-        return self._forward(torch.tensor(ids, device=self._device), at.clamp_min(0), keep)
+        # padding goes into the extra slot
+        self._targets = torch.where(position_ids < 0, self._length, position_ids)
+        return self._forward(
+            torch.tensor(ids, device=self._device), position_ids.clamp_min(0), keep
+        )
 
     def fan_out(
         self, tokens: Sequence[int], boundaries: Sequence[int], first: int, keep: int
     ) -> list[list[int]]:
-        """Put the same tokens, from position 0, into a row for each boundary, rows `first` ….
+        """Read the same tokens, from position 0, into a row for each boundary, rows `first` ….
 
         A single row enters the model, and the row of boundary k splits off before layer k, where it
-        begins to differ; so the boundaries come as the highest, then the others from the lowest up.
+        begins to differ. So `boundaries` has the highest first, then the others from the lowest up.
         With [2, 0, 1], layer 0 computes the rows of 2 0, and layers 1 and above those of 2 0 1.
-        Return as `extend` does.
+        Returns what `extend` returns.
         """
         self._first, self._fanned = first, len(boundaries)
-        self._seen = len(tokens)
+        self._visible = len(tokens)
         ids = torch.tensor([list(tokens)], device=self._device)
         positions = self._places[None, : len(tokens)]
         with _splitting(self._model, boundaries[1:]):
             return self._forward(ids, positions, keep)
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, keep: int) -> list[list[int]]:
-        """Run the model; return the most probable tokens after the last `keep` of each row."""
+        """Run the model; return what `extend` returns."""
         logits = self._model(
             input_ids=ids,
             position_ids=positions,
@@ -163,15 +166,15 @@ class Slots:
         return predicted
 
     def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Return the additive mask (rows, 1, new, seen), by kind of layer where there are two."""
+        """Return the additive mask (rows, 1, new, visible), by kind of layer if there are two."""
         masks = {kind: self._mask_of(positions, window) for kind, window in self._windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _mask_of(self, positions: torch.Tensor, window: int | None) -> torch.Tensor:
-        """Return the mask under a window of so many tokens; None is no window."""
-        back = positions[:, None, :, None] - self._places[: self._seen]
+        """Return the mask for a window in tokens; None is no window."""
+        back = positions[:, None, :, None] - self._places[: self._visible]
         hidden = back < 0
-        if window is not None and window < self._seen:
+        if window is not None and window < self._visible:
             hidden |= back >= window
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         return mask.masked_fill_(hidden, torch.finfo(self._dtype).min)
@@ -184,7 +187,7 @@ class Slots:
 
 
 def _windows(config: ModelConfig) -> Mapping[str, int | None]:
-    """Return, for every kind of layer there is, its window in tokens; None is no window."""
+    """Return the window in tokens of every kind of layer in the model; None is no window."""
     window = getattr(config, "sliding_window", None)
     kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
     if not kinds:
@@ -208,10 +211,10 @@ def _splitting(model: Model, boundaries: Sequence[int]) -> Iterator[None]:
 
 
 def _append_first_row(
-    layer: torch.nn.Module, inputs: _LayerInputs, named: dict[str, torch.Tensor]
+    layer: torch.nn.Module, inputs: _LayerInputs, kwargs: dict[str, torch.Tensor]
 ) -> tuple[_LayerInputs, dict[str, torch.Tensor]]:
-    """Double the first row of a layer's hidden states, the first input or the one of that name."""
+    """Append a copy of the first row to a layer's hidden states, its first or named input."""
     if inputs:
-        return (torch.cat([inputs[0], inputs[0][:1]]), *inputs[1:]), named
-    hidden = named["hidden_states"]
-    return inputs, {**named, "hidden_states": torch.cat([hidden, hidden[:1]])}
+        return (torch.cat([inputs[0], inputs[0][:1]]), *inputs[1:]), kwargs
+    hidden = kwargs["hidden_states"]
+    return inputs, {**kwargs, "hidden_states": torch.cat([hidden, hidden[:1]])}

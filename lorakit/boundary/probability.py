@@ -1,9 +1,9 @@
-"""The boundary layer by probability: how sure the model is of the completion after every layer.
+"""Find the boundary by probability: how sure the model is of the completion after every layer.
 
 This is the logit lens: the hidden state after k layers goes through the final norm and the rest of
-the model's own forward (head, head bias, soft-capping). It is read, teacher-forced, at the first
-positions of the completion, its end token included. The final norm is recognised by what it does,
-not by its name. The knee of the resulting curve is the boundary proposed.
+the model's own forward (head, head bias, soft-capping). Probabilities are read, with teacher
+forcing, at the first positions of the completion, its end token included. The final norm is
+recognised by what it does, not by its name. The proposed boundary is the knee of the curve.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
 from lorakit.settings import BoundarySettings, GenerationSettings
 
-DecoderOutput = Any  # transformers.modeling_outputs.BaseModelOutputWithPast, or a relative of it
+DecoderOutput = Any  # transformers.modeling_outputs.BaseModelOutputWithPast or a similar class
 
 
 class _Sums(NamedTuple):
@@ -42,10 +42,11 @@ class _Sums(NamedTuple):
     rows: torch.Tensor
 
     def plus(self, other: _Sums) -> _Sums:
+        """Return the sums over the rows of both."""
         return _Sums(*(mine + more for mine, more in zip(self, other, strict=True)))
 
     def means(self) -> _Curves:
-        """Return the means, at the positions that some row has."""
+        """Return the means, at the positions that any row has."""
         present = self.rows > 0
         rows = self.rows[present]
         return _Curves(self.gold[:, present] / rows, self.likeliest[:, present] / rows)
@@ -58,7 +59,7 @@ class _Curves(NamedTuple):
     likeliest: torch.Tensor
 
     def after(self, layers: int) -> Curve:
-        """Return the probabilities after the bottom `layers` layers, as they are recorded."""
+        """Return the probabilities after the bottom `layers` layers, as fields of a record."""
         return {
             "probabilities": self.gold[layers - 1].tolist(),
             "maximum_probabilities": self.likeliest[layers - 1].tolist(),
@@ -76,9 +77,9 @@ def read_probabilities(
 ) -> list[ProbabilityRecord]:
     """Return a record for each boundary k: the probabilities after k layers, by position.
 
-    `score` is the mean of `probabilities` (the gold token's) over the positions; the knee of the
+    `score` is the mean of `probabilities` (of the gold token) over the positions; the knee of the
     scores is marked best. `compared` has the same curves for the adapter stripped at each boundary
-    of `settings.compare`, and by how much the gold token's differ from the whole adapter's. Raises
+    of `settings.compare`, with the differences of `probabilities` from the whole adapter's. Raises
     LorakitError for records that cannot be used, and for an adapter or a boundary that does not fit
     the base.
     """
@@ -100,15 +101,15 @@ def read_probabilities(
 
 
 def knee(values: Sequence[float]) -> int:
-    """Return the place of the knee: the value farthest below the chord from the first to the last.
+    """Return the index of the knee: the value farthest below the chord from first to last.
 
-    This is Kneedle's rule for a convex rising curve. Of equal distances the first place counts;
-    where no value lies below the chord, there is no knee and the last place is returned.
+    This is Kneedle's rule for a convex rising curve. Of equal distances the first wins; if no value
+    lies below the chord there is no knee, and the last index is returned.
     """
     last = len(values) - 1
     below = [
-        values[0] + (values[-1] - values[0]) * place / max(last, 1) - value
-        for place, value in enumerate(values)
+        values[0] + (values[-1] - values[0]) * index / max(last, 1) - value
+        for index, value in enumerate(values)
     ]
     deepest = max(below)
     return below.index(deepest) if deepest > 1e-12 else last
@@ -117,7 +118,7 @@ def knee(values: Sequence[float]) -> int:
 def _difference(curves: _Curves, whole: torch.Tensor, layers: int) -> ComparedCurve:
     """Return a stripped adapter's probabilities after `layers` layers, compared with the whole's.
 
-    `whole` are the gold token's under the whole adapter (layers, tokens).
+    `whole` has those of the gold token under the whole adapter (layers, tokens).
     """
     differences = (curves.gold[layers - 1] - whole[layers - 1]).tolist()
     return {**curves.after(layers), "differences": differences}
@@ -137,7 +138,7 @@ def _records(
     whole: int,
     count: int,
 ) -> list[ProbabilityRecord]:
-    """Return the records from the curves of each boundary read; `whole` is the whole adapter's."""
+    """Return the records; `curves` are by boundary, the whole adapter's under `whole`."""
     gold = curves[whole].gold
     scores = [float(gold[k - 1].mean()) for k in boundaries]
     best = boundaries[knee(scores)]
@@ -178,9 +179,9 @@ def _sums_of(base: Base, rows: Sequence[Example], tokens: int) -> _Sums:
 
 
 class _Pass(NamedTuple):
-    """What was seen of a forward pass: the states after each layer, before the final norm.
+    """What a watched forward pass yields: the states after each layer, before the final norm.
 
-    states (rows, tokens, width); `norm` is the final norm, `output` the decoder's own output.
+    Each state is (rows, tokens, width); `norm` is the final norm, `output` the decoder's output.
     """
 
     states: list[torch.Tensor]
@@ -191,8 +192,8 @@ class _Pass(NamedTuple):
 def _watched_pass(model: Model, batch: MicroBatch, places: torch.Tensor) -> _Pass:
     """Run the model and keep the outputs of its layers at `places` (rows, tokens).
 
-    The final norm is the part of the decoder whose output is the decoder's own. Raises LorakitError
-    for a model that has none, or whose layers are not one list.
+    The final norm is the part of the decoder whose output is also the decoder's. Raises
+    LorakitError for a model that has none, or whose layers are not in one list.
     """
     decoder, layers = model.get_decoder(), decoder_layers(model)
     rows = torch.arange(len(places), device=places.device)[:, None]
@@ -224,13 +225,13 @@ def _watched_pass(model: Model, batch: MicroBatch, places: torch.Tensor) -> _Pas
 
 
 def _through_tail(model: Model, pass_: _Pass, state: torch.Tensor) -> torch.Tensor:
-    """Return the logits of a state: the final norm, then the model's own forward past its decoder.
+    """Return the logits of a state: the final norm, then what the model does after its decoder.
 
-    In that forward the decoder is made to return the state in place of its own.
+    To that end the model runs with a decoder that returns the normalised state.
     """
     decoder = model.get_decoder()
     replaced = type(pass_.output)(last_hidden_state=pass_.norm(state))
-    decoder.forward = lambda *inputs, **named: replaced
+    decoder.forward = lambda *args, **kwargs: replaced
     try:
         ids = torch.zeros(state.shape[:2], dtype=torch.int64, device=state.device)
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
@@ -240,7 +241,7 @@ def _through_tail(model: Model, pass_: _Pass, state: torch.Tensor) -> torch.Tens
 
 
 def _first_places(rows: Sequence[Example], batch: MicroBatch, tokens: int) -> torch.Tensor:
-    """Return where, in the batch, each of a row's first completion tokens is predicted."""
+    """Return the positions (rows, tokens) in the batch that predict each row's first targets."""
     length = batch.input_ids.shape[1]
     first = torch.tensor([length - row.targets for row in rows], device=batch.labels.device)
     steps = torch.arange(tokens, device=batch.labels.device)
@@ -250,10 +251,10 @@ def _first_places(rows: Sequence[Example], batch: MicroBatch, tokens: int) -> to
 def _first_targets(
     rows: Sequence[Example], device: torch.device, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's first gold tokens (rows, tokens), 0 past its end, and which are there."""
+    """Return each row's first gold tokens (rows, tokens), 0 past its end, and a mask of them."""
     gold = torch.full((len(rows), tokens), IGNORED)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         first = row.ids[row.start : row.start + tokens]
-        gold[place, : len(first)] = torch.tensor(first)
+        gold[index, : len(first)] = torch.tensor(first)
     present = gold != IGNORED
     return gold.clamp_min(0).to(device), present.to(device)

@@ -2,8 +2,8 @@
 
     {"boundary": 15, "score": 41.2, …, "best": true}
 
-A boundary of k keeps the LoRA of the bottom k layers. How boundaries are scored is not known here;
-evaluate.py and probability.py write these records, `strip-layers --boundary -` reads them.
+Boundary k keeps the LoRA of the bottom k layers. evaluate.py and probability.py score boundaries
+and write these records; `strip-layers --boundary -` reads them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _REMEDY = "give what `lorakit find-boundary` wrote"
 
 
 class Curve(TypedDict):
-    """Mean probabilities of the gold token and of the likeliest, by position of the completion."""
+    """Mean probabilities of the gold and of the likeliest token, by position in the completion."""
 
     probabilities: list[float]
     maximum_probabilities: list[float]
 
 
 class ComparedCurve(Curve):
-    """The curve of a stripped adapter; by how much the gold token's differ from the whole's."""
+    """The curve of a stripped adapter, and how the gold token's differ from the whole adapter's."""
 
     differences: list[float]
 
@@ -37,7 +37,7 @@ class Comparison(TypedDict, total=False):
 
 
 class BoundaryRecord(TypedDict):
-    """What every record of find-boundary has; `count` is the number of records behind the score."""
+    """The fields of every record; `count` is the number of data records behind the score."""
 
     boundary: int
     score: float
@@ -54,14 +54,14 @@ class EvaluationRecord(BoundaryRecord):
 
 
 class ProbabilityRecord(BoundaryRecord, Curve, Comparison):
-    """A boundary with the probabilities after that many layers."""
+    """A boundary scored by the probabilities after that many layers."""
 
 
 def read_boundary(path: str) -> int:
     """Return the boundary of the best record of a JSONL file (`-`: stdin).
 
-    Raises LorakitError naming file and line for a record that is none of find-boundary's and for a
-    second best, and naming the file where none is the best.
+    Raises LorakitError naming file and line for a record that find-boundary did not write and for a
+    second best one, and naming the file if no record is the best.
     """
     best: Record | None = None
     name = "stdin" if path == STDIO else path

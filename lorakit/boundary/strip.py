@@ -28,7 +28,7 @@ from lorakit.adapters.tensors import Pair
 from lorakit.errors import LorakitError
 from lorakit.versions import version_of
 
-_PENDING = "0" * 64  # holds the place of a hash until it is known
+_PENDING = "0" * 64  # placeholder for a hash that is not known yet
 _BASE_ADVICE = "use the base model without an adapter"
 
 
@@ -41,9 +41,9 @@ def write_stripped(
 ) -> Adapter:
     """Strip the adapter as strip_layers does, write the result to `output` and return it.
 
-    Checking and hashing all values of a large adapter takes longer than all else, so it is done
-    while the tensors are written, and the hash is put into the header afterwards. Raises
-    LorakitError for values that are not finite; nothing is left at `output` then.
+    Checking and hashing all values of a large adapter takes longer than anything else, so it is
+    done while the tensors are written, and the hash is put into the header afterwards. Raises
+    LorakitError, leaving nothing at `output`, for values that are not finite.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -63,28 +63,30 @@ def strip_layers(
 ) -> Adapter:
     """Return the adapter without LoRA on layers from `boundary` on, or on those not in `keep`.
 
-    Give one of the two. Modules outside the decoder layers (an output head) are kept: neither
-    option names them. If nothing is stripped, tensors and config are the same. `sha256` is the
-    adapter's, for the history, if it is known already.
-    Raises LorakitError if boundary is 0 or no module is left, which is the base model, and if the
-    adapter has two lists of layers (an encoder and a decoder), so that a number means two layers.
+    Pass one of the two. Modules outside the decoder layers (an output head) always stay. If nothing
+    is stripped, tensors and config are unchanged. `sha256` is the adapter's, for the history, if
+    known already.
+
+    Raises LorakitError if the boundary is 0 or no module is left, which is the base model, and if
+    the adapter has two lists of layers (an encoder and a decoder), so that a number means two
+    layers.
     """
     if boundary == 0:
         raise LorakitError(f"boundary 0 leaves no LoRA in {adapter.name}; {_BASE_ADVICE}")
     _check_one_list_of_layers(adapter)
-    kept = [module for module in adapter.modules() if _stays(module, boundary, keep)]
-    if not kept:
+    remaining = [module for module in adapter.modules() if _stays(module, boundary, keep)]
+    if not remaining:
         chosen = f"below layer {boundary}" if keep is None else "on the layers to keep"
         raise LorakitError(f"{adapter.name} has no LoRA {chosen}; {_BASE_ADVICE}")
-    names = {module.name for module in kept}
+    names = {module.name for module in remaining}
     tensors = {
         key: adapter.tensors[key]
-        for module in kept
+        for module in remaining
         for key in (lora_name(module.name, factor) for factor in FACTORS)
     }
     config = stripped_config(adapter.config, [module.name for module in adapter.modules()], names)
     settings: dict[str, object] = {"boundary": boundary} if keep is None else {"keep": sorted(keep)}
-    header = _stripped_header(adapter, kept, settings, sha256 or adapter.sha256)
+    header = _stripped_header(adapter, remaining, settings, sha256 or adapter.sha256)
     return Adapter(tensors, config, header, adapter.name)
 
 
@@ -96,6 +98,7 @@ def _stays(module: LoraModule, boundary: int | None, keep: Collection[int] | Non
 
 
 def _check_one_list_of_layers(adapter: Adapter) -> None:
+    """Raise LorakitError if the adapter has LoRA in two lists of layers."""
     lists = {layer_list_of(module.name) for module in adapter.modules()} - {None}
     if len(lists) > 1:
         first, second, *_ = sorted(str(name) for name in lists)
@@ -106,9 +109,9 @@ def _check_one_list_of_layers(adapter: Adapter) -> None:
 
 
 def _stripped_header(
-    adapter: Adapter, kept: Sequence[LoraModule], settings: Mapping[str, object], sha256: str
+    adapter: Adapter, remaining: Sequence[LoraModule], settings: Mapping[str, object], sha256: str
 ) -> Header:
-    """Return the adapter's header with the blocks that are left and an entry for the stripping."""
+    """Return the adapter's header with the remaining blocks and an entry for the stripping."""
     entry = new_entry(
         "strip-layers",
         versions={"lorakit": version_of("lorakit")},
@@ -117,30 +120,30 @@ def _stripped_header(
     )
     header = with_entry(adapter.header, entry)
     if blocks := header.get("blocks"):
-        header["blocks"] = list(_stripped_blocks(blocks, kept))
+        header["blocks"] = list(_stripped_blocks(blocks, remaining))
     return header
 
 
 def _with_parent(stripped: Adapter, sha256: str) -> Adapter:
-    """Return the adapter with the hash of the one it was stripped from in its history."""
+    """Return `stripped` with the hash of the adapter it came from in its history."""
     parents = dict.fromkeys(block_names([stripped.name]), sha256)
     return replace(stripped, header=with_parents(stripped.header, parents))
 
 
 def _stripped_blocks(
-    blocks: Sequence[BlockFields], kept: Sequence[LoraModule]
+    blocks: Sequence[BlockFields], remaining: Sequence[LoraModule]
 ) -> Iterator[BlockFields]:
-    """Yield the blocks that still have a module, their share of zeros counted anew."""
+    """Yield the blocks that still have a module, with their share of zeros recounted."""
     for block in blocks:
         slices = slices_of(block or {})
-        left = [module for module in kept if slices.get(module.name)]
+        left = [module for module in remaining if slices.get(module.name)]
         if left:
             modules = {module.name: slices[module.name] for module in left}
             yield {**block, "modules": modules, "zeros": share_of_zeros(_pairs(left, modules))}
 
 
 def _pairs(modules: Sequence[LoraModule], slices: Mapping[str, SliceFields]) -> Iterator[Pair]:
-    """Yield a block's rows of A and columns of B in each module, giving their memory back."""
+    """Yield a block's rows of A and columns of B in each module, releasing memory as it goes."""
     for module in modules:
         yield pair_of(slices[module.name], module.a, module.b)
         module.tensor_a.release()

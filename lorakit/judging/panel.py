@@ -25,7 +25,7 @@ from lorakit.judging.questions import (
 )
 from lorakit.records import load_records, write_records
 from lorakit.reporting import Reporter
-from lorakit.resume import SavedValues, hidden_beside, run_key
+from lorakit.resume import SavedValues, hidden_path_beside, run_key
 from lorakit.settings import JudgeSettings
 from lorakit.versions import version_of
 
@@ -95,12 +95,12 @@ def write_judgements(
             check_output(path)
     name, text = choose_template(template, preference=against is not None)
     files = _items(paths, against, text)
-    answers_path = None if is_stream(output) else hidden_beside(output, "answers.part")
+    answers_path = None if is_stream(output) else hidden_path_beside(output, "answers.part")
     with SavedValues(answers_path, resume=resume, writer="judge") as answers:
         _ask(files, panel, settings, answers, reporter)
 
         def answer(judge: str, prompt: str) -> str:
-            return str(answers.known[_key(Question(judge, prompt), panel, settings)])
+            return str(answers.values[_key(Question(judge, prompt), panel, settings)])
 
         signature = _signature(panel, name, text, settings)
         summaries: list[Mapping[str, object]] = []
@@ -152,10 +152,10 @@ def _ask(
         for model in panel
     )
     by_key = {_key(question, panel, settings): question for question in questions}
-    done = len(by_key.keys() & answers.known.keys())
+    done = len(by_key.keys() & answers.values.keys())
     if done:
         reporter.note(f"going on after {done} of {len(by_key)} answers")
-    left = [(key, question) for key, question in by_key.items() if key not in answers.known]
+    left = [(key, question) for key, question in by_key.items() if key not in answers.values]
 
     def ask(entry: tuple[str, Question]) -> str:
         _, question = entry

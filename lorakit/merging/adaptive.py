@@ -1,8 +1,8 @@
-"""Adaptive LoRA merge: adapters trained jointly on the target data, pruned at every step.
+"""Adaptive LoRA merge: train adapters jointly on the target data, and prune them at every step.
 
-This is `merge --data` from loaded adapters to the written one. What trains is in joint.py, pruning
-in criteria.py and pruner.py, the loop in training/trainer.py; several pruning settings are tried
-and the best one chosen by search.py.
+This is `merge --data`, from the loaded adapters to the written one. The stack that is trained is in
+joint.py, pruning in criteria.py and pruner.py, the training loop in training/trainer.py, and the
+search among several pruning settings in search.py.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lorakit.merging.pruner import Pruner
 from lorakit.merging.search import BUDGET, Candidate, Search, search_by_halving, search_grid
 from lorakit.models.base import Base
 from lorakit.reporting import Reporter
-from lorakit.resume import SavedValues, beside, run_key
+from lorakit.resume import SavedValues, path_beside, run_key
 from lorakit.settings import LOSS, PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
-from lorakit.training.selection import Measured
-from lorakit.training.train import fit
+from lorakit.training.selection import MetricMeasure
+from lorakit.training.train import train_and_save
 
 Values = Sequence[Decimal] | Literal["auto"]
 TENTHS = tuple(Decimal(tenth) / 10 for tenth in range(1, 10))
@@ -49,9 +49,9 @@ def merge_adaptively(
 ) -> list[dict[str, object]]:
     """Train the adapters jointly on the target data and write them to `output` as one adapter.
 
-    Of several `values`, which are ratios (thresholds, with unit `module`), the best on the
-    validation set is kept; `auto` is a halving search. Returns an entry for each value tried.
-    Raises LorakitError for records, adapters or settings that cannot be used.
+    Several `values`, which are ratios (thresholds, with unit `module`), are all tried, and the best
+    on the validation set is written; `auto` is a halving search. Returns an entry for each value
+    tried. Raises LorakitError for records, adapters or settings that cannot be used.
     """
     merge = prepare(
         adapters,
@@ -64,10 +64,12 @@ def merge_adaptively(
         reporter=reporter,
     )
     if values == "auto" or len(values) > 1:
-        return _choose(merge, pruning, values, output=output, reporter=reporter, resume=resume)
+        return _search_and_write(
+            merge, pruning, values, output=output, reporter=reporter, resume=resume
+        )
     pruning = pruning.at(values[0]) if values else pruning
     entry = merge.entry(pruning)
-    fit(
+    train_and_save(
         merge.trainer(pruning),
         merge.corpus,
         reporter,
@@ -79,7 +81,7 @@ def merge_adaptively(
     return []
 
 
-def _choose(
+def _search_and_write(
     merge: Merge,
     pruning: PruningSettings,
     values: Values,
@@ -88,12 +90,12 @@ def _choose(
     reporter: Reporter,
     resume: bool,
 ) -> list[dict[str, object]]:
-    """Try several pruning settings, write the best one's adapter, and report each."""
+    """Try several pruning settings, report each, and write the adapter of the best."""
     metric = merge.selection.searches_by
     measure = merge.measure(metric)
     is_main = merge.accelerator.is_main_process
     key = run_key(merge.entry(pruning), [str(value) for value in values], merge.base.record)
-    side = beside(output, "search.resume")
+    side = path_beside(output, "search.resume")
     with SavedValues(side, resume=resume, writer="merge", writes=is_main, key=key) as saved:
         search = Search(
             merge.trainer,
@@ -108,40 +110,43 @@ def _choose(
             saved=saved,
             resume=resume,
         )
-        _run(search, pruning, values, saved, reporter)
+        _run_search(search, pruning, values, saved, reporter)
         best = search.best()
         trials = [Trial.of(candidate, metric, candidate is best) for candidate in search.candidates]
         for trial in trials:
             reporter.event({"candidate": trial.name, **trial.fields()}, trial.line())
         reporter.note(_verdict(search.candidates, best, metric, measure))
         if is_main:
-            _write(merge, best, metric, trials, output)
+            _write_best(merge, best, metric, trials, output)
             search.remove_checkpoints()
     return [trial.fields() for trial in trials]
 
 
 def _candidate_checkpoint(merge: Merge, setting: PruningSettings, output: str) -> Checkpoint:
+    """Return the checkpoint of the run that tries a setting, beside `output`."""
     name = output if is_stream(output) else f"{output.rstrip('/')}.{setting.value}"
     return checkpoint_of(name, merge.entry(setting), merge.base.record)
 
 
-def _run(
+def _run_search(
     search: Search,
     pruning: PruningSettings,
     values: Values,
     saved: SavedValues,
     reporter: Reporter,
 ) -> None:
+    """Run the search that `values` ask for."""
     if values == "auto":
         rivals = _rivals(search, pruning, saved, reporter)
-        search_by_halving(search, _named(pruning.at(Decimal(0))), rivals)
+        search_by_halving(search, _named_setting(pruning.at(Decimal(0))), rivals)
     else:
-        search_grid(search, [_named(pruning.at(value)) for value in sorted(set(values))])
+        search_grid(search, [_named_setting(pruning.at(value)) for value in sorted(set(values))])
 
 
-def _write(
+def _write_best(
     merge: Merge, best: Candidate, metric: str, trials: Sequence[Trial], output: str
 ) -> None:
+    """Write the best candidate's adapter, with all trials in its history."""
     factors = {name: (a.numpy(), b.numpy()) for name, (a, b) in best.trainer.best.items()}
     tried = [trial.fields() for trial in trials]
     entry = merge.entry(best.pruning)
@@ -149,27 +154,28 @@ def _write(
     save_adapter(merge.export(factors, entry), output)
 
 
-def _named(pruning: PruningSettings) -> tuple[str, PruningSettings]:
+def _named_setting(pruning: PruningSettings) -> tuple[str, PruningSettings]:
+    """Return the name of a setting, its value, and the setting."""
     return str(pruning.value), pruning
 
 
 def _rivals(
     search: Search, pruning: PruningSettings, saved: SavedValues, reporter: Reporter
 ) -> Callable[[Candidate], list[tuple[str, PruningSettings]]]:
-    """Return what names the settings that a halving search tries against no pruning."""
+    """Return the function that lists the settings a halving search tries, given the baseline."""
 
     def tenths(baseline: Candidate) -> list[tuple[str, PruningSettings]]:
-        return [_named(pruning.at(tenth)) for tenth in TENTHS]
+        return [_named_setting(pruning.at(tenth)) for tenth in TENTHS]
 
     def quantiles(baseline: Candidate) -> list[tuple[str, PruningSettings]]:
-        """Return thresholds at the tenths of the pairs' mean importance after the first epoch."""
         values = saved.find("thresholds", str, lambda: _thresholds(search, baseline, reporter))
-        return [_named(pruning.at(Decimal(value))) for value in values]
+        return [_named_setting(pruning.at(Decimal(value))) for value in values]
 
     return quantiles if pruning.unit == "module" else tenths
 
 
 def _thresholds(search: Search, baseline: Candidate, reporter: Reporter) -> list[str]:
+    """Return the positive tenths of the mean importances after an epoch; report them all."""
     trainer = baseline.trainer
     search.go_to(baseline, trainer.steps // trainer.settings.epochs)
     trainer.load_weights_(baseline.parked)
@@ -194,9 +200,9 @@ def _thresholds(search: Search, baseline: Candidate, reporter: Reporter) -> list
 
 @dataclass(frozen=True)
 class Trial:
-    """What a search reports of one candidate: its setting, its steps and its value by `metric`.
+    """What a search reports about a candidate: its setting, its steps and its value by `metric`.
 
-    The value is a loss as it is, lower is better, or a score.
+    `value` keeps the sign of its metric: a lower loss is better.
     """
 
     name: str
@@ -218,12 +224,12 @@ class Trial:
             candidate.steps,
             metric,
             -candidate.value if metric == LOSS else candidate.value,
-            candidate.is_out,
+            candidate.stopped,
             is_best,
         )
 
     def fields(self) -> dict[str, object]:
-        """Return the trial's entry in the history, in the log and in the data of a plot."""
+        """Return the trial as it appears in the history, in the log and in a plot's data."""
         return {
             self.option: self.amount,
             "steps": self.steps,
@@ -233,19 +239,21 @@ class Trial:
         }
 
     def line(self) -> str:
-        """Return the trial in one line for the user."""
+        """Return a line about the trial for the user."""
         mark = ", best" if self.best else ", stopped early" if self.stopped else ""
         text = f"{_words(self.option)} {self.amount}: {self.metric} {self.value:.4f}"
         return f"{text} after {self.steps} steps{mark}"
 
 
 def _words(option: str) -> str:
+    """Return a setting's name as words: `prune ratio`."""
     return option.replace("_", " ")
 
 
 def _verdict(
-    candidates: Sequence[Candidate], best: Candidate, metric: str, measure: Measured | None
+    candidates: Sequence[Candidate], best: Candidate, metric: str, measure: MetricMeasure | None
 ) -> str:
+    """Return a line about the outcome of the search and its cost."""
     steps = sum(candidate.steps for candidate in candidates)
     text = f"best by {metric}: {_words(best.pruning.chooses)} {best.name}"
     if not best.pruning.prunes:

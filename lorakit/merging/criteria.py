@@ -3,9 +3,8 @@
 Adaptive LoRA merge, section 3.2 and Algorithm 1. A group is one matrix, A or B, of one source
 adapter at one projection of one layer. After every optimiser step the least important parameters of
 each group (or whole A/B pairs of little importance) are reset; they stay trainable. Weights are
-(…, rows, columns): leading dimensions number groups of one shape. To add a criterion or a value:
-one function, and a line in its table. Norms, averages and starting values are kept only where they
-are read, which pruner.py decides by the names `input`, `gradient` and `init`.
+(…, rows, columns), where leading dimensions index groups of the same shape. To add a criterion or a
+value to reset to, write a function and add a line to its table.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ BETA = 0.85  # of both moving averages of the gradient score (PLATON's and AdaLo
 
 
 class Evidence(NamedTuple):
-    """What a criterion looks at besides the weights; what it does not use may be None.
+    """What a criterion reads besides the weights; what it does not use may be None.
 
     `norms` (…, 1, columns): the L2 norm, over all tokens of the validation set, of each feature of
     the matrix's input, which is x for A and A·x for B. `averages`: the sensitivity and the
@@ -49,7 +48,7 @@ def gradient_importance(weight: Tensor, evidence: Evidence) -> Tensor:
 
 
 def magnitude_importance(weight: Tensor, evidence: Evidence) -> Tensor:
-    """Return |W_jk|, whatever the inputs (the control)."""
+    """Return |W_jk|, whatever the inputs (the control condition)."""
     return weight.abs()
 
 
@@ -61,7 +60,7 @@ CRITERIA: dict[str, Callable[[Tensor, Evidence], Tensor]] = {
 
 
 def smooth_(sensitivity: Tensor, uncertainty: Tensor, weight: Tensor, gradient: Tensor) -> None:
-    """Update both moving averages by one step, in place; they start at zero.
+    """Update both moving averages, which start at zero, by one step in place.
 
     I = |w·∂L/∂w|;  Ī ← β·Ī + (1-β)·I;  U ← β·U + (1-β)·|I - Ī|, with the new Ī.
     """
@@ -102,7 +101,7 @@ def prune_count(ratio: Decimal, size: int) -> int:
 
 
 def least_important(importance: Tensor, count: int) -> Tensor:
-    """Return a mask of the `count` least important parameters of each group, ties or not."""
+    """Return a mask of exactly `count` least important parameters of each group, ties or not."""
     flat = importance.flatten(-2)
     least = flat.topk(count, dim=-1, largest=False, sorted=False).indices
     return flat.new_zeros(flat.shape).scatter_(-1, least, 1).bool().view_as(importance)

@@ -1,7 +1,7 @@
 """The importance of an adapter's modules on some data (adaptive LoRA merge, Figure 5).
 
-The mean of |W_jk|·‖x_k‖₂ over the parameters of every A/B pair of a block at a projection, as
-pruning computes it: on parameters without the block's scale, with the norms of their inputs.
+It is the mean of |W_jk|·‖x_k‖₂ over the parameters of the A/B pair of a block at a projection, as
+in pruning: of the parameters without the block's scale, with the norms of their inputs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.blocks import read_blocks
-from lorakit.adapters.names import layer_of
+from lorakit.adapters.names import last_part, layer_of
 from lorakit.merging.input_norms import InputNorms
 from lorakit.merging.joint import attach_stack
 from lorakit.merging.pruner import Pruner
@@ -24,7 +24,10 @@ from lorakit.training.loss import BatchLoss, new_accelerator
 
 
 class ModuleImportance(TypedDict):
-    """The mean importance of one block's A/B pair at one projection; `layer` None: outside them."""
+    """The mean importance of one block's A/B pair at one projection.
+
+    `layer` is None outside the decoder layers.
+    """
 
     block: str
     module: str
@@ -38,7 +41,7 @@ def measure_importance(
 ) -> list[ModuleImportance]:
     """Return the mean importance of every block at every projection.
 
-    Raises LorakitError for records that cannot be used and an adapter that does not fit the base.
+    Raises LorakitError for records that cannot be used, or if the adapter does not fit the base.
     """
     check_fits(base, adapter)
     encoder = encoder_of(base, adapter, settings)
@@ -59,7 +62,7 @@ def measure_importance(
             "block": block,
             "module": module,
             "layer": layer_of(module),
-            "projection": module.rsplit(".", 1)[-1],
+            "projection": last_part(module),
             "importance": value,
         }
         for (block, module), value in means.items()
@@ -67,7 +70,7 @@ def measure_importance(
 
 
 def unstack(adapter: Adapter) -> Stack:
-    """Return a merged adapter as the stack it came from, each block's scale taken out of its B.
+    """Return the stack that a merged adapter came from: each block's B without its scale.
 
     An adapter without blocks counts as a single block.
     """

@@ -1,7 +1,7 @@
-"""The norms of what LoRA's matrices read, collected while the validation set passes through.
+"""The norms of the inputs of A and B, collected while the validation set runs through the model.
 
 For every feature k of a projection's input x: ‖x_k‖₂ over all tokens that are not padding (Wanda's
-norm; section 3.2), and ‖(A·x)_k‖₂ likewise. Hooks on PEFT's lora_A see both.
+norm; section 3.2), and likewise ‖(A·x)_k‖₂. A hook on PEFT's lora_A sees both.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _ForwardHook = Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], No
 class InputNorms(StepHook):
     """Sums of squares by module: of x, (d_in,), and of A·x, (rank,).
 
-    They are taken anew in every pass over the validation set: before training, after every epoch
-    and, with `every`, after that many optimiser steps. `version` counts the passes.
+    They are collected afresh in every pass over the validation set: before training, after every
+    epoch and, if `every` is set, every `every` optimiser steps. `version` counts the passes.
     """
 
     name = "input_norms"
@@ -45,7 +45,7 @@ class InputNorms(StepHook):
 
     @contextlib.contextmanager
     def around_validation(self, losses: BatchLoss) -> Iterator[None]:
-        """Collect from every forward pass inside the block, and sum over all processes after it."""
+        """Collect from every forward pass inside the block; then sum over all processes."""
         self._squares = {name: _zeros(layer) for name, layer in self._layers.items()}
         losses.watch = self._take_mask
         handles = [
@@ -70,7 +70,7 @@ class InputNorms(StepHook):
         }
 
     def restore_(self, state: State) -> None:
-        """Take over the sums of a run over the same weights."""
+        """Restore the sums, which may come from another run with the same weights."""
         for name, layer in self._layers.items():
             device = layer.lora_A[ADAPTER].weight.device
             self._squares[name] = state[f"x.{name}"].to(device), state[f"ax.{name}"].to(device)
@@ -80,6 +80,8 @@ class InputNorms(StepHook):
         self._mask = mask
 
     def _adding_to(self, name: str) -> _ForwardHook:
+        """Return the hook that adds the squares of one forward pass to a module's sums."""
+
         def add(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             of_x, of_ax = self._squares[name]
             self._squares[name] = of_x + self._sum(inputs[0]), of_ax + self._sum(output)
@@ -95,5 +97,6 @@ class InputNorms(StepHook):
 
 
 def _zeros(layer: PeftLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return empty sums for x (d_in,) and A·x (rank,)."""
     weight = layer.lora_A[ADAPTER].weight
     return weight.new_zeros(weight.shape[1]), weight.new_zeros(weight.shape[0])

@@ -1,8 +1,8 @@
-"""Joint training: adapters stacked on their base as one, and everything that a run of them needs.
+"""Joint training: adapters stacked on their base as one, and everything that training them needs.
 
-While training, each block's scale s_i multiplies A_i·x in a hook, so that every A_i and B_i keeps
-the values it was loaded with and the step size that Adam gives them; s_i is folded into B_i at the
-end.
+During training, each block's scale s_i multiplies A_i·x in a hook, so that A_i and B_i start from
+the values they were loaded with and take steps of the size they have in PEFT; s_i is folded into
+B_i at the end.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from lorakit.models.tokens import Encoder
 from lorakit.reporting import Reporter
 from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training.loss import new_accelerator
-from lorakit.training.selection import Measured, measure_of
-from lorakit.training.train import Corpus, header, load_corpus, resolve_auto, versions
+from lorakit.training.selection import MetricMeasure, measure_of
+from lorakit.training.train import Corpus, load_corpus, resolve_auto, trained_header, versions
 from lorakit.training.trainer import Trainer
 
 
 def attach_stack(base: Base, stacked: Stack, *, dropout: float) -> dict[str, PeftLayer]:
-    """Put a stack on its base with A and B as they were loaded; return PEFT's layers by module.
+    """Put a stack on its base, with A and B as loaded; return PEFT's layers by module.
 
     The scale of each rank multiplies A·x.
     """
@@ -54,7 +54,7 @@ def attach_stack(base: Base, stacked: Stack, *, dropout: float) -> dict[str, Pef
 
 @dataclass(frozen=True)
 class Merge:
-    """Everything that the runs of one merge share."""
+    """Everything that the training runs of one merge share."""
 
     base: Base
     adapters: Sequence[Adapter]
@@ -69,7 +69,7 @@ class Merge:
     portable: bool = False  # how the result is written
 
     def entry(self, pruning: PruningSettings) -> HistoryEntry:
-        """Return the history's entry of a run with these pruning settings."""
+        """Return the history entry of a run with these pruning settings."""
         settings: dict[str, object] = {
             "method": "adaptive",
             **self.settings.history_fields(),
@@ -87,7 +87,7 @@ class Merge:
         )
 
     def trainer(self, pruning: PruningSettings) -> Trainer:
-        """Return a run with these pruning settings from the weights that are in the model."""
+        """Return a trainer with these pruning settings that starts from the model's weights."""
         hooks = pruning_hooks(self.stacked.blocks, self.layers, pruning, seed=self.settings.seed)
         return Trainer(
             self.base,
@@ -98,15 +98,17 @@ class Merge:
             measure=self.measure(self.selection.select_by),
         )
 
-    def measure(self, metric: str) -> Measured | None:
-        """Return the measure of the model by `metric`, None for the validation loss."""
+    def measure(self, metric: str) -> MetricMeasure | None:
+        """Return the measure of the model by `metric`, or None if that is the validation loss."""
         return measure_of(metric, self.base, self.encoder, self.corpus.records, self.selection)
 
     def export(self, best: Factors, entry: HistoryEntry) -> Adapter:
         """Return the adapter of a run's best weights, each block's scale folded into its B."""
         blocks = [b.fields(share_of_zeros(b.pairs(best))) for b in self.stacked.blocks]
-        metadata = header(self.base, self.settings, entry, parents=self.adapters, blocks=blocks)
-        merged = Adapter(tensors_of(fold(best, self.stacked)), self.config, metadata)
+        header = trained_header(
+            self.base, self.settings, entry, parents=self.adapters, blocks=blocks
+        )
+        merged = Adapter(tensors_of(fold(best, self.stacked)), self.config, header)
         return make_portable(merged) if self.portable else merged
 
 
@@ -133,7 +135,7 @@ def prepare(
         base=base.name,
         dropout=settings.dropout,
         transposed=is_transposed(base, list(stacked.ranks)),
-        there=projections(base.model),
+        projections=projections(base.model),
     )
     layers = attach_stack(base, stacked, dropout=settings.dropout)
     return Merge(

@@ -1,9 +1,9 @@
-"""LoRAHub (Huang et al., 2024): weights for adapters, found on a few examples without gradients.
+"""LoRAHub (Huang et al., 2024): weights for adapters, fitted to a few examples without gradients.
 
-Factors are summed one by one, A = Σ w_i·A_i and B = Σ w_i·B_i with the first adapter's scale, so
+A and B are summed separately, A = Σ w_i·A_i and B = Σ w_i·B_i with the first adapter's scale, so
 that ΔW has cross terms and a single adapter acts with w². The weights minimise the mean over the
-examples of their mean token losses, plus 0.05·mean|w_i|; the best point that was tried is returned.
-The published optimiser, nevergrad's NGOpt, resolves to COBYLA for these problems; scipy's is used.
+examples of their mean token losses, plus 0.05·mean|w_i|; the best point tried is used. The
+published optimiser, nevergrad's NGOpt, resolves to COBYLA for these problems; here it is scipy's.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapters.adapter import Adapter, LoraModule, tensors_of
+from lorakit.adapters.adapter import Adapter, Factors, LoraModule, tensors_of
 from lorakit.adapters.blocks import block_names
 from lorakit.adapters.history import new_entry
 from lorakit.adapters.portable import make_portable
 from lorakit.adapters.storage import save_adapter
-from lorakit.adapters.tensors import FloatArray
+from lorakit.adapters.tensors import Pair
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.lora import attach, set_factors
@@ -28,19 +28,17 @@ from lorakit.records import load_records
 from lorakit.reporting import Reporter
 from lorakit.settings import TrainingSettings
 from lorakit.training.loss import BatchLoss, new_accelerator
-from lorakit.training.train import header, resolve_auto, versions
+from lorakit.training.train import resolve_auto, trained_header, versions
 
 EVALUATIONS = 40
 BOUND = 1.5  # of every |w|
 PENALTY = 0.05  # of the mean |w|, in nats
 _SETTINGS_READ = ("max_length", "truncate", "micro_batch_tokens", "chat", "dtype")
 
-Composed = dict[str, tuple[FloatArray, FloatArray]]
-
 
 @dataclass(frozen=True)
 class Point:
-    """Weights that were tried, in the adapters' order, and the loss (nats) and objective there."""
+    """Weights that were tried, in the adapters' order, and their loss (nats) and objective."""
 
     weights: tuple[float, ...]
     loss: float
@@ -57,9 +55,9 @@ def merge_lorahub(
     reporter: Reporter,
     portable: bool = False,
 ) -> None:
-    """Find the weights on the records of `data` and write the composed adapter to `output`.
+    """Fit the weights to the records of `data` and write the composed adapter to `output`.
 
-    Raises LorakitError naming the module where the adapters' shapes differ, and for records that
+    Raises LorakitError naming the module in which the adapters' shapes differ, and for records that
     cannot be used.
     """
     settings = resolve_auto(settings, adapters, base)
@@ -76,7 +74,7 @@ def merge_lorahub(
     def loss_at(weights: Sequence[float]) -> float:
         for name, (a, b) in compose(adapters, weights).items():
             set_factors(layers[name], a, b)
-        return float(np.mean(losses.of_each(examples)))
+        return float(np.mean(losses.means(examples)))
 
     def report(number: int, point: Point) -> None:
         shown = ", ".join(f"{weight:.3f}" for weight in point.weights)
@@ -92,19 +90,22 @@ def merge_lorahub(
         save_adapter(make_portable(merged) if portable else merged, output)
 
 
-def compose(adapters: Sequence[Adapter], weights: Sequence[float]) -> Composed:
+def compose(adapters: Sequence[Adapter], weights: Sequence[float]) -> Factors:
     """Return Σ w_i·A_i (rank, d_in) and Σ w_i·B_i (d_out, rank) by module, float32."""
-    composed: Composed = {}
+    composed: dict[str, Pair] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for module in adapter.modules():
             a, b = np.float32(weight) * module.a, np.float32(weight) * module.b
-            before = composed.get(module.name)
-            composed[module.name] = (a, b) if before is None else (before[0] + a, before[1] + b)
+            sums = composed.get(module.name)
+            composed[module.name] = (a, b) if sums is None else (sums[0] + a, sums[1] + b)
     return composed
 
 
 def check_alike(adapters: Sequence[Adapter], note: Callable[[str], None]) -> None:
-    """Raise LorakitError naming the first module whose shape or rank differs between adapters."""
+    """Raise LorakitError naming the first module whose shapes differ between adapters.
+
+    Scales may differ; a note warns of those that do.
+    """
     first = {module.name: module for module in adapters[0].modules()}
     for adapter in adapters[1:]:
         others = {module.name: module for module in adapter.modules()}
@@ -123,6 +124,7 @@ def check_alike(adapters: Sequence[Adapter], note: Callable[[str], None]) -> Non
 
 
 def _shapes(module: LoraModule | None) -> str:
+    """Return the shapes of a module's A and B as they are put in messages."""
     if module is None:
         return "no LoRA"
     return f"A of {module.tensor_a.shape} and B of {module.tensor_b.shape}"
@@ -131,7 +133,7 @@ def _shapes(module: LoraModule | None) -> str:
 def search_weights(
     loss_at: Callable[[Sequence[float]], float], count: int, report: Callable[[int, Point], None]
 ) -> list[Point]:
-    """Return the points that COBYLA tried, EVALUATIONS at most, the first at weight 0 for all."""
+    """Return the points that COBYLA tried, at most EVALUATIONS; at the first all weights are 0."""
     from scipy.optimize import minimize
 
     points: list[Point] = []
@@ -154,7 +156,7 @@ def search_weights(
 
 
 def bounded(z: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the weights of a point of the search: 0.5·z, reflected at ±1.5, then clipped."""
+    """Return the weights at a point z of the search: 0.5·z, reflected at ±1.5, then clipped."""
     weights = 0.5 * np.asarray(z, np.float64)
     reflected = 2 * np.clip(weights, -BOUND, BOUND) - weights
     return np.clip(reflected, -BOUND, BOUND)
@@ -168,7 +170,7 @@ def _export(
     points: Sequence[Point],
     best: Point,
 ) -> Adapter:
-    """Return the composed adapter with the first one's config and every point in its history."""
+    """Return the composed adapter, with the first one's config and all points in its history."""
     names = block_names(adapter.name for adapter in adapters)
     entry = new_entry(
         "merge",
@@ -183,5 +185,5 @@ def _export(
     )
     entry["best"] = asdict(best)
     entry["evaluations"] = [asdict(point) for point in points]
-    metadata = header(base, settings, entry, parents=adapters)
-    return Adapter(tensors_of(compose(adapters, best.weights)), adapters[0].config, metadata)
+    header = trained_header(base, settings, entry, parents=adapters)
+    return Adapter(tensors_of(compose(adapters, best.weights)), adapters[0].config, header)

@@ -1,7 +1,7 @@
 """Low-rank fits: two factors whose product is nearest to a matrix or to a product of factors.
 
-It knows matrices only. A product of factors is never formed: QR of both factors and an SVD of the
-small core suffice. A dense matrix is fitted by a randomised block Krylov method.
+Only matrices are known here. A product of factors is never formed: QR of both factors and an SVD of
+the small core suffice. A dense matrix is fitted by a randomised block Krylov method.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def refit(a: FloatArray, b: FloatArray, rank: int | None = None) -> Pair:
 
     A is (R × d_in), B (d_out × R). Nearest in the Frobenius norm (Eckart and Young, 1936), by QR of
     B and of Aᵀ and an SVD of the core R_B·R_Aᵀ, in float64: time and memory grow with R, never with
-    d_in·d_out. Without a rank it is the lowest whose error float32 cannot tell from zero. Each
-    factor takes the root of every singular value, so that both are of one size.
+    d_in·d_out. Without `rank`, it is the lowest whose error float32 cannot tell from zero. Each
+    factor takes the root of every singular value, so that both are of similar size.
     """
     q_b, r_b = np.linalg.qr(b.astype(np.float64))
     q_a, r_a = np.linalg.qr(a.T.astype(np.float64))
@@ -35,15 +35,15 @@ def refit(a: FloatArray, b: FloatArray, rank: int | None = None) -> Pair:
 
 
 def numerical_rank(values: Matrix) -> int:
-    """Return how many singular values, in falling order, float32 can tell from zero; at least 1."""
+    """Return how many of the falling singular values float32 can tell from zero; at least 1."""
     return max(1, int(np.count_nonzero(values > values[0] * _NEGLIGIBLE)))
 
 
 def fit(matrix: FloatArray, rank: int) -> Pair:
-    """Return the factors, in float32, of a matrix of rank `rank` nearest to a dense one.
+    """Return factors of rank `rank`, in float32, that are nearly the best fit of a dense matrix.
 
     Block Krylov iteration (Musco and Musco, 2015, algorithm 2) from a fixed seed, then an SVD
-    within the subspace it ends in, which for a small matrix is the whole space. The error is less
+    within the resulting subspace, which for a small matrix is the whole space. The error is less
     than one part in a thousand above that of the best fit (tested).
     """
     if matrix.shape[0] > matrix.shape[1]:
@@ -69,4 +69,5 @@ def _krylov(matrix: FloatArray, width: int) -> Matrix:
 
 
 def _pair(a: Matrix, b: Matrix) -> Pair:
+    """Return A and B in float32 and C order."""
     return np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)

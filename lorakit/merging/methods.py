@@ -1,7 +1,7 @@
 """METHODS: the ways to merge adapters from their files alone, without data or a base model.
 
 To add one, write a function in module_merges.py and add a line here. The table names functions by
-their module, which is imported when a merge begins: `--help` needs none of them, nor numpy.
+their module, which is imported when a merge begins, so that `--help` does without them and numpy.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from lorakit.adapters.tensors import Pair
     from lorakit.merging.task_vectors import Part
 
-    # Takes what one module is merged from and returns one A and one B for it.
-    Merge = Callable[[Sequence[Part], StaticSettings], Pair]
+    # Takes the parts of one module and returns its merged A and B.
+    ModuleMerge = Callable[[Sequence[Part], StaticSettings], Pair]
 
 
 class Method(NamedTuple):
     """A way to merge without data: a line of help, its function, and the settings it reads.
 
-    `function` names what merges one module by its module in this folder: `module_merges.ties`.
+    `function` is the one that merges a module, after its file in this folder: `module_merges.ties`.
     """
 
     help: str
@@ -30,12 +30,12 @@ class Method(NamedTuple):
     settings: tuple[str, ...]
 
     @property
-    def merge(self) -> Merge:
-        """The function that merges one module; the module it stands in is imported now."""
+    def merge(self) -> ModuleMerge:
+        """The function that merges one module, imported on access."""
         import importlib
 
         module, _, name = self.function.rpartition(".")
-        function: Merge = getattr(importlib.import_module(f"lorakit.merging.{module}"), name)
+        function: ModuleMerge = getattr(importlib.import_module(f"lorakit.merging.{module}"), name)
         return function
 
 

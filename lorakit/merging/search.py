@@ -1,7 +1,7 @@
-"""Choosing how much to prune: several merges from one start, each run to its end or halved.
+"""Choose how much to prune: try several merges from the same start, all to the end or by halving.
 
 Every candidate begins with the same weights, seed, data and first input norms, and is parked while
-another trains: it can stop after any step and go on to the same bytes. Cost is counted in optimiser
+another trains; it can stop after any step and go on to the same bytes. Cost is counted in optimiser
 steps. How a candidate trains is in training/trainer.py; what its hooks do is not known here.
 """
 
@@ -21,17 +21,17 @@ from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.train import Corpus
 from lorakit.training.trainer import State, Trainer, Weights
 
-BUDGET = 3.5  # the optimiser steps of a halving search, in those of its baseline
-RUNGS = (0.1, 0.2, 0.4)  # where the worse half of the rivals stops, in the same unit
+BUDGET = 3.5  # the optimiser steps of a halving search, as a multiple of its baseline's
+RUNGS = (0.1, 0.2, 0.4)  # when the worse half of the rivals stops, likewise
 _FEWEST_STEPS = 5
 
 
 @dataclass
 class Candidate:
-    """One setting and the run that tries it.
+    """A pruning setting and the run that tries it.
 
-    `value`, higher is better, is that of its best epoch, or of the weights with which it was
-    stopped; `parked` are its weights while another candidate trains.
+    `value`, higher is better, is that of its best epoch, or of its weights when it was stopped;
+    `parked` are its weights while another candidate trains.
     """
 
     name: str
@@ -40,21 +40,22 @@ class Candidate:
     checkpoint: Checkpoint
     parked: Weights
     value: float = -math.inf
-    is_out: bool = False
-    steps_known: int = 0  # reached in a killed search that has kept the value alone
+    stopped: bool = False
+    saved_steps: int = 0  # reached in a killed search, which saved only these and the value
 
     @property
     def steps(self) -> int:
-        """The optimiser steps that this candidate has taken."""
-        return max(self.trainer.progress.step, self.steps_known)
+        """The number of optimiser steps that this candidate has taken."""
+        return max(self.trainer.progress.step, self.saved_steps)
 
 
 class Search:
-    """Trains candidates in turns on the one model that they share.
+    """Trains candidates in turn on the one model that they share.
 
-    `evaluate` returns the value, higher is better, of the weights that a trainer has in the model;
-    `by_epochs` says that a trainer compares its epochs by that same value; `merges` bounds the cost
-    in whole merges, for the progress bar. `saved` keeps what was measured for a resumed search.
+    `evaluate` returns the value, higher is better, of a trainer's weights while they are in the
+    model; `by_epochs` says that trainers compare their epochs by the same value; `merges` bounds
+    the cost in whole merges, for the progress bar. `saved` stores measured values for a resumed
+    search.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Search:
         return candidate
 
     def go_to(self, candidate: Candidate, step: int | None = None) -> None:
-        """Train a candidate to a step, or to its end."""
+        """Train a candidate to a step, or to its end if `step` is None or beyond it."""
         trainer = candidate.trainer
         if trainer.is_done or (step is not None and trainer.progress.step >= step):
             return
@@ -112,9 +113,9 @@ class Search:
         _park(candidate)
 
     def value_at(self, candidate: Candidate, step: int) -> int:
-        """Train a candidate to a step, or to its end if that comes first, and take its value.
+        """Train a candidate to a step, or to its end if that comes first, and set its value.
 
-        Returns the step it has reached.
+        Returns the number of steps it has taken.
         """
 
         def measure() -> list[float]:
@@ -124,14 +125,14 @@ class Search:
 
         name = f"{candidate.name} at {step}"
         candidate.value, reached = self._saved.find(name, float, measure)
-        candidate.steps_known = int(reached)
-        return candidate.steps_known
+        candidate.saved_steps = int(reached)
+        return candidate.saved_steps
 
     def _value(self, trainer: Trainer) -> float:
         return trainer.value(lambda: self._evaluate(trainer))
 
     def finish(self, candidate: Candidate, cap: int | None = None) -> None:
-        """Train a candidate to its end, or to step `cap`, and take the value of its best epoch."""
+        """Train a candidate to its end, or to step `cap`, and set its value from its best epoch."""
         self.go_to(candidate, cap)
         trainer = candidate.trainer
 
@@ -145,26 +146,26 @@ class Search:
             name = f"{candidate.name} at its best"
             (candidate.value,) = self._saved.find(name, float, measure)
         else:
-            candidate.is_out = True
+            candidate.stopped = True
 
     def best(self) -> Candidate:
-        """Return the candidate of the highest value, of equal ones the first.
+        """Return the candidate with the highest value; of equals, the first.
 
-        Raises LorakitError where no candidate had an epoch with a finite loss.
+        Raises LorakitError if no candidate had an epoch with a finite loss.
         """
-        running = [candidate for candidate in self.candidates if not candidate.is_out]
+        running = [candidate for candidate in self.candidates if not candidate.stopped]
         if not running:
             self.candidates[0].trainer.check_best()
         return max(running, key=lambda candidate: candidate.value)
 
     def remove_checkpoints(self) -> None:
-        """Delete the candidates' checkpoints: the search is done."""
+        """Delete the candidates' checkpoints, once the search is done."""
         for candidate in self.candidates:
             candidate.checkpoint.remove()
 
 
 def search_grid(search: Search, settings: Sequence[tuple[str, PruningSettings]]) -> None:
-    """Run every setting to its end."""
+    """Train every setting to its end."""
     for name, pruning in settings:
         search.finish(search.add(name, pruning))
 
@@ -174,42 +175,44 @@ def search_by_halving(
     baseline: tuple[str, PruningSettings],
     rivals: Callable[[Candidate], Sequence[tuple[str, PruningSettings]]],
 ) -> None:
-    """Run the baseline, which prunes nothing, to its end, and its rivals by successive halving.
+    """Train the baseline, which prunes nothing, to its end, and its rivals by successive halving.
 
     The baseline is one merge of M steps. At each rung the better half of the rivals goes on, and
-    the last one runs to its end; all together take at most BUDGET·M steps (Jamieson and Talwalkar,
-    2016). Raises LorakitError where M is too small to be divided.
+    the last rival is trained to its end; all of them take at most BUDGET·M steps (Jamieson and
+    Talwalkar, 2016). Raises LorakitError if M is too small to be divided.
     """
-    first = search.add(*baseline)
-    rival_settings = rivals(first)
-    search.finish(first)
-    once = first.steps
-    if once < _FEWEST_STEPS:
+    unpruned = search.add(*baseline)
+    rival_settings = rivals(unpruned)
+    search.finish(unpruned)
+    steps = unpruned.steps
+    if steps < _FEWEST_STEPS:
         raise LorakitError(
-            f"a merge of {once} optimiser steps cannot be halved; give the values to try, more "
+            f"a merge of {steps} optimiser steps cannot be halved; give the values to try, more "
             "--epochs or a smaller --batch-size"
         )
     running = [search.add(*rival) for rival in rival_settings]
     reached = {candidate.name: 0 for candidate in running}
-    left = int((BUDGET - 1) * once)
-    for rung in (max(1, int(share * once)) for share in RUNGS):
+    left = int((BUDGET - 1) * steps)
+    for rung in (max(1, int(share * steps)) for share in RUNGS):
         for candidate in running:
             before = reached[candidate.name]
             reached[candidate.name] = search.value_at(candidate, rung)
             left -= reached[candidate.name] - before
         running.sort(key=lambda candidate: -candidate.value)
         for candidate in running[max(1, len(running) // 2) :]:
-            candidate.is_out = True
+            candidate.stopped = True
         running = running[: max(1, len(running) // 2)]
     search.finish(running[0], cap=reached[running[0].name] + left)
 
 
 def _park(candidate: Candidate) -> None:
+    """Copy a candidate's weights out of the model, and move its moments to the CPU."""
     candidate.parked = candidate.trainer.weights()
     _move_moments(candidate.trainer, "cpu")
 
 
 def _unpark(candidate: Candidate) -> None:
+    """Put a candidate's weights back into the model, and its moments onto the device."""
     candidate.trainer.load_weights_(candidate.parked)
     _move_moments(candidate.trainer, candidate.trainer.base.device)
 
@@ -221,7 +224,7 @@ def _move_moments(trainer: Trainer, device: torch.device | str) -> None:
 
 
 class _CandidateReporter:
-    """Passes on what a candidate's run reports, with the candidate's name."""
+    """Passes on what a candidate's run reports, with the candidate's name added."""
 
     def __init__(self, reporter: Reporter, name: str) -> None:
         self._reporter, self._name = reporter, name
@@ -231,7 +234,7 @@ class _CandidateReporter:
         self.event = reporter.event
 
     def start(self, steps: int, epochs: int, done: int) -> None:
-        """Say nothing: the search has announced all of its runs together."""
+        """Do nothing: the search has announced all of its runs together."""
 
     def step(self, report: StepReport) -> None:
         self._reporter.step(replace(report, candidate=self._name))

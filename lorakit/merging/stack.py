@@ -1,4 +1,4 @@
-"""Stacking: several adapters side by side as one, with exactly the sum of their ΔW.
+"""Stack several adapters side by side as one, whose ΔW is exactly the sum of theirs.
 
 Σ s_i·B_i·A_i is one adapter: A = [A_1; …; A_N] (rows stacked), B = [s_1·B_1, …, s_N·B_N] (columns
 stacked), of rank Σ r_i and scale 1. The slice that came from adapter i is its block.
@@ -33,7 +33,7 @@ class Stack:
         return {name: a.shape[0] for name, (a, _) in self.factors.items()}
 
     def scales(self, module: str) -> FloatArray:
-        """Return the scale of each rank of a module, (Σ r_i,) float32."""
+        """Return the scale of every rank of a module, (Σ r_i,) float32."""
         scales = np.ones(self.ranks[module], np.float32)
         for block in self.blocks:
             if module in block.modules:
@@ -42,7 +42,7 @@ class Stack:
 
 
 def stack(adapters: Sequence[Adapter]) -> Stack:
-    """Stack adapters of any ranks, scales, targets and layers, in their order.
+    """Stack adapters of any ranks, scales, target modules and layers, in order.
 
     Raises LorakitError naming the module and both shapes if two adapters disagree on its widths.
     """
@@ -69,7 +69,7 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
 
 
 def check_widths(earlier: Sequence[LoraModule], module: LoraModule, adapter: Adapter) -> None:
-    """Raise LorakitError if a module of `adapter` has other widths than in the adapters before."""
+    """Raise LorakitError if a module of `adapter` has other widths than in `earlier` adapters."""
     if not earlier:
         return
     first, shape = earlier[0].shape, module.shape
@@ -81,5 +81,5 @@ def check_widths(earlier: Sequence[LoraModule], module: LoraModule, adapter: Ada
 
 
 def fold(factors: Factors, stacked: Stack) -> Factors:
-    """Return the factors of the same adapter at scale 1: each block's scale goes into its B."""
+    """Return the stacked factors at scale 1: each block's scale is folded into its B."""
     return {name: (a, b * stacked.scales(name)) for name, (a, b) in factors.items()}

@@ -1,7 +1,7 @@
-"""Merges without data: several adapters to one by a method of METHODS.
+"""Merges without data: several adapters into one by a method of METHODS.
 
-The methods merge one module at a time and know nothing else. Here is what they leave open: which
-modules the config selects, the number format, the base, the chat choice, the blocks, the history.
+The methods merge one module at a time and know nothing else. Everything else is done here: which
+modules the config selects, the number format, the base, the chat choice, blocks and history.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def merge_adapters(
     reporter: Reporter | None = None,
     portable: bool = False,
 ) -> Adapter:
-    """Return the adapters merged into one, at scale 1; warn of what they do not agree on.
+    """Return the adapters merged into one, at scale 1; warn of what they disagree on.
 
-    Tensors are float32, or have the adapters' own format if that holds every value exactly (as for
+    Tensors are float32, or in the adapters' own format if that holds every value exactly (as for
     `cat` with weights and scales that are powers of two).
     """
     weights = settings.weights or (1.0,) * len(adapters)
@@ -102,13 +102,14 @@ def _merged_header(
     blocks: Sequence[BlockFields],
     reporter: Reporter,
 ) -> Header:
+    """Return the merged adapter's header; warn if the adapters disagree on base or chat."""
     headers = [adapter.header for adapter in adapters]
-    base, chat = _base(adapters, reporter), _chat(headers, reporter)
+    base, chat = _recorded_base(adapters, reporter), _chat_fields(headers, reporter)
     return new_header(entry, parents=headers, base=base, chat=chat, blocks=blocks)
 
 
 def parts_by_module(adapters: Sequence[Adapter], weights: Sequence[float]) -> Parts:
-    """Return what each module is merged from, in the order of the adapters.
+    """Return the parts of each module, in the order of the adapters.
 
     Raises LorakitError naming the module and both shapes if two adapters disagree on its widths.
     """
@@ -122,7 +123,7 @@ def parts_by_module(adapters: Sequence[Adapter], weights: Sequence[float]) -> Pa
 
 
 def common_format(adapters: Sequence[Adapter]) -> str:
-    """Return the number format that all tensors of the adapters have, or F32 where they differ."""
+    """Return the number format of all tensors of the adapters, or F32 if they differ."""
     formats = {tensor.dtype for adapter in adapters for tensor in adapter.tensors.values()}
     return formats.pop() if len(formats) == 1 else "F32"
 
@@ -148,7 +149,7 @@ def _merged_factors(
         try:
             with np.errstate(over="ignore", invalid="ignore"):
                 pair = merge(module_parts, settings)
-        except np.linalg.LinAlgError:  # an SVD of what is not finite
+        except np.linalg.LinAlgError:  # an SVD of values that are not finite
             raise _overflow(name) from None
         for factor, values in zip(FACTORS, pair, strict=True):
             if not np.isfinite(values).all():
@@ -161,9 +162,9 @@ def _overflow(module: str) -> LorakitError:
 
 
 def cat_blocks(adapters: Sequence[Adapter], parts: Parts) -> list[Block]:
-    """Return where each adapter, or each block of one that was itself merged, lies side by side.
+    """Return the blocks of a `cat` merge: each adapter, or each block of one merged before.
 
-    A slice's scale is the factor from the block's own B to the one in the file.
+    A slice's scale is the factor from the block's original B to the one in the merged file.
     """
     sources = [(i, block) for i, adapter in enumerate(adapters) for block in _blocks_of(adapter)]
     names = unique_names(block.name for _, block in sources)
@@ -174,7 +175,7 @@ def cat_blocks(adapters: Sequence[Adapter], parts: Parts) -> list[Block]:
 
 
 def _moved(block: Block, number: int, parts: Parts) -> Iterator[tuple[str, Slice]]:
-    """Yield a block's slices, moved to where adapter `number` lies and scaled as it is."""
+    """Yield a block's slices, moved and scaled as adapter `number` is in the merge."""
     for name, inner in block.modules.items():
         offset = sum(part.module.rank for part in parts[name] if part.adapter < number)
         factor = next(part.factor for part in parts[name] if part.adapter == number)
@@ -182,11 +183,12 @@ def _moved(block: Block, number: int, parts: Parts) -> Iterator[tuple[str, Slice
 
 
 def _blocks_of(adapter: Adapter) -> list[Block]:
-    """Return the blocks of an adapter; where its header has no complete ones, all of it is one."""
+    """Return the blocks of an adapter; if its header has no complete ones, all of it is one."""
     return read_blocks(adapter.header.get("blocks")) or [_whole(adapter)]
 
 
 def _whole(adapter: Adapter) -> Block:
+    """Return a block that covers the whole adapter."""
     modules = {module.name: Slice(0, module.rank, 1.0) for module in adapter.modules()}
     return Block(plain_name(adapter.name), adapter.sha256, modules)
 
@@ -205,7 +207,7 @@ def _block_fields(blocks: Sequence[Block], merged: Adapter) -> list[BlockFields]
 def _history_entry(
     adapters: Sequence[Adapter], method: str, settings: StaticSettings, portable: bool
 ) -> HistoryEntry:
-    """Return the history's entry for the merge, with the settings that the method reads."""
+    """Return the history entry of the merge, with the settings that the method reads."""
     values: dict[str, object] = {
         "weights": list(settings.weights or ()),
         "density": float(settings.density),
@@ -225,8 +227,8 @@ def _history_entry(
     )
 
 
-def _base(adapters: Sequence[Adapter], reporter: Reporter) -> BaseFields | None:
-    """Return what is recorded of the first base model named; warn if the adapters differ in it."""
+def _recorded_base(adapters: Sequence[Adapter], reporter: Reporter) -> BaseFields | None:
+    """Return what is recorded about the first base model named; warn if the bases differ."""
     bases = {adapter.name: name for adapter in adapters if (name := base_name(adapter))}
     if not bases:
         return None
@@ -245,8 +247,8 @@ def _base(adapters: Sequence[Adapter], reporter: Reporter) -> BaseFields | None:
     return base
 
 
-def _chat(headers: Sequence[Header], reporter: Reporter) -> dict[str, str]:
-    """Return the header's fields for chat where the adapters that have them agree."""
+def _chat_fields(headers: Sequence[Header], reporter: Reporter) -> dict[str, str]:
+    """Return the header's chat fields if the adapters that have them agree; else warn."""
     choices = {chat for header in headers if (chat := header.get("chat"))}
     if len(choices) > 1:
         reporter.note(

@@ -1,9 +1,9 @@
-"""Task vectors of one module: what each adapter adds to its weights, and sums of them.
+"""Task vectors of one module: what each adapter adds to its weights, and ways to combine them.
 
-A part is one adapter's A/B pair at the module with its weight; its task vector is w·s·B·A. Sums of
-parts are exact as stacked factors. Methods that look at single parameters (TIES, DARE, magnitude)
-need the dense task vectors, formed for a few rows of one module at a time. Which method does what
-is in module_merges.py.
+A part is one adapter's A/B pair at the module with its weight; its task vector is w·s·B·A. Stacked
+factors give sums of task vectors exactly. Methods that look at single parameters (TIES, DARE,
+magnitude) need dense task vectors, which are formed for a few rows of one module at a time. Which
+method does what is in module_merges.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BLOCK = 1 << 20  # parameters of a task vector that are formed at a time
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter's A/B pair at a module, its weight, and which of the adapters it is."""
+    """One adapter's A/B pair at a module, its weight, and the adapter's index."""
 
     module: LoraModule
     weight: float
@@ -31,29 +31,29 @@ class Part:
 
     @property
     def factor(self) -> float:
-        """w·s, by which B·A is the task vector."""
+        """w·s: the task vector is B·A times this."""
         return self.weight * self.module.scale
 
 
-# Takes the next rows of a part's ΔW; zeroes in place what is dropped and rescales the rest.
+# Takes the next rows of a part's ΔW; sets what is dropped to zero and rescales the rest, in place.
 Thin = Callable[[FloatArray], None]
-# Begins the thinning of a part, whose rows then come in order.
+# Returns a Thin for one part, which is to be given the rows in order.
 Thinning = Callable[[Part], Thin]
 # Combines the weighted and thinned task vectors of all parts, parameter by parameter.
 Combination = Callable[[Sequence[FloatArray]], FloatArray]
 
 
-def stacked(parts: Sequence[Part]) -> Pair:
+def stack_parts(parts: Sequence[Part]) -> Pair:
     """Return A = [A_1; …; A_N] and B = [w_1·s_1·B_1, …]: B·A is the sum of the task vectors."""
     a = np.concatenate([part.module.a for part in parts], axis=0)
     b = np.concatenate([part.module.b * np.float32(part.factor) for part in parts], axis=1)
     return a, b
 
 
-def combined(parts: Sequence[Part], thinning: Thinning, combine: Combination) -> FloatArray:
-    """Return the thinned task vectors of one module, combined: dense, d_out × d_in, float32.
+def combine_parts(parts: Sequence[Part], thinning: Thinning, combine: Combination) -> FloatArray:
+    """Return the combination of the thinned task vectors of one module: d_out × d_in, float32.
 
-    Besides the result, memory holds some rows of each part and what `thinning` needs.
+    Besides the result, memory holds a few rows of each part and what `thinning` needs.
     """
     merged = np.empty(parts[0].module.shape, np.float32)
     thin_by_part = [thinning(part) for part in parts]
@@ -71,7 +71,7 @@ def combined(parts: Sequence[Part], thinning: Thinning, combine: Combination) ->
 
 
 def row_blocks(part: Part) -> Iterator[FloatArray]:
-    """Yield ΔW = s·B·A of a part, without its weight, a block of rows after the other, float32."""
+    """Yield ΔW = s·B·A of a part, without its weight, in runs of rows, float32."""
     a = part.module.a
     b: FloatArray = part.module.b * np.float32(part.module.scale)
     count = max(1, _BLOCK // a.shape[1])
@@ -80,16 +80,16 @@ def row_blocks(part: Part) -> Iterator[FloatArray]:
 
 
 def total(task_vectors: Sequence[FloatArray]) -> FloatArray:
-    """Return the sum, parameter by parameter."""
+    """Return the sum of the task vectors."""
     return sum(task_vectors[1:], start=task_vectors[0])
 
 
-def elected(task_vectors: Sequence[FloatArray]) -> FloatArray:
+def elected_mean(task_vectors: Sequence[FloatArray]) -> FloatArray:
     """Return, for each parameter, the mean of the values that have the elected sign.
 
-    The elected sign is that of the sum; the mean is over the values other than zero that have it
-    (TIES, Yadav et al., 2023, section 3, steps 2 and 3). Where the sum is zero no sign is elected
-    and the result is zero.
+    The elected sign is that of the sum; the mean is over the nonzero values that have it (TIES,
+    Yadav et al., 2023, section 3, steps 2 and 3). If the sum is zero no sign is elected and the
+    result is zero.
     """
     sign = np.sign(total(task_vectors))
     agreeing = [np.where(np.sign(values) == sign, values, np.float32(0)) for values in task_vectors]
@@ -100,7 +100,7 @@ def elected(task_vectors: Sequence[FloatArray]) -> FloatArray:
 def trimming(density: Decimal) -> Thinning:
     """Keep the floor(density·n) largest of the n parameters of each module by |ΔW| (TIES, step 1).
 
-    The rest become zero. Of equal ones the first are kept, so that their number is exact.
+    The rest become zero. Of equals the first are kept, so that the number kept is exact.
     """
 
     def begin(part: Part) -> Thin:
@@ -120,7 +120,7 @@ def trimming(density: Decimal) -> Thinning:
 
 
 def _threshold(part: Part, count: int) -> tuple[float, int]:
-    """Return the `count`-th largest |ΔW| of a part, and how many of that size to keep."""
+    """Return the `count`-th largest |ΔW| of a part, and how many of exactly that size to keep."""
     if count == 0:
         return float("inf"), 0
     size = np.empty(part.module.shape[0] * part.module.shape[1], np.float32)
@@ -136,8 +136,7 @@ def _threshold(part: Part, count: int) -> tuple[float, int]:
 def dropping(density: Decimal, seed: int) -> Thinning:
     """Keep each parameter of ΔW with probability `density` and divide it by that.
 
-    DARE (Yu et al., 2024). The draws depend on the seed, the module's name and which of the
-    adapters it is.
+    DARE (Yu et al., 2024). The draws depend on the seed, the module's name and the adapter's index.
     """
     share = np.float32(density)
 

@@ -1,7 +1,7 @@
-"""What can be asked of a transformers model whatever its family, and where it keeps its layers.
+"""What lorakit asks of a transformers model of any family, such as where its layers are.
 
-A model is typed `Model` everywhere in lorakit: transformers types its attributes too widely to be
-of use, and code from the hub does not type them at all. This file knows neither tokens nor LoRA.
+A model is typed `Model` everywhere in lorakit: transformers types its attributes too broadly to be
+of use, and code from the hub does not type them at all. This module knows neither tokens nor LoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ModelConfig = Any  # transformers.PretrainedConfig
 
 
 def text_config(model: Model) -> ModelConfig:
-    """Return the config of the text decoder; of most models that is the whole config."""
+    """Return the config of the text decoder; for most models that is the whole config."""
     return model.config.get_text_config()
 
 
@@ -30,14 +30,14 @@ def forward_parameters(model: Model) -> Collection[str]:
 
 
 def decoder_layers(model: Model) -> Sequence[torch.nn.Module] | None:
-    """Return the model's decoder layers, bottom first; None where they are not one list."""
+    """Return the model's decoder layers, bottom first; None if they are not in one list."""
     count = text_config(model).num_hidden_layers
     lists = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
     return next((list(layers) for layers in lists if len(layers) == count), None)
 
 
 def decoder_prefix(model: Model) -> str:
-    """Return how the names of the text decoder's modules begin: "" where it is all the model is."""
+    """Return the prefix of the text decoder's module names: "" for a model of text alone."""
     if text_config(model) is model.config:
         return ""
     decoder = model.get_decoder()
@@ -46,10 +46,11 @@ def decoder_prefix(model: Model) -> str:
 
 @contextlib.contextmanager
 def activation_checkpointing(model: Model) -> Iterator[None]:
-    """Recompute activations in the backward pass inside the block, so that fewer are held.
+    """Inside the block, recompute activations in the backward pass, so that fewer are stored.
 
-    A layer checkpoints only while its own `training` flag is set; its parts keep theirs, so that no
-    layer's dropout is switched on. Raises LorakitError for a model that cannot checkpoint.
+    A layer checkpoints only while its own `training` flag is set; the flags of its submodules stay
+    as they are, so that no dropout is switched on. Raises LorakitError for a model that cannot
+    checkpoint.
     """
     if not model.supports_gradient_checkpointing:
         raise LorakitError("this model cannot checkpoint; leave --gradient-checkpointing out")

@@ -1,14 +1,14 @@
-"""How a base attends on a CPU: in float32, and row by row where rows are packed into one sequence.
+"""How a base attends on a CPU: in float32, and row by row if rows are packed into one sequence.
 
 On CPUs PyTorch's bfloat16 attention has a slow backward pass, and one mask that keeps packed rows
-apart would cost as much as a single row of their joint length. So a packed sequence is cut at its
-rows, and each is attended to alone, under the model's own rule (causal, sliding window):
+apart would cost as much as a single row of their total length. So a packed sequence is cut into its
+rows, and attention is computed for each alone, with the model's own mask (causal, sliding window):
 
     with packed([4, 2]):          # a sequence of six tokens holds a row of four and a row of two
         model(...)                # tokens 0-3 see tokens 0-3, tokens 4 and 5 see tokens 4 and 5
     model(...)                    # outside the block all six tokens are one row
 
-How rows are packed is in batches.py and not known here.
+How rows are packed is decided in batches.py and not known here.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths", default=None)
 
 
 class RowMasks(NamedTuple):
-    """Stands in for the attention mask of packed rows: the length and the mask of each row.
+    """The attention mask of packed rows: the length and the mask of each row.
 
-    A mask is bool (1, 1, length, length), None where it is the causal one.
+    A mask is bool (1, 1, length, length), or None if it is the causal one.
     """
 
     lengths: list[int]
@@ -39,7 +39,7 @@ class RowMasks(NamedTuple):
 
 @contextlib.contextmanager
 def packed(lengths: Sequence[int]) -> Iterator[None]:
-    """Treat every sequence given to a model inside the block as rows of these lengths."""
+    """Inside the block, treat every sequence that a model reads as rows of these lengths."""
     token = _lengths.set(lengths)
     try:
         yield
@@ -48,7 +48,7 @@ def packed(lengths: Sequence[int]) -> Iterator[None]:
 
 
 def attend_by_row(model: Model) -> None:
-    """Make a model that uses PyTorch's attention attend in float32, and by row where packed."""
+    """Make a model that uses PyTorch's attention attend in float32, and by row if packed."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(BY_ROW)
 
@@ -61,7 +61,7 @@ def _attention(
     mask: torch.Tensor | RowMasks | None,
     **settings: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers' own function does, in float32, to each packed row by itself.
+    """Compute attention by transformers' own function, in float32 and for each packed row alone.
 
     query, key and value are (1 or rows, heads, tokens, width).
     """
@@ -80,7 +80,7 @@ def _attention(
 
 
 def _mask(**arguments: object) -> torch.Tensor | RowMasks | None:
-    """Make the mask that transformers makes, or one for each of the packed rows."""
+    """Return the mask that transformers makes, or one for each packed row."""
     make_mask = transformers.AttentionMaskInterface()["sdpa"]
     lengths = _lengths.get()
     if lengths is None:

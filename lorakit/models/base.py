@@ -1,6 +1,6 @@
-"""Base models: loading one with its tokenizer, and what the rest of lorakit asks about it.
+"""Base models: load one with its tokenizer, and answer what the rest of lorakit asks about it.
 
-Putting adapters on a base is the business of lora.py, and writing with it that of generation.py.
+Adapters are attached in lora.py; text is generated in generation.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorakit.models.batches import can_pack
 from lorakit.models.tokens import Encoder, Tokenizer
 from lorakit.settings import GenerationSettings, TrainingSettings
 
-UNLIMITED = 1 << 30  # tokens: the context of a model whose config gives none
+UNLIMITED = 1 << 30  # tokens: the context of a model whose config sets none
 _LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -55,7 +55,7 @@ _SHAPE_FIELDS = (
 
 @dataclass(frozen=True)
 class Base:
-    """A base model in evaluation mode with its tokenizer, and the name the user gave for it.
+    """A base model in evaluation mode with its tokenizer, and the name that the user gave.
 
     `end_tokens` are the ids at which generation stops, the tokenizer's own end token first.
     """
@@ -83,19 +83,19 @@ class Base:
 
     @functools.cached_property
     def packs(self) -> bool:
-        """Whether rows may be packed into one sequence; tried out when first asked."""
+        """Whether rows can be packed into one sequence; found by a trial on first use."""
         return can_pack(self.model)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of those fields of the config that decide the shapes of the weights."""
+        """The SHA-256 of the config fields that determine the shapes of the weights."""
         config = text_config(self.model).to_dict()
         fields = {name: config[name] for name in _SHAPE_FIELDS if name in config}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
     def record(self) -> dict[str, str | bool]:
-        """How an adapter's header records its base; `local` marks the name of a folder."""
+        """The base as an adapter's header records it; `local` marks the name of a folder."""
         record: dict[str, str | bool] = {"name": self.name, "fingerprint": self.fingerprint}
         if self.revision is not None:
             record["revision"] = self.revision
@@ -104,9 +104,9 @@ class Base:
         return record
 
     def uses_chat(self, choice: str) -> bool:
-        """Tell whether the chat template is applied: `auto` where there is one, `on`, or `off`.
+        """Return whether to apply the chat template; `auto` does if there is one.
 
-        Raises LorakitError for `on` where the tokenizer has no template.
+        Raises LorakitError for `on` if the tokenizer has no template.
         """
         if choice == "on" and not self.tokenizer.chat_template:
             raise LorakitError(f"the tokenizer of {self.name} has no chat template; use --chat off")
@@ -115,7 +115,7 @@ class Base:
     def encoder_for(
         self, settings: GenerationSettings | TrainingSettings, *, chat: str | None = None
     ) -> Encoder:
-        """Return the encoder that the settings ask for; `chat` overrides theirs."""
+        """Return the encoder that the settings ask for; `chat`, if not None, overrides theirs."""
         return self.encoder(
             chat=settings.chat if chat is None else chat,
             max_length=settings.max_length,
@@ -125,7 +125,7 @@ class Base:
     def encoder(
         self, *, chat: str, max_length: int | None = None, truncate: bool = False
     ) -> Encoder:
-        """Return the encoder of this model, limited to its context and `max_length`."""
+        """Return an encoder for this model, limited to its context and to `max_length`."""
         limit = min(self.context, max_length or self.context)
         return Encoder(self.tokenizer, self.end_tokens[0], limit, self.uses_chat(chat), truncate)
 
@@ -140,17 +140,17 @@ def load_base(
 ) -> Base:
     """Load a causal language model and its tokenizer from a folder, the hub, or the package.
 
-    Only safetensors weights are read. Raises LorakitError for what cannot be loaded, weights that
-    are missing, a slow tokenizer, and a model without an end token.
+    Only safetensors weights are read. Raises LorakitError for what cannot be loaded, for missing
+    weights, for a slow tokenizer, and for a model without an end token.
     """
     quieten_transformers()
-    place = str(Path(__file__).parents[1] / TINY) if name == TINY else os.path.expanduser(name)
+    location = str(Path(__file__).parents[1] / TINY) if name == TINY else os.path.expanduser(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with explaining_load_errors("the tokenizer of", name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
     with explaining_load_errors("the model", name):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            location, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
         model, report = loaded
         model.to(device)
@@ -162,14 +162,14 @@ def load_base(
     if not tokenizer.is_fast:
         raise LorakitError(f"the tokenizer of {name} is a slow one; convert it to tokenizer.json")
     end_tokens = _end_tokens(model, tokenizer, name)
-    _settle_(model, device)
+    _prepare_(model, device)
     return Base(model, tokenizer, name, end_tokens, dtype, revision)
 
 
-def _settle_(model: Model, device: torch.device) -> None:
-    """Freeze a model that was just loaded, and make it compute as lorakit wants it to."""
+def _prepare_(model: Model, device: torch.device) -> None:
+    """Freeze a freshly loaded model, and set how it computes and generates."""
     model.requires_grad_(False).eval()
-    model.generation_config = transformers.GenerationConfig()  # its habits are not the user's wish
+    model.generation_config = transformers.GenerationConfig()  # the user's settings alone apply
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_make_contiguous)
     if device.type == "cpu":
@@ -178,7 +178,7 @@ def _settle_(model: Model, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def explaining_load_errors(what: str, name: str) -> Iterator[None]:
-    """Turn whatever the libraries raise on a bad folder or hub id into a LorakitError of one line.
+    """Turn what the libraries raise for a bad folder or hub id into a one-line LorakitError.
 
     `what` is `the model` or `the tokenizer of`.
     """
@@ -193,7 +193,7 @@ def explaining_load_errors(what: str, name: str) -> Iterator[None]:
 
 
 def quieten_transformers() -> None:
-    """Silence what the libraries print while they load a model."""
+    """Silence what the libraries print while loading a model."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -202,17 +202,17 @@ def quieten_transformers() -> None:
 def _make_contiguous(
     module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """Copy the head's input where it is a slice: torch would copy the larger weight instead."""
+    """Copy the head's input if it is a slice; otherwise torch would copy the larger weight."""
     return tuple(tensor.contiguous() for tensor in inputs)
 
 
 def _end_tokens(model: Model, tokenizer: Tokenizer, name: str) -> tuple[int, ...]:
-    """Return the end tokens that the tokenizer and the model's configs name, each once."""
-    named = [tokenizer.eos_token_id]
+    """Return the end tokens that the tokenizer and the model's configs name, without repeats."""
+    candidates = [tokenizer.eos_token_id]
     for config in (model.generation_config, text_config(model)):
         ids = getattr(config, "eos_token_id", None)
-        named += ids if isinstance(ids, list) else [ids]
-    ends = tuple(dict.fromkeys(token for token in named if token is not None))
+        candidates += ids if isinstance(ids, list) else [ids]
+    ends = tuple(dict.fromkeys(token for token in candidates if token is not None))
     if not ends:
         raise LorakitError(
             f"the model {name} has no end token; set eos_token in its tokenizer_config.json"

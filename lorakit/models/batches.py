@@ -1,8 +1,8 @@
 """Which rows go through the model together, and how they lie in its tensors: padded or packed.
 
-Logits are wanted only where a token is learnt, and computing anything else is a waste. So a row's
-last token is only a label, never an input, and rows are laid out so that the output head computes
-little but what is learnt. Take the rows 1 5 6 | 7 2 and 1 | 8 2, learnt from the bar on:
+Logits are needed only where a token is learnt. So a row's last token is only a label, never an
+input, and rows are laid out so that the output head computes little else. Take the rows
+1 5 6 | 7 2 and 1 | 8 2, learnt from the bar on:
 
     padded (any model)              packed (models that attend by row, see attention.py)
     input_ids  1 5 6 7              input_ids     1 5 6 7 1 8
@@ -10,10 +10,10 @@ little but what is learnt. Take the rows 1 5 6 | 7 2 and 1 | 8 2, learnt from th
     labels     7 2                  places        2 3 4 5
                8 2                  labels        7 2 8 2
 
-Padded rows are aligned on the right, so that every completion ends in the last column and a model
-asked for its last few logits (`logits_to_keep`) gives all that are learnt. Packed rows have no
-padding: each counts its positions from 0 and sees itself alone, and `places` are the tokens whose
-next one is learnt.
+Padded rows are aligned on the right, so that every completion ends in the last column and the last
+few logits of a model (`logits_to_keep`) are all that are needed. Packed rows have no padding: each
+counts its positions from 0 and sees only itself, and `places` are the tokens whose next token is
+learnt.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from lorakit.models.tokens import Example
 
 IGNORED = -100
 _NEEDED_TO_PACK = {"position_ids", "logits_to_keep"}
+# What a model raises whose code cannot read packed rows.
 _REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class MicroBatch(NamedTuple):
     """Padded rows that go through the model together.
 
-    input_ids (rows, length) int64; mask (rows, length) bool, None where no row is padded;
-    labels (rows, width) int64 for the last `width` positions, IGNORED where no loss is due.
+    input_ids (rows, length) int64; mask (rows, length) bool, None if no row is padded;
+    labels (rows, width) int64 for the last `width` positions, IGNORED where there is no loss.
     """
 
     input_ids: torch.Tensor
@@ -49,7 +50,7 @@ class Pack(NamedTuple):
     """Rows one after another in one sequence.
 
     input_ids and position_ids (1, tokens) int64; `lengths` of the rows; places (targets,) int64 of
-    the tokens whose next one is learnt, row after row, and labels (targets,), those next ones.
+    the tokens whose next token is learnt, row after row; labels (targets,), those next tokens.
     """
 
     input_ids: torch.Tensor
@@ -62,8 +63,8 @@ class Pack(NamedTuple):
 # — which rows go together —
 
 
-def shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    """Return 0 … count-1 in the order of an epoch; the same on every machine."""
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """Return 0 … count-1 in the seeded order of an epoch, the same on every machine."""
     order = list(range(count))
     random.Random(f"order:{seed}:{epoch}").shuffle(order)
     return order
@@ -73,16 +74,16 @@ def epoch_batches(
     examples: Sequence[Example], batch_size: int, seed: int, epoch: int
 ) -> Iterator[list[Example]]:
     """Yield the batches of one optimiser step each, in the shuffled order of the epoch."""
-    order = shuffled(len(examples), seed, epoch)
+    order = epoch_order(len(examples), seed, epoch)
     for first in range(0, len(order), batch_size):
-        yield [examples[place] for place in order[first : first + batch_size]]
+        yield [examples[index] for index in order[first : first + batch_size]]
 
 
 def micro_batches(examples: Sequence[Example], tokens: int) -> list[list[Example]]:
-    """Sort examples by length and cut them into runs of at most `tokens` tokens, padding counted.
+    """Sort examples by length and cut them into runs of at most `tokens` tokens with padding.
 
-    An example that is longer goes alone. Every position of a run is computed, so sorting keeps the
-    padding small; the sum of their losses does not depend on the cut.
+    A longer example goes alone. Every position of a run is computed, and sorting keeps the padding
+    small; the sum of the losses does not depend on how the examples are cut.
     """
     runs: list[list[Example]] = []
     for example in sorted(examples, key=lambda example: -len(example.ids)):
@@ -93,12 +94,14 @@ def micro_batches(examples: Sequence[Example], tokens: int) -> list[list[Example
     return runs
 
 
-def packs(examples: Sequence[Example], tokens: int, *, at_least: int = 1) -> list[list[Example]]:
+def fill_packs(
+    examples: Sequence[Example], tokens: int, *, at_least: int = 1
+) -> list[list[Example]]:
     """Distribute examples over as few packs of at most `tokens` tokens as the greedy rule allows.
 
-    The longest example comes first, and each goes into the pack that is the smallest so far, so
-    that packs are of about one size. An example that is longer than `tokens` goes alone; there are
-    `at_least` packs where there are as many examples.
+    Going from the longest example to the shortest, each joins the smallest pack so far, so that
+    packs are of similar size. An example longer than `tokens` goes alone. There are at least
+    `at_least` packs, if there are that many examples.
     """
     ordered = sorted(examples, key=lambda example: -len(example.ids))
     total = sum(len(example.ids) for example in ordered)
@@ -125,11 +128,11 @@ def lay_out(rows: Sequence[Example], device: torch.device) -> MicroBatch:
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
     labels = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         tokens = torch.tensor(row.ids)
-        ids[place, length - len(tokens) + 1 :] = tokens[:-1]
-        mask[place, length - len(tokens) + 1 :] = True
-        labels[place, width - row.targets :] = tokens[row.start :]
+        ids[index, length - len(tokens) + 1 :] = tokens[:-1]
+        mask[index, length - len(tokens) + 1 :] = True
+        labels[index, width - row.targets :] = tokens[row.start :]
     padding = None if bool(mask.all()) else mask.to(device)
     return MicroBatch(ids.to(device), padding, labels.to(device))
 
@@ -137,8 +140,8 @@ def lay_out(rows: Sequence[Example], device: torch.device) -> MicroBatch:
 def completion_logits(model: Model, batch: MicroBatch) -> torch.Tensor:
     """Return the logits (rows, width, vocabulary) where a micro-batch has labels.
 
-    They come from the model's own forward, soft-capping, head bias and all; positions are counted
-    without the padding on the left.
+    They come from the model's own forward, with soft-capping, head bias and so on; positions do not
+    count the padding on the left.
     """
     inputs: dict[str, object] = {"input_ids": batch.input_ids, "use_cache": False}
     width = batch.labels.shape[1]
@@ -190,11 +193,11 @@ def target_logits(model: Model, batch: Pack) -> torch.Tensor:
 
 @torch.no_grad()
 def can_pack(model: Model) -> bool:
-    """Tell whether a model keeps packed rows apart, by its config and by a trial.
+    """Return whether a model keeps packed rows apart, by its config and by a trial.
 
-    In the trial the logits of a row packed behind another have to be those of the row alone, and to
-    the bit the same behind whatever other row. A state, or a mixing of neighbours, that does not
-    stop where the row starts would change them.
+    In the trial, a row packed behind another must give the logits of the row alone, and bit for bit
+    the same ones behind any other row. A recurrent state, or a convolution, that crosses the start
+    of the row would change them.
     """
     if text_config(model)._attn_implementation != BY_ROW:
         return False
@@ -214,6 +217,6 @@ def can_pack(model: Model) -> bool:
 
 
 def _trial_row(model: Model, length: int, first: int) -> Example:
-    """Return a row of `length` tokens, counted up from `first`."""
+    """Return a row of `length` consecutive token ids from `first` on."""
     size = text_config(model).vocab_size
-    return Example(tuple((first + place) % size for place in range(length)), 1, "a trial")
+    return Example(tuple(token % size for token in range(first, first + length)), 1, "a trial")

@@ -1,4 +1,4 @@
-"""Where to compute, in which number format, and how a CPU program reuses freed memory."""
+"""The device to compute on, the number format, and how a CPU program reuses freed memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _DTYPES: dict[str, torch.dtype] = {
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next allocation; without glibc, do nothing.
+    """Make glibc keep freed memory for the next allocation; without glibc, do nothing.
 
     It keeps blocks of up to 32 MiB, and returns the end of its heap once 1 GiB of it is free. A
     pass through a model frees every tensor soon after it was allocated; returning that memory to
     the system and getting it back page by page took a third of LoRAHub's time on a small model.
-    Only a program may call this: malloc's settings belong to the whole process.
+    Only a program should call this, since malloc's settings apply to the whole process.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc, or no such call
         mallopt = ctypes.CDLL(None).mallopt
@@ -35,9 +35,9 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(choice: str) -> torch.device:
-    """Return the device of that name; `auto` is the fastest there is.
+    """Return the device named `choice`; `auto` is the fastest available.
 
-    Raises LorakitError where the machine does not have it.
+    Raises LorakitError if the machine does not have it.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -48,7 +48,7 @@ def pick_device(choice: str) -> torch.device:
         choice = next(name for name, present in available.items() if present)
     if not available[choice]:
         raise LorakitError(f"this machine has no {choice} device; use --device auto")
-    if choice == "cuda":  # one process a GPU, under torchrun or `accelerate launch`
+    if choice == "cuda":  # one process per GPU, under torchrun or `accelerate launch`
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         if rank >= torch.cuda.device_count():
             raise LorakitError(
@@ -61,9 +61,9 @@ def pick_device(choice: str) -> torch.device:
 def pick_dtype(choice: str, device: torch.device, *, training: bool) -> torch.dtype:
     """Return the base's number format.
 
-    `auto` is bfloat16 where the device multiplies matrices much faster in it; on a CPU for training
+    `auto` is bfloat16 if the device multiplies matrices much faster in it, on a CPU for training
     only, so that what is generated there does not depend on how rows are batched. Raises
-    LorakitError for float16 in training, where small gradients would be lost.
+    LorakitError for float16 in training, where small gradients would underflow.
     """
     if choice == "float16" and training:
         raise LorakitError("float16 gradients underflow; train with --dtype bfloat16 or float32")
@@ -77,6 +77,6 @@ def pick_dtype(choice: str, device: torch.device, *, training: bool) -> torch.dt
 
 
 def _has_fast_bfloat16() -> bool:
-    """Tell whether this CPU has matrix instructions for bfloat16 (AMX)."""
-    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(ask and ask())
+    """Return whether this CPU has matrix instructions for bfloat16 (AMX)."""
+    supports_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supports_amx and supports_amx())

@@ -1,8 +1,8 @@
-"""Generation: completions for a stream of records, in their order.
+"""Generate completions for a stream of records, in order.
 
-Records are taken a window at a time, so that memory holds one window. Inside it they are batched by
-length, which leaves little padding, and yielded in the order they came. In float32 a row writes the
-same in a batch as alone. Files are not known here; predictions.py reads and writes them.
+Records are taken a window at a time, so that memory holds one window. Within it they are batched by
+length, which leaves little padding, and yielded in their original order. In float32 the output for
+a record is the same in a batch as alone. Files are read and written in predictions.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BATCHES_A_WINDOW = 16
 
 
 def window_size(settings: GenerationSettings) -> int:
-    """Return how many records are sorted and written together."""
+    """Return the number of records in a window."""
     return BATCHES_A_WINDOW * settings.batch_size
 
 
@@ -34,9 +34,9 @@ def generate(
     *,
     first: int = 0,
 ) -> Iterator[tuple[Record, Example]]:
-    """Yield each record with its `prediction`, and its prompt in tokens, in their order.
+    """Yield each record with its `prediction`, and its prompt in tokens, in order.
 
-    `first` is the number of records before these (a multiple of the window), which seeds sampling.
+    `first` is the number of records before these (a multiple of the window); it seeds sampling.
     Raises LorakitError naming a record whose prompt leaves no room for the new tokens.
     """
     size = window_size(settings)
@@ -55,14 +55,14 @@ def generate(
 def _complete_window(
     base: Base, prompts: Sequence[Example], settings: GenerationSettings
 ) -> list[str]:
-    """Return the completion of each prompt, in their order; batches are cut longest first."""
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
+    """Return the completions of the prompts, in order; batches are cut longest first."""
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].ids))
     texts = [""] * len(prompts)
     for start in range(0, len(order), settings.batch_size):
-        places = order[start : start + settings.batch_size]
-        rows = [prompts[place].ids for place in places]
-        for place, ids in zip(places, complete(base, rows, settings), strict=True):
-            texts[place] = text_of(base, ids)
+        indices = order[start : start + settings.batch_size]
+        rows = [prompts[index].ids for index in indices]
+        for index, ids in zip(indices, complete(base, rows, settings), strict=True):
+            texts[index] = text_of(base, ids)
     return texts
 
 
@@ -72,7 +72,7 @@ def complete(
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, up to and without the first end token.
 
-    Prompts are padded on the left under a mask, so that a row does not see what it is batched with.
+    Prompts are padded on the left and masked, so that no row depends on the rest of its batch.
     """
     length = max(map(len, prompts))
     pad = base.end_tokens[0]  # hidden by the mask; a tokenizer's own may lie outside the vocabulary
@@ -90,7 +90,7 @@ def complete(
 
 
 def text_of(base: Base, ids: Sequence[int]) -> str:
-    """Return the text of new tokens, without special tokens and outer white space."""
+    """Return the text of new tokens, without special tokens or surrounding white space."""
     text = base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text).strip()
 
@@ -98,7 +98,7 @@ def text_of(base: Base, ids: Sequence[int]) -> str:
 def _generation_config(
     base: Base, settings: GenerationSettings, pad: int
 ) -> transformers.GenerationConfig:
-    """Return a generation config of these settings alone, none of those the model came with."""
+    """Return a generation config of these settings alone, without the model's defaults."""
     decoding: dict[str, object] = {"do_sample": False, "num_beams": 1}
     if settings.temperature:
         decoding = {

@@ -1,7 +1,7 @@
-"""LoRA on a base model: which projections it has, and adapters put on them. It alone names peft.
+"""LoRA on a base model: find its projections and put adapters on them, by peft.
 
-An adapter is attached as one PEFT adapter whose modules, ranks and scales are the adapter's own, so
-that what the model computes is what PEFT computes from the adapter's folder.
+No other module imports peft. An adapter is attached as one PEFT adapter with its own modules, ranks
+and scales, so that the model computes what PEFT computes from the adapter's folder.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.adapters.names import layer_of
+from lorakit.adapters.names import last_part, layer_of
 from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model, decoder_prefix
 from lorakit.models.base import Base
 
-ADAPTER = "default"  # the name under which PEFT keeps the one adapter that is on a base
+ADAPTER = "default"  # PEFT's name for the one adapter that is on a base
 _FAMILY_TARGETS: Mapping[str, Sequence[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
@@ -31,8 +31,8 @@ _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 class PeftLayer(Protocol):
     """A projection with LoRA on it: what lorakit uses of peft.tuners.lora.LoraLayer.
 
-    The dictionaries are by the adapter's name; lora_A holds weights (rank, d_in), lora_B (d_out,
-    rank).
+    The dictionaries are by adapter name; the weights are (rank, d_in) in lora_A and (d_out, rank)
+    in lora_B.
     """
 
     lora_A: Mapping[str, torch.nn.Linear]  # noqa: N815  PEFT's name
@@ -47,8 +47,8 @@ class PeftLayer(Protocol):
 def projections(model: Model) -> dict[str, tuple[int, int]]:
     """Return (d_out, d_in) of every projection that LoRA can adapt, by its name in the base.
 
-    Of a model that sees or hears, only those of its text decoder. The names are those of the bare
-    base, whether LoRA is on it or not.
+    For a multimodal model, only those of its text decoder. The names are those of the bare base,
+    whether LoRA is on it or not.
     """
     prefix = decoder_prefix(model)
     shapes = {}
@@ -64,11 +64,11 @@ def projections(model: Model) -> dict[str, tuple[int, int]]:
 
 
 def default_targets(base: Base) -> tuple[list[str], str | None]:
-    """Return the query and value projections as the family names them, and a note if fused.
+    """Return the family's names of the query and value projections, and a note if fused.
 
     Raises LorakitError for a family that neither names them q_proj and v_proj nor is known to PEFT.
     """
-    endings = {name.rsplit(".", 1)[-1] for name in projections(base.model)}
+    endings = {last_part(name) for name in projections(base.model)}
     if {"q_proj", "v_proj"} <= endings:
         return ["q_proj", "v_proj"], None
     family = base.model.config.model_type
@@ -83,10 +83,10 @@ def default_targets(base: Base) -> tuple[list[str], str | None]:
 
 
 def pick_modules(base: Base, targets: Sequence[str], layers: Sequence[int] | None) -> list[str]:
-    """Return the names of the projections that end in one of `targets`, in the given layers.
+    """Return the names of the projections in `layers` (None: all) that end in one of `targets`.
 
-    No `layers` means all; `all-linear` is every projection inside a decoder layer. Raises
-    LorakitError for a target or a layer that the model does not have.
+    `all-linear` is every projection inside a decoder layer. Raises LorakitError for a target or a
+    layer that the model does not have.
     """
     inside = [name for name in projections(base.model) if layer_of(name) is not None]
     if list(targets) == ["all-linear"]:
@@ -94,7 +94,7 @@ def pick_modules(base: Base, targets: Sequence[str], layers: Sequence[int] | Non
     else:
         for target in targets:
             if not any(_ends_in(name, target) for name in inside):
-                endings = sorted({name.rsplit(".", 1)[-1] for name in inside})
+                endings = sorted({last_part(name) for name in inside})
                 raise LorakitError(
                     f"{base.name} has no module {target}; choose --target-modules from "
                     f"{', '.join(endings)}"
@@ -114,11 +114,12 @@ def pick_modules(base: Base, targets: Sequence[str], layers: Sequence[int] | Non
 
 
 def _ends_in(name: str, target: str) -> bool:
+    """Return whether the last parts of a module's name are `target`."""
     return name == target or name.endswith(f".{target}")
 
 
 def is_transposed(base: Base, modules: Sequence[str]) -> bool:
-    """Tell whether the weights of these modules are (d_in, d_out), PEFT's `fan_in_fan_out`."""
+    """Return whether these modules' weights are (d_in, d_out), PEFT's `fan_in_fan_out`."""
     module = base.model.get_submodule(modules[0])
     plain = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     return isinstance(plain, Conv1D)
@@ -129,11 +130,10 @@ def inject(
 ) -> dict[str, PeftLayer]:
     """Put a fresh LoRA on each module in `ranks`, of that rank; return PEFT's layers by name.
 
-    The scale is alpha/rank, or 1 where no alpha is given. Weights are float32, A as PEFT
-    initialises it, B zero; they alone are trainable. The base changes in place: LoRA that was on it
-    is taken off first.
+    The scale is alpha/rank, or 1 without an alpha. A and B are float32, A as PEFT initialises it, B
+    zero; they alone are trainable. The base is changed in place: any LoRA on it is removed first.
     """
-    _take_off_(base.model)
+    _remove_lora_(base.model)
     rank = max(ranks.values())
     other = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     config = peft.LoraConfig(
@@ -155,8 +155,8 @@ def inject(
     return layers
 
 
-def _take_off_(model: Model) -> None:
-    """Put the base's own projections back in the place of PEFT's layers."""
+def _remove_lora_(model: Model) -> None:
+    """Replace PEFT's layers by the base's own projections."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "lora_A"):
             parent, _, last = name.rpartition(".")
@@ -166,9 +166,9 @@ def _take_off_(model: Model) -> None:
 
 
 def attach(base: Base, adapter: Adapter) -> dict[str, PeftLayer]:
-    """Put an adapter on its base: the model then computes W0·x + s·B·A·x; return PEFT's layers.
+    """Put an adapter on its base, which then computes W0·x + s·B·A·x; return PEFT's layers.
 
-    Raises LorakitError naming the module and both shapes where the adapter does not fit.
+    Raises LorakitError naming the module and both shapes if the adapter does not fit.
     """
     modules = adapter.modules()
     check_fits(base, adapter)
@@ -196,7 +196,7 @@ def factors(layer: PeftLayer) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
 
 
 def set_rank_scales(layer: PeftLayer, scales: torch.Tensor) -> None:
-    """Multiply A·x by a scale for each rank, float32 (rank,), in a hook on PEFT's lora_A."""
+    """Multiply A·x by a scale for each rank, float32 (rank,), by a hook on PEFT's lora_A."""
     a = layer.lora_A[ADAPTER]
     a.register_buffer("rank_scales", scales, persistent=False)
     a.register_forward_hook(lambda module, inputs, output: output * module.rank_scales)
@@ -221,10 +221,11 @@ def check_fits(base: Base, adapter: Adapter) -> None:
             )
         if module.shape != shapes[module.name]:
             raise LorakitError(
-                f"{adapter.name}: {module.name} is {_by(module.shape)}, in {base.name} it is "
-                f"{_by(shapes[module.name])}; give the base the adapter was trained on by --model"
+                f"{adapter.name}: {module.name} is {_dims(module.shape)}, in {base.name} it is "
+                f"{_dims(shapes[module.name])}; give the base the adapter was trained on by --model"
             )
 
 
-def _by(shape: tuple[int, int]) -> str:
+def _dims(shape: tuple[int, int]) -> str:
+    """Return a shape as it is put in messages: `64×32`."""
     return f"{shape[0]}×{shape[1]}"

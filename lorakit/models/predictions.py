@@ -1,7 +1,7 @@
-"""Predictions for a file of records: what `lorakit generate` does between its two files.
+"""Predictions for a file of records: what `lorakit generate` does between input and output file.
 
-The output holds the input's records, untouched and in order, each with its `prediction`; a run that
-was killed can be resumed. How completions come about is known to generation.py.
+The output holds the input's records, unchanged and in order, each with its `prediction`; a killed
+run can be resumed. Completions come from generation.py.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def write_predictions(
     reporter: Reporter,
     resume: bool = False,
 ) -> None:
-    """Complete every record of `data` and write the records to `output` as they are done.
+    """Complete every record of `data`, writing each to `output` as soon as it is done.
 
-    Raises LorakitError naming file and line for a record that cannot be used; what was written
-    until then stays beside the output for `resume`.
+    Raises LorakitError naming file and line for a record that cannot be used; what was written up
+    to then stays beside the output for `resume`.
     """
     chat = chat_choice(settings.chat, adapter)
     encoder = encoder_of(base, adapter, settings)
@@ -68,18 +68,18 @@ def _tallied(record: Record, prompt: Example, tally: CutTally) -> Mapping[str, A
 def encoder_of(
     base: Base, adapter: Adapter | None, settings: GenerationSettings | TrainingSettings
 ) -> Encoder:
-    """Return the encoder for outputs of an adapter, its chat template by `chat_choice`."""
+    """Return the encoder for a base with an adapter; chat_choice decides on the template."""
     return base.encoder_for(settings, chat=chat_choice(settings.chat, adapter))
 
 
-def chat_choice(asked: str, adapter: Adapter | None) -> str:
-    """Return the choice asked for; of `auto`, what the adapter was trained with if it says so."""
+def chat_choice(requested: str, adapter: Adapter | None) -> str:
+    """Return the requested choice; for `auto`, what the adapter was trained with, if recorded."""
     stored = adapter.header.get("chat") if adapter is not None else None
-    return stored if asked == "auto" and stored else asked
+    return stored if requested == "auto" and stored else requested
 
 
 def _key(base: Base, adapter: Adapter | None, settings: GenerationSettings, chat: str) -> str:
-    """Return a hash of everything but the data that predictions depend on."""
+    """Return a hash of everything, except the data, that predictions depend on."""
     return run_key(asdict(settings), chat, base.record, adapter.sha256 if adapter else None)
 
 
@@ -87,7 +87,7 @@ def _key(base: Base, adapter: Adapter | None, settings: GenerationSettings, chat
 def _open_output(
     output: str, key: str, window: int, resume: bool
 ) -> Iterator[tuple[IO[str], list[str]]]:
-    """Yield the output stream and the lines an earlier run left, whole windows of them."""
+    """Yield the output stream and the lines that an earlier run left, in whole windows."""
     if is_stream(output):
         with open_text_output(output) as stream:
             yield stream, []
@@ -101,7 +101,7 @@ def _open_output(
 def _skip(records: Iterator[Record], done: list[str]) -> None:
     """Skip the records whose predictions were written by an earlier run.
 
-    Raises LorakitError where the data is not what that run had read.
+    Raises LorakitError if the data is not what that run had read.
     """
     for line in done:
         record = next(records, None)

@@ -1,6 +1,6 @@
 """Embed texts, token by token, by one layer of a pretrained encoder.
 
-It implements the Embedder of scoring/bertscore.py, which knows how to compare the vectors.
+LayerEmbedder implements the Embedder of scoring/bertscore.py, which compares the vectors.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A model without a head, in float32, and its tokenizer: together they turn texts into vectors.
+    """A model without a head, in float32, and its tokenizer.
 
-    `prefix` is put before every text, `uncounted` are the ids of its class and separator tokens,
+    `prefix` is put before every text, `uncounted` are the ids of the class and separator tokens,
     `limit` is the longest sequence in tokens.
     """
 
@@ -46,7 +46,7 @@ class TextEncoder:
         return str(transformers.__version__)
 
     def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token ids and attention mask (both texts × tokens), padded at the right."""
+        """Return token ids and attention mask (both texts × tokens), padded on the right."""
         encoded = self.tokenizer(
             [f"{self.prefix}{text.strip()}" for text in texts],
             padding=True,
@@ -58,18 +58,18 @@ class TextEncoder:
 
 
 def load_text_encoder(name: str, *, device: torch.device) -> TextEncoder:
-    """Load a pretrained model without its head, of an encoder and decoder the encoder alone.
+    """Load a pretrained model without its head; of an encoder-decoder model, the encoder alone.
 
-    Byte-level tokenizers see a space before the first word, as bert-score has it. Raises
-    LorakitError where there is no such model, or weights are missing (but for an unused pooler).
+    Byte-level tokenizers see a space before the first word, as in bert-score. Raises LorakitError
+    if there is no such model, or weights are missing (except for an unused pooler).
     """
     quieten_transformers()
-    place = os.path.expanduser(name)
+    location = os.path.expanduser(name)
     with explaining_load_errors("the tokenizer of", name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(location)
     with explaining_load_errors("the model", name):
         model, report = transformers.AutoModel.from_pretrained(
-            place, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            location, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     missing = [key for key in report["missing_keys"] if "pooler" not in key]
     if missing:
@@ -88,7 +88,7 @@ def load_text_encoder(name: str, *, device: torch.device) -> TextEncoder:
 
 
 def _longest(model: Model, tokenizer: Tokenizer) -> int:
-    """Return the longest sequence both read; RoBERTa's positions start after its padding id."""
+    """Return the longest sequence that both can read; RoBERTa counts from after padding_idx."""
     positions = getattr(model.config, "max_position_embeddings", None) or UNLIMITED
     skipped = getattr(getattr(model, "embeddings", None), "padding_idx", None)
     return min(int(tokenizer.model_max_length), positions - (0 if skipped is None else skipped + 1))
@@ -110,15 +110,15 @@ class LayerEmbedder:
     def embed(self, texts: Sequence[str]) -> list[EmbeddedText]:
         """Return the tokens of each text, in order; texts of similar length share a batch.
 
-        White space around a text is dropped, and so is what exceeds the model's maximum length.
+        White space around a text is dropped, as are tokens beyond the model's maximum length.
         """
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         embedded: dict[int, EmbeddedText] = {}
         for start in range(0, len(order), _BATCH):
-            places = order[start : start + _BATCH]
-            batch = self._embed_batch([texts[place] for place in places])
-            embedded.update(zip(places, batch, strict=True))
-        return [embedded[place] for place in range(len(texts))]
+            indices = order[start : start + _BATCH]
+            batch = self._embed_batch([texts[index] for index in indices])
+            embedded.update(zip(indices, batch, strict=True))
+        return [embedded[index] for index in range(len(texts))]
 
     @torch.no_grad()
     def _embed_batch(self, texts: Sequence[str]) -> list[EmbeddedText]:
@@ -137,7 +137,7 @@ def open_embedder(lang: str, name: str | None = None, layer: int | None = None) 
     """Return the embedder of a folder or hub id (default: the language's) on the fastest device.
 
     Without `layer` it takes the one tuned for the model, or the last layer of an unknown model.
-    Raises LorakitError where there is no such model or layer.
+    Raises LorakitError if there is no such model or layer.
     """
     name = name or DEFAULT_MODELS.get(lang, OTHER_MODEL)
     encoder = load_text_encoder(name, device=pick_device("auto"))

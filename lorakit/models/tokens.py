@@ -1,6 +1,6 @@
 """From records to tokens: prompt and completion as one string, and which of its tokens are learnt.
 
-It works with any fast tokenizer and loads none; base.py does that.
+Any fast tokenizer will do; base.py loads them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from lorakit.records import Record
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerFast
 
-# The date that chat templates get when they ask for today's, so that a run does not depend on its
-# day. A macro in front of the template hides the function of that name, which would ask the clock.
+# The date that chat templates get when they ask for today's, so that a run does not depend on the
+# day. A macro put before the template shadows the function of that name, which reads the clock.
 CHAT_DATE = datetime.date(2025, 1, 1)
 _DATED = "".join(
     [
@@ -31,8 +31,8 @@ _DATED = "".join(
 class Example:
     """A record in tokens: `ids`, of which those from `start` on are learnt.
 
-    `where` is the place the record was read from, `cut` the number of tokens that its prompt lost
-    to fit the context.
+    `where` says where the record was read from, `cut` how many tokens its prompt lost to fit the
+    context.
     """
 
     ids: tuple[int, ...]
@@ -42,7 +42,7 @@ class Example:
 
     @property
     def targets(self) -> int:
-        """How many tokens are learnt: the completion's and the end token."""
+        """The number of tokens that are learnt: the completion's and the end token."""
         return len(self.ids) - self.start
 
 
@@ -51,7 +51,7 @@ class Encoder:
     """Turns records into tokens for one model.
 
     `end` is the end token's id, `limit` the longest sequence in tokens, `chat` whether the
-    tokenizer's chat template is applied.
+    tokenizer's chat template is applied, `truncate` whether long prompts are cut.
     """
 
     tokenizer: Tokenizer
@@ -64,7 +64,7 @@ class Encoder:
         """Encode prompt, completion and end token, together at most `limit` tokens.
 
         The completion's tokens are those that end inside the completion. Raises LorakitError naming
-        the record when it is too long and may not be, or cannot be, cut.
+        the record if it is too long and must not, or cannot, be cut.
         """
         return self._fit(record, self._encode_both, 0)
 
@@ -76,7 +76,7 @@ class Encoder:
         return self._fit(record, self._encode_prompt, room)
 
     def _fit(self, record: Record, encode: Callable[[Record], Example], room: int) -> Example:
-        """Encode a record, cutting its prompt's end until it fits with `room` more tokens."""
+        """Encode a record, cutting the end of its prompt until `room` more tokens fit."""
         whole = encode(record)
         example, text, over = whole, record.prompt, len(whole.ids) + room - self.limit
         while over > 0:
@@ -123,28 +123,28 @@ class Encoder:
         ids, ends = self._tokens(text)
         start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
         answer = ids[start:]
-        if self.chat and self.end in answer:  # what the template writes after it is never generated
+        if self.chat and self.end in answer:  # drop what the template writes after the end token
             answer = answer[: answer.index(self.end)]
         before = self._never_empty(ids[:start])
         return Example((*before, *answer, self.end), len(before), record.where)
 
     def _never_empty(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the tokens, or where there are none the token that begins a text."""
+        """Return the tokens or, if there are none, the token that begins a text."""
         begin = self.tokenizer.bos_token_id
         return ids or (self.end if begin is None else begin,)
 
     def _tokens(self, text: str) -> tuple[tuple[int, ...], list[int]]:
-        """Return the ids of a text and, for each, where in the text it ends (special: 0)."""
+        """Return the ids of a text and where in it each ends (0 for special tokens)."""
         encoded = self.tokenizer(
             text, add_special_tokens=not self.chat, return_offsets_mapping=True, truncation=False
         )
         ids, ends = tuple(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
-        while ids and ids[-1] == self.end and ends[-1] == 0:  # put there by the tokenizer itself
+        while ids and ids[-1] == self.end and ends[-1] == 0:  # added by the tokenizer itself
             ids, ends = ids[:-1], ends[:-1]
         return ids, ends
 
     def _render(self, prompt: str, answer: str | None, where: str) -> str:
-        """Apply the chat template; without an answer, up to where the answer begins."""
+        """Return the chat as the template writes it; without an answer, up to where one begins."""
         import jinja2
 
         turns = [{"role": "user", "content": prompt}]
@@ -167,7 +167,10 @@ class Encoder:
 
 @dataclass
 class CutTally:
-    """Counts what `--truncate` cut, so that it can be reported."""
+    """Counts the records, and the tokens of those that `--truncate` cut, for a note.
+
+    `cut` is the number of records cut, `tokens` what they had and `lost` what they lost.
+    """
 
     records: int = 0
     cut: int = 0
@@ -185,7 +188,7 @@ class CutTally:
 
     @property
     def note(self) -> str | None:
-        """A sentence on how many records were cut and by how much; None where none was."""
+        """A line on how many records were cut and by how much; None if none was."""
         if not self.cut:
             return None
         return (
@@ -197,7 +200,7 @@ class CutTally:
 def encode_all(
     records: Iterable[Record], encode: Callable[[Record], Example], note: Callable[[str], None]
 ) -> list[Example]:
-    """Encode the records, in order, and note how much of them `--truncate` cut, if anything."""
+    """Encode the records in order; if `--truncate` cut any, call `note` with a line about it."""
     tally = CutTally()
     examples = [tally.add(encode(record)) for record in records]
     if tally.note:

@@ -1,8 +1,8 @@
-"""Checkpoints: what a killed training run needs to go on to the same bytes.
+"""Checkpoints: what a killed training run needs to resume and end in the same bytes.
 
-One safetensors file beside the output, replaced whole after every epoch: weights, the best weights,
-AdamW's moments, the state of the trainer's hooks, and how far training has come. Its key is a hash
-of everything that shapes the run, so that only the same run goes on from it.
+One safetensors file beside the output, replaced atomically after every epoch: the weights, the best
+weights, AdamW's moments, the state of the trainer's hooks, and how far training has come. Its key
+is a hash of everything that shapes the run, so that only the same run resumes from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from lorakit.files import atomic_path
 from lorakit.models.lora import factors
-from lorakit.resume import beside, run_key
+from lorakit.resume import path_beside, run_key
 from lorakit.training.trainer import Progress, Trainer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -28,7 +28,7 @@ _HOOK = "hook"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The checkpoint of one run, at `path`; None where nothing can be kept (stdout)."""
+    """The checkpoint of one run, at `path`; None if nothing can be saved (output to stdout)."""
 
     path: Path | None
     key: str
@@ -43,9 +43,9 @@ class Checkpoint:
             write_tensors(tensors, {"key": self.key, "progress": progress}, stream)
 
     def restore_(self, trainer: Trainer) -> bool:
-        """Bring `trainer` to where the run stopped; return False where there is no checkpoint.
+        """Bring `trainer` to where the run stopped; return False if there is no checkpoint.
 
-        Raises LorakitError when the checkpoint is of a run with other settings or other data.
+        Raises LorakitError if the checkpoint is of a run with other settings or other data.
         """
         if self.path is None or not self.path.exists():
             return False
@@ -55,19 +55,19 @@ class Checkpoint:
                 f"{self.path} is of a run with other settings, data or adapters; repeat those, or "
                 "start afresh without --resume"
             )
-        _restore(trainer, {name: torch.tensor(t.array()) for name, t in tensors.items()})
+        _restore_(trainer, {name: torch.tensor(t.array()) for name, t in tensors.items()})
         trainer.progress = Progress(**json.loads(metadata["progress"]))
         return True
 
     def remove(self) -> None:
-        """Delete the file: the run is done."""
+        """Delete the file, once the run is done."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
 
 def checkpoint_of(output: str, *shaping: object) -> Checkpoint:
     """Return the checkpoint of a run that writes `output`, keyed by all that shapes the run."""
-    return Checkpoint(beside(output, "resume"), run_key(*shaping))
+    return Checkpoint(path_beside(output, "resume"), run_key(*shaping))
 
 
 def _tensor(value: torch.Tensor) -> Tensor:
@@ -75,22 +75,24 @@ def _tensor(value: torch.Tensor) -> Tensor:
 
 
 def _named_tensors(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield everything that a checkpoint stores, by the names that _restore_ reads."""
     for name, layer in trainer.layers.items():
-        for place, factor in enumerate("AB"):
-            parameter = factors(layer)[place]
+        for index, factor in enumerate("AB"):
+            parameter = factors(layer)[index]
             yield f"weight.{name}.{factor}", parameter
-            yield f"best.{name}.{factor}", trainer.best[name][place]
+            yield f"best.{name}.{factor}", trainer.best[name][index]
             for moment in _MOMENTS:
                 yield f"{moment}.{name}.{factor}", trainer.optimizer.state[parameter][moment]
     for hook, state in trainer.hook_states().items():
         yield from ((f"{_HOOK}.{hook}.{name}", value) for name, value in state.items())
 
 
-def _restore(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
+def _restore_(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
+    """Put the tensors of a checkpoint into the trainer: weights, moments, best, hooks."""
     device = trainer.base.device
     for name, layer in trainer.layers.items():
-        for place, factor in enumerate("AB"):
-            parameter = factors(layer)[place]
+        for index, factor in enumerate("AB"):
+            parameter = factors(layer)[index]
             with torch.no_grad():
                 parameter.copy_(saved[f"weight.{name}.{factor}"])
             moments = {m: saved[f"{m}.{name}.{factor}"] for m in _MOMENTS}

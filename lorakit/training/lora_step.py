@@ -1,9 +1,9 @@
-"""LoRA's forward and backward pass as one function, which keeps little for the backward pass.
+"""LoRA's forward and backward pass as one function, which stores little for the backward pass.
 
-PEFT's layers keep a float32 copy of their input; here the input stays in its own dtype, a tensor
-that neighbouring projections share, and the dropout's mask takes a byte a value. On a CPU bytes
-multiply several times faster than booleans, and drawing 16 random bits a value is several times
-faster than torch's own dropout.
+PEFT's layers store a float32 copy of their input; here the input stays in its own dtype, as a
+tensor that neighbouring projections share, and the dropout mask takes one byte per value. On a CPU,
+bytes multiply several times faster than booleans, and drawing 16 random bits per value is several
+times faster than torch's own dropout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _Forward = Callable[..., torch.Tensor]
 
 @contextlib.contextmanager
 def fused_forward(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
-    """Let PEFT's layers compute W0·x + B·(s·A·x) as one function wherever gradients are wanted."""
+    """Inside the block, PEFT's layers compute W0·x + B·(s·A·x) as one function.
+
+    Without gradients they still compute as PEFT does.
+    """
     try:
         for layer in layers.values():
             layer.forward = _fused(layer)
@@ -34,7 +37,7 @@ def fused_forward(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def switch_dropout(layers: Mapping[str, PeftLayer], *, on: bool) -> Iterator[None]:
-    """Switch the layers' dropout on or off inside the block."""
+    """Inside the block, switch the layers' dropout on or off."""
     before = [layer.lora_dropout.training for layer in layers.values()]
     for layer in layers.values():
         layer.lora_dropout.train(on)
@@ -46,16 +49,18 @@ def switch_dropout(layers: Mapping[str, PeftLayer], *, on: bool) -> Iterator[Non
 
 
 def _fused(layer: PeftLayer) -> _Forward:
-    whole, base_layer, dropper = layer.forward, layer.get_base_layer(), layer.lora_dropout[ADAPTER]
+    """Return the fused forward of a layer, which without gradients is PEFT's own."""
+    pefts_forward, base_layer = layer.forward, layer.get_base_layer()
+    dropout = layer.lora_dropout[ADAPTER]
     a, b = factors(layer)
     scales = rank_scales(layer)
 
-    def forward(x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            plain_result: torch.Tensor = whole(x, *rest, **more)
+            plain_result: torch.Tensor = pefts_forward(x, *args, **kwargs)
             return plain_result
-        share = float(getattr(dropper, "p", 0.0)) if dropper.training else 0.0
-        from_base = base_layer(x, *rest, **more)
+        share = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
+        from_base = base_layer(x, *args, **kwargs)
         output: torch.Tensor = _LoraSum.apply(from_base, x, a, b, scales, share)  # type: ignore[no-untyped-call]
         return output
 
@@ -63,7 +68,7 @@ def _fused(layer: PeftLayer) -> _Forward:
 
 
 class _LoraSum(torch.autograd.Function):
-    """W0·x + B·(s·A·dropout(x)), computed in the dtype of A and B, in the dtype of W0·x."""
+    """W0·x + B·(s·A·dropout(x)), computed in the dtype of A and B, returned in that of W0·x."""
 
     @staticmethod
     def forward(
@@ -75,7 +80,7 @@ class _LoraSum(torch.autograd.Function):
         scales: torch.Tensor,
         share: float,
     ) -> torch.Tensor:
-        keep_mask = mask(x, share) if share else None
+        keep_mask = dropout_mask(x, share) if share else None
         scales = scales / (1 - share)
         low = linear(_masked(x.to(a.dtype), keep_mask), a) * scales
         ctx.save_for_backward(x, a, b, scales, low, keep_mask)
@@ -94,19 +99,20 @@ class _LoraSum(torch.autograd.Function):
         return grad, x_grad, a_grad, b_grad, None, None
 
 
-def mask(x: torch.Tensor, share: float) -> torch.Tensor:
-    """Draw which values of `x` dropout keeps: bytes, 1 or 0, in the shape of `x`."""
+def dropout_mask(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Draw the values of `x` that dropout keeps, as bytes: 1 to keep, 0 to drop."""
     return _mask_of_bits(x, share) if x.device.type == "cpu" else _plain_mask(x, share)
 
 
 def _plain_mask(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Draw the mask by torch's own Bernoulli draws."""
     return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - share)
 
 
 def _mask_of_bits(x: torch.Tensor, share: float) -> torch.Tensor:
-    """Draw 64 bits for every four values, 16 for each.
+    """Draw the mask from random bits, 64 for every four values.
 
-    The share dropped is `share` to the nearest 1/65,536, and never all of it.
+    The share dropped is `share` rounded to 1/65,536, and never 1.
     """
     lowest = -(2**15)
     first_kept = min(lowest + round(share * 2**16), -lowest - 1)

@@ -1,12 +1,12 @@
 """The exact mean loss of a batch, and its gradient, in micro-batches and over several processes.
 
-A batch is cut into micro-batches of a fixed number of tokens, packed without padding where the base
+A batch is cut into micro-batches of a fixed number of tokens, packed without padding if the base
 allows it. The sum of their losses, divided by the number of completion tokens in the whole batch,
 is its mean loss, however it was cut and over however many processes it was distributed. Optimisers,
 epochs and pruning are not known here.
 
-A vocabulary is wide: PyTorch's own cross-entropy holds several float32 copies of all logits at
-once. `cross_entropy` makes them of a few rows at a time and keeps only the logits.
+Vocabularies are large: PyTorch's own cross-entropy holds several float32 copies of all logits at
+once. `cross_entropy` makes such copies of a few rows at a time and stores only the logits.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from lorakit.models.base import Base
 from lorakit.models.batches import (
     IGNORED,
     completion_logits,
+    fill_packs,
     lay_out,
     micro_batches,
     pack,
-    packs,
     target_logits,
 )
 from lorakit.models.tokens import Example
 
-_LOGITS_AT_ONCE = 1 << 20  # in float32
+_LOGITS_AT_ONCE = 1 << 20  # converted to float32
 
 
 def new_accelerator(device: str) -> accelerate.Accelerator:
-    """Return the accelerator of this process, of one or of many (`accelerate launch`, torchrun).
+    """Return the accelerator of this process, one of several under `accelerate launch` or torchrun.
 
-    `device` is the type that was picked, never `auto`. On a CPU accelerate must be told so: left to
-    itself it takes each of several processes for the only one.
+    `device` is the type of the chosen device, never `auto`. Accelerate has to be told that this is
+    a CPU: otherwise each of several processes believes that it is the only one.
     """
     return accelerate.Accelerator(cpu=device == "cpu")
 
 
 class BatchLoss:
-    """Cross-entropy over completion tokens, of batches of examples, under a base model.
+    """The cross-entropy of a base model on the completion tokens of batches of examples.
 
-    `tokens` bounds a micro-batch. `watch` gets each one's mask (rows, length), or None where no row
-    is padded, before its forward pass; `note` gets one line where memory has run out.
+    `tokens` bounds a micro-batch. `watch` is called with the mask (rows, length) of each
+    micro-batch, None if no row is padded, before its forward pass; `note` with a line when memory
+    has run out.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class BatchLoss:
     def backward(self, batch: Sequence[Example]) -> float:
         """Add up the gradient of the batch's mean loss over its completion tokens; return the loss.
 
-        Where memory runs out, micro-batches are halved from here on, and a note says so. Raises
-        LorakitError where a single example is too much.
+        If memory runs out, micro-batches are halved from then on, and a note says so. Raises
+        LorakitError if a single example is too much.
         """
         while True:
             try:
@@ -90,8 +91,8 @@ class BatchLoss:
         return float(summed) / sum(row.targets for row in examples)
 
     @torch.no_grad()
-    def of_each(self, examples: Sequence[Example]) -> list[float]:
-        """Return the mean loss over the completion tokens of each example, in their order."""
+    def means(self, examples: Sequence[Example]) -> list[float]:
+        """Return the mean loss over the completion tokens of each example, in order."""
         losses: dict[int, torch.Tensor] = {}
         for rows in self._cut(examples):
             for row, loss in zip(rows, self._losses(rows), strict=True):
@@ -106,6 +107,7 @@ class BatchLoss:
         return summed
 
     def _add_gradients(self, batch: Sequence[Example]) -> torch.Tensor:
+        """Add this process's part of the gradient of the batch's mean loss; return its loss."""
         targets = sum(row.targets for row in batch)
         total = torch.zeros((), device=self.base.device)
         for rows in self._own(self._cut(batch)):
@@ -115,6 +117,7 @@ class BatchLoss:
         return total
 
     def _halve(self, batch: Sequence[Example], error: torch.OutOfMemoryError) -> None:
+        """Drop the gradients and halve the micro-batches, or raise LorakitError if impossible."""
         for parameter in self.parameters:
             parameter.grad = None
         if self.tokens <= max(len(row.ids) for row in batch) or self.accelerator.num_processes > 1:
@@ -126,9 +129,9 @@ class BatchLoss:
         self.note(f"out of memory: micro-batches of {self.tokens} tokens, bytes may differ")
 
     def _cut(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """Return the examples in micro-batches, at least one for every process where packed."""
+        """Return the examples in micro-batches; if packed, at least one for every process."""
         if self.packed:
-            return packs(examples, self.tokens, at_least=self.accelerator.num_processes)
+            return fill_packs(examples, self.tokens, at_least=self.accelerator.num_processes)
         return micro_batches(examples, self.tokens)
 
     def _own(self, runs: list[list[Example]]) -> list[list[Example]]:
@@ -155,7 +158,8 @@ class BatchLoss:
         return losses.view_as(batch.labels).sum(1)
 
     def _sum_gradients(self) -> None:
-        for parameter in self.parameters:  # a module no token came through has none
+        """Sum the gradients of all processes; those of unused modules become zero."""
+        for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self.accelerator.num_processes == 1:
@@ -179,6 +183,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, *, ignored: int) -
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """`cross_entropy`, whose probabilities are computed again in the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
         counted = labels != ignored
@@ -203,5 +209,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _parts(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return runs of rows with at most _LOGITS_AT_ONCE logits, or of one row."""
     parts: tuple[torch.Tensor, ...] = logits.split(max(1, _LOGITS_AT_ONCE // logits.shape[1]))
     return parts

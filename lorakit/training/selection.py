@@ -1,4 +1,4 @@
-"""Select a model by a metric: greedy outputs for the validation records, scored as `score` does."""
+"""Compare models by a metric: greedy outputs for the validation records, scored as by `score`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lorakit.scoring.metrics import METRICS, score
 from lorakit.settings import LOSS, GenerationSettings, SelectionSettings
 
 
-class Measured:
-    """Measures the present state of a model by a metric, such that higher is better.
+class MetricMeasure:
+    """Measures a model, in its current state, by a metric, such that higher is better.
 
-    `generated` counts the outputs so far.
+    `generated` counts the outputs generated so far.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ def measure_of(
     encoder: Encoder,
     records: Sequence[Record],
     settings: SelectionSettings,
-) -> Measured | None:
-    """Return the measure of a model by `metric`, or None where that is the validation loss."""
+) -> MetricMeasure | None:
+    """Return the measure of a model by `metric`, or None if that is the validation loss."""
     if metric == LOSS:
         return None
-    return Measured(base, encoder, records, metric=metric, settings=settings)
+    return MetricMeasure(base, encoder, records, metric=metric, settings=settings)

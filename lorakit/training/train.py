@@ -1,7 +1,7 @@
 """From records to a trained adapter: `train-adapter`, and what `merge` shares with it.
 
-Reading and encoding the data, holding out a part of it, running the trainer with a checkpoint, and
-the header of the result. Stacks and pruning are not known here.
+Here data is read, encoded and partly held out, the trainer runs with a checkpoint, and the header
+of the result is written. Stacks and pruning are not known here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PACKAGES = ("lorakit", "torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class Corpus:
-    """The encoded data of a run, and the SHA-256 of the files it came from."""
+    """The encoded data of a run, and the SHA-256 of the files that it came from."""
 
     train: Sequence[Example]
     validation: Sequence[Example]
@@ -48,8 +48,8 @@ def load_corpus(
 ) -> Corpus:
     """Read and encode the training and the validation records.
 
-    Without `val` a seeded 20 % of the data, at least one record, is held out, and a note says so.
-    Raises LorakitError where there is only one record.
+    Without `val`, a seeded 20 % of the data, but at least one record, is held out, and a note says
+    so. Raises LorakitError if there is only one record.
     """
     records, digest = load_records(data, "prompt", "completion")
     hashes = {"data": digest}
@@ -62,12 +62,12 @@ def load_corpus(
         training = records
         validation, hashes["val"] = load_records(val, "prompt", "completion")
     encoded = encode_all([*training, *validation], encoder.example, reporter.note)
-    held = len(training)
-    return Corpus(encoded[:held], encoded[held:], validation, hashes)
+    count = len(training)
+    return Corpus(encoded[:count], encoded[count:], validation, hashes)
 
 
 def hold_out(records: Sequence[Record], seed: int) -> tuple[list[Record], list[Record]]:
-    """Split off a seeded share HOLD_OUT of the records; both parts stay in file order."""
+    """Return the records to train on and a seeded share HOLD_OUT to validate on, in file order."""
     if len(records) < 2:
         raise LorakitError(
             f"{records[0].where}: one record cannot be held out and trained on; give --val"
@@ -75,14 +75,14 @@ def hold_out(records: Sequence[Record], seed: int) -> tuple[list[Record], list[R
     count = max(1, int(HOLD_OUT * len(records)))
     order = list(range(len(records)))
     random.Random(f"hold-out:{seed}").shuffle(order)
-    held = set(order[:count])
+    held_out = set(order[:count])
     return (
-        [record for place, record in enumerate(records) if place not in held],
-        [records[place] for place in sorted(held)],
+        [record for index, record in enumerate(records) if index not in held_out],
+        [records[index] for index in sorted(held_out)],
     )
 
 
-def fit(
+def train_and_save(
     trainer: Trainer,
     corpus: Corpus,
     reporter: Reporter,
@@ -130,11 +130,11 @@ def train_adapter(
     targets = _targets(base, lora, reporter)
     modules = pick_modules(base, targets, lora.layers)
     corpus = load_corpus(data, val, encoder, seed=settings.seed, reporter=reporter)
-    shape = {**asdict(lora), "target_modules": targets}
+    lora_fields = {**asdict(lora), "target_modules": targets}
     entry = new_entry(
         "train-adapter",
         versions=versions(),
-        settings={**settings.history_fields(), **selection.history_fields(), **shape},
+        settings={**settings.history_fields(), **selection.history_fields(), **lora_fields},
         hashes=corpus.hashes,
     )
     ranks = dict.fromkeys(modules, lora.rank)
@@ -144,11 +144,11 @@ def train_adapter(
         dropout=settings.dropout,
         alpha=lora.alpha,
         transposed=is_transposed(base, modules),
-        there=projections(base.model),
+        projections=projections(base.model),
     )
     torch.manual_seed(settings.seed)
     layers = inject(base, ranks, alpha=lora.alpha, dropout=settings.dropout)
-    fit(
+    train_and_save(
         Trainer(
             base,
             layers,
@@ -160,13 +160,15 @@ def train_adapter(
         reporter,
         checkpoint=checkpoint_of(output, entry, base.record),
         resume=resume,
-        export=lambda best: Adapter(tensors_of(best), config, header(base, settings, entry)),
+        export=lambda best: Adapter(
+            tensors_of(best), config, trained_header(base, settings, entry)
+        ),
         output=output,
     )
 
 
 def _targets(base: Base, lora: LoraSettings, reporter: Reporter) -> list[str]:
-    """Return the target modules asked for, else the family's query and value projections."""
+    """Return the requested target modules, else the family's query and value projections."""
     if lora.target_modules is not None:
         return sorted(lora.target_modules)
     targets, note = default_targets(base)
@@ -175,7 +177,7 @@ def _targets(base: Base, lora: LoraSettings, reporter: Reporter) -> list[str]:
     return targets
 
 
-def header(
+def trained_header(
     base: Base,
     settings: TrainingSettings,
     entry: HistoryEntry,
@@ -185,7 +187,7 @@ def header(
 ) -> Header:
     """Return the header of a trained adapter: its base, chat choice, blocks and history.
 
-    The history is that of the parents, each entry once, and then `entry`.
+    The history is that of the parents, without repeated entries, followed by `entry`.
     """
     chat = {"chat": settings.chat}
     if settings.chat == "on":
@@ -195,7 +197,7 @@ def header(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of lorakit and of the packages that compute for it."""
+    """Return the versions of lorakit and of the packages that it computes with."""
     return {name: version_of(name) for name in _PACKAGES}
 
 
@@ -204,8 +206,8 @@ def resolve_auto(
 ) -> TrainingSettings:
     """Return the settings with `auto` resolved: the base's dtype, and chat `on` or `off`.
 
-    Chat is what was asked for, else what the parents were trained with, else `on` where the
-    tokenizer has a template. Raises LorakitError where the parents do not agree.
+    Chat is what was requested, else what the parents were trained with, else `on` if the tokenizer
+    has a template. Raises LorakitError if the parents do not agree.
     """
     choices = {str(parent.header["chat"]) for parent in parents if parent.header.get("chat")}
     chat = settings.chat

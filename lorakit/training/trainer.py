@@ -1,9 +1,9 @@
 """The training loop: LoRA weights on a frozen base, one exact optimiser step after another.
 
-A trainer can stop after any step and go on to the same bytes, so that runs can be paused, parked
-and resumed. What else happens around a step, pruning for one, is done by a StepHook. Losses and
-gradients are in loss.py; where weights and examples come from and what becomes of the result is
-not known here.
+A trainer can stop after any step and go on to the same bytes, so that runs can be paused and
+resumed. Anything else that happens around a step, such as pruning, is done by a StepHook. Losses
+and gradients are in loss.py; where weights and examples come from, and what becomes of the result,
+is not known here.
 """
 
 from __future__ import annotations
@@ -34,38 +34,38 @@ Measure = Callable[[], float]
 
 
 class StepHook:
-    """Something that is done around every optimiser step; each method here does nothing.
+    """Called around every optimiser step; does nothing unless a subclass overrides a method.
 
-    A subclass overrides what it needs. `name` tells the hooks of one trainer apart, in checkpoints.
+    `name` identifies the hook in checkpoints, among those of one trainer.
     """
 
     name = ""
 
     def is_validation_due(self, step: int) -> bool:
-        """Return whether the validation set has to be passed through before the next step."""
+        """Return whether to run the validation set through the model before the next step."""
         return False
 
     def before_clipping(self) -> None:
-        """Look at the gradients of the step before they are clipped."""
+        """Read the gradients of the step before they are clipped."""
 
     def after_step(self, step: int) -> None:
-        """Change the weights after the optimiser has; `step` counts from 1."""
+        """Change the weights after the optimiser's step, number `step` from 1."""
 
     def around_validation(self, losses: BatchLoss) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the validation set passes through the model."""
+        """Return a context in which the validation set is run through the model."""
         return contextlib.nullcontext()
 
     def state(self) -> State:
-        """Return copies of what a paused run needs to go on to the same bytes, by name."""
+        """Return copies of the tensors that a resumed run needs from this hook, by name."""
         return {}
 
     def restore_(self, state: State) -> None:
-        """Take over what `state` returned."""
+        """Restore what `state` returned."""
 
 
 @dataclass
 class Progress:
-    """How far training has come: all that a resumed run needs besides weights and moments.
+    """How far training has come: what a resumed run needs besides weights, moments and hooks.
 
     `epoch` counts finished epochs. `best_value`, higher is better, is the metric of --select-by
     (the negative loss where that is `loss`); `best_loss` breaks ties. `loss_sum` and `targets`
@@ -87,10 +87,10 @@ class Progress:
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
-    """Return what the learning rate is multiplied by at optimiser step 0 … steps-1.
+    """Return the factor of the learning rate at optimiser step 0 … steps-1.
 
-    It rises linearly over the first `warmup` share of the steps, then falls to 0 (linear, cosine)
-    or stays (constant).
+    It rises linearly over the share `warmup` of the steps, then falls to 0 (linear, cosine) or
+    stays at 1 (constant).
     """
     rise = round(warmup * steps)
     if step < rise:
@@ -104,8 +104,8 @@ def learning_rate_factor(schedule: str, step: int, steps: int, warmup: float) ->
 class Trainer:
     """One training run over the LoRA of a base; `layers` are PEFT's layers by module name.
 
-    Hooks act in the order given. `measure` returns the value, higher is better, by which epochs are
-    compared (`--select-by`); None compares them by the validation loss.
+    Hooks act in the order of `hooks`. `measure` returns the value, higher is better, by which
+    epochs are compared (`--select-by`); None compares them by the validation loss.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Trainer:
         return {hook.name: hook.state() for hook in self.hooks}
 
     def restore_hooks_(self, states: Mapping[str, State]) -> None:
-        """Give each hook its state back; a hook that has none there stays as it is."""
+        """Restore each hook's state; a hook without one in `states` stays as it is."""
         for hook in self.hooks:
             if hook.name in states:
                 hook.restore_(states[hook.name])
@@ -163,20 +163,20 @@ class Trainer:
     def begin(
         self, examples: Sequence[Example], validation: Sequence[Example], reporter: Reporter
     ) -> None:
-        """Set what to train and validate on, and validate first where a hook asks for it."""
+        """Set the data and the reporter, and validate first if a hook asks for it."""
         self._examples, self._validation, self._reporter = examples, validation, reporter
         self.losses.note = reporter.note
         reporter.start(self.steps, self.settings.epochs, self.progress.step)
-        self._validate_where_due()
+        self._validate_if_due()
 
     def train(
         self, examples: Sequence[Example], validation: Sequence[Example], reporter: Reporter
     ) -> Iterator[Progress]:
-        """Train to the last epoch, or until `patience` epochs in a row brought nothing better.
+        """Train to the last epoch, or until `patience` epochs in a row were no better.
 
-        Yields after every epoch, so that a caller can save a checkpoint; at the end `best` holds
-        the weights of the best epoch on the validation set. Raises LorakitError where a loss is
-        not finite.
+        Yields after every epoch, so that the caller can save a checkpoint. At the end `best` holds
+        the weights of the best epoch on the validation set. Raises LorakitError if a loss is not
+        finite.
         """
         self.begin(examples, validation, reporter)
         while not self.is_done:
@@ -185,7 +185,7 @@ class Trainer:
         self.check_best()
 
     def check_best(self) -> None:
-        """Raise LorakitError where no epoch had a finite validation loss."""
+        """Raise LorakitError if no epoch had a finite validation loss."""
         if not self.progress.best_epoch:
             raise LorakitError("no epoch had a finite validation loss; lower --lr")
 
@@ -213,7 +213,7 @@ class Trainer:
                 if progress.step == until:
                     return
                 self._reporter.step(self._step(batch, self.steps))
-                self._validate_where_due()
+                self._validate_if_due()
         if progress.step < (progress.epoch + 1) * len(order):
             return
         self._end_epoch(time.perf_counter() - started)
@@ -222,6 +222,7 @@ class Trainer:
         return epoch_batches(self._examples, self.settings.batch_size, self.settings.seed, epoch)
 
     def _end_epoch(self, seconds: float) -> None:
+        """Validate, keep the weights if they are the best so far, and report the epoch."""
         progress = self.progress
         progress.epoch += 1
         loss = self.validate(self._validation)
@@ -240,9 +241,9 @@ class Trainer:
         self._reporter.epoch(report)
 
     def value(self, measure: Measure | None = None) -> float:
-        """Return the value of the weights in the model, higher is better, alike on every process.
+        """Return the value of the model's weights, higher is better, the same on every process.
 
-        `measure` defaults to the run's own, and that to the negative validation loss.
+        `measure` defaults to the trainer's own, and that to the negative validation loss.
         """
         measure = measure or self.measure
         with switch_dropout(self.layers, on=False):
@@ -252,11 +253,12 @@ class Trainer:
         total = self.losses.summed(torch.tensor(value, device=self.base.device))
         return float(total / self.accelerator.num_processes)
 
-    def _validate_where_due(self) -> None:
+    def _validate_if_due(self) -> None:
         if any(hook.is_validation_due(self.progress.step) for hook in self.hooks):
             self.validate(self._validation)
 
     def _keep_if_best(self, value: float, loss: float) -> None:
+        """Copy the weights to `best` if the epoch beats all before it."""
         progress = self.progress
         if math.isfinite(loss) and (value, -loss) > (progress.best_value, -progress.best_loss):
             progress.best_epoch = progress.epoch
@@ -264,7 +266,7 @@ class Trainer:
             self.best = self.weights()
 
     def _step(self, batch: Sequence[Example], steps: int) -> StepReport:
-        """Do one optimiser step of `steps` on a batch."""
+        """Take one of `steps` optimiser steps, on a batch."""
         started, progress = time.perf_counter(), self.progress
         torch.manual_seed(
             self.settings.seed * 1_000_003 + progress.step * 1_009 + self.accelerator.process_index
@@ -277,13 +279,7 @@ class Trainer:
         for hook in self.hooks:
             hook.before_clipping()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
-        rate = self.settings.lr * learning_rate_factor(
-            self.settings.schedule, progress.step, steps, self.settings.warmup
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        rate = self._update_weights_(steps)
         progress.step += 1
         for hook in self.hooks:
             hook.after_step(progress.step)
@@ -300,8 +296,20 @@ class Trainer:
             tokens_per_second=round(tokens / (time.perf_counter() - started), 1),
         )
 
+    def _update_weights_(self, steps: int) -> float:
+        """Apply the gradients at the step's learning rate, and return that."""
+        settings = self.settings
+        rate = settings.lr * learning_rate_factor(
+            settings.schedule, self.progress.step, steps, settings.warmup
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return rate
+
     def validate(self, examples: Sequence[Example]) -> float:
-        """Return the mean loss over all completion tokens, the hooks looking on."""
+        """Return the mean loss over all completion tokens, within every hook's context."""
         with switch_dropout(self.layers, on=False), contextlib.ExitStack() as stack:
             for hook in self.hooks:
                 stack.enter_context(hook.around_validation(self.losses))
@@ -309,7 +317,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _training_mode(self) -> Iterator[None]:
-        """Switch on LoRA's dropout (the frozen base has none), and checkpointing if asked for."""
+        """Inside the block, LoRA's dropout is on (the base has none), and checkpointing if set."""
         with contextlib.ExitStack() as stack:
             if self.settings.gradient_checkpointing:
                 stack.enter_context(activation_checkpointing(self.base.model))

@@ -21,7 +21,7 @@ import pytest
 import lorakit
 from lorakit.errors import LorakitError
 from lorakit.judging.asking import ask_all
-from lorakit.resume import SavedValues, hidden_beside
+from lorakit.resume import SavedValues, hidden_path_beside
 from tests.support.endpoints import Reply, serving
 from tests.support.program import ENVIRONMENT, PROGRAM, wait_for
 
@@ -244,11 +244,11 @@ def test_the_first_error_ends_the_asking_after_what_is_there() -> None:
 
 
 def test_answers_outlive_an_error_and_are_dropped_without_resume(tmp_path: Path) -> None:
-    side = hidden_beside(str(tmp_path / "out"), "answers.part")
+    side = hidden_path_beside(str(tmp_path / "out"), "answers.part")
 
     def fail(*, resume: bool, known: dict[str, str], **more: str) -> None:
         with SavedValues(side, resume=resume, writer="judge") as answers:
-            assert answers.known == known
+            assert answers.values == known
             for key, answer in more.items():
                 answers.add(key, answer)
             raise KeyError

@@ -14,7 +14,14 @@ from lorakit.adapters.adapter import LoraModule
 from lorakit.adapters.tensors import FloatArray, Tensor
 from lorakit.merging import task_vectors
 from lorakit.merging.methods import METHODS
-from lorakit.merging.task_vectors import Part, combined, dropping, elected, total, trimming
+from lorakit.merging.task_vectors import (
+    Part,
+    combine_parts,
+    dropping,
+    elected_mean,
+    total,
+    trimming,
+)
 from lorakit.settings import StaticSettings
 
 ONE = [[4, -1], [0.5, -3]]
@@ -63,9 +70,9 @@ def test_ties_without_trimming_elects_and_means_over_those_that_agree() -> None:
 
 
 def test_the_mean_counts_no_zeros() -> None:
-    assert elected([np.array([[2, 0]], np.float32), np.zeros((1, 2), np.float32)]).tolist() == [
-        [2, 0]
-    ]
+    assert elected_mean(
+        [np.array([[2, 0]], np.float32), np.zeros((1, 2), np.float32)]
+    ).tolist() == [[2, 0]]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,21 +103,23 @@ def test_the_order_of_the_adapters_does_not_matter_to_ties() -> None:
 def test_exactly_the_share_is_kept_ties_or_not(density: str, values: str) -> None:
     delta = np.random.default_rng(0).normal(size=(10, 10))
     delta = {"equal": np.ones((10, 10)), "random": delta, "two sizes": np.sign(delta) + 3}[values]
-    kept = combined([part(delta)], trimming(Decimal(density)), total)
+    kept = combine_parts([part(delta)], trimming(Decimal(density)), total)
     assert np.count_nonzero(kept) == int(100 * Decimal(density))
     assert np.abs(kept[kept != 0]).min(initial=9) >= np.abs(delta[kept == 0]).max(initial=0) - 1e-6
 
 
 def test_dropping_keeps_the_share_and_the_mean() -> None:
     delta = np.full((400, 300), 2.0)
-    kept = combined([part(delta)], dropping(Decimal("0.25"), seed=0), total)
+    kept = combine_parts([part(delta)], dropping(Decimal("0.25"), seed=0), total)
     assert set(np.unique(kept)) == {0.0, 8.0}
     assert np.mean(kept != 0) == pytest.approx(0.25, abs=0.01)
 
 
 def test_the_draws_depend_on_seed_module_and_adapter() -> None:
     def drop(seed: int = 0, **given: Any) -> bytes:
-        return combined([part(np.ones((20, 20)), **given)], dropping(HALF, seed), total).tobytes()
+        return combine_parts(
+            [part(np.ones((20, 20)), **given)], dropping(HALF, seed), total
+        ).tobytes()
 
     assert drop() == drop()
     assert len({drop(), drop(seed=1), drop(adapter=1), drop(name="v")}) == 4

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from lorakit.models.base import Base
-from lorakit.models.batches import can_pack, lay_out, pack, packs, target_logits
+from lorakit.models.batches import can_pack, fill_packs, lay_out, pack, target_logits
 from lorakit.models.lora import default_targets, factors, inject, pick_modules
 from lorakit.models.tokens import Example
 from lorakit.records import Record
@@ -132,7 +132,7 @@ def test_packed_and_padded_batches_have_one_loss_and_gradient(
         batch = examples(losses.base, 8)
         loss = losses.backward(batch)
         gradients = [parameter.grad for parameter in losses.parameters]
-        results.append((loss, gradients, losses.mean(batch), losses.of_each(batch)))
+        results.append((loss, gradients, losses.mean(batch), losses.means(batch)))
     packed_so, padded_so = results
     assert packed_so[0] == pytest.approx(padded_so[0], rel=1e-5)
     assert packed_so[2] == pytest.approx(padded_so[2], rel=1e-5)
@@ -152,17 +152,17 @@ def test_packed_rows_over_a_bfloat16_base_are_near_the_padded_ones(llama: str) -
 @pytest.mark.parametrize("at_least", [1, 2, 5])
 def test_packs_hold_every_row_once_within_the_budget(llama: str, at_least: int) -> None:
     batch = examples(open_base(llama), 20)
-    packed = packs(batch, 90, at_least=at_least)
+    packed = fill_packs(batch, 90, at_least=at_least)
     assert sorted(row.where for rows in packed for row in rows) == sorted(
         row.where for row in batch
     )
     assert all(len(rows) == 1 or sum(len(row.ids) for row in rows) <= 90 for rows in packed)
     total = sum(len(row.ids) for row in batch)
     assert len(packed) >= max(at_least, total / 90)
-    assert len(packs(batch, 10**6, at_least=at_least)) == at_least
-    assert len(packs(batch[:2], 10**6, at_least=5)) == 2
-    assert len(packs(batch, 1)) == 20
-    assert packs([], 90) == []
+    assert len(fill_packs(batch, 10**6, at_least=at_least)) == at_least
+    assert len(fill_packs(batch[:2], 10**6, at_least=5)) == 2
+    assert len(fill_packs(batch, 1)) == 20
+    assert fill_packs([], 90) == []
 
 
 def test_the_worked_example_is_how_rows_are_padded_and_packed() -> None:

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from lorakit.models.lora import default_targets, factors, inject, pick_modules, set_rank_scales
-from lorakit.training.lora_step import _LoraSum, _mask_of_bits, _plain_mask, fused_forward, mask
+from lorakit.training.lora_step import (
+    _LoraSum,
+    _mask_of_bits,
+    _plain_mask,
+    dropout_mask,
+    fused_forward,
+)
 from tests.support.models import open_base, save_model
 
 
@@ -65,7 +71,7 @@ def test_dropout_is_pefts_with_our_mask(llama: str, monkeypatch: pytest.MonkeyPa
         found = logits_and_gradients(base, layers)
         other_draw = logits_and_gradients(base, layers, seed=6)
     monkeypatch.setattr(
-        torch.nn.Dropout, "forward", lambda self, x: x * mask(x, self.p) / (1 - self.p)
+        torch.nn.Dropout, "forward", lambda self, x: x * dropout_mask(x, self.p) / (1 - self.p)
     )
     for one, other in zip(found, logits_and_gradients(base, layers), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -92,7 +98,7 @@ def test_a_mask_drops_its_share_of_values_each_by_itself(share: float, draw: Any
 
 @pytest.mark.parametrize("share", [1e-6, 1 - 1e-6])
 def test_a_share_near_its_ends_drops_almost_nothing_or_almost_all(share: float) -> None:
-    assert abs(float(mask(torch.empty(10_000), share).double().mean()) - (1 - share)) < 1e-3
+    assert abs(float(dropout_mask(torch.empty(10_000), share).double().mean()) - (1 - share)) < 1e-3
 
 
 def test_a_bfloat16_base_is_added_to_in_float32(llama: str) -> None:
