@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": (
         "Write a completion for every record, greedily by default, as its field `prediction`."
     ),
+    "show": "Show records as the model sees them: special tokens, what is learnt, what was cut.",
     "score": "Score records that hold a prediction: one line per file or --system.",
     "judge": (
         "Let language models rate predictions from 0 to 10 (GPT-Score), or choose (--against)."

@@ -14,6 +14,7 @@ from typing import Literal
 SCHEDULES = ("linear", "cosine", "constant")
 HOLD_OUT = 0.2  # the share of --data that validates when --val is missing
 _NOT_IN_HISTORY = ("device",)  # where a run computes should not change its result
+_IN_HISTORY_IF_SET = ("cut", "system", "chat_args")
 
 # Ratios or thresholds to choose from: none (pruning stays as set), one or several; with "auto" a
 # halving search picks them.
@@ -43,7 +44,8 @@ class TrainingSettings:
     """How LoRA weights are trained, by `train-adapter` and `merge` alike.
 
     Lengths are in tokens; `batch_size` is in examples an optimiser step, `warmup` a share of all
-    steps, `patience` in epochs without a lower validation loss.
+    steps, `patience` in epochs without a lower validation loss. `cut` is the part of a prompt that
+    `truncate` shortens; `system` and `chat_args` (names and values) go to the chat template.
     """
 
     lr: float = 2e-4
@@ -60,13 +62,22 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     seed: int = 0
+    cut: str = "auto"
     chat: str = "auto"
+    system: str | None = None
+    chat_args: tuple[tuple[str, object], ...] = ()
     dtype: str = "auto"
     device: str = "auto"
 
     def history_fields(self) -> dict[str, object]:
-        """Return the settings that an adapter's history records."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_IN_HISTORY}
+        """Return the settings that an adapter's history records; some of them only where set."""
+        fields = {n: value for n, value in asdict(self).items() if n not in _NOT_IN_HISTORY}
+        for name in _IN_HISTORY_IF_SET:
+            if fields[name] == getattr(TrainingSettings, name):
+                del fields[name]
+        if self.chat_args:
+            fields["chat_args"] = dict(self.chat_args)
+        return fields
 
 
 LOSS = "loss"
@@ -178,8 +189,11 @@ class GenerationSettings:
     top_p: float = 1.0
     seed: int = 0
     truncate: bool = False
+    cut: str = "auto"
     max_length: int | None = None
     chat: str = "auto"
+    system: str | None = None
+    chat_args: tuple[tuple[str, object], ...] = ()
     dtype: str = "auto"
     device: str = "auto"
 

@@ -50,16 +50,22 @@ class HistoryEntry(TypedDict, total=False):
     search: dict[str, object]
 
 
+CHAT_FIELDS = ("chat", "chat_date", "system", "chat_args")
+
+
 class Header(TypedDict, total=False):
     """What lorakit records in an adapter; `chat` is `on` or `off`, the history is oldest first.
 
-    `chat_date` is the date that the chat template was given.
+    `chat_date` is the date that the chat template was filled in with, `system` the system turn of
+    conversations without one, `chat_args` what else the template was given, by name.
     """
 
     format: int
     base: BaseFields
     chat: str
     chat_date: str
+    system: str
+    chat_args: dict[str, object]
     blocks: list[BlockFields]
     history: list[HistoryEntry]
 
@@ -73,6 +79,8 @@ FIELDS: dict[str, Kind | None] = {
     "base": {"name": str, "fingerprint": str, "revision": str, "local": bool},
     "chat": str,
     "chat_date": str,
+    "system": str,
+    "chat_args": {"*": None},
     "blocks": [
         {
             "name": str,
@@ -173,13 +181,13 @@ def new_header(
     *,
     parents: Iterable[Header] = (),
     base: Mapping[str, object] | None = None,
-    chat: Mapping[str, str] | None = None,
+    chat: Mapping[str, object] | None = None,
     blocks: Sequence[BlockFields] = (),
 ) -> Header:
     """Return the header of a new adapter.
 
-    Its history is that of its parents, without repeated entries, followed by `entry`. `chat` holds
-    the fields `chat` and `chat_date`, as far as they are known.
+    Its history is that of its parents, each entry once, and then `entry`. `chat` holds the fields
+    of CHAT_FIELDS, as far as they are known.
     """
     header: Header = {"format": FORMAT, "history": [*_joined_history(parents), entry]}
     if base is not None:

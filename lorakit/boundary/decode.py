@@ -35,6 +35,7 @@ import torch
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.kv_cache import Slots, can_slot
 from lorakit.models.base import Base
+from lorakit.models.generation import check_finite
 
 FANNED = 4  # boundaries that share one pass over a prompt and its draft
 GUESSED = 4  # tokens guessed for a row in one step
@@ -226,6 +227,7 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
     top, half = base.layers, (len(prompt) + 1) // 2
     gates.set([top])
     plain = base.model(input_ids=torch.tensor([list(prompt)], device=base.device)).logits[0]
+    check_finite(plain, base.name)
     expected = plain.float().argmax(-1).tolist()
     order = [top, *range(1, top)][:_TRIED]
     slots = Slots(base.model, len(order), len(prompt))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from lorakit.commands._types import ParamType
+from lorakit.commands._types import NamedValue, ParamType
 from lorakit.files import STDIO
 from lorakit.settings import GenerationSettings, SelectionSettings, TrainingSettings
 
@@ -140,8 +140,16 @@ seed = field_option(TrainingSettings, "seed", click.IntRange(min=0), "Seed of al
 lang = field_option(
     SelectionSettings, "lang", click.Choice(["en", "ja", "zh"]), "Language of the texts."
 )
-truncate = click.option(
-    "--truncate", is_flag=True, help="Cut the end of a prompt that is too long, instead of failing."
+truncate = together(
+    click.option(
+        "--truncate", is_flag=True, help="Cut a prompt that is too long, instead of failing."
+    ),
+    field_option(
+        TrainingSettings,
+        "cut",
+        click.Choice(["auto", "start", "middle", "end"]),
+        "Where --truncate cuts; auto: the end of the record's document, else the middle.",
+    ),
 )
 max_length = click.option(
     "--max-length",
@@ -177,6 +185,19 @@ model = together(
         "chat",
         click.Choice(["auto", "on", "off"]),
         "Apply the chat template; auto: as the adapter says, else where there is one.",
+    ),
+    click.option(
+        "--system",
+        metavar="TEXT",
+        help="System turn of conversations without one. [default: the adapter's, if any]",
+    ),
+    click.option(
+        "--chat-arg",
+        "chat_args",
+        type=NamedValue(),
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="A value for the chat template: enable_thinking=false. [default: the adapter's]",
     ),
 )
 

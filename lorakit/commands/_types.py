@@ -5,6 +5,7 @@ Each is a click ParamType; a value that it cannot read is a usage error.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from decimal import Decimal, InvalidOperation
@@ -36,6 +37,29 @@ class Names(ParamType):
         if not all(names):
             self.fail(f"{value!r} has an empty name", param, ctx)
         return names
+
+
+class NamedValue(ParamType):
+    """A name and its value, `enable_thinking=false`: a number, true, false or null, else a text."""
+
+    name = "named value"
+
+    def convert(
+        self,
+        value: str | tuple[str, object],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[str, object]:
+        if isinstance(value, tuple):
+            return value
+        name, separator, text = value.partition("=")
+        if not separator or not name.isidentifier():
+            self.fail(f"{value!r} is not of the form NAME=VALUE", param, ctx)
+        try:
+            parsed: object = json.loads(text)
+        except (ValueError, RecursionError):
+            parsed = text
+        return name, text if isinstance(parsed, dict | list) else parsed
 
 
 class Layers(ParamType):

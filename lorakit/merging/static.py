@@ -6,6 +6,7 @@ modules the config selects, the number format, the base, the chat choice, blocks
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from lorakit.adapters.blocks import (
     unique_names,
 )
 from lorakit.adapters.history import (
+    CHAT_FIELDS,
     BaseFields,
     Header,
     HistoryEntry,
@@ -247,9 +249,15 @@ def _recorded_base(adapters: Sequence[Adapter], reporter: Reporter) -> BaseField
     return base
 
 
-def _chat_fields(headers: Sequence[Header], reporter: Reporter) -> dict[str, str]:
+def _chat_fields(headers: Sequence[Header], reporter: Reporter) -> dict[str, object]:
     """Return the header's chat fields if the adapters that have them agree; else warn."""
     choices = {chat for header in headers if (chat := header.get("chat"))}
+    rest = {json.dumps(_stored_chat(h), sort_keys=True) for h in headers if h.get("chat")}
+    if len(choices) == 1 and len(rest) > 1:
+        reporter.note(
+            "Warning: the adapters were trained with different --system or --chat-arg; the merged "
+            "one has those of the first"
+        )
     if len(choices) > 1:
         reporter.note(
             "Warning: some of the adapters were trained with the chat template and some without; "
@@ -257,5 +265,9 @@ def _chat_fields(headers: Sequence[Header], reporter: Reporter) -> dict[str, str
         )
         return {}
     first = next((header for header in headers if header.get("chat")), Header())
-    fields = {"chat": first.get("chat"), "chat_date": first.get("chat_date")}
-    return {name: value for name, value in fields.items() if value}
+    return _stored_chat(first)
+
+
+def _stored_chat(header: Header) -> dict[str, object]:
+    """Return what a header says of chat, without what is empty."""
+    return {name: value for name, value in header.items() if name in CHAT_FIELDS and value}

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model, text_config
 from lorakit.models.attention import attend_by_row
 from lorakit.models.batches import can_pack
-from lorakit.models.tokens import Encoder, Tokenizer
+from lorakit.models.chat import Chat, Tokenizer
+from lorakit.models.tokens import Encoder
 from lorakit.settings import GenerationSettings, TrainingSettings
 
 UNLIMITED = 1 << 30  # tokens: the context of a model whose config sets none
@@ -108,26 +109,83 @@ class Base:
 
         Raises LorakitError for `on` if the tokenizer has no template.
         """
-        if choice == "on" and not self.tokenizer.chat_template:
-            raise LorakitError(f"the tokenizer of {self.name} has no chat template; use --chat off")
-        return choice == "on" or (choice == "auto" and bool(self.tokenizer.chat_template))
+        return _uses_chat(self.tokenizer, choice, self.name)
 
-    def encoder_for(
-        self, settings: GenerationSettings | TrainingSettings, *, chat: str | None = None
-    ) -> Encoder:
-        """Return the encoder that the settings ask for; `chat`, if not None, overrides theirs."""
-        return self.encoder(
-            chat=settings.chat if chat is None else chat,
-            max_length=settings.max_length,
-            truncate=settings.truncate,
-        )
+    def encoder_for(self, settings: GenerationSettings | TrainingSettings) -> Encoder:
+        """Return the encoder that the settings ask for, limited to the model's context."""
+        return _new_encoder(self.tokenizer, self.end_tokens, self.context, self.name, settings)
 
     def encoder(
         self, *, chat: str, max_length: int | None = None, truncate: bool = False
     ) -> Encoder:
-        """Return an encoder for this model, limited to its context and to `max_length`."""
-        limit = min(self.context, max_length or self.context)
-        return Encoder(self.tokenizer, self.end_tokens[0], limit, self.uses_chat(chat), truncate)
+        """Return the encoder of this model, limited to its context and `max_length`."""
+        settings = GenerationSettings(chat=chat, max_length=max_length, truncate=truncate)
+        return self.encoder_for(settings)
+
+
+def _uses_chat(tokenizer: Tokenizer, choice: str, name: str) -> bool:
+    if choice == "on" and not tokenizer.chat_template:
+        raise LorakitError(f"the tokenizer of {name} has no chat template; use --chat off")
+    return choice == "on" or (choice == "auto" and bool(tokenizer.chat_template))
+
+
+def _new_encoder(
+    tokenizer: Tokenizer,
+    end_tokens: tuple[int, ...],
+    context: int,
+    name: str,
+    settings: GenerationSettings | TrainingSettings,
+) -> Encoder:
+    """Return an encoder; LorakitError for a system turn or arguments without a chat template."""
+    uses_chat = _uses_chat(tokenizer, settings.chat, name)
+    if not uses_chat and (settings.system is not None or settings.chat_args):
+        option = "--chat-arg" if settings.system is None else "--system"
+        raise LorakitError(
+            f"{option} goes to a chat template, and none is applied to {name}; take an instruct "
+            "model and leave --chat off out"
+        )
+    chat = Chat(tokenizer, settings.system, dict(settings.chat_args)) if uses_chat else None
+    limit = min(context, settings.max_length or context)
+    return Encoder(tokenizer, end_tokens, limit, chat, settings.truncate, settings.cut)
+
+
+def load_encoder(
+    name: str,
+    settings: GenerationSettings | TrainingSettings,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Encoder:
+    """Load a model's tokenizer and configs, without its weights, and return its encoder.
+
+    Raises LorakitError as `load_base` does.
+    """
+    quieten_transformers()
+    location, options = (
+        _location(name),
+        {"revision": revision, "trust_remote_code": trust_remote_code},
+    )
+    with explaining_load_errors("the tokenizer of", name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
+        config = transformers.AutoConfig.from_pretrained(location, **options).get_text_config()
+    configs = [config]
+    with contextlib.suppress(OSError):  # not every model comes with one
+        configs.insert(
+            0, transformers.GenerationConfig.from_pretrained(location, revision=revision or "main")
+        )
+    _check_fast(tokenizer, name)
+    context = int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
+    return _new_encoder(tokenizer, _end_tokens(configs, tokenizer, name), context, name, settings)
+
+
+def _location(name: str) -> str:
+    """Return where a model is looked for: the folder of the shipped one, else as it is named."""
+    return str(Path(__file__).parents[1] / TINY) if name == TINY else os.path.expanduser(name)
+
+
+def _check_fast(tokenizer: Tokenizer, name: str) -> None:
+    if not tokenizer.is_fast:
+        raise LorakitError(f"the tokenizer of {name} is a slow one; convert it to tokenizer.json")
 
 
 def load_base(
@@ -144,8 +202,10 @@ def load_base(
     weights, for a slow tokenizer, and for a model without an end token.
     """
     quieten_transformers()
-    location = str(Path(__file__).parents[1] / TINY) if name == TINY else os.path.expanduser(name)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    location, options = (
+        _location(name),
+        {"revision": revision, "trust_remote_code": trust_remote_code},
+    )
     with explaining_load_errors("the tokenizer of", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
     with explaining_load_errors("the model", name):
@@ -159,9 +219,9 @@ def load_base(
             f"the model {name} has no weights for {min(report['missing_keys'])}; give a whole "
             "causal language model"
         )
-    if not tokenizer.is_fast:
-        raise LorakitError(f"the tokenizer of {name} is a slow one; convert it to tokenizer.json")
-    end_tokens = _end_tokens(model, tokenizer, name)
+    _check_fast(tokenizer, name)
+    configs = [model.generation_config, text_config(model)]
+    end_tokens = _end_tokens(configs, tokenizer, name)
     _prepare_(model, device)
     return Base(model, tokenizer, name, end_tokens, dtype, revision)
 
@@ -206,10 +266,10 @@ def _make_contiguous(
     return tuple(tensor.contiguous() for tensor in inputs)
 
 
-def _end_tokens(model: Model, tokenizer: Tokenizer, name: str) -> tuple[int, ...]:
-    """Return the end tokens that the tokenizer and the model's configs name, without repeats."""
+def _end_tokens(configs: Sequence[object], tokenizer: Tokenizer, name: str) -> tuple[int, ...]:
+    """Return the end tokens that the tokenizer and the model's configs name, each once."""
     candidates = [tokenizer.eos_token_id]
-    for config in (model.generation_config, text_config(model)):
+    for config in configs:
         ids = getattr(config, "eos_token_id", None)
         candidates += ids if isinstance(ids, list) else [ids]
     ends = tuple(dict.fromkeys(token for token in candidates if token is not None))

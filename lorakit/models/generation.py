@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import transformers
 
+from lorakit.errors import LorakitError
 from lorakit.models.base import Base
+from lorakit.models.chat import reasons, split_reasoning
 from lorakit.models.tokens import Encoder, Example
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings
@@ -47,23 +50,38 @@ def generate(
             return
         prompts = [encoder.prompt(record, settings.max_new_tokens) for record in window]
         torch.manual_seed(settings.seed * 1_000_003 + number)
-        texts = _complete_window(base, prompts, settings)
-        for record, prompt, text in zip(window, prompts, texts, strict=True):
-            yield record.with_field("prediction", text), prompt
+        completions = _complete_window(base, prompts, settings)
+        for record, prompt, completion in zip(window, prompts, completions, strict=True):
+            yield completion.added_to(record), prompt
+
+
+class Completion(NamedTuple):
+    """What a model wrote: the answer, and the reasoning before it, None where it has none."""
+
+    prediction: str
+    reasoning: str | None = None
+
+    def added_to(self, record: Record) -> Record:
+        """Return the record with the completion in its fields."""
+        predicted = record.with_field("prediction", self.prediction)
+        if self.reasoning is None:
+            return predicted
+        return predicted.with_field("reasoning", self.reasoning)
 
 
 def _complete_window(
     base: Base, prompts: Sequence[Example], settings: GenerationSettings
-) -> list[str]:
-    """Return the completions of the prompts, in order; batches are cut longest first."""
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].ids))
-    texts = [""] * len(prompts)
+) -> list[Completion]:
+    """Return the completion of each prompt, in their order; batches are cut longest first."""
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
+    completions = [Completion("")] * len(prompts)
     for start in range(0, len(order), settings.batch_size):
-        indices = order[start : start + settings.batch_size]
-        rows = [prompts[index].ids for index in indices]
-        for index, ids in zip(indices, complete(base, rows, settings), strict=True):
-            texts[index] = text_of(base, ids)
-    return texts
+        places = order[start : start + settings.batch_size]
+        rows = [prompts[place].ids for place in places]
+        for place, ids in zip(places, complete(base, rows, settings), strict=True):
+            opened = prompts[place].opens_reasoning
+            completions[place] = completion_of(base, ids, opened=opened)
+    return completions
 
 
 @torch.inference_mode()
@@ -83,16 +101,46 @@ def complete(
         mask[row, length - len(prompt) :] = 1
     config = _generation_config(base, settings, pad)
     sequences = base.model.generate(
-        input_ids=ids.to(base.device), attention_mask=mask.to(base.device), generation_config=config
+        input_ids=ids.to(base.device),
+        attention_mask=mask.to(base.device),
+        generation_config=config,
+        logits_processor=transformers.LogitsProcessorList([_FiniteLogits(base.name)]),
     )
     ends = set(base.end_tokens)
     return [_until(row, ends) for row in sequences[:, length:].tolist()]
 
 
 def text_of(base: Base, ids: Sequence[int]) -> str:
-    """Return the text of new tokens, without special tokens or surrounding white space."""
+    """Return the answer in new tokens: without special tokens, reasoning and outer white space."""
+    return completion_of(base, ids).prediction
+
+
+def completion_of(base: Base, ids: Sequence[int], *, opened: bool = False) -> Completion:
+    """Return the answer and the reasoning in new tokens; `opened`: the prompt began reasoning."""
     text = base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return str(text).strip()
+    if not reasons(base.tokenizer):
+        return Completion(str(text).strip())
+    return Completion(*split_reasoning(str(text), opened=opened))
+
+
+def check_finite(logits: torch.Tensor, name: str) -> None:
+    """Raise LorakitError where a base named `name` has computed logits that are no numbers."""
+    if bool(torch.isnan(logits).any()):
+        raise LorakitError(
+            f"{name}: its logits are not finite; take a whole copy of the model, or give --dtype "
+            "float32 where its weights are"
+        )
+
+
+class _FiniteLogits(transformers.LogitsProcessor):
+    """Checks the logits of every step of generation and changes none."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check_finite(scores, self._name)
+        return scores
 
 
 def _generation_config(

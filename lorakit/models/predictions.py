@@ -16,13 +16,14 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.errors import LorakitError
 from lorakit.files import is_stream, open_text_output
 from lorakit.models.base import Base
+from lorakit.models.chat import S, following
 from lorakit.models.generation import generate, window_size
 from lorakit.models.lora import attach
 from lorakit.models.tokens import CutTally, Encoder, Example
 from lorakit.records import Record, read_records, write_records
 from lorakit.reporting import Reporter
 from lorakit.resume import OutputLines, run_key
-from lorakit.settings import GenerationSettings, TrainingSettings
+from lorakit.settings import GenerationSettings
 
 
 def write_predictions(
@@ -40,13 +41,13 @@ def write_predictions(
     Raises LorakitError naming file and line for a record that cannot be used; what was written up
     to then stays beside the output for `resume`.
     """
-    chat = chat_choice(settings.chat, adapter)
-    encoder = encoder_of(base, adapter, settings)
+    settings = following(settings, [adapter.header] if adapter else [])
+    encoder = base.encoder_for(settings)
     if adapter is not None:
         attach(base, adapter)
     records = reporter.track(read_records(data, "prompt"), "generating")
     tally = CutTally()
-    key = _key(base, adapter, settings, chat)
+    key = _key(base, adapter, settings)
     with _open_output(output, key, window_size(settings), resume) as (stream, done):
         _skip(records, done)
         if done:
@@ -65,22 +66,15 @@ def _tallied(record: Record, prompt: Example, tally: CutTally) -> Mapping[str, A
     return record.fields
 
 
-def encoder_of(
-    base: Base, adapter: Adapter | None, settings: GenerationSettings | TrainingSettings
-) -> Encoder:
-    """Return the encoder for a base with an adapter; chat_choice decides on the template."""
-    return base.encoder_for(settings, chat=chat_choice(settings.chat, adapter))
+def encoder_of(base: Base, adapter: Adapter | None, settings: S) -> Encoder:
+    """Return the encoder for outputs of an adapter: as asked, else as it was trained."""
+    headers = [] if adapter is None else [adapter.header]
+    return base.encoder_for(following(settings, headers))
 
 
-def chat_choice(requested: str, adapter: Adapter | None) -> str:
-    """Return the requested choice; for `auto`, what the adapter was trained with, if recorded."""
-    stored = adapter.header.get("chat") if adapter is not None else None
-    return stored if requested == "auto" and stored else requested
-
-
-def _key(base: Base, adapter: Adapter | None, settings: GenerationSettings, chat: str) -> str:
-    """Return a hash of everything, except the data, that predictions depend on."""
-    return run_key(asdict(settings), chat, base.record, adapter.sha256 if adapter else None)
+def _key(base: Base, adapter: Adapter | None, settings: GenerationSettings) -> str:
+    """Return a hash of everything but the data that predictions depend on."""
+    return run_key(asdict(settings), base.record, adapter.sha256 if adapter else None)
 
 
 @contextlib.contextmanager
@@ -106,8 +100,8 @@ def _skip(records: Iterator[Record], done: list[str]) -> None:
     for line in done:
         record = next(records, None)
         written = json.loads(line)
-        written.pop("prediction")
-        if record is None or {**record.fields, "prediction": ""} != {**written, "prediction": ""}:
+        ours = dict.fromkeys(("prediction", "reasoning"))
+        if record is None or {**record.fields, **ours} != {**written, **ours}:
             where = record.where if record else "the end of --data"
             raise LorakitError(
                 f"{where}: not the record that the killed run had read; generate afresh without "

@@ -15,8 +15,8 @@ import transformers
 from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model
 from lorakit.models.base import UNLIMITED, explaining_load_errors, quieten_transformers
+from lorakit.models.chat import Tokenizer
 from lorakit.models.devices import pick_device
-from lorakit.models.tokens import Tokenizer
 from lorakit.scoring.bertscore import DEFAULT_MODELS, OTHER_MODEL, TUNED_LAYERS, EmbeddedText
 
 _BATCH = 32

@@ -1,44 +1,32 @@
 """From records to tokens: prompt and completion as one string, and which of its tokens are learnt.
 
-Any fast tokenizer will do; base.py loads them.
+It works with any fast tokenizer and loads none; base.py does that. Conversations are put into one
+text by chat.py.
 """
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.records import Record
-
-Tokenizer = Any  # transformers.PreTrainedTokenizerFast
-
-# The date that chat templates get when they ask for today's, so that a run does not depend on the
-# day. A macro put before the template shadows the function of that name, which reads the clock.
-CHAT_DATE = datetime.date(2025, 1, 1)
-_DATED = "".join(
-    [
-        "{% macro strftime_now(format) %}{{ format",
-        *(f"|replace('%{code}', '{CHAT_DATE:%{code}}')" for code in "dmYyBbAaHMSjI"),
-        "}}{% endmacro %}{{ '' }}",
-    ]
-)
+from lorakit.models.chat import OPEN, Chat, Tokenizer
+from lorakit.records import Record, Turn
 
 
 @dataclass(frozen=True)
 class Example:
     """A record in tokens: `ids`, of which those from `start` on are learnt.
 
-    `where` says where the record was read from, `cut` how many tokens its prompt lost to fit the
-    context.
+    `where` is the place the record was read from, `cut` the number of tokens that its prompt lost
+    to fit the context. `opens_reasoning` says that the prompt ends inside a block of reasoning.
     """
 
     ids: tuple[int, ...]
     start: int
     where: str
     cut: int = 0
+    opens_reasoning: bool = False
 
     @property
     def targets(self) -> int:
@@ -50,15 +38,17 @@ class Example:
 class Encoder:
     """Turns records into tokens for one model.
 
-    `end` is the end token's id, `limit` the longest sequence in tokens, `chat` whether the
-    tokenizer's chat template is applied, `truncate` whether long prompts are cut.
+    `ends` are the ids of the end tokens, the tokenizer's own first, `limit` the longest sequence in
+    tokens; `chat` applies the tokenizer's template, None joins the texts as written. `cut` says
+    what `truncate` shortens: `auto` the record's document, and of a record without one the middle.
     """
 
     tokenizer: Tokenizer
-    end: int
+    ends: tuple[int, ...]
     limit: int
-    chat: bool = False
+    chat: Chat | None = None
     truncate: bool = False
+    cut: str = "auto"
 
     def example(self, record: Record) -> Example:
         """Encode prompt, completion and end token, together at most `limit` tokens.
@@ -76,93 +66,149 @@ class Encoder:
         return self._fit(record, self._encode_prompt, room)
 
     def _fit(self, record: Record, encode: Callable[[Record], Example], room: int) -> Example:
-        """Encode a record, cutting the end of its prompt until `room` more tokens fit."""
+        """Encode a record, its prompt shortened until it fits with `room` more tokens."""
         whole = encode(record)
-        example, text, over = whole, record.prompt, len(whole.ids) + room - self.limit
+        example, over = whole, len(whole.ids) + room - self.limit
+        if over <= 0:
+            return whole
+        part = _shrinking_part(record, self.cut)
+        offsets = self._offsets(part.text)
+        removed = 0
         while over > 0:
-            if not self.truncate or not text:
+            if not self.truncate or removed >= len(offsets):
                 raise self._too_long(record, len(whole.ids), room)
-            text = self._without_last(text, over)
-            example = encode(record.with_field("prompt", text))
+            removed = min(len(offsets), removed + over)
+            example = encode(part.record_with(_shortened(part.text, offsets, removed, part.cut)))
             over = len(example.ids) + room - self.limit
         return replace(example, cut=len(whole.ids) - len(example.ids))
 
-    def _without_last(self, text: str, count: int) -> str:
-        """Return the text without its last `count` tokens."""
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = [start for start, _ in offsets["offset_mapping"]]
-        return text[: starts[-count]] if count < len(starts) else ""
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        """Return where each token of a text begins and ends."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["offset_mapping"])
 
     def _too_long(self, record: Record, length: int, room: int) -> LorakitError:
         what = f"the prompt's {length} tokens and {room} new ones" if room else f"{length} tokens"
-        remedy = "give --truncate to cut the prompt's end, or shorten the record"
+        remedy = "give --truncate to cut the prompt, or shorten the record"
         if self.truncate:
-            remedy = "there is no prompt left to cut; allow more tokens or shorten the record"
+            remedy = "there is nothing left to cut; allow more tokens or shorten the record"
         return LorakitError(
             f"{record.where}: {what} exceed the {self.limit} of the context or --max-length; "
             f"{remedy}"
         )
 
     def _encode_prompt(self, record: Record) -> Example:
-        text = self._render(record.prompt, None, record.where) if self.chat else record.prompt
+        if self.chat is None:
+            text = _plain_prompt(record)
+        else:
+            text = self.chat.prompt(_turns_of(record), record.where)
         ids = self._never_empty(self._tokens(text)[0])
-        return Example(ids, len(ids), record.where)
+        opens = self.chat is not None and text.rstrip().endswith(OPEN)
+        return Example(ids, len(ids), record.where, opens_reasoning=opens)
 
     def _encode_both(self, record: Record) -> Example:
         """Encode prompt and completion as one string, however long, and the end token."""
-        if self.chat:
-            prompt = self._render(record.prompt, None, record.where)
-            text = self._render(record.prompt, record.completion, record.where)
-            if not text.startswith(prompt):
-                raise LorakitError(
-                    f"{record.where}: the chat template writes the prompt otherwise when an answer "
-                    "follows; train with --chat off"
-                )
+        if self.chat is None:
+            prompt = _plain_prompt(record)
+            text = prompt + record.completion
         else:
-            prompt, text = record.prompt, record.prompt + record.completion
-        ids, ends = self._tokens(text)
-        start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
-        answer = ids[start:]
-        if self.chat and self.end in answer:  # drop what the template writes after the end token
-            answer = answer[: answer.index(self.end)]
+            prompt, text = self.chat.answered(_turns_of(record), record.completion, record.where)
+        ids, token_ends = self._tokens(text)
+        start = next((i for i, end in enumerate(token_ends) if end > len(prompt)), len(ids))
+        answer, end = ids[start:], self.ends[0]
+        if self.chat is not None:  # what the template writes after its end token is never generated
+            place = next((i for i, token in enumerate(answer) if token in self.ends), None)
+            if place is not None:
+                answer, end = answer[:place], answer[place]
         before = self._never_empty(ids[:start])
-        return Example((*before, *answer, self.end), len(before), record.where)
+        return Example((*before, *answer, end), len(before), record.where)
 
     def _never_empty(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """Return the tokens or, if there are none, the token that begins a text."""
         begin = self.tokenizer.bos_token_id
-        return ids or (self.end if begin is None else begin,)
+        return ids or (self.ends[0] if begin is None else begin,)
 
     def _tokens(self, text: str) -> tuple[tuple[int, ...], list[int]]:
         """Return the ids of a text and where in it each ends (0 for special tokens)."""
         encoded = self.tokenizer(
-            text, add_special_tokens=not self.chat, return_offsets_mapping=True, truncation=False
+            text,
+            add_special_tokens=self.chat is None,
+            return_offsets_mapping=True,
+            truncation=False,
         )
         ids, ends = tuple(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
-        while ids and ids[-1] == self.end and ends[-1] == 0:  # added by the tokenizer itself
+        while ids and ids[-1] == self.ends[0] and ends[-1] == 0:  # added by the tokenizer itself
             ids, ends = ids[:-1], ends[:-1]
         return ids, ends
 
-    def _render(self, prompt: str, answer: str | None, where: str) -> str:
-        """Return the chat as the template writes it; without an answer, up to where one begins."""
-        import jinja2
 
-        turns = [{"role": "user", "content": prompt}]
-        if answer is not None:
-            turns.append({"role": "assistant", "content": answer})
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns,
-                    chat_template=_DATED + self.tokenizer.get_chat_template(),
-                    tokenize=False,
-                    add_generation_prompt=answer is None,
-                )
-            )
-        except (ValueError, TypeError, ImportError, jinja2.TemplateError) as error:
-            raise LorakitError(
-                f"{where}: the model's chat template cannot be applied ({error}); use --chat off"
-            ) from error
+def _turns_of(record: Record) -> tuple[Turn, ...]:
+    """Return the turns of a conversation; a prompt that is a text is one turn of the user."""
+    turns = record.turns
+    return (Turn("user", record.prompt),) if turns is None else turns
+
+
+def _plain_prompt(record: Record) -> str:
+    """Return the prompt of a record for a model without a chat template."""
+    if record.turns is not None:
+        raise LorakitError(
+            f"{record.where}: a conversation needs a chat template, and none is applied; take an "
+            "instruct model and leave --chat off out, or write prompt and completion as texts"
+        )
+    return record.prompt
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The part of a record's prompt that `--truncate` shortens, at its start, middle or end."""
+
+    text: str
+    cut: str
+    record_with: Callable[[str], Record]
+
+
+def _shrinking_part(record: Record, cut: str) -> _Part:
+    """Return the document, or all of the prompt; of a conversation its longest user turn."""
+    if record.turns is not None:
+        return _longest_turn(record, "middle" if cut == "auto" else cut)
+    start, end = 0, len(record.prompt)
+    if cut == "auto":
+        cut = "middle"
+        if record.document is not None:
+            (start, end), cut = record.document, "end"
+    head, tail = record.prompt[:start], record.prompt[end:]
+    return _Part(
+        record.prompt[start:end],
+        cut,
+        lambda text: record.with_field("prompt", head + text + tail),
+    )
+
+
+def _longest_turn(record: Record, cut: str) -> _Part:
+    field = "messages" if "messages" in record.fields else "prompt"
+    messages = list(record.fields[field])
+    count = len(record.turns or ())
+    lengths = {
+        number: len(message["content"])
+        for number, message in enumerate(messages[:count])
+        if message["role"] == "user"
+    }
+    longest = max(lengths, key=lambda number: lengths[number]) if lengths else 0
+
+    def record_with(text: str) -> Record:
+        shorter = {**messages[longest], "content": text}
+        return record.with_field(field, [*messages[:longest], shorter, *messages[longest + 1 :]])
+
+    return _Part(messages[longest]["content"], cut, record_with)
+
+
+def _shortened(text: str, offsets: list[tuple[int, int]], count: int, cut: str) -> str:
+    """Return the text without `count` of its tokens, taken from its start, middle or end."""
+    left = len(offsets) - count
+    first = {"start": 0, "middle": (left + 1) // 2, "end": left}[cut]  # of those that go
+    if not count:
+        return text
+    return text[: offsets[first][0]] + text[offsets[first + count - 1][1] :]
 
 
 @dataclass

@@ -19,8 +19,9 @@ from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.targets import peft_config
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
+from lorakit.models.chat import CHAT_DATE, following
 from lorakit.models.lora import default_targets, inject, is_transposed, pick_modules, projections
-from lorakit.models.tokens import CHAT_DATE, Encoder, Example, encode_all
+from lorakit.models.tokens import Encoder, Example, encode_all
 from lorakit.records import Record, load_records
 from lorakit.reporting import Reporter
 from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, TrainingSettings
@@ -189,9 +190,13 @@ def trained_header(
 
     The history is that of the parents, without repeated entries, followed by `entry`.
     """
-    chat = {"chat": settings.chat}
+    chat: dict[str, object] = {"chat": settings.chat}
     if settings.chat == "on":
         chat["chat_date"] = str(CHAT_DATE)
+    if settings.system is not None:
+        chat["system"] = settings.system
+    if settings.chat_args:
+        chat["chat_args"] = dict(settings.chat_args)
     headers = [parent.header for parent in parents]
     return new_header(entry, parents=headers, base=base.record, chat=chat, blocks=blocks)
 
@@ -206,17 +211,10 @@ def resolve_auto(
 ) -> TrainingSettings:
     """Return the settings with `auto` resolved: the base's dtype, and chat `on` or `off`.
 
-    Chat is what was requested, else what the parents were trained with, else `on` if the tokenizer
-    has a template. Raises LorakitError if the parents do not agree.
+    Chat, system turn and arguments are those asked for, else those the parents were trained with;
+    chat is else `on` where the tokenizer has a template. Raises LorakitError where the parents do
+    not agree.
     """
-    choices = {str(parent.header["chat"]) for parent in parents if parent.header.get("chat")}
-    chat = settings.chat
-    if chat == "auto" and len(choices) > 1:
-        raise LorakitError(
-            "some of the adapters were trained with the chat template and some without; choose by "
-            "--chat on or --chat off"
-        )
-    if chat == "auto" and choices:
-        chat = choices.pop()
-    chat = "on" if base.uses_chat(chat) else "off"
+    settings = following(settings, [parent.header for parent in parents])
+    chat = "on" if base.uses_chat(settings.chat) else "off"
     return replace(settings, chat=chat, dtype=str(base.dtype).removeprefix("torch."))

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.errors import LorakitError
-from lorakit.models.tokens import CHAT_DATE, CutTally, Encoder
+from lorakit.models.chat import CHAT_DATE, Chat
+from lorakit.models.tokens import CutTally, Encoder
 from lorakit.records import Record
 from tests.support.models import byte_tokenizer
 
@@ -33,7 +34,7 @@ def decode(tokenizer: Any, ids: tuple[int, ...]) -> str:
 
 
 def test_prompt_and_completion_are_one_string_and_an_end_token(tokenizer: Any) -> None:
-    example = Encoder(tokenizer, END, 99).example(record("Say a:", " b"))
+    example = Encoder(tokenizer, (END,), 99).example(record("Say a:", " b"))
     assert decode(tokenizer, example.ids) == "<s>Say a: b</s>"
     assert decode(tokenizer, example.ids[example.start :]) == " b</s>"
     assert example.targets == 3
@@ -41,7 +42,7 @@ def test_prompt_and_completion_are_one_string_and_an_end_token(tokenizer: Any) -
 
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_the_completions_tokens_are_those_that_end_in_it(prompt: str, completion: str) -> None:
-    encoder = Encoder(byte_tokenizer(), END, 999)
+    encoder = Encoder(byte_tokenizer(), (END,), 999)
     example = encoder.example(record(prompt, completion))
     plain = encoder.prompt(record(prompt), 0)
     if "</s>" not in prompt + completion:
@@ -58,36 +59,84 @@ def test_a_token_across_the_border_is_learnt() -> None:
     model = models.WordLevel({"<unk>": 0, "▁Say": 1, "▁it": 2, "</s>": 3}, unk_token="<unk>")
     words = Tokenizer(model)
     words.pre_tokenizer = pre_tokenizers.Metaspace()
-    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=words), 3, 99)
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=words), (3,), 99)
     example = encoder.example(record("Say ", "it"))
     assert (example.ids, example.start) == ((1, 2, 3), 1)
 
 
 def test_a_record_that_is_too_long_is_named(tokenizer: Any) -> None:
     with pytest.raises(LorakitError, match=r"data.jsonl:7: 23 tokens exceed the 20 .*--truncate"):
-        Encoder(tokenizer, END, 20).example(record("0123456789:", " abcdefghi"))
+        Encoder(tokenizer, (END,), 20).example(record("0123456789:", " abcdefghi"))
     with pytest.raises(LorakitError, match=r"data.jsonl:7: the prompt's 12 tokens and 9 new"):
-        Encoder(tokenizer, END, 20).prompt(record("0123456789:"), 9)
+        Encoder(tokenizer, (END,), 20).prompt(record("0123456789:"), 9)
 
 
-def test_truncating_cuts_the_prompts_end_and_keeps_the_completion(tokenizer: Any) -> None:
-    example = Encoder(tokenizer, END, 20, truncate=True).example(
-        record("0123456789:", " abcdefghi")
-    )
-    assert decode(tokenizer, example.ids) == "<s>01234567 abcdefghi</s>"
+@pytest.mark.parametrize(
+    ("cut", "span", "prompt", "shorter"),
+    [
+        ("auto", None, "0123789:", "012389:"),
+        ("middle", None, "0123789:", "012389:"),
+        ("start", None, "3456789:", "456789:"),
+        ("end", None, "01234567", "0123456"),
+        ("auto", [2, 8], "0123489:", "012389:"),
+        ("end", [2, 8], "01234567", "0123456"),
+        ("auto", [8, 2], "0123789:", "012389:"),
+        ("auto", "a title", "0123789:", "012389:"),
+    ],
+    ids=["none", "middle", "start", "end", "document", "end all the same", "odd", "another's"],
+)
+def test_truncating_keeps_the_completion_and_what_is_no_document(
+    tokenizer: Any, cut: str, span: object, prompt: str, shorter: str
+) -> None:
+    fields = {"prompt": "0123456789:", "completion": " abcdefghi", "document": span}
+    long = Record(fields, "data.jsonl:7")
+    encoder = Encoder(tokenizer, (END,), 20, truncate=True, cut=cut)
+    example = encoder.example(long)
+    assert decode(tokenizer, example.ids) == f"<s>{prompt} abcdefghi</s>"
     assert (example.cut, len(example.ids)) == (3, 20)
-    prompt = Encoder(tokenizer, END, 20, truncate=True).prompt(record("0123456789:"), 12)
-    assert (decode(tokenizer, prompt.ids), prompt.cut) == ("<s>0123456", 4)
+    alone = encoder.prompt(long, 12)
+    assert (decode(tokenizer, alone.ids), alone.cut) == (f"<s>{shorter}", 4)
+
+
+def test_a_document_that_is_not_long_enough_is_not_helped_by_the_rest(tokenizer: Any) -> None:
+    short = Record({"prompt": "0123456789:", "completion": "a", "document": [2, 4]}, "d:1")
+    encoder = Encoder(tokenizer, (END,), 8, truncate=True)
+    with pytest.raises(LorakitError, match=r"^d:1: .*nothing left to cut"):
+        encoder.example(short)
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_of_a_conversation_the_longest_user_turn_is_cut(chatty: Any, form: str) -> None:
+    turns = [
+        {"role": "system", "content": "0123456789"},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "What?"},
+        {"role": "user", "content": "abcdefgh"},
+    ]
+    answer = [{"role": "assistant", "content": "Yes."}]
+    fields = {"prompt": turns, "completion": answer}
+    talk = Record({"messages": turns + answer} if form == "messages" else fields, "d:1")
+    whole = Encoder(chatty, (END,), 999, Chat(chatty)).example(talk)
+    encoder = Encoder(chatty, (END,), len(whole.ids) - 4, Chat(chatty), truncate=True)
+    expected = decode(chatty, whole.ids).replace("abcdefgh", "abgh")
+    assert decode(chatty, encoder.example(talk).ids) == expected
+    assert decode(chatty, whole.ids[whole.start :]) == "Yes.</s>"
+
+
+def test_a_conversation_without_a_template_is_refused(tokenizer: Any) -> None:
+    talk = Record({"messages": [{"role": "user", "content": "Hi"}]}, "d:1")
+    with pytest.raises(LorakitError, match=r"^d:1: a conversation needs a chat template"):
+        Encoder(tokenizer, (END,), 99).prompt(talk, 9)
 
 
 def test_a_completion_that_is_too_long_cannot_be_helped_by_truncating(tokenizer: Any) -> None:
-    with pytest.raises(LorakitError, match="no prompt left to cut"):
-        Encoder(tokenizer, END, 8, truncate=True).example(record("0123456789:", " abcdefghi"))
+    with pytest.raises(LorakitError, match="nothing left to cut"):
+        Encoder(tokenizer, (END,), 8, truncate=True).example(record("0123456789:", " abcdefghi"))
 
 
 def test_the_tally_reports_the_share_that_was_cut(tokenizer: Any) -> None:
     tally = CutTally()
-    encoder = Encoder(tokenizer, END, 20, truncate=True)
+    encoder = Encoder(tokenizer, (END,), 20, truncate=True)
     for prompt in ("0123456789:", "short:"):
         tally.add(encoder.example(record(prompt, " abcdefghi")))
     assert tally.note == "1 of 2 records were too long: --truncate cut 13.0 % of their tokens"
@@ -102,7 +151,7 @@ def chatty() -> Any:
 
 
 def test_a_chat_template_renders_the_prompt_with_and_without_the_answer(chatty: Any) -> None:
-    encoder = Encoder(chatty, END, 99, chat=True)
+    encoder = Encoder(chatty, (END,), 99, Chat(chatty))
     example = encoder.example(record("Say a:", " b"))
     prompt = f"{CHAT_DATE}<user>Say a:</s>\n<assistant>"
     assert decode(chatty, example.ids) == f"{prompt}b</s>"
@@ -111,10 +160,10 @@ def test_a_chat_template_renders_the_prompt_with_and_without_the_answer(chatty: 
 
 
 def test_truncating_a_chat_cuts_the_users_words_and_no_marks(chatty: Any) -> None:
-    whole = Encoder(chatty, END, 99, chat=True).example(record("0123456789:", " b"))
-    cut = Encoder(chatty, END, len(whole.ids) - 4, chat=True, truncate=True)
+    whole = Encoder(chatty, (END,), 99, Chat(chatty)).example(record("0123456789:", " b"))
+    cut = Encoder(chatty, (END,), len(whole.ids) - 4, Chat(chatty), truncate=True)
     example = cut.example(record("0123456789:", " b"))
-    assert decode(chatty, example.ids) == f"{CHAT_DATE}<user>0123456</s>\n<assistant>b</s>"
+    assert decode(chatty, example.ids) == f"{CHAT_DATE}<user>012389:</s>\n<assistant>b</s>"
     assert example.cut == 4
 
 
@@ -123,4 +172,4 @@ def test_a_template_that_rewrites_the_prompt_is_refused(chatty: Any) -> None:
         "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     with pytest.raises(LorakitError, match=r"data.jsonl:7: .*--chat off"):
-        Encoder(chatty, END, 99, chat=True).example(record("a", "b"))
+        Encoder(chatty, (END,), 99, Chat(chatty)).example(record("a", "b"))
