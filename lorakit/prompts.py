@@ -1,15 +1,16 @@
 """Prompts: the wordings of the papers, and the template language in which users write their own.
 
-A template is a text with `{{name}}` where a field of the raw row goes. To add a prompt, add a line
-to PROMPTS. The wordings are those of the adaptive-merge paper's Appendix B (Table 6) where it has
-the data set; the line breaks, lost in the paper's text form, are ours. This file knows nothing of
-where the rows come from.
+A template is a text with `{{name}}` where a field of the raw row goes; `{{answers.text[0]}}` goes
+into a field, and `{{#name}}…{{/name}}` is left out where the field is missing or empty. To add a
+prompt, add a line to PROMPTS. The wordings are those of the adaptive-merge paper's Appendix B
+(Table 6) where it has the data set; the line breaks, which its text form lost, are ours. This file
+knows nothing of where the rows come from.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from lorakit.errors import LorakitError
@@ -115,7 +116,12 @@ PREFERENCE_PROMPTS: dict[str, str] = {
     ),
 }
 
-_PLACEHOLDER = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
+_TAG = re.compile(
+    r"\{\{\s*#\s*(?P<optional>[^{}]+?)\s*\}\}(?P<part>.*?)\{\{\s*/\s*(?P=optional)\s*\}\}"
+    r"|\{\{\s*(?P<name>[^{}]+?)\s*\}\}",
+    re.DOTALL,
+)
+_STEP = re.compile(r"\[(?P<index>-?\d+)\]|\.?(?P<key>[^.\[\]]+)")
 
 
 class Prompt(NamedTuple):
@@ -125,9 +131,36 @@ class Prompt(NamedTuple):
     completion: str
 
 
+class Substitution(NamedTuple):
+    """A field's text in a filled template: its name there and its span in characters."""
+
+    name: str
+    start: int
+    end: int
+
+
+class _NoFieldError(LookupError):
+    """A name that a row has no field for; the text says which names there are, or is empty."""
+
+
 def fields_of(template: str) -> list[str]:
-    """Return the field names in a template, in order of appearance."""
-    return _PLACEHOLDER.findall(template)
+    """Return the field names in a template, as they stand there, in order of appearance."""
+    names: list[str] = []
+    for match in _TAG.finditer(template):
+        names += (
+            [match["name"]] if match["name"] else [match["optional"], *fields_of(match["part"])]
+        )
+    return names
+
+
+def field_of(name: str, row: Collection[str]) -> str:
+    """Return the row's field that a template's name reaches into: `messages[0].content`'s first."""
+    return name if name in row else re.split(r"[.\[]", name, maxsplit=1)[0]
+
+
+def unescaped(template: str) -> str:
+    r"""Return a template as typed in a shell: its `\n` become line breaks, its `\\n` stay `\n`."""
+    return re.sub(r"\\(\\?)n", lambda match: "\\n" if match[1] else "\n", template)
 
 
 def fill(template: str, row: Mapping[str, object], where: str) -> str:
@@ -136,19 +169,109 @@ def fill(template: str, row: Mapping[str, object], where: str) -> str:
     Raises LorakitError naming `where` if the row lacks a field (the message lists those it has), or
     if a field is neither a text nor a number.
     """
+    return "".join(text for _, text in _pieces(template, row, where))
 
-    def text_for(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in row:
-            names = ", ".join(row) or "none"
-            raise LorakitError(
-                f"{where}: no field {name!r}; name one of those there are in the template: {names}"
-            )
-        value = row[name]
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise LorakitError(
-                f"{where}: field {name!r} is not a text; use another in the template"
-            )
-        return str(value)
 
-    return _PLACEHOLDER.sub(text_for, template)
+def fill_with_spans(
+    template: str, row: Mapping[str, object], where: str
+) -> tuple[str, list[Substitution]]:
+    """Return what `fill` does, and where in it each field's text stands."""
+    texts: list[str] = []
+    substitutions: list[Substitution] = []
+    end = 0
+    for name, text in _pieces(template, row, where):
+        start, end = end, end + len(text)
+        texts.append(text)
+        if name:
+            substitutions.append(Substitution(name, start, end))
+    return "".join(texts), substitutions
+
+
+def _pieces(template: str, row: Mapping[str, object], where: str) -> Iterator[tuple[str, str]]:
+    """Yield the pieces of a filled template: a field's name and text, or "" and the text between.
+
+    An optional part contributes its own pieces where its field is there and not empty.
+    """
+    position = 0
+    for match in _TAG.finditer(template):
+        yield "", template[position : match.start()]
+        position = match.end()
+        if match["name"]:
+            yield match["name"], _text_of(match["name"], row, where)
+        elif _is_filled(match["optional"], row):
+            yield from _pieces(match["part"], row, where)
+    yield "", template[position:]
+
+
+def _is_filled(name: str, row: Mapping[str, object]) -> bool:
+    """Return whether a field is there and holds something besides spaces."""
+    try:
+        value = _value(name, row)
+    except _NoFieldError:
+        return False
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and value is not False and value not in ([], {})
+
+
+def _text_of(name: str, row: Mapping[str, object], where: str) -> str:
+    """Return the text or number that a template's name stands for; LorakitError if none."""
+    try:
+        value = _value(name, row)
+    except _NoFieldError as error:
+        raise LorakitError(f"{where}: no field {name!r}; {_remedy(name, row, error)}") from None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        within = _names_within(name, value)
+        other = f"one of {within}" if within else "another"
+        raise LorakitError(f"{where}: field {name!r} is not a text; use {other} in the template")
+    return str(value)
+
+
+def _remedy(name: str, row: Mapping[str, object], error: _NoFieldError) -> str:
+    if name[0] in "#/":
+        return f"an optional part of a template is written {{{{#{name[1:]}}}}}…{{{{/{name[1:]}}}}}"
+    names = str(error) or ", ".join(row) or "none"
+    return f"name one of those there are in the template: {names}"
+
+
+def _value(name: str, row: Mapping[str, object]) -> object:
+    """Return what a name stands for: the field of just that name, else one reached by its path.
+
+    Raises _NoFieldError.
+    """
+    if name in row:
+        return row[name]
+    position, value = 0, None
+    for step in _STEP.finditer(name):
+        inside: object = value if position else row
+        if step.start() != position:
+            raise _NoFieldError("")
+        try:
+            value = _step_into(inside, step)
+        except (LookupError, TypeError):
+            raise _NoFieldError(_names_within(name[:position], inside)) from None
+        position = step.end()
+    if position != len(name):
+        raise _NoFieldError("")
+    return value
+
+
+def _step_into(value: object, step: re.Match[str]) -> object:
+    """Return an object's field or a list's item; LookupError or TypeError if there is none."""
+    if step["index"] and isinstance(value, list):
+        return value[int(step["index"])]
+    if step["key"] and isinstance(value, Mapping):
+        return value[step["key"]]
+    raise TypeError
+
+
+def _names_within(name: str, value: object) -> str:
+    """Return the names that reach into a value, itself named by `name`; empty where there are none.
+
+    A text has only its own name.
+    """
+    if isinstance(value, Mapping) and name:
+        return ", ".join(f"{name}.{key}" for key in value)
+    if isinstance(value, list) and value:
+        return f"{name}[0]" + (f" to {name}[{len(value) - 1}]" if len(value) > 1 else "")
+    return name if isinstance(value, str) else ""

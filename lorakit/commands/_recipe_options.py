@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lorakit.commands import _options
-from lorakit.recipes.request import SPLITS, Request
+from lorakit.recipes.request import Request
 from lorakit.recipes.table import RECIPES
 
 HUB = "hf://"
@@ -33,7 +33,13 @@ class _RecipeName(Choice):
 recipe = click.argument("recipe", type=_RecipeName(list(RECIPES)), metavar="RECIPE")
 
 request = _options.together(
-    click.option("--split", type=click.Choice(SPLITS), default=Request.split, show_default=True),
+    click.option(
+        "--split",
+        metavar="NAME",
+        default=Request.split,
+        show_default=True,
+        help="train, validation or test; of hf:// and a saved data set, any name it has.",
+    ),
     click.option(
         "--lang",
         type=click.Choice(["en", "ja", "zh"]),
@@ -42,10 +48,17 @@ request = _options.together(
     click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Draw N records."),
     _options.seed,
     click.option(
-        "--template", metavar="TEXT", help="The prompt, with {{field}} for a row's fields."
+        "--template",
+        metavar="TEXT",
+        help="The prompt: {{field}}, {{list[0].field}}, {{#field}}only if not empty{{/field}}, \\n.",
     ),
     click.option(
         "--completion", metavar="TEXT", help="The completion, likewise; joined to the prompt as is."
+    ),
+    click.option(
+        "--document",
+        metavar="FIELD",
+        help="The template's field that may be cut. [default: the recipe's, or the longest]",
     ),
     click.option(
         "--min-words", type=click.IntRange(min=1), metavar="N", help="Drop shorter prompts."
@@ -62,6 +75,9 @@ request = _options.together(
     click.option("--highlights", metavar="CSS", help="news-html: where the highlights stand."),
     click.option("--source", metavar="LANG", help="wmt: language to translate from. [default: en]"),
     click.option("--target", metavar="LANG", help="wmt: language to translate to. [default: zh]"),
+    click.option(
+        "--balance", is_flag=True, default=None, help="ecommerce: equal numbers of Yes and No."
+    ),
     click.option(
         "--overlap",
         multiple=True,

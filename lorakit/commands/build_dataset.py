@@ -6,7 +6,8 @@ import click
 
 from lorakit.commands import _options, _recipe_options
 from lorakit.files import STDIO
-from lorakit.recipes.request import Request
+from lorakit.recipes.request import SPLITS, Request
+from lorakit.recipes.table import RECIPES
 
 
 @click.command("build-dataset", epilog=_recipe_options.EPILOG)
@@ -33,20 +34,27 @@ def build_dataset(
     quiet: bool,
     request: Request,
 ) -> None:
-    """Turn raw data into records: lines of JSON with id, prompt and completion.
+    """Turn raw data into records: lines of JSON with id, prompt and completion, or messages.
 
     SOURCE is a file, folder or archive of the data set, compressed or not, as it was downloaded
     (stdin by default), or a task of microworld. RECIPE hf://owner/name[:config][@revision] reads a
-    data set of the hub.
+    data set of the hub. What is written as `document` is the span of the prompt that --truncate of
+    other commands may shorten.
 
     \b
     lorakit build-dataset scitldr SciTLDR-A --split train --sample 50 -o train.jsonl
     lorakit build-dataset csv a.csv --template 'Summarize: {{text}}' --completion ' {{summary}}'
+    lorakit build-dataset chat hf://HuggingFaceH4/ultrachat_200k --split train_sft -o train.jsonl
     lorakit build-dataset mimic --show
     """
     _options.check_stdin(*sources, *request.overlap, *request.drop_overlap)
     if recipe.startswith(_recipe_options.HUB):
         recipe, sources = "hf", (recipe, *sources)
+    if request.split not in SPLITS and not RECIPES[recipe].any_split:
+        raise click.BadParameter(
+            f"{recipe} has no split {request.split!r}; choose one of {', '.join(SPLITS)}.",
+            param_hint="'--split'",
+        )
     from itertools import islice
 
     from lorakit.commands._progress import TerminalReporter

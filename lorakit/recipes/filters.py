@@ -41,7 +41,8 @@ def filtered(records: Iterable[Record], request: Request, tally: Tally) -> Itera
     """Yield the records within the request's limits; count the others by the reason for removal."""
     hashes = {path: prompt_hashes(path) for path in request.drop_overlap}
     for record in records:
-        reason = _length_reason(record.prompt, request) or _overlap_reason(record.prompt, hashes)
+        prompt = prompt_text(record)
+        reason = _length_reason(prompt, request) or _overlap_reason(prompt, hashes)
         if reason:
             tally.remove(reason)
         else:
@@ -74,7 +75,7 @@ def counting_overlaps(
     earlier: set[int] = set()
     hashes = {path: prompt_hashes(path) for path in request.overlap}
     for record in records:
-        key = _hash(record.prompt)
+        key = _hash(prompt_text(record))
         if key in earlier:
             tally.noticed["prompts that an earlier record has"] += 1
         earlier.add(key)
@@ -86,7 +87,15 @@ def counting_overlaps(
 
 def prompt_hashes(path: str) -> set[int]:
     """Return the hashes of all prompts in a file of records."""
-    return {_hash(record.prompt) for record in read_records(path, "prompt")}
+    return {_hash(prompt_text(record)) for record in read_records(path)}
+
+
+def prompt_text(record: Record) -> str:
+    """Return a record's prompt or, of a conversation, its turns before the last, a line each."""
+    turns = record.fields.get("messages")
+    if "prompt" in record.fields or not isinstance(turns, list):
+        return record.prompt
+    return "\n".join(str(turn.get("content")) for turn in turns[:-1] if isinstance(turn, dict))
 
 
 def _hash(prompt: str) -> int:

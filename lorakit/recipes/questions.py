@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
@@ -15,7 +16,8 @@ from lorakit.recipes.readers.rows import (
     split_parts,
     text_of,
 )
-from lorakit.recipes.request import Request, Tally
+from lorakit.recipes.readers.sources import Part
+from lorakit.recipes.request import Request, Tally, split_aliases
 from lorakit.records import Record
 
 _HOTPOT_FILES = {
@@ -29,7 +31,8 @@ def hotpotqa_rows(sources: Sequence[str], request: Request, tally: Tally) -> Ite
     """Yield HotpotQA's questions over paragraphs, the distractor setting (Yang et al., 2018).
 
     A source is the JSON file, or the folder with the split's file. The published test set has no
-    answers; the boundary-layer paper tests on the validation set. A row:
+    answers; the boundary-layer paper tests on the validation set, and a file that is not
+    named after the split gets a warning. A row:
 
         {"_id": "5a7574e25542996c70cfaf01", "type": "comparison", "level": "hard",
          "question": "Who was born first, Mahbub ul Haq or Ibn Arabi?", "answer": "Ibn Arabi",
@@ -38,6 +41,7 @@ def hotpotqa_rows(sources: Sequence[str], request: Request, tally: Tally) -> Ite
                      ["Ibn Arabi", ["Ibn Arabi (1165 – 1240) was a scholar.", " He wrote much."]]]}
     """
     for part in split_parts(sources, request, tally, _HOTPOT_FILES):
+        _warn_of_shared_file(part, request, tally)
         yield from converted(objects_in(part, tally), _hotpot, tally)
 
 
@@ -75,13 +79,30 @@ def _paragraphs(context: object, where: str) -> str:
 def gsm8k_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
     """Yield GSM8K's word problems and worked answers with their calculations (Cobbe et al., 2021).
 
-    A source is a JSONL file or the folder with the split's file. A line:
+    A source is a JSONL file or the folder with the split's file. There is no validation set; a file
+    that is not named after the split gets a warning. A line:
 
         {"question": "Natalia sold 48 clips in April and half as many in May. How many in all?",
          "answer": "In May she sold 48/2 = <<48/2=24>>24 clips.\\n#### 72"}
     """
     for part in split_parts(sources, request, tally, _GSM8K_FILES):
+        _warn_of_shared_file(part, request, tally)
         yield from converted(objects_in(part, tally), _question, tally)
+
+
+def _warn_of_shared_file(part: Part, request: Request, tally: Tally) -> None:
+    """Warn that a file whose name does not say the split may be validation and test set at once.
+
+    HotpotQA publishes no test set and GSM8K no validation set, and the sizes in the
+    inference-necessity paper suggest that it took one file for both.
+    """
+    words = re.split(r"[^a-z]+", part.inside.lower())
+    if request.split != "train" and not {*words} & {*split_aliases(request.split)}:
+        tally.say(
+            f"Warning: nothing in the name of {part.name} says {request.split}, and the papers' "
+            "validation and test sets may be the same file; for two that share nothing, draw one "
+            "by --sample N -o val.jsonl and the other with --drop-overlap val.jsonl."
+        )
 
 
 def jemhopqa_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:

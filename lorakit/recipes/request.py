@@ -16,6 +16,7 @@ from lorakit.records import Record
 
 SPLITS = ("train", "validation", "test")
 _REPORTED_ROWS = 10  # malformed rows that are reported one by one; the rest are only counted
+_SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev")}
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,21 @@ class Request:
     sample: int | None = None
     template: str | None = None
     completion: str | None = None
+    document: str | None = None
     min_words: int | None = None
     max_words: int | None = None
     min_ratio: float | None = None
     highlights: str | None = None
     source: str | None = None
     target: str | None = None
+    balance: bool | None = None
     overlap: tuple[str, ...] = ()
     drop_overlap: tuple[str, ...] = ()
+
+
+def split_aliases(split: str) -> tuple[str, ...]:
+    """Return the names under which files and data sets have a split; its own comes first."""
+    return _SPLIT_ALIASES.get(split, (split,))
 
 
 def _ignore(_: object) -> None:

@@ -6,12 +6,13 @@ A recipe's function shows a real-shaped row, indented, at the end of its docstri
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from lorakit.errors import LorakitError
-from lorakit.recipes.request import RowFunction
+from lorakit.recipes.request import Request, RowFunction, Tally
+from lorakit.records import Record
 
 T = TypeVar("T")
 
@@ -28,6 +29,37 @@ def draw(rows: Iterable[T], count: int, seed: int) -> list[T]:
         count, enumerate(rows), key=lambda item: _position_hash(item[0], seed)
     )
     return [row for _, row in sorted(smallest, key=lambda item: item[0])]
+
+
+def drawn(records: Iterable[Record], request: Request, tally: Tally) -> Iterator[Record]:
+    """Yield the records of `--sample`, of `--balance`, or of both, in their order."""
+    if request.balance:
+        records = draw_balanced(records, request.sample, request.seed, tally)
+    elif request.sample is not None:
+        records = draw(records, request.sample, request.seed)
+    yield from records
+
+
+def draw_balanced(
+    records: Iterable[Record], count: int | None, seed: int, tally: Tally
+) -> list[Record]:
+    """Return, in their order, equally many records of every completion that there is.
+
+    Together they are at most `count`. The tally says how many there were of each. Raises
+    LorakitError if all records have one completion.
+    """
+    groups: dict[str, list[tuple[int, Record]]] = {}
+    for numbered in enumerate(records):
+        groups.setdefault(numbered[1].completion, []).append(numbered)
+    if len(groups) < 2:
+        names = " and ".join(repr(name.strip()) for name in groups) or "none"
+        raise LorakitError(f"--balance needs two answers but there is {names}; leave it out")
+    share = min(map(len, groups.values()))
+    share = share if count is None else min(share, count // len(groups))
+    found = " and ".join(f"{len(group)} {name.strip()}" for name, group in groups.items())
+    tally.say(f"balanced: {share} of each answer, of {found}.")
+    balanced = [item for group in groups.values() for item in draw(group, share, seed)]
+    return [record for _, record in sorted(balanced, key=lambda item: item[0])]
 
 
 def _position_hash(position: int, seed: int) -> bytes:

@@ -12,29 +12,32 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lorakit.errors import LorakitError
-from lorakit.prompts import PROMPTS, Prompt, fields_of, fill
-from lorakit.recipes.request import Request, RowFunction, Tally
-from lorakit.records import Record
-
-_ALWAYS_KEPT = ("id", "references")
+from lorakit.prompts import PROMPTS
+from lorakit.recipes.request import SPLITS, Request, RowFunction, Tally
+from lorakit.recipes.templates import Templates
 
 
 class Recipe(NamedTuple):
     """One data set: a line of help, its rows, and the templates of prompt and completion.
 
     `rows` names the function that yields them by its module in this folder: `news.news_rows`.
+    `document` is the field of the prompt that may be shortened where the prompt is too long: the
+    article, not the question. A recipe with no prompt yields records as they are to be written.
     `sample` is a file name for the row documented in that function, `options` are the fields of
-    Request that only some recipes read. Where a recipe reads no text files, `shown_by` names the
-    recipe that reads the sample instead.
+    Request that only some recipes read. If its rows do not stand in text files, `shown_by` names
+    the recipe that reads the sample instead. `any_split` says that its sources name their own
+    splits.
     """
 
     help: str
     rows: str
     prompt: str = "{{prompt}}"
     completion: str = "{{completion}}"
+    document: str = ""
     sample: str = "sample.jsonl"
     options: tuple[str, ...] = ()
     shown_by: str = ""
+    any_split: bool = False
 
     @property
     def function(self) -> RowFunction:
@@ -62,9 +65,17 @@ RECIPES: dict[str, Recipe] = {
         shown_by="jsonl",
     ),
     "hf": Recipe(
-        help="a data set of the hub, hf://…; likewise",
+        help="a data set of the hub, hf://…, or saved to disk; likewise",
         rows="readers.hub_data.hub_rows",
         shown_by="jsonl",
+        any_split=True,
+    ),
+    "chat": Recipe(
+        help="conversations: messages, ShareGPT, Alpaca, TRL",
+        rows="chat.chat_rows",
+        prompt="",
+        completion="",
+        any_split=True,
     ),
     "text-pairs": Recipe(
         help="two files of lines, or a TSV file of pairs",
@@ -78,24 +89,28 @@ RECIPES: dict[str, Recipe] = {
         rows="articles.xlsum_rows",
         prompt=PROMPTS["xlsum"],
         completion=" {{summary}}",
+        document="article",
     ),
     "wikilingua": Recipe(
         help="WikiLingua: how-to guides and step headings",
         rows="wikilingua.wikilingua_rows",
         prompt=PROMPTS["wikilingua"],
         completion=" {{summary}}",
+        document="article",
     ),
     "scitldr": Recipe(
         help="SciTLDR: papers and TLDRs",
         rows="scitldr.scitldr_rows",
         prompt=PROMPTS["scitldr"],
         completion=" {{tldr}}",
+        document="article",
     ),
     "mimic": Recipe(
         help="MIMIC-III: radiology findings and impressions",
         rows="mimic.mimic_rows",
         prompt=PROMPTS["mimic"],
         completion=" {{summary}}",
+        document="article",
         sample="NOTEEVENTS.csv",
         options=("min_ratio",),
     ),
@@ -104,6 +119,7 @@ RECIPES: dict[str, Recipe] = {
         rows="news.news_rows",
         prompt=PROMPTS["news-html"],
         completion=" {{summary}}",
+        document="article",
         sample="page.html",
         options=("highlights",),
     ),
@@ -112,6 +128,7 @@ RECIPES: dict[str, Recipe] = {
         rows="latex.latex_rows",
         prompt=PROMPTS["latex"],
         completion=" {{title}}",
+        document="article",
         sample="p.tex",
     ),
     "jstage": Recipe(
@@ -119,6 +136,7 @@ RECIPES: dict[str, Recipe] = {
         rows="jstage.jstage_rows",
         prompt=PROMPTS["jstage"],
         completion=" {{title}}",
+        document="article",
         sample="a.xml",
     ),
     "hotpotqa": Recipe(
@@ -126,6 +144,7 @@ RECIPES: dict[str, Recipe] = {
         rows="questions.hotpotqa_rows",
         prompt=PROMPTS["hotpotqa"],
         completion=" {{answer}}",
+        document="paragraphs",
     ),
     "gsm8k": Recipe(
         help="GSM8K: word problems and worked answers",
@@ -138,12 +157,14 @@ RECIPES: dict[str, Recipe] = {
         rows="dialogues.samsum_rows",
         prompt=PROMPTS["samsum"],
         completion=" {{summary}}",
+        document="dialogue",
     ),
     "dialogsum": Recipe(
         help="DialogSum: dialogues and summaries",
         rows="dialogues.dialogsum_rows",
         prompt=PROMPTS["dialogsum"],
         completion=" {{summary}}",
+        document="dialogue",
     ),
     "wmt": Recipe(
         help="WMT: segments and translations",
@@ -158,7 +179,9 @@ RECIPES: dict[str, Recipe] = {
         rows="dialogues.ecommerce_rows",
         prompt=PROMPTS["ecommerce"],
         completion=" {{answer}}",
+        document="dialogue",
         sample="t.txt",
+        options=("balance",),
     ),
     "jemhopqa": Recipe(
         help="JEMHopQA: Japanese multi-hop QA",
@@ -171,6 +194,7 @@ RECIPES: dict[str, Recipe] = {
         rows="articles.jawikinews_rows",
         prompt=PROMPTS["jawikinews"],
         completion=" {{headline}}",
+        document="article",
         sample="n.tsv",
     ),
     "microworld": Recipe(
@@ -186,9 +210,11 @@ def build_dataset(
 ) -> Iterator[dict[str, object]]:
     """Yield the records of a recipe: `id`, `prompt`, `completion`, and the row's other fields.
 
-    Fields that went into the prompt or the completion are not repeated. `tally` counts the rows
-    that did not become records. Raises LorakitError naming file and line if a row is malformed or
-    lacks a field of the templates, unless the tally skips such rows.
+    Fields that went into the prompt or the completion are not repeated; `document` is the span of
+    the prompt that may be shortened. Conversations have `messages` in place of prompt and
+    completion. `tally` counts the rows that did not become records. Raises LorakitError naming file
+    and line if a row is malformed or lacks a field of the templates, unless the tally skips such
+    rows.
     """
     from lorakit.recipes.filters import counting_overlaps, filtered
     from lorakit.recipes.readers.rows import converted
@@ -196,15 +222,13 @@ def build_dataset(
     request, tally = request or Request(), tally or Tally()
     entry = RECIPES[recipe]
     _check_options(recipe, entry, request)
-    prompt = request.template or entry.prompt
-    completion = request.completion or entry.completion
+    templates = Templates(entry.prompt, entry.completion, entry.document).asked_for_by(request)
     rows = entry.function(sources, request, tally)
-    records = converted(rows, lambda row: _record(row, prompt, completion), tally)
-    records = filtered(records, request, tally)
-    if request.sample is not None:
-        from lorakit.recipes.samples import draw
+    records = filtered(converted(rows, templates.record, tally), request, tally)
+    if request.balance or request.sample is not None:
+        from lorakit.recipes.samples import drawn
 
-        records = iter(draw(records, request.sample, request.seed))
+        records = drawn(records, request, tally)
     for record in counting_overlaps(records, request, tally):
         yield dict(record.fields)
 
@@ -235,6 +259,10 @@ def sample_record(recipe: str, request: Request) -> dict[str, object]:
 
 def _check_options(name: str, recipe: Recipe, request: Request) -> None:
     """Raise LorakitError if the request sets an option that only other recipes read."""
+    if request.split not in SPLITS and not recipe.any_split:
+        raise LorakitError(
+            f"{name} has no split {request.split}; choose one of {', '.join(SPLITS)}"
+        )
     for option in sorted({option for entry in RECIPES.values() for option in entry.options}):
         if getattr(request, option) is not None and option not in recipe.options:
             names = [other for other, entry in RECIPES.items() if option in entry.options]
@@ -242,12 +270,3 @@ def _check_options(name: str, recipe: Recipe, request: Request) -> None:
                 f"{name} has no --{option.replace('_', '-')}; "
                 f"leave it out, or take a recipe that has: {', '.join(names)}"
             )
-
-
-def _record(row: Record, prompt: str, completion: str) -> Record:
-    """Return the record that the two templates make of a row."""
-    filled = Prompt(fill(prompt, row.fields, row.where), fill(completion, row.fields, row.where))
-    used = {"prompt", "completion", *fields_of(prompt), *fields_of(completion)} - {*_ALWAYS_KEPT}
-    rest = {name: value for name, value in row.fields.items() if name not in used and name != "id"}
-    fields = {"id": row.id, "prompt": filled.prefix, "completion": filled.completion, **rest}
-    return Record(fields, row.where)

@@ -91,6 +91,18 @@ configs:
 """
 
 
+CHAT_CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train_sft
+    path: data/train_sft-*
+  - split: train_gen
+    path: data/train_gen-*
+---
+"""
+
+
 def line(name: str) -> bytes:
     return f'{{"q": "{name}", "a": "x"}}\n'.encode()
 
@@ -130,6 +142,24 @@ def home(tmp_path: Path) -> Path:
     )
     cached(
         tmp_path,
+        "owner/chat",
+        {
+            "README.md": CHAT_CARD.encode(),
+            "data/train_sft-00000-of-00001.parquet": parquet_bytes([{"q": "sft", "a": "x"}]),
+            "data/train_gen-00000-of-00001.parquet": parquet_bytes([{"q": "gen", "a": "x"}]),
+        },
+    )
+    cached(
+        tmp_path,
+        "owner/infos",
+        {
+            "README.md": b"---\ndataset_info:\n  splits:\n  - name: train_sft\n---\n",
+            "data/train_sft.jsonl": line("sft"),
+            "data/train_gen.jsonl": line("gen"),
+        },
+    )
+    cached(
+        tmp_path,
         "owner/folders",
         {"en/train.jsonl": line("en"), "ja/train.jsonl": line("ja")},
     )
@@ -155,6 +185,9 @@ def hub(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         (("hf://owner/plain",), ["jsonl"]),
         (("hf://owner/plain@" + "a" * 40, "--split", "validation"), ["val"]),
         (("hf://owner/folders:ja",), ["ja"]),
+        (("hf://owner/chat", "--split", "train_gen"), ["gen"]),
+        (("hf://owner/infos", "--split", "train_sft"), ["sft"]),
+        (("hf://owner/plain", "--split", "constraint"), ["no"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -164,6 +197,22 @@ def test_a_data_set_of_the_hub_is_read_from_its_cache(
     done = hub(home, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == prompts
+
+
+@pytest.mark.parametrize(
+    ("address", "split", "message"),
+    [
+        ("hf://owner/carded:socratic", "test", "has no split test; give --split with one of train"),
+        ("hf://owner/plain", "train_sft", "has no files for --split train_sft; look at its page"),
+        ("hf://owner/plain", "*", "no split is called '*'; give a word of letters and digits"),
+    ],
+)
+def test_a_split_that_is_not_there_is_one_line(
+    address: str, split: str, message: str, home: Path
+) -> None:
+    done = hub(home, address, "--split", split)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert message in done.stderr
 
 
 def test_dashes_inside_a_card_do_not_end_it(tmp_path: Path) -> None:
@@ -208,6 +257,11 @@ def test_a_broken_card_counts_as_none(card: bytes, tmp_path: Path) -> None:
         ("hf://owner/carded:x", "has no configuration x; "),
         ("hf://owner/folders", "has several configurations; write hf://…:NAME with one of en, ja"),
         ("hf://owner/plain:x", "has no files for --split train; "),
+        (
+            "hf://owner/chat",
+            "hf://owner/chat has no split train; give --split with one of train_sft, train_gen\n",
+        ),
+        ("hf://owner/infos", "has no split train; give --split with one of train_sft\n"),
         ("hf://owner/plain@v9", "cannot fetch"),
         ("hf://a/b/c", "is no data set's address; "),
         ("hf://", "is no data set's address; "),

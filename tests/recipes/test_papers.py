@@ -33,7 +33,8 @@ def test_xlsum_keeps_the_articles_other_fields(tmp_path: Path) -> None:
     (record,) = built("xlsum", save(tmp_path / "english_val.jsonl", lines(row)))
     instruction = "Summarize the following Article in no more than three sentence."
     prompt = f"{instruction}\nArticle: A\n\nB\nSummary:"
-    assert record == {"id": "1", "prompt": prompt, "completion": " S.", "url": "u", "title": "t"}
+    fields = {"id": "1", "prompt": prompt, "completion": " S.", "url": "u", "title": "t"}
+    assert record == {**fields, "document": [73, 77]}
 
 
 def test_empty_texts_are_counted_and_missing_ones_are_errors(tmp_path: Path) -> None:
@@ -207,7 +208,8 @@ IMPRESSION: e f g"\r
 def test_noteevents_is_filtered_and_every_removal_has_its_reason(tmp_path: Path) -> None:
     records, tally = tallied("mimic", save(tmp_path / "NOTEEVENTS.csv", NOTES))
     prompt = "Summarize the following radiology report.\nFindings: a b c d\nImpression:"
-    assert records == [{"id": "1", "prompt": prompt, "completion": ' e "f"', "subject_id": "10"}]
+    fields = {"id": "1", "prompt": prompt, "completion": ' e "f"', "subject_id": "10"}
+    assert records == [{**fields, "document": [52, 59]}]
     assert tally.removed == {
         "a note that is not of the category Radiology": 1,
         "a note that MIMIC marks as an error": 1,
@@ -388,3 +390,52 @@ def test_a_large_table_is_streamed() -> None:
     rows = table_in(Part("endless", io.BufferedReader(Endless(), 1 << 16)), Tally())
     assert [next(rows).fields["a"] for _ in range(100)] == ["1"] * 100
     assert Endless.read_so_far < 1 << 20
+
+
+# — which file is which set —
+
+HOTPOT = {"context": [["T", ["x"]]], "question": "q", "answer": "a"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "split", "warns"),
+    [
+        ("hotpotqa", "hotpot_dev_distractor_v1.json", "validation", False),
+        ("hotpotqa", "hotpot_dev_distractor_v1.json", "test", True),
+        ("hotpotqa", "hotpot.json", "validation", True),
+        ("hotpotqa", "hotpot.json", "train", False),
+        ("gsm8k", "test.jsonl", "test", False),
+        ("gsm8k", "test.jsonl", "validation", True),
+        ("gsm8k", "latest.jsonl", "test", True),
+        ("gsm8k", "test.jsonl", "train", False),
+    ],
+)
+def test_a_file_that_may_be_validation_and_test_set_at_once_gets_a_warning(
+    recipe: str, name: str, split: str, warns: bool, tmp_path: Path
+) -> None:
+    path = save(tmp_path / name, lines(HOTPOT))
+    result = run(recipe, path, "--split", split)
+    assert result.exit_code == 0
+    warning = f"Warning: nothing in the name of {path} says {split}, and the papers' "
+    assert result.stderr.startswith(warning) == warns
+    assert ("--drop-overlap val.jsonl" in result.stderr) == warns
+
+
+def test_a_folder_with_the_splits_own_file_gets_no_warning(tmp_path: Path) -> None:
+    save(tmp_path / "test" / "test.jsonl", lines(HOTPOT))
+    assert run("gsm8k", tmp_path / "test", "--split", "test").stderr == ""
+
+
+def test_ecommerce_is_balanced_when_asked_for(tmp_path: Path) -> None:
+    path = save(tmp_path / "t.txt", "".join(f"{n % 4 // 3}\ta {n}\tb {n}\n" for n in range(40)))
+    result = run("ecommerce", path, "--balance", "--sample", 12)
+    answers = [json.loads(line)["completion"] for line in result.stdout.splitlines()]
+    assert (answers.count(" Yes"), answers.count(" No")) == (6, 6)
+    assert result.stderr == "Note: balanced: 6 of each answer, of 30 No and 10 Yes.\n"
+    assert result.stdout == run("ecommerce", path, "--balance", "--sample", 12).stdout
+
+
+def test_only_ecommerce_is_balanced() -> None:
+    result = run("jsonl", "--balance", stdin="{}")
+    assert isinstance(result.exception, LorakitError)
+    assert str(result.exception).startswith("jsonl has no --balance; ")

@@ -12,36 +12,48 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lorakit.errors import LorakitError
+from lorakit.files import STDIO
 from lorakit.hub import hub_errors_explained
 from lorakit.recipes.readers.parquet import parquet_in
-from lorakit.recipes.readers.sources import matches, parts
+from lorakit.recipes.readers.saved import arrow_in, is_saved, saved_files
+from lorakit.recipes.readers.sources import Part, matches, parts
 from lorakit.recipes.readers.tables import rows_in
-from lorakit.recipes.request import Request, Tally
+from lorakit.recipes.request import SPLITS, Request, Tally, split_aliases
 from lorakit.records import Record
 
 _ADDRESS = re.compile(
     r"hf://(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[^@\s]+))?"
 )
 _FORMS = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv")
-_SPLITS = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
+_READERS: dict[str, Callable[[Part, Tally], Iterator[Record]]] = {
+    ".parquet": parquet_in,
+    ".arrow": arrow_in,
 }
 
 
 def hub_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
     """Yield the rows of the split of hf://owner/name[:config][@revision].
 
-    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE work as usual. A row, as JSON:
+    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE act as everywhere. A source may also be the folder of a
+    data set saved to disk, or a file of rows. A row, as JSON:
 
         {"id": "n1", "prompt": "Summarize: A long, long text.", "completion": " Short."}
     """
-    for address in sources:
-        paths = split_paths(address, request.split) if address.startswith("hf://") else [address]
-        for part in parts(paths, tally):
-            is_parquet = part.suffix == ".parquet"
-            yield from parquet_in(part, tally) if is_parquet else rows_in(part, tally)
+    for source in sources or (STDIO,):
+        for part in _parts(source, request.split, tally):
+            yield from _READERS.get(part.suffix, rows_in)(part, tally)
+
+
+def _parts(source: str, split: str, tally: Tally) -> Iterator[Part]:
+    """Yield the files of a source, as far as they are of the split."""
+    if source.startswith("hf://"):
+        return parts(split_paths(source, split), tally)
+    if is_saved(source):
+        return parts(saved_files(source, split), tally)
+    if split not in SPLITS:
+        name = "stdin" if source == STDIO else source
+        raise LorakitError(f"{name} has no splits; leave out --split {split}")
+    return parts([source], tally, (*_FORMS, "*.ndjson", "*.arrow"))
 
 
 def split_paths(address: str, split: str) -> list[str]:
@@ -51,14 +63,17 @@ def split_paths(address: str, split: str) -> list[str]:
         raise LorakitError(
             f"{address} is no data set's address; write hf://owner/name[:config][@revision]"
         )
+    _check_word(split)
     repo, config, revision = match["repo"], match["config"], match["revision"]
     folder = _fetch(repo, revision, ["README.md"], address)
-    patterns = _card_patterns(folder, config, split, address)
+    card = _card(folder / "README.md")
+    patterns = _card_patterns(card, config, split, address)
     if patterns:
         folder = _fetch(repo, revision, patterns, address)
         names = _files(folder, lambda name: any(fnmatch(name, pattern) for pattern in patterns))
     else:
-        forms = [f"*{name}*{form[1:]}*" for name in _SPLITS[split] for form in _FORMS]
+        _check_split(split, _split_names(card, config), address)
+        forms = [f"*{name}*{form[1:]}*" for name in split_aliases(split) for form in _FORMS]
         folder = _fetch(repo, revision, forms, address)
         names = _by_name(folder, config, split, address)
     if not names:
@@ -76,11 +91,12 @@ def _fetch(repo: str, revision: str | None, patterns: list[str], address: str) -
         )
 
 
-def _card_patterns(folder: Path, config: str | None, split: str, address: str) -> list[str]:
-    """Return the card's patterns of a split; an empty list where the card names no files."""
-    configs = _dicts_in(_card(folder / "README.md").get("configs"))
-    named = {str(entry.get("config_name", "default")): entry for entry in configs}
-    if not any("data_files" in entry for entry in configs):
+def _card_patterns(
+    card: Mapping[str, object], config: str | None, split: str, address: str
+) -> list[str]:
+    """Return the card's patterns of a split; an empty list where it has none for any."""
+    named = _named(card.get("configs"))
+    if not any("data_files" in entry for entry in named.values()):
         return []
     chosen = config or ("default" if "default" in named or len(named) > 1 else next(iter(named)))
     if chosen not in named:
@@ -91,7 +107,18 @@ def _card_patterns(folder: Path, config: str | None, split: str, address: str) -
                 f"{address} has {what}; write hf://…:NAME with one of {', '.join(named)}"
             )
         chosen = default[0]
-    return _patterns_of(named[chosen].get("data_files"), split)
+    patterns = _patterns_of(named[chosen].get("data_files"), split)
+    if not patterns:
+        _check_split(split, _split_names(card, chosen), address)
+    return patterns
+
+
+def _check_split(split: str, names: Sequence[str], address: str) -> None:
+    """Raise LorakitError if a card lists splits, `names`, but not this one."""
+    if names and not {*names} & {*split_aliases(split)}:
+        raise LorakitError(
+            f"{address} has no split {split}; give --split with one of {', '.join(names)}"
+        )
 
 
 def _patterns_of(data_files: object, split: str) -> list[str]:
@@ -104,10 +131,34 @@ def _patterns_of(data_files: object, split: str) -> list[str]:
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, str):
             patterns += [entry] if split == "train" else []
-        elif isinstance(entry, dict) and entry.get("split") in _SPLITS[split]:
+        elif isinstance(entry, dict) and entry.get("split") in split_aliases(split):
             paths = entry.get("path")
             patterns += [str(path) for path in (paths if isinstance(paths, list) else [paths])]
     return patterns
+
+
+def _split_names(card: Mapping[str, object], config: str | None) -> list[str]:
+    """Return the names of the splits that a card lists for a configuration, or for all."""
+    names: dict[str, None] = {}
+    for field, key in (("configs", "data_files"), ("dataset_info", "splits")):
+        for name, entry in _named(card.get(field)).items():
+            if config in (None, name):
+                splits = _dicts_in(entry.get(key))
+                words = (split.get("split", split.get("name")) for split in splits)
+                names.update(dict.fromkeys(str(word) for word in words if word))
+    return list(names)
+
+
+def _named(value: object) -> dict[str, dict[str, object]]:
+    """Return the configurations of a card's field, by their names."""
+    entries = _dicts_in([value] if isinstance(value, dict) else value)
+    return {str(entry.get("config_name", "default")): entry for entry in entries}
+
+
+def _check_word(split: str) -> None:
+    """Raise LorakitError if a split's name would be a pattern of file names."""
+    if not re.fullmatch(r"[\w.-]+", split):
+        raise LorakitError(f"no split is called {split!r}; give a word of letters and digits")
 
 
 def _card(path: Path) -> Mapping[str, object]:
@@ -127,8 +178,8 @@ def _dicts_in(value: object) -> list[dict[str, object]]:
 
 
 def _by_name(folder: Path, config: str | None, split: str, address: str) -> list[str]:
-    """Return the configuration's files whose names contain the split, in the first format met."""
-    names = _files(folder, lambda name: bool(_words(name) & {*_SPLITS[split]}))
+    """Return the files of a configuration whose names say the split, of the first form there is."""
+    names = _files(folder, lambda name: _says(name, split))
     if config:
         names = [name for name in names if config in Path(name).parts or config in _words(name)]
     for form in _FORMS:
@@ -155,7 +206,14 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[^A-Za-z0-9]+", name.lower()))
 
 
+def _says(name: str, split: str) -> bool:
+    """Return whether a file's name has a split's among its words, which may be several itself."""
+    marked = "\0".join(["", *re.split(r"[^A-Za-z0-9]+", name.lower()), ""])
+    wanted = (re.split(r"[^A-Za-z0-9]+", alias.lower()) for alias in split_aliases(split))
+    return any("\0".join(["", *words, ""]) in marked for words in wanted)
+
+
 def _configuration(name: str, split: str) -> str:
     """Return the folders of a file, but for those named after the split or `data`."""
-    ignored = {*_SPLITS[split], "data"}
+    ignored = {*split_aliases(split), "data"}
     return "/".join(part for part in Path(name).parts[:-1] if part.lower() not in ignored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lorakit.errors import LorakitError, missing_package
 from lorakit.recipes.readers.sources import Part, parts, seekable
@@ -37,12 +37,16 @@ def parquet_in(part: Part, tally: Tally) -> Iterator[Record]:
             for batch in table.iter_batches(batch_size=_BATCH):
                 for fields in batch.to_pylist():
                     number += 1
-                    plain = {str(name): _plain(value) for name, value in fields.items()}
-                    yield Record(plain, f"{part.name}: record {number}")
+                    yield Record(plain_row(fields), f"{part.name}: record {number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise LorakitError(
             f"{part.name}: not Parquet ({str(error).splitlines()[0]}); check that it is whole"
         ) from error
+
+
+def plain_row(fields: Mapping[str, object]) -> dict[str, object]:
+    """Return a row of pyarrow's in JSON's types."""
+    return {str(name): _plain(value) for name, value in fields.items()}
 
 
 def _plain(value: object) -> object:
