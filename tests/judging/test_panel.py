@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import lorakit
 from lorakit.errors import LorakitError
 from lorakit.judging.asking import ask_all
 from lorakit.resume import SavedValues, hidden_path_beside
 from tests.support.endpoints import Reply, serving
 from tests.support.program import ENVIRONMENT, PROGRAM, wait_for
+from tests.support.tiny_server import serving_tiny
 
 KEY = "sk-secret-0123456789"
 ENV = {**ENVIRONMENT, "OPENAI_API_KEY": KEY, "no_proxy": "127.0.0.1"}
@@ -306,51 +303,8 @@ def test_without_the_extra_one_line_names_it_before_a_file_is_read() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """The URL of `transformers serve` and the name of its model: tiny, with a chat template."""
-    for package in ("fastapi", "uvicorn", "openai"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip("transformers' extra `serving` is not installed")
-    model = tmp_path_factory.mktemp("tiny")
-    for path in (Path(lorakit.__file__).parent / "tiny").iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
-    (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = "from transformers.cli.transformers import main; main()"
-    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    log = model / "log"
-    with open(log, "wb") as stream:
-        server = subprocess.Popen(
-            [sys.executable, "-c", code, "serve", str(model), *options],
-            stdout=stream,
-            stderr=stream,
-            env=environment,
-        )
-    try:
-        wait_until_healthy(port, server, log)
-        yield f"http://127.0.0.1:{port}/v1", str(model)
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
-def wait_until_healthy(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    end = time.monotonic() + 300
-    while True:
-        try:
-            with opener.open(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except OSError:
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
+    with serving_tiny(tmp_path_factory.mktemp("tiny"), "{{ messages[0]['content'] }}") as server:
+        yield server
 
 
 def test_a_real_server_answers_and_its_babble_is_counted(
