@@ -76,6 +76,12 @@ class Record:
         return self._turns("prompt") if isinstance(self.fields.get("prompt"), list) else None
 
     @property
+    def conversation(self) -> tuple[Turn, ...]:
+        """The turns before the completion; a prompt that is a text is one turn of the user."""
+        turns = self.turns
+        return (Turn("user", self.prompt),) if turns is None else turns
+
+    @property
     def _answer(self) -> str | None:
         """The content of the turn that is to be learnt, or None where there is none."""
         if "messages" in self.fields:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import IO, TypeVar
 
 from lorakit.errors import LorakitError
-from lorakit.files import cannot_write, is_stream, refuse_directory, sync
+from lorakit.files import cannot_write, is_stream, open_text_output, refuse_directory, sync
 
 T = TypeVar("T")
 
@@ -68,6 +68,24 @@ class OutputLines:
             sync(self.final.parent)
         except OSError as error:
             raise cannot_write(self.final, error) from error
+
+
+@contextlib.contextmanager
+def continuing(
+    output: str, key: str, *, resume: bool, multiple: int = 1
+) -> Iterator[tuple[IO[str], list[str]]]:
+    """Yield an output's stream and the lines that an earlier run left, a multiple of so many.
+
+    A pipe or a device keeps none.
+    """
+    if is_stream(output):
+        with open_text_output(output) as stream:
+            yield stream, []
+        return
+    part = OutputLines(output, key, resume=resume)
+    keep = len(part.lines) - len(part.lines) % multiple
+    with part.writing(keep) as stream:
+        yield stream, part.lines[:keep]
 
 
 class SavedValues:

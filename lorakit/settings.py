@@ -181,12 +181,20 @@ class StaticSettings:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How completions are written; temperature 0 is greedy decoding."""
+    """How completions are written; temperature 0 is greedy decoding, top-k 0 all tokens.
+
+    A completion ends before the first of the `stop` texts. `shots` of the examples are shown before
+    each prompt, None: all; `samples` completions are written for each record.
+    """
 
     max_new_tokens: int = 128
     batch_size: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    samples: int = 1
+    shots: int | None = None
     seed: int = 0
     truncate: bool = False
     cut: str = "auto"
@@ -203,13 +211,19 @@ def _default_request() -> dict[str, object]:
 
 
 @dataclass(frozen=True)
-class JudgeSettings:
-    """How judges are asked: `timeout` in seconds, `request` the fields sent with each question."""
+class AskingSettings:
+    """How a server is asked; `timeout` is in seconds."""
 
-    request: Mapping[str, object] = field(default_factory=_default_request)
     concurrency: int = 4
     timeout: float = 60.0
     retries: int = 5
+
+
+@dataclass(frozen=True)
+class JudgeSettings(AskingSettings):
+    """How judges are asked; `request` holds the fields besides the question."""
+
+    request: Mapping[str, object] = field(default_factory=_default_request)
 
 
 @dataclass(frozen=True)

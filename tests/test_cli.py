@@ -163,6 +163,8 @@ def test_ctrl_c_exits_with_130_and_leaves_the_old_file(tmp_path: Path) -> None:
 
 # — wrong usage: 2 —
 
+SERVED = ("--data", "x", "--endpoint", "http://x/v1", "--served-model", "m")
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -178,6 +180,25 @@ def test_ctrl_c_exits_with_130_and_leaves_the_old_file(tmp_path: Path) -> None:
         (("generate", "-", "--data", "-"), "one stdin"),
         (("generate",), "Missing option '--data'"),
         (("generate", "--data", "x", "--resume"), "--resume needs -o"),
+        (("generate", "--data", "-", "--few-shot", "-"), "one stdin"),
+        (("generate", "--data", "x", "--samples", "2"), "--samples needs --temperature"),
+        (("generate", "--data", "x", "--shots", "2"), "--shots needs --few-shot FILE"),
+        (("generate", "--data", "x", "--stop", ""), "an empty text would stop everything"),
+        (("generate", "a", "b", "--data", "x"), "give -o '{name}.jsonl'"),
+        (("generate", "a", "b", "--data", "x", "-o", "y"), "give -o '{name}.jsonl'"),
+        (("generate", "a", "b", "--data", "-", "-o", "{name}"), "read --data several times"),
+        (("generate", "--data", "x", "--served-model", "m"), "--served-model needs --endpoint"),
+        (("generate", "--data", "x", "--retries", "0"), "--retries needs --endpoint"),
+        (
+            ("generate", "--data", "x", "--endpoint", "http://x/v1"),
+            "Missing option '--served-model'",
+        ),
+        (
+            ("generate", "a", *SERVED),
+            "--endpoint takes no ADAPTER: have the server load it",
+        ),
+        (("generate", *SERVED, "--model", "m"), "--model is for a base that is loaded"),
+        (("generate", *SERVED, "--truncate"), "--truncate is for a base that is loaded"),
         (("train-adapter", "--data", "-", "--val", "-"), "one stdin"),
         (("train-adapter", "--data", "x", "--layers", "5-1"), "runs backwards"),
         (("merge", "a", "-", "--data", "-"), "one stdin"),

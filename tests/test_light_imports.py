@@ -157,6 +157,15 @@ def test_judging_needs_no_model_library(tmp_path: Path) -> None:
     assert packages - SDK <= {"attr", "click", "jsonlines", "lorakit"}
 
 
+def test_generating_by_a_server_needs_no_model_library(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "p", "completion": "c"}\n')
+    with serving(lambda body, number: "7") as server:
+        options = ("--data", str(path), "--endpoint", server.url, "--served-model", "x")
+        packages = packages_of(imported("generate", *options))
+    assert packages - SDK <= {"attr", "click", "jsonlines", "lorakit"}
+
+
 @pytest.mark.parametrize(
     "module",
     [

@@ -58,18 +58,7 @@ asking = _options.together(
         help="Fields of the request; null drops one. "
         f"[default: {json.dumps(JudgeSettings().request)}]",
     ),
-    _options.field_option(
-        JudgeSettings, "concurrency", click.IntRange(min=1), "Questions asked at a time."
-    ),
-    _options.field_option(
-        JudgeSettings,
-        "timeout",
-        click.FloatRange(min=0, min_open=True),
-        "Seconds of silence after which a question is asked again.",
-    ),
-    _options.field_option(
-        JudgeSettings, "retries", click.IntRange(min=0), "How often a question is asked again."
-    ),
+    _options.asking,
 )
 
 

@@ -145,12 +145,11 @@ def choose_method(
 
 def check_options(method: str) -> None:
     """Raise a usage error for an option on the command line that the method does not read."""
-    for name in sorted(_options_on_command_line(click.get_current_context())):
+    for name, option in sorted(_options.options_on_command_line().items()):
         if not _reads(method, name):
             readers = [other for other in HELP if _reads(other, name)]
             raise click.UsageError(
-                f"--{name.replace('_', '-')} does not belong to --method {method}, "
-                f"but to {', '.join(readers)}."
+                f"{option} does not belong to --method {method}, but to {', '.join(readers)}."
             )
 
 
@@ -160,13 +159,6 @@ def _reads(method: str, option: str) -> bool:
         return option not in _STATIC
     own = _LORAHUB if method == "lorahub" else METHODS[method].settings
     return option in own or option in _EVERY_METHOD
-
-
-def _options_on_command_line(context: click.Context) -> set[str]:
-    """Return the names of the options that were written out, not left at their defaults."""
-    default = click.core.ParameterSource.DEFAULT
-    options = (p.name for p in context.command.params if isinstance(p, click.Option) and p.name)
-    return {name for name in options if context.get_parameter_source(name) not in (default, None)}
 
 
 def check_weights(weights: Sequence[float] | None, adapters: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ import click
 
 from lorakit.commands._types import NamedValue, ParamType
 from lorakit.files import STDIO
-from lorakit.settings import GenerationSettings, SelectionSettings, TrainingSettings
+from lorakit.settings import AskingSettings, GenerationSettings, SelectionSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -210,6 +210,21 @@ decoding = together(
     ),
 )
 
+asking = together(
+    field_option(
+        AskingSettings, "concurrency", click.IntRange(min=1), "Questions asked at a time."
+    ),
+    field_option(
+        AskingSettings,
+        "timeout",
+        click.FloatRange(min=0, min_open=True),
+        "Seconds of silence after which a question is asked again.",
+    ),
+    field_option(
+        AskingSettings, "retries", click.IntRange(min=0), "How often a question is asked again."
+    ),
+)
+
 
 def check_stdin(*paths: str | None) -> None:
     """Raise a usage error where two inputs would share one stdin.
@@ -226,3 +241,16 @@ def check_resume(resume: bool, output: str) -> None:
     """Raise a usage error where --resume is set for a run that writes to a pipe."""
     if resume and output == STDIO:
         raise click.UsageError("--resume needs -o FILE: a pipe keeps nothing to go on from.")
+
+
+def options_on_command_line() -> dict[str, str]:
+    """Return the options that were written out, not left at their defaults: names to long forms."""
+    context = click.get_current_context()
+    unwritten = (click.core.ParameterSource.DEFAULT, None)
+    return {
+        option.name: option.opts[-1]
+        for option in context.command.params
+        if isinstance(option, click.Option)
+        and option.name
+        and context.get_parameter_source(option.name) not in unwritten
+    }

@@ -50,7 +50,8 @@ request = _options.together(
     click.option(
         "--template",
         metavar="TEXT",
-        help="The prompt: {{field}}, {{list[0].field}}, {{#field}}only if not empty{{/field}}, \\n.",
+        help="The prompt: {{field}}, {{list[0].field}}, "
+        "{{#field}}only if not empty{{/field}}, \\n.",
     ),
     click.option(
         "--completion", metavar="TEXT", help="The completion, likewise; joined to the prompt as is."

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 else:
     ParamType = click.ParamType  # not generic before click 8.4
 
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+_ESCAPE = re.compile(r"\\([nt\\])")
 _LAYER_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
@@ -60,6 +62,17 @@ class NamedValue(ParamType):
         except (ValueError, RecursionError):
             parsed = text
         return name, text if isinstance(parsed, dict | list) else parsed
+
+
+class StopText(ParamType):
+    r"""A text that is not empty; `\n` and `\t` are a line end and a tab, `\\` is `\`."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:
+            self.fail("an empty text would stop everything", param, ctx)
+        return _ESCAPE.sub(lambda match: _ESCAPES[match[1]], value)
 
 
 class Layers(ParamType):

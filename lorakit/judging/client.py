@@ -17,7 +17,7 @@ import urllib.parse
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import httpx2
 import openai
@@ -31,6 +31,7 @@ LONGEST_RETRY_AFTER = 600.0  # a longer wait is left to the user
 LONGEST_REPLY = 1 << 24  # bytes
 _TRANSIENT_STATUSES = (408, 425, 429)  # as are all from 500 on
 _LONGEST_QUOTE = 200  # characters of a server's text
+_REASONING_FIELDS = ("reasoning_content", "reasoning")  # vLLM's, before and since 0.12
 
 
 class TransientError(Exception):
@@ -39,6 +40,13 @@ class TransientError(Exception):
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+class Message(NamedTuple):
+    """What a server's model wrote: its text, and the reasoning that the server tells apart."""
+
+    text: str
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,14 +73,21 @@ class Endpoint:
     def ask(self, body: Mapping[str, object]) -> str:
         """Return the text that answers `body`, a chat-completions request; "" where it has none.
 
-        429, 5xx, time-outs, closed connections and replies that are not chat completions are tried
+        Raises LorakitError as `message` does.
+        """
+        return self.message(body).text
+
+    def message(self, body: Mapping[str, object]) -> Message:
+        """Return the message that answers `body`, a chat-completions request.
+
+        429, 5xx, time-outs, closed connections and replies that are no chat completion are tried
         again after a growing wait, or the one the server asks for (Retry-After). Raises
         LorakitError for whatever else is wrong, and when all tries are used up.
         """
         data = json.dumps(body).encode()  # ASCII: a text may hold half a surrogate pair
         for attempt in range(self.retries + 1):
             try:
-                return _answer_in(self._post(data))
+                return _message(self._post(data))
             except TransientError as error:
                 reason = self.printable(str(error))
                 if attempt < self.retries:
@@ -138,7 +153,7 @@ _NOT_CONNECTED = (httpx2.ConnectError, httpx2.ProxyError, httpx2.UnsupportedProt
 _REMEDIES = {
     401: "put a valid key into the variable that --key-variable names",
     403: "use a key that may use this model",
-    404: "mend --endpoint (it ends in /v1 on most servers) or --judge-model",
+    404: "mend --endpoint (it ends in /v1 on most servers) or the model's name",
 }
 
 
@@ -250,12 +265,14 @@ def _detail(content: bytes) -> str:
     return message if isinstance(message, str) else ""
 
 
-def _answer_in(reply: bytes) -> str:
-    """Return the text of a chat completion; TransientError where the reply is not one."""
+def _message(reply: bytes) -> Message:
+    """Return the message of a chat completion; TransientError where the reply is not one."""
     try:
-        content = json.loads(reply)["choices"][0]["message"]["content"]
+        message = json.loads(reply)["choices"][0]["message"]
+        content = message["content"]
     except (ValueError, LookupError, TypeError, RecursionError):
         raise TransientError("the answer is no chat completion") from None
     if not isinstance(content, str | None):
         raise TransientError("the answer is no text")
-    return content or ""
+    thoughts = [message.get(name) for name in _REASONING_FIELDS]
+    return Message(content or "", next((t for t in thoughts if t and isinstance(t, str)), None))

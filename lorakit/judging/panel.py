@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.errors import missing_package
 from lorakit.files import check_output, is_stream, open_text_output
 from lorakit.judging.asking import ask_all
+from lorakit.judging.opening import open_endpoint
 from lorakit.judging.questions import (
     Answer,
     Item,
@@ -59,17 +57,12 @@ def open_panel(
     Keys come from the environment; a variable that is not set means no key, as local servers have.
     Raises LorakitError for an invalid URL or key, and where the extra `endpoint` is missing.
     """
-    if importlib.util.find_spec("openai") is None:
-        raise missing_package("judge", "openai", "endpoint")
-    from lorakit.judging.client import Endpoint, check_key, check_url
-
     count = len(models)
-    urls = [check_url(url) for url in urls] * (count if len(urls) == 1 else 1)
+    urls = list(urls) * (count if len(urls) == 1 else 1)
     names = list(variables) * (count if len(variables) == 1 else 1)
-    keys = [check_key(os.environ.get(name), name) for name in names]
     return {
-        model: Endpoint(url, key, settings.timeout, settings.retries)
-        for model, url, key in zip(models, urls, keys, strict=True)
+        model: open_endpoint("judge", url, name, settings)
+        for model, url, name in zip(models, urls, names, strict=True)
     }
 
 

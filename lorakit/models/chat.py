@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 from lorakit.adapters.history import Header
+from lorakit.completions import CLOSE, OPEN
 from lorakit.errors import LorakitError
 from lorakit.records import Turn
 from lorakit.settings import GenerationSettings, TrainingSettings
@@ -35,7 +36,6 @@ _DATED = "".join(
         "}}{% endmacro %}{{ '' }}",
     ]
 )
-OPEN, CLOSE = "<think>", "</think>"  # the reasoning marks of Qwen3, DeepSeek-R1, SmolLM3 and others
 _THINKING = ("enable_thinking", "thinking")  # what templates call the switch
 _SENTINEL = "\N{WHITE SQUARE}answer\N{WHITE SQUARE}"
 
@@ -181,18 +181,3 @@ def reasons(tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer's template knows marks around a model's reasoning."""
     templates = tokenizer.chat_template or ""
     return OPEN in str(templates) and CLOSE in str(templates)
-
-
-def split_reasoning(text: str, *, opened: bool = False) -> tuple[str, str | None]:
-    """Return the answer in what a model wrote, and the reasoning before it, None where it has none.
-
-    `opened` says that the prompt has opened a block of reasoning. A block that was never closed
-    leaves no answer.
-    """
-    before, closed, answer = text.rpartition(CLOSE)
-    if closed:
-        return answer.strip(), before.strip().removeprefix(OPEN).strip()
-    start, mark, reasoning = text.partition(OPEN)
-    if mark and not start.strip():
-        return "", reasoning.strip()
-    return ("", text.strip()) if opened else (text.strip(), None)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import transformers
 
+from lorakit.completions import Completion, completion_in, stopped, with_completions
 from lorakit.errors import LorakitError
+from lorakit.few_shot import NO_EXAMPLES, FewShot
 from lorakit.models.base import Base
-from lorakit.models.chat import reasons, split_reasoning
+from lorakit.models.chat import reasons
 from lorakit.models.tokens import Encoder, Example
 from lorakit.records import Record
 from lorakit.settings import GenerationSettings
@@ -36,11 +37,13 @@ def generate(
     settings: GenerationSettings,
     *,
     first: int = 0,
+    few_shot: FewShot = NO_EXAMPLES,
 ) -> Iterator[tuple[Record, Example]]:
     """Yield each record with its `prediction`, and its prompt in tokens, in order.
 
-    `first` is the number of records before these (a multiple of the window); it seeds sampling.
-    Raises LorakitError naming a record whose prompt leaves no room for the new tokens.
+    Examples of `few_shot` come before each prompt. `first` is the number of records before these (a
+    multiple of the window), which seeds sampling. Raises LorakitError naming a record whose prompt
+    leaves no room for the new tokens.
     """
     size = window_size(settings)
     iterator = iter(records)
@@ -48,25 +51,14 @@ def generate(
         window = list(itertools.islice(iterator, size))
         if not window:
             return
-        prompts = [encoder.prompt(record, settings.max_new_tokens) for record in window]
+        room = settings.max_new_tokens
+        prompts = [encoder.prompt(record, room, few_shot.before(record)) for record in window]
         torch.manual_seed(settings.seed * 1_000_003 + number)
-        completions = _complete_window(base, prompts, settings)
-        for record, prompt, completion in zip(window, prompts, completions, strict=True):
-            yield completion.added_to(record), prompt
-
-
-class Completion(NamedTuple):
-    """What a model wrote: the answer, and the reasoning before it, None where it has none."""
-
-    prediction: str
-    reasoning: str | None = None
-
-    def added_to(self, record: Record) -> Record:
-        """Return the record with the completion in its fields."""
-        predicted = record.with_field("prediction", self.prediction)
-        if self.reasoning is None:
-            return predicted
-        return predicted.with_field("reasoning", self.reasoning)
+        rows = [prompt for prompt in prompts for _ in range(settings.samples)]
+        completions = iter(_complete_window(base, rows, settings))
+        for record, prompt in zip(window, prompts, strict=True):
+            samples = list(itertools.islice(completions, settings.samples))
+            yield with_completions(record, samples), prompt
 
 
 def _complete_window(
@@ -78,19 +70,25 @@ def _complete_window(
     for start in range(0, len(order), settings.batch_size):
         places = order[start : start + settings.batch_size]
         rows = [prompts[place].ids for place in places]
-        for place, ids in zip(places, complete(base, rows, settings), strict=True):
-            opened = prompts[place].opens_reasoning
-            completions[place] = completion_of(base, ids, opened=opened)
+        opened = [prompts[place].opens_reasoning for place in places]
+        outputs = complete(base, rows, settings, opened)
+        for place, ids, opens in zip(places, outputs, opened, strict=True):
+            completions[place] = completion_of(base, ids, settings.stop, opened=opens)
     return completions
 
 
 @torch.inference_mode()
 def complete(
-    base: Base, prompts: Sequence[Sequence[int]], settings: GenerationSettings
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    opened: Sequence[bool] = (),
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, up to and without the first end token.
 
-    Prompts are padded on the left and masked, so that no row depends on the rest of its batch.
+    A row ends with the token that completes a stop text in its answer; `opened` says which prompts
+    have begun reasoning (empty: none). Prompts are padded on the left under a mask, so that a row
+    does not see what it is batched with.
     """
     length = max(map(len, prompts))
     pad = base.end_tokens[0]  # hidden by the mask; a tokenizer's own may lie outside the vocabulary
@@ -105,6 +103,7 @@ def complete(
         attention_mask=mask.to(base.device),
         generation_config=config,
         logits_processor=transformers.LogitsProcessorList([_FiniteLogits(base.name)]),
+        stopping_criteria=_stopping(base, settings.stop, length, opened or [False] * len(prompts)),
     )
     ends = set(base.end_tokens)
     return [_until(row, ends) for row in sequences[:, length:].tolist()]
@@ -115,12 +114,61 @@ def text_of(base: Base, ids: Sequence[int]) -> str:
     return completion_of(base, ids).prediction
 
 
-def completion_of(base: Base, ids: Sequence[int], *, opened: bool = False) -> Completion:
+def completion_of(
+    base: Base, ids: Sequence[int], stop: Sequence[str] = (), *, opened: bool = False
+) -> Completion:
     """Return the answer and the reasoning in new tokens; `opened`: the prompt began reasoning."""
-    text = base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if not reasons(base.tokenizer):
-        return Completion(str(text).strip())
-    return Completion(*split_reasoning(str(text), opened=opened))
+    text = _decoded(base, ids)
+    return completion_in(text, stop=stop, reasons=reasons(base.tokenizer), opened=opened)
+
+
+def _decoded(base: Base, ids: Sequence[int]) -> str:
+    """Return the text of tokens, special ones left out."""
+    return str(
+        base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
+def _stopping(
+    base: Base, stop: Sequence[str], length: int, opened: Sequence[bool]
+) -> transformers.StoppingCriteriaList:
+    criteria = [_StopTexts(base, stop, length, opened)] if stop else []
+    return transformers.StoppingCriteriaList(criteria)
+
+
+class _StopTexts(transformers.StoppingCriteria):
+    """Ends a row once its answer holds a stop text.
+
+    A text that has just been completed lies in the last tokens: each but the special ones holds a
+    byte of it at least. Only where it is found there are all tokens of the row decoded.
+    """
+
+    def __init__(
+        self, base: Base, stop: Sequence[str], length: int, opened: Sequence[bool]
+    ) -> None:
+        self._base, self._stop, self._length, self._opened = base, stop, length, opened
+        self._special = frozenset(base.tokenizer.all_special_ids)
+        self._tail = max(len(text.encode("utf-8", "surrogatepass")) for text in stop) + 4
+        self._reasons = reasons(base.tokenizer)
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor | None, **_: object
+    ) -> torch.Tensor:
+        rows = zip(input_ids[:, self._length :].tolist(), self._opened, strict=True)
+        ended = [self._ended(ids, opened) for ids, opened in rows]
+        return torch.tensor(ended, device=input_ids.device)
+
+    def _ended(self, ids: list[int], opened: bool) -> bool:
+        tail = _decoded(self._base, self._last(ids))
+        if not any(text in tail for text in self._stop):
+            return False
+        written = _decoded(self._base, ids)
+        return stopped(written, stop=self._stop, reasons=self._reasons, opened=opened)
+
+    def _last(self, ids: list[int]) -> list[int]:
+        """Return the last tokens in which a stop text can have been completed."""
+        plain = (token for token in reversed(ids) if token not in self._special)
+        return list(itertools.islice(plain, self._tail))[::-1]
 
 
 def check_finite(logits: torch.Tensor, name: str) -> None:
@@ -153,7 +201,7 @@ def _generation_config(
             "do_sample": True,
             "temperature": settings.temperature,
             "top_p": settings.top_p,
-            "top_k": 0,
+            "top_k": settings.top_k,
         }
     return transformers.GenerationConfig(
         eos_token_id=list(base.end_tokens),

@@ -6,15 +6,16 @@ run can be resumed. Completions come from generation.py.
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.completions import skip_done
 from lorakit.errors import LorakitError
-from lorakit.files import is_stream, open_text_output
+from lorakit.few_shot import NO_EXAMPLES, FewShot
+from lorakit.files import cannot_write, check_output
 from lorakit.models.base import Base
 from lorakit.models.chat import S, following
 from lorakit.models.generation import generate, window_size
@@ -22,7 +23,7 @@ from lorakit.models.lora import attach
 from lorakit.models.tokens import CutTally, Encoder, Example
 from lorakit.records import Record, read_records, write_records
 from lorakit.reporting import Reporter
-from lorakit.resume import OutputLines, run_key
+from lorakit.resume import continuing, hidden_path_beside, run_key
 from lorakit.settings import GenerationSettings
 
 
@@ -35,29 +36,100 @@ def write_predictions(
     output: str,
     reporter: Reporter,
     resume: bool = False,
+    few_shot: FewShot = NO_EXAMPLES,
 ) -> None:
     """Complete every record of `data`, writing each to `output` as soon as it is done.
 
     Raises LorakitError naming file and line for a record that cannot be used; what was written up
     to then stays beside the output for `resume`.
     """
-    settings = following(settings, [adapter.header] if adapter else [])
+    settings = _settings_for(adapter, settings)
     encoder = base.encoder_for(settings)
     if adapter is not None:
         attach(base, adapter)
     records = reporter.track(read_records(data, "prompt"), "generating")
     tally = CutTally()
-    key = _key(base, adapter, settings)
-    with _open_output(output, key, window_size(settings), resume) as (stream, done):
-        _skip(records, done)
+    key = _key(base, adapter, settings, few_shot)
+    window = window_size(settings)
+    with continuing(output, key, resume=resume, multiple=window) as (stream, done):
+        skip_done(records, done)
         if done:
             reporter.note(f"going on after {len(done)} records")
-        completed = generate(base, encoder, records, settings, first=len(done))
+        completed = generate(base, encoder, records, settings, first=len(done), few_shot=few_shot)
         fields = (_tallied(record, prompt, tally) for record, prompt in completed)
         if not write_records(fields, stream) + len(done):
             raise LorakitError(f"{data} holds no records; check what wrote it")
     if tally.note:
         reporter.note(tally.note)
+
+
+def write_predictions_of_each(
+    base: Base,
+    adapters: Sequence[Adapter],
+    data: str,
+    *,
+    settings: GenerationSettings,
+    outputs: Sequence[str],
+    reporter: Reporter,
+    resume: bool = False,
+    few_shot: FewShot = NO_EXAMPLES,
+) -> None:
+    """Write the predictions of several adapters, one after the other, each to its own output.
+
+    A hidden file beside each output that is done lets a resumed run pass over it; they are deleted
+    at the end. Raises LorakitError as `write_predictions` does.
+    """
+    for output in outputs:
+        check_output(output)
+    keys = [_key(base, each, _settings_for(each, settings), few_shot) for each in adapters]
+    marks = [hidden_path_beside(*pair) for pair in zip(outputs, map(_mark, keys), strict=True)]
+    for adapter, output, mark in zip(adapters, outputs, marks, strict=True):
+        if resume and mark.exists() and _holds_all(output, data):
+            reporter.note(f"{output} is done already")
+            continue
+        write_predictions(
+            base,
+            adapter,
+            data,
+            settings=settings,
+            output=output,
+            reporter=reporter,
+            resume=resume,
+            few_shot=few_shot,
+        )
+        _write_mark(mark)
+    for mark in marks:
+        mark.unlink(missing_ok=True)
+
+
+def _mark(key: str) -> str:
+    return f"{key[:12]}.done"
+
+
+def _write_mark(mark: Path) -> None:
+    try:
+        mark.touch()
+    except OSError as error:
+        raise cannot_write(mark, error) from error
+
+
+def _holds_all(output: str, data: str) -> bool:
+    """Return whether an output is there with a line for every record of `data`."""
+    if not Path(output).is_file():
+        return False
+    records = read_records(data, "prompt")
+    skip_done(records, Path(output).read_text(encoding="utf-8").split("\n")[:-1])
+    return next(records, None) is None
+
+
+def _settings_for(adapter: Adapter | None, settings: S) -> S:
+    """Return the settings with what they leave open of chat as the adapter was trained."""
+    return following(settings, [] if adapter is None else [adapter.header])
+
+
+def encoder_of(base: Base, adapter: Adapter | None, settings: S) -> Encoder:
+    """Return the encoder for outputs of an adapter: as asked, else as it was trained."""
+    return base.encoder_for(_settings_for(adapter, settings))
 
 
 def _tallied(record: Record, prompt: Example, tally: CutTally) -> Mapping[str, Any]:
@@ -66,44 +138,9 @@ def _tallied(record: Record, prompt: Example, tally: CutTally) -> Mapping[str, A
     return record.fields
 
 
-def encoder_of(base: Base, adapter: Adapter | None, settings: S) -> Encoder:
-    """Return the encoder for outputs of an adapter: as asked, else as it was trained."""
-    headers = [] if adapter is None else [adapter.header]
-    return base.encoder_for(following(settings, headers))
-
-
-def _key(base: Base, adapter: Adapter | None, settings: GenerationSettings) -> str:
+def _key(
+    base: Base, adapter: Adapter | None, settings: GenerationSettings, few_shot: FewShot
+) -> str:
     """Return a hash of everything but the data that predictions depend on."""
-    return run_key(asdict(settings), base.record, adapter.sha256 if adapter else None)
-
-
-@contextlib.contextmanager
-def _open_output(
-    output: str, key: str, window: int, resume: bool
-) -> Iterator[tuple[IO[str], list[str]]]:
-    """Yield the output stream and the lines that an earlier run left, in whole windows."""
-    if is_stream(output):
-        with open_text_output(output) as stream:
-            yield stream, []
-        return
-    part = OutputLines(output, key, resume=resume)
-    keep = len(part.lines) - len(part.lines) % window
-    with part.writing(keep) as stream:
-        yield stream, part.lines[:keep]
-
-
-def _skip(records: Iterator[Record], done: list[str]) -> None:
-    """Skip the records whose predictions were written by an earlier run.
-
-    Raises LorakitError if the data is not what that run had read.
-    """
-    for line in done:
-        record = next(records, None)
-        written = json.loads(line)
-        ours = dict.fromkeys(("prediction", "reasoning"))
-        if record is None or {**record.fields, **ours} != {**written, **ours}:
-            where = record.where if record else "the end of --data"
-            raise LorakitError(
-                f"{where}: not the record that the killed run had read; generate afresh without "
-                "--resume"
-            )
+    sha256 = adapter.sha256 if adapter else None
+    return run_key(asdict(settings), base.record, sha256, few_shot.sha256)

@@ -6,12 +6,15 @@ text by chat.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from lorakit.completions import OPEN
 from lorakit.errors import LorakitError
-from lorakit.models.chat import OPEN, Chat, Tokenizer
-from lorakit.records import Record, Turn
+from lorakit.few_shot import SEPARATOR, shown_turns
+from lorakit.models.chat import Chat, Tokenizer
+from lorakit.records import Record
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,17 @@ class Encoder:
         """
         return self._fit(record, self._encode_both, 0)
 
-    def prompt(self, record: Record, room: int) -> Example:
-        """Encode the prompt alone, so that `room` more tokens fit after it.
+    def prompt(self, record: Record, room: int, shots: Sequence[Record] = ()) -> Example:
+        """Encode the prompt alone, after examples, so that `room` more tokens fit after it.
 
-        Raises LorakitError as `example` does.
+        Only the record's own prompt is ever cut. Raises LorakitError as `example` does.
         """
-        return self._fit(record, self._encode_prompt, room)
+        encode = functools.partial(self._encode_prompt, shots=shots)
+        return self._fit(record, encode, room, "show fewer --shots, " if shots else "")
 
-    def _fit(self, record: Record, encode: Callable[[Record], Example], room: int) -> Example:
+    def _fit(
+        self, record: Record, encode: Callable[[Record], Example], room: int, first_remedy: str = ""
+    ) -> Example:
         """Encode a record, its prompt shortened until it fits with `room` more tokens."""
         whole = encode(record)
         example, over = whole, len(whole.ids) + room - self.limit
@@ -76,7 +82,7 @@ class Encoder:
         removed = 0
         while over > 0:
             if not self.truncate or removed >= len(offsets):
-                raise self._too_long(record, len(whole.ids), room)
+                raise self._too_long(record, len(whole.ids), room, first_remedy)
             removed = min(len(offsets), removed + over)
             example = encode(part.record_with(_shortened(part.text, offsets, removed, part.cut)))
             over = len(example.ids) + room - self.limit
@@ -87,21 +93,22 @@ class Encoder:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoded["offset_mapping"])
 
-    def _too_long(self, record: Record, length: int, room: int) -> LorakitError:
+    def _too_long(self, record: Record, length: int, room: int, first_remedy: str) -> LorakitError:
         what = f"the prompt's {length} tokens and {room} new ones" if room else f"{length} tokens"
         remedy = "give --truncate to cut the prompt, or shorten the record"
         if self.truncate:
             remedy = "there is nothing left to cut; allow more tokens or shorten the record"
         return LorakitError(
             f"{record.where}: {what} exceed the {self.limit} of the context or --max-length; "
-            f"{remedy}"
+            f"{first_remedy}{remedy}"
         )
 
-    def _encode_prompt(self, record: Record) -> Example:
+    def _encode_prompt(self, record: Record, shots: Sequence[Record]) -> Example:
         if self.chat is None:
-            text = _plain_prompt(record)
+            shown = [_plain_prompt(shot) + shot.completion for shot in shots]
+            text = SEPARATOR.join([*shown, _plain_prompt(record)])
         else:
-            text = self.chat.prompt(_turns_of(record), record.where)
+            text = self.chat.prompt(shown_turns(shots, record.conversation), record.where)
         ids = self._never_empty(self._tokens(text)[0])
         opens = self.chat is not None and text.rstrip().endswith(OPEN)
         return Example(ids, len(ids), record.where, opens_reasoning=opens)
@@ -112,7 +119,7 @@ class Encoder:
             prompt = _plain_prompt(record)
             text = prompt + record.completion
         else:
-            prompt, text = self.chat.answered(_turns_of(record), record.completion, record.where)
+            prompt, text = self.chat.answered(record.conversation, record.completion, record.where)
         ids, token_ends = self._tokens(text)
         start = next((i for i, end in enumerate(token_ends) if end > len(prompt)), len(ids))
         answer, end = ids[start:], self.ends[0]
@@ -140,12 +147,6 @@ class Encoder:
         while ids and ids[-1] == self.ends[0] and ends[-1] == 0:  # added by the tokenizer itself
             ids, ends = ids[:-1], ends[:-1]
         return ids, ends
-
-
-def _turns_of(record: Record) -> tuple[Turn, ...]:
-    """Return the turns of a conversation; a prompt that is a text is one turn of the user."""
-    turns = record.turns
-    return (Turn("user", record.prompt),) if turns is None else turns
 
 
 def _plain_prompt(record: Record) -> str:

@@ -11,6 +11,7 @@ import pytest
 from lorakit.cli import COMMANDS, load_command
 from lorakit.commands import _options, _types
 from lorakit.settings import (
+    AskingSettings,
     BoundarySettings,
     GenerationSettings,
     JudgeSettings,
@@ -142,6 +143,14 @@ def test_an_empty_name_is_refused(text: str) -> None:
         convert(_types.Names(), text)
 
 
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [(r"\n", "\n"), (r"a\tb", "a\tb"), (r"\\nabla", r"\nabla"), ("\\q\\", "\\q\\"), (" ", " ")],
+)
+def test_a_stop_text_may_write_a_line_end(text: str, stop: str) -> None:
+    assert convert(_types.StopText(), text) == stop
+
+
 @pytest.mark.parametrize("kind", [_types.Names(), _types.Layers(), _types.Numbers()])
 def test_a_value_that_is_read_already_stays(kind: click.ParamType[Any]) -> None:
     assert kind.convert((1, 2), None, None) == (1, 2)
@@ -178,6 +187,7 @@ def test_a_command_gets_its_parameters_as_settings_and_the_rest_as_they_are() ->
         pytest.param("merge", SelectionSettings(), id="merge's selection"),
         pytest.param("merge", StaticSettings(), id="merge without data"),
         pytest.param("generate", GenerationSettings(), id="generate"),
+        pytest.param("generate", AskingSettings(), id="generate by a server"),
         pytest.param("score", SignificanceSettings(), id="score"),
         pytest.param("judge", JudgeSettings(), id="judge"),
         pytest.param("find-boundary", BoundarySettings(), id="find-boundary"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lorakit.adapters.history import Header
+from lorakit.completions import split_reasoning
 from lorakit.errors import LorakitError
-from lorakit.models.chat import CHAT_DATE, Chat, Tokenizer, following, reasons, split_reasoning
+from lorakit.models.chat import CHAT_DATE, Chat, Tokenizer, following, reasons
 from lorakit.models.tokens import Encoder
 from lorakit.records import Record, Turn
 from lorakit.settings import GenerationSettings, TrainingSettings

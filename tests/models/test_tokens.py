@@ -173,3 +173,36 @@ def test_a_template_that_rewrites_the_prompt_is_refused(chatty: Any) -> None:
     )
     with pytest.raises(LorakitError, match=r"data.jsonl:7: .*--chat off"):
         Encoder(chatty, (END,), 99, Chat(chatty)).example(record("a", "b"))
+
+
+SHOTS = [record("What a?", " b"), record("What c?", " d")]
+
+
+def test_examples_come_before_the_prompt_as_texts_with_a_blank_line_between(
+    tokenizer: Any,
+) -> None:
+    example = Encoder(tokenizer, (END,), 99).prompt(record("What e?"), 0, SHOTS)
+    assert decode(tokenizer, example.ids) == "<s>What a? b\n\nWhat c? d\n\nWhat e?"
+
+
+def test_examples_are_earlier_turns_under_a_chat_template(tokenizer: Any, chatty: Any) -> None:
+    encoder = Encoder(chatty, (END,), 999, Chat(chatty, "s"))
+    text = decode(tokenizer, encoder.prompt(record("What e?"), 0, SHOTS[:1]).ids)
+    turns = "<system>s</s>\n<user>What a?</s>\n<assistant>b</s>\n<user>What e?</s>\n"
+    assert text.endswith(f"{turns}<assistant>")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_only_the_records_own_document_is_cut(tokenizer: Any, chatty: Any, chat: bool) -> None:
+    own = record("Sum up: " + "x" * 50 + " now")
+    fields = {**own.fields, "document": [8, 58]}
+    kind = Chat(chatty) if chat else None
+    encoder = Encoder(chatty, (END,), 999, kind)
+    length = len(encoder.prompt(Record(fields, "w"), 0, SHOTS).ids)
+    cutting = Encoder(chatty, (END,), length - 40, kind, truncate=True)
+    example = cutting.prompt(Record(fields, "w"), 0, SHOTS)
+    whole = decode(tokenizer, encoder.prompt(Record(fields, "w"), 0, SHOTS).ids)
+    assert decode(tokenizer, example.ids) == whole.replace("x" * 50, "x" * 10)
+    tiny = Encoder(chatty, (END,), 20, kind, truncate=True)
+    with pytest.raises(LorakitError, match="; show fewer --shots, there is nothing left to cut"):
+        tiny.prompt(Record(fields, "w"), 0, SHOTS)
