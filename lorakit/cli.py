@@ -6,11 +6,15 @@ import importlib
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from lorakit.errors import LorakitError
 from lorakit.files import explain
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
@@ -37,6 +41,13 @@ COMMANDS = {
         "Let language models rate predictions from 0 to 10 (GPT-Score), or choose (--against)."
     ),
     "inspect": "Show what is in an adapter: config, layers, blocks and history.",
+    "convert": (
+        "Write an adapter as a single file or as a PEFT folder; tensors and header stay as they "
+        "are."
+    ),
+    "completion": (
+        "Print the script that a shell sources to complete commands, options, files and names."
+    ),
 }
 
 
@@ -55,7 +66,29 @@ class _Program(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return load_command(cmd_name) if cmd_name in COMMANDS else None
+        if cmd_name not in COMMANDS:
+            return None
+        command = load_command(cmd_name)
+        if ctx.resilient_parsing:  # a shell asks what could stand next
+            from lorakit.commands._completion import complete_values_
+
+            complete_values_(command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and name[:1].isalnum() and not ctx.resilient_parsing:
+            raise click.UsageError(f"No such command {name!r}.{_suggestion(name)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        names = (name for name in COMMANDS if name.startswith(incomplete))
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        return [*(CompletionItem(name, help=COMMANDS[name]) for name in names), *options]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = formatter.width - 6 - max(map(len, COMMANDS))
@@ -64,6 +97,15 @@ class _Program(click.Group):
             formatter.write_dl(
                 [(name, command.get_short_help_str(width)) for name, command in commands.items()]
             )
+
+
+def _suggestion(name: str) -> str:
+    """Return a question for the command that was meant, empty where none is like the name."""
+    from difflib import get_close_matches
+
+    begun = [command for command in COMMANDS if command.startswith(name.lower())]
+    meant = begun or get_close_matches(name.lower(), COMMANDS, n=1)
+    return f" Did you mean {meant[0]!r}?" if meant else ""
 
 
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})

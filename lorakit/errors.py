@@ -14,6 +14,15 @@ class LorakitError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+def check_packages(what: str, *packages: str, extra: str = "") -> None:
+    """Raise LorakitError for the first package that is not installed; none is imported."""
+    from importlib.util import find_spec
+
+    for package in packages:
+        if find_spec(package) is None:
+            raise missing_package(what, package, extra)
+
+
 def missing_package(what: str, package: str, extra: str = "") -> LorakitError:
     """Return the error for a missing package: of an extra, or one that lorakit always requires."""
     name = f"'lorakit[{extra}]'" if extra else "lorakit"

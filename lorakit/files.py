@@ -70,19 +70,36 @@ def refuse_terminal(what: str) -> None:
 
 
 def names_folder(output: str) -> bool:
-    """Return whether an adapter's `output` is a folder: one that exists, or ends in a slash."""
-    return output.endswith(("/", os.sep)) or os.path.isdir(output)
+    """Return whether an adapter's `output` is a folder: its name ends in a slash, has no suffix, or
+    is that of a folder; `-`, devices and named pipes are none."""
+    if output.endswith(("/", os.sep)) or os.path.isdir(output):
+        return True
+    return not is_stream(output) and not Path(output).suffix
 
 
 def check_adapter_output(output: str) -> None:
     """Raise LorakitError, before the work begins, if an adapter could not be written to `output`.
 
-    Folders are not checked: they are created when the adapter is written.
+    A folder is made, with those above it, when it is written.
     """
     if output == STDIO:
         refuse_terminal("an adapter")
     elif not names_folder(output):
         check_output(output)
+    else:
+        _check_folder(Path(output))
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise LorakitError where a file stands in the place of a folder, or it cannot be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        reason = os.strerror(errno.ENOTDIR)
+        if there == folder:
+            reason = "it is a file, and a name without a suffix is a folder's"
+        raise LorakitError(f"cannot write {folder}: {reason.lower()}; choose another -o")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 @contextlib.contextmanager

@@ -36,8 +36,15 @@ def _fetch(repo: str, file: str, revision: str | None, address: str) -> Path:
         with hub_errors_explained(address, revision):
             return Path(hf_hub_download(repo, file, revision=revision))
     except errors.RemoteEntryNotFoundError:
-        reason = f"it has no {file}; lorakit reads no pickles: ask its author for safetensors"
+        reason = f"it has no {file}; {_remedy(file, address)}"
     raise LorakitError(f"cannot fetch {address}: {reason}")
+
+
+def _remedy(file: str, address: str) -> str:
+    """Return what to do where an adapter's repository lacks a file."""
+    if file.endswith(".safetensors"):
+        return f"if it has an adapter_model.bin, run: lorakit convert {address} -o FOLDER/"
+    return "check on its page that it is a PEFT adapter"
 
 
 @contextlib.contextmanager

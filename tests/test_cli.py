@@ -58,7 +58,13 @@ def one_error(done: subprocess.CompletedProcess[str]) -> str:
         (("strip-layers", "a.safetensors", "--boundary", "none"), "cannot read none: "),
         (("strip-layers", "a.safetensors", "--boundary", "row.jsonl"), "row.jsonl:1: 'boundary' "),
         (("strip-layers", "a.safetensors", "--boundary", "bad.jsonl"), "bad.jsonl:1: 'boundary' "),
-        (("strip-layers", "a.safetensors", "--boundary", "1", "-o", "none/a"), "cannot write none"),
+        (
+            ("strip-layers", "a.safetensors", "--boundary", "1", "-o", "none/a.bin"),
+            "cannot write no",
+        ),
+        (("strip-layers", "a.safetensors", "--boundary", "1", "-o", "row.jsonl/a"), "not a dir"),
+        (("convert", "a.safetensors", "-o", "a.gguf"), "convert writes no .gguf files; "),
+        (("convert", "none.safetensors", "-o", "a/"), "cannot read none.safetensors: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -350,3 +356,17 @@ def test_the_list_of_commands_has_the_first_sentence_of_each(name: str) -> None:
     command = load_command(name)
     assert command.name == name
     assert COMMANDS[name] == command.get_short_help_str(limit=1000)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("mrege", "merge"), ("train", "train-adapter"), ("Score", "score"), ("inspct", "inspect")],
+)
+def test_a_mistyped_command_gets_a_suggestion(typed: str, meant: str) -> None:
+    done = run(typed, "a", "--b")
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"Error: No such command '{typed}'. Did you mean '{meant}'?\n")
+
+
+def test_a_command_like_no_other_gets_none() -> None:
+    assert run("xyz").stderr.endswith("Error: No such command 'xyz'.\n")

@@ -98,10 +98,11 @@ def test_a_boundary_comes_by_a_pipe_or_the_adapter_does(tmp_path: Path) -> None:
         "set -e\n"
         'printf %s "$FOUND" | lorakit strip-layers "$A" --boundary -\n'
         'printf %s "$FOUND" >found.jsonl\n'
-        'lorakit strip-layers "$A" -q --boundary found.jsonl -o from-file\n'
+        'lorakit strip-layers "$A" -q --boundary found.jsonl -o file.safetensors\n'
         'lorakit strip-layers -q --boundary 2 -o - <"$A" >piped\n'
         'lorakit strip-layers "$A" --boundary 2 -q -o folder/\n'
-        "cmp stripped.safetensors from-file; cmp from-file folder/adapter_model.safetensors\n"
+        "cmp stripped.safetensors file.safetensors\n"
+        "cmp file.safetensors folder/adapter_model.safetensors\n"
         "lorakit inspect - <piped",
         tmp_path,
         A=path,
@@ -110,7 +111,7 @@ def test_a_boundary_comes_by_a_pipe_or_the_adapter_does(tmp_path: Path) -> None:
     (record,) = lines_of(done)
     assert [layer["layer"] for layer in record["layers"]] == [0, 1]
     assert done.stderr == "Note: kept 2 of 3 modules\nNote: wrote stripped.safetensors\n"
-    named, piped = (load_adapter(str(tmp_path / name)) for name in ("from-file", "piped"))
+    named, piped = (load_adapter(str(tmp_path / name)) for name in ("file.safetensors", "piped"))
     assert piped.sha256 == named.sha256 == record["sha256"]
     (parent,) = (entry["parents"] for entry in record["history"])
     assert parent == {"stdin": load_adapter(path).sha256}

@@ -9,8 +9,8 @@ from pathlib import Path
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.history import base_fields
 from lorakit.errors import LorakitError
+from lorakit.reach import TINY
 
-TINY = "tiny"
 _MODEL_VARIABLE = "LORAKIT_MODEL"
 
 

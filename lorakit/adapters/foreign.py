@@ -7,13 +7,17 @@ kinds of adapter by their tensors' names. To detect another one, add a line to B
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from lorakit.adapters.foreign_text import quote
 from lorakit.errors import LorakitError
+from lorakit.files import open_input
 
 PICKLE_FILE = "adapter_model.bin"
+SAFETENSORS_FILE = "adapter_model.safetensors"
 
 _PICKLE = rb"PK\x03\x04|\x80[\x02-\x05]"
 
@@ -70,7 +74,7 @@ def refuse_folder(files: Iterable[str], name: str) -> NoReturn:
     if PICKLE_FILE in files:
         raise LorakitError(
             f"{name} holds only the pickle {PICKLE_FILE}, which lorakit does not read; "
-            + _conversion(PICKLE_FILE)
+            + _conversion(name)
         )
     raise LorakitError(f"{name} holds no adapter_model.safetensors; give a PEFT folder or its file")
 
@@ -81,11 +85,22 @@ def refuse_tensor(key: str, name: str) -> NoReturn:
     raise LorakitError(f"{name}: tensor {quote(key)} {reason}")
 
 
+def find_pickle(source: str) -> Path | None:
+    """Return the pickle that `source` is, or that its folder holds in place of safetensors."""
+    path = Path(source)
+    if path.is_dir():
+        pickle = path / PICKLE_FILE
+        return pickle if pickle.is_file() and not (path / SAFETENSORS_FILE).exists() else None
+    if not path.is_file():
+        return None
+    with open_input(source) as stream:
+        return path if re.match(_PICKLE, stream.read(4)) else None
+
+
 def _conversion(name: str) -> str:
-    """Return advice on how to convert the pickle `name` to safetensors."""
-    return (
-        "convert it in Python: import torch; from safetensors.torch import save_file; "
-        f"t = torch.load({name!r}, map_location='cpu', weights_only=True); "
-        "save_file({k: v.contiguous().clone() for k, v in t.items()}, "
-        "'adapter_model.safetensors', {'format': 'pt'})"
-    )
+    """Return the advice how to convert the pickle, or the folder with one, to safetensors."""
+    path = Path(name)
+    if name == "stdin":
+        return "give the folder it lies in to: lorakit convert FOLDER -o FOLDER/"
+    output = f"{name.rstrip('/')}/" if path.is_dir() else str(path.with_suffix(".safetensors"))
+    return f"run: lorakit convert {shlex.quote(name)} -o {shlex.quote(output)}"

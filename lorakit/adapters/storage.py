@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.card import CARD_FILE, card_text, is_adapter_card
 from lorakit.adapters.config import Config, config_text, parse_config, rank_of
-from lorakit.adapters.foreign import refuse_folder, refuse_tensor
+from lorakit.adapters.foreign import SAFETENSORS_FILE, refuse_folder, refuse_tensor
 from lorakit.adapters.foreign_text import quote
 from lorakit.adapters.history import header_text, parse_header
 from lorakit.adapters.names import Factor, lora_name, lora_parts, module_names
@@ -36,7 +37,7 @@ from lorakit.files import (
 )
 
 CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
+TENSOR_FILE = SAFETENSORS_FILE
 HUB = "hf://"
 
 
@@ -87,13 +88,24 @@ def _read(path: Path) -> bytes:
 def _load(source: bytes | Path, name: str, config_file: Path | None) -> Adapter:
     """Return the adapter in bytes or in a tensor file, with its own config or `config_file`."""
     tensors, metadata = read_tensors(source, name)
-    _check_names(tensors, name)
-    own_config = metadata.get("adapter_config")
     has_pefts_name = isinstance(source, Path) and source.name == TENSOR_FILE
-    if config_file is not None and (has_pefts_name or own_config is None):
+    if not has_pefts_name and "adapter_config" in metadata:
+        config_file = None
+    return build_adapter(tensors, metadata, config_file, name)
+
+
+def build_adapter(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config_file: Path | None, name: str
+) -> Adapter:
+    """Return an adapter with the config in a file or, without one, in the metadata; all checked.
+
+    Values are not looked at. Raises LorakitError for what could not be written again exactly.
+    """
+    _check_names(tensors, name)
+    if config_file is not None:
         config = parse_config(_read(config_file), str(config_file))
-    elif own_config is not None:
-        config = parse_config(own_config, f"{name}: its adapter_config")
+    elif "adapter_config" in metadata:
+        config = parse_config(metadata["adapter_config"], f"{name}: its adapter_config")
     else:
         raise LorakitError(f"{name} has no config; put PEFT's {CONFIG_FILE} beside it")
     _check_tensors(tensors, config, name)
@@ -155,12 +167,13 @@ def save_adapter(
 ) -> str:
     """Write `adapter` as one file, to stdout (`-`) or as a PEFT folder; return `output`.
 
-    A folder is an `output` that ends in a slash or is an existing folder. Files are replaced
-    atomically. In a folder the old config is deleted before the new tensors are put in place, so
-    that a run killed in between never leaves one adapter's tensors beside another's config; the
-    tensor file holds its own config in its header. `late` returns the adapter with its final
-    header, of the same length: it is called while the tensors are being written to a file, or
-    before anything is written to a pipe.
+    A folder is an `output` that ends in a slash, has no suffix or exists as one; it gets a model
+    card, unless a README.md of other content is there. Files are replaced whole. In a folder the
+    old config is deleted before the new tensors are put in place, so that a run that is killed in
+    between never leaves one adapter's tensors beside another's config; the tensor file holds its
+    own config in its header. `late` returns the adapter once more, with a complete header
+    of the same length: it is called while the tensors are on their way to a file, or before
+    anything is written to a pipe.
     """
     if output == STDIO:
         refuse_terminal("an adapter")
@@ -213,10 +226,25 @@ def _save_folder(adapter: Adapter, folder: Path, late: Callable[[], Adapter] | N
         raise LorakitError(f"cannot write {folder}: {explain(error)}; choose another -o") from error
     config = folder / CONFIG_FILE
     text = (config_text(adapter.config) + "\n").encode()
-    with atomic_path(config) as config_side, atomic_path(folder / TENSOR_FILE) as tensor_side:
+    complete: Callable[[], Adapter] = functools.cache(late) if late else lambda: adapter
+    with contextlib.ExitStack() as sides:
+        card_side = _enter_card(folder / CARD_FILE, sides)
+        config_side = sides.enter_context(atomic_path(config))
+        tensor_side = sides.enter_context(atomic_path(folder / TENSOR_FILE))
         config_side.write_bytes(text)
         with open(tensor_side, "wb") as stream:
-            _write(adapter, stream, late)
+            _write(adapter, stream, complete if late else None)
             os.fsync(stream.fileno())
+        if card_side is not None:
+            card_side.write_text(card_text(complete()), encoding="utf-8", newline="\n")
         if config.is_file() and config.read_bytes() != text:
             config.unlink()
+
+
+def _enter_card(card: Path, sides: contextlib.ExitStack) -> Path | None:
+    """Return the side file of a folder's card; None where a page of the user's stands there."""
+    if card.exists():
+        old = _read(card).decode("utf-8", errors="replace")
+        if not is_adapter_card(old.replace("\r\n", "\n")):
+            return None
+    return sides.enter_context(atomic_path(card))

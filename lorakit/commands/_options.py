@@ -133,7 +133,20 @@ def plot(what: str) -> Callable[[F], F]:
     )
 
 
-quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors on stderr.")
+def _silence_downloads(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    """Tell the hub's library, not yet imported, to draw no bars where the command is quiet."""
+    if value:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    return value
+
+
+quiet = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    callback=_silence_downloads,
+    help="Say nothing but errors on stderr.",
+)
 resume = click.option("--resume", is_flag=True, help="Go on where a killed run stopped; needs -o.")
 data = click.option("--data", required=True, metavar="FILE", help="Records (JSONL); `-` is stdin.")
 seed = field_option(TrainingSettings, "seed", click.IntRange(min=0), "Seed of all randomness.")

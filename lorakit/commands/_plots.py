@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import LorakitError, missing_package
+from lorakit.errors import LorakitError, check_packages
 from lorakit.files import atomic_path, open_text_output
 from lorakit.records import write_records
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 _FORMATS = (".png", ".svg")
 _MARKERS = "os^Dv<>P"
-_STYLES = ("-", "--", ":", "-.")
+# One fewer than the markers, so that the two repeat together only after 56 lines.
+_STYLES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+_LIGHTEST = 0.65
+_LEGEND_WIDTH = 64  # characters, with 6 for the line and the gap
 _BARS = " ▁▂▃▄▅▆▇█"
 Rows = Sequence[Mapping[str, Any]]
 
@@ -30,10 +33,7 @@ def check_plot(output: str) -> None:
     """Raise LorakitError where `output` could not be drawn; call it before the work."""
     if Path(output).suffix.lower() not in _FORMATS:
         raise LorakitError(f"--plot {output} is neither .png nor .svg; choose one of these endings")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise missing_package("--plot", "matplotlib", "plot") from error
+    check_packages("--plot", "matplotlib", extra="plot")
 
 
 @contextlib.contextmanager
@@ -56,13 +56,19 @@ def _figure(output: str, rows: Rows, *, size: tuple[float, float] = (6.4, 4.0)) 
 
 
 def _line(
-    axes: Axes, number: int, x: Sequence[float], y: Sequence[float], label: str | None
+    axes: Axes,
+    number: int,
+    x: Sequence[float],
+    y: Sequence[float],
+    label: str | None,
+    *,
+    of: int = 1,
 ) -> None:
-    """Draw a line in the grey, marker and dash that belong to its number."""
+    """Draw line `number` of several, each with a grey, a marker and a dash of its own."""
     axes.plot(
         x,
         y,
-        color=str(0.65 * (number % 4) / 3),
+        color=grey(number, of),
         marker=_MARKERS[number % len(_MARKERS)],
         linestyle=_STYLES[number % len(_STYLES)],
         markersize=4,
@@ -70,17 +76,30 @@ def _line(
     )
 
 
+def grey(number: int, of: int) -> str:
+    """Return the grey of line `number` of several: from black, in even steps, to a light one."""
+    return f"{_LIGHTEST * number / max(1, of - 1):.3f}"
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Draw the legend of `axes` above all axes of the figure, where it covers no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(len(labels), _LEGEND_WIDTH // (max(map(len, labels), default=0) + 6)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+
+
 def plot_lines(rows: Rows, *, x: str, y: str, line: str, output: str) -> None:
     """Draw the field `y` over the field `x`, one line for each value of the field `line`."""
     with _figure(output, rows) as figure:
         axes = figure.subplots()
-        for number, name in enumerate(dict.fromkeys(row[line] for row in rows)):
+        names = list(dict.fromkeys(row[line] for row in rows))
+        for number, name in enumerate(names):
             points = sorted((row[x], row[y]) for row in rows if row[line] == name)
-            xs, ys = [point[0] for point in points], [point[1] for point in points]
-            _line(axes, number, xs, ys, str(name))
+            xs, ys = [at for at, _ in points], [value for _, value in points]
+            _line(axes, number, xs, ys, str(name), of=len(names))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        axes.legend()
+        _legend(figure, axes)
 
 
 def plot_search(rows: Rows, *, metric: str, output: str) -> None:
@@ -103,7 +122,7 @@ def plot_search(rows: Rows, *, metric: str, output: str) -> None:
         _mark_best(axes, best[option], best[metric])
         axes.set_xlabel(option.replace("_", " "))
         axes.set_ylabel(f"{metric} on the validation set")
-        axes.legend()
+        _legend(figure, axes)
 
 
 def plot_importance(rows: Rows, *, output: str) -> None:
@@ -133,7 +152,7 @@ def plot_boundaries(rows: Rows, *, output: str) -> None:
         _mark_best(axes, best["boundary"], best["score"])
         axes.set_xlabel("boundary (layers that keep their LoRA)")
         axes.set_ylabel(f"{rows[0]['metric']} on the sample")
-        axes.legend()
+        _legend(figure, axes)
 
 
 def _mark_best(axes: Axes, x: float, y: float) -> None:
@@ -159,15 +178,16 @@ def plot_probabilities(rows: Rows, *, output: str) -> None:
     with _figure(output, rows) as figure:
         axes = figure.subplots()
         layers = [row["boundary"] for row in rows]
-        for token in range(len(rows[0]["probabilities"])):
+        tokens = len(rows[0]["probabilities"])
+        for token in range(tokens):
             values = [row["probabilities"][token] for row in rows]
-            _line(axes, token + 1, layers, values, f"token {token + 1}")
+            _line(axes, token + 1, layers, values, f"token {token + 1}", of=tokens + 1)
         _line(axes, 0, layers, [row["score"] for row in rows], "mean")
         best = _best(rows)
         _mark_best(axes, best["boundary"], best["score"])
         axes.set_xlabel("layers")
         axes.set_ylabel("probability of the gold token")
-        axes.legend()
+        _legend(figure, axes)
 
 
 def _plot_compared(rows: Rows, output: str) -> None:
@@ -186,14 +206,15 @@ def _plot_compared(rows: Rows, output: str) -> None:
                 axes = grid[down, token]
                 if name in rows[0]:
                     _line(axes, 0, layers, [row[name][token] for row in rows], "all layers")
-                for number, k in enumerate(rows[0]["compared"], 1):
+                compared = rows[0]["compared"]
+                for number, k in enumerate(compared, 1):
                     values = [row["compared"][k][name][token] for row in rows]
-                    _line(axes, number, layers, values, f"bottom {k}")
+                    _line(axes, number, layers, values, f"bottom {k}", of=len(compared) + 1)
                 axes.axvline(best, color="0.5", linewidth=0.8, label="best")
                 axes.set_xlabel(f"layers (token {token + 1})")
                 if token == 0:
                     axes.set_ylabel(title)
-                    axes.legend()
+        _legend(figure, grid[0, 0])
 
 
 def sketch(names: Sequence[int], values: Sequence[float], best: int, height: int = 5) -> list[str]:

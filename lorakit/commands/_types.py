@@ -200,12 +200,14 @@ class MetricName(ParamType):
         self._others = others
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from lorakit.scoring.metrics import METRICS
-
-        names = [
-            *self._others,
-            *(name for name, metric in METRICS.items() if metric.needs == "texts"),
-        ]
+        names = self.names()
         if value not in names:
             self.fail(f"{value!r} is not one of {', '.join(names)}.", param, ctx)
         return str(value)
+
+    def names(self) -> list[str]:
+        """Return all names that the option takes."""
+        from lorakit.scoring.metrics import METRICS
+
+        texts = (name for name, metric in METRICS.items() if metric.needs == "texts")
+        return [*self._others, *texts]

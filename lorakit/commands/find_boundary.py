@@ -8,6 +8,7 @@ import click
 
 from lorakit.commands import _boundary_options, _options
 from lorakit.files import STDIO
+from lorakit.reach import check_model
 from lorakit.settings import BoundarySettings, GenerationSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def find_boundary(
 
     if plot:
         check_plot(plot)
+    check_model(model.model, model.revision)
     from lorakit.adapters.storage import load_adapter
     from lorakit.boundary.evaluate import evaluate
     from lorakit.boundary.probability import read_probabilities

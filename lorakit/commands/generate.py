@@ -10,6 +10,7 @@ import click
 from lorakit.commands import _options
 from lorakit.commands._types import StopText
 from lorakit.files import STDIO
+from lorakit.reach import check_model
 from lorakit.settings import AskingSettings, GenerationSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def generate(
             few_shot=load_few_shot(few_shot, generation.shots, generation.seed),
         )
         return
+    check_model(model.model, model.revision)
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base
     from lorakit.models.predictions import write_predictions, write_predictions_of_each

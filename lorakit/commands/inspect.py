@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from lorakit.commands import _options
+from lorakit.reach import check_model
 from lorakit.settings import ModelSettings, TrainingSettings
 
 
@@ -72,16 +73,18 @@ def _measure(
     training: TrainingSettings,
 ) -> None:
     """Write the importance of an adapter's modules on the records to stdout, and draw it."""
+    from lorakit.commands._plots import check_plot, plot_importance
+
+    if plot:
+        check_plot(plot)
+    check_model(model.model, model.revision)
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base
-    from lorakit.commands._plots import check_plot, plot_importance
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import STDIO, open_text_output
     from lorakit.merging.importance import measure_importance
     from lorakit.records import write_records
 
-    if plot:
-        check_plot(plot)
     adapter = load_adapter(source)
     note = TerminalReporter(quiet=quiet).note
     base = open_base(model, [adapter], training.device, training.dtype, note, training=False)

@@ -6,6 +6,7 @@ import click
 
 from lorakit.commands import _methods, _options, _training_options
 from lorakit.merging.methods import METHODS
+from lorakit.reach import check_model
 from lorakit.settings import (
     ModelSettings,
     PruningSettings,
@@ -82,14 +83,16 @@ def merge(
         return
     values = _methods.pruning_values(pruning.unit, prune_ratio, prune_threshold)
     _methods.check_search(values, plot=plot, metric=selection.metric)
-    from lorakit.adapters.storage import load_adapter
-    from lorakit.commands._opening import open_base, reporting
     from lorakit.commands._plots import check_plot, plot_search
-    from lorakit.merging.adaptive import merge_adaptively
-    from lorakit.merging.lorahub import merge_lorahub
 
     if plot:
         check_plot(plot)
+    check_model(model.model, model.revision)
+    from lorakit.adapters.storage import load_adapter
+    from lorakit.commands._opening import open_base, reporting
+    from lorakit.merging.adaptive import merge_adaptively
+    from lorakit.merging.lorahub import merge_lorahub
+
     with reporting(run, output) as reporter:
         loaded = [load_adapter(source) for source in adapters]
         base = open_base(

@@ -9,6 +9,7 @@ import click
 
 from lorakit.commands import _options, _scoring_options
 from lorakit.files import STDIO
+from lorakit.reach import check_model
 from lorakit.scoring.metrics import METRICS
 from lorakit.settings import SignificanceSettings
 
@@ -82,6 +83,7 @@ def _open_embedder(lang: str, model: str | None, layer: int | None) -> Embedder:
     from lorakit.scoring.bertscore import check_libraries
 
     check_libraries()
+    check_model(model)
     from lorakit.models.text_encoder import open_embedder
 
     return open_embedder(lang, model, layer)

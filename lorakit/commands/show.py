@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from lorakit.commands import _options
+from lorakit.reach import check_model
 from lorakit.settings import GenerationSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def show(records: str, n: int, model: ModelSettings, encoding: GenerationSetting
     \b
     lorakit show train.jsonl --model Qwen/Qwen2.5-0.5B-Instruct
     """
+    check_model(model.model, model.revision)
     import json
     import sys
 

@@ -6,6 +6,7 @@ import click
 
 from lorakit.commands import _options, _training_options
 from lorakit.commands._types import Layers, Names
+from lorakit.reach import check_model
 from lorakit.settings import (
     LoraSettings,
     ModelSettings,
@@ -59,6 +60,7 @@ def train_adapter(
     lorakit train-adapter --data train.jsonl --val val.jsonl -o xs.safetensors
     """
     _options.check_stdin(data, val)
+    check_model(model.model, model.revision)
     from lorakit.commands._opening import open_base, reporting
     from lorakit.training import train
 

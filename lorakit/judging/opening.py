@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import TYPE_CHECKING
 
-from lorakit.errors import missing_package
+from lorakit.errors import check_packages
 from lorakit.settings import AskingSettings
 
 if TYPE_CHECKING:  # it imports the SDK
@@ -19,8 +18,7 @@ def open_endpoint(command: str, url: str, variable: str, settings: AskingSetting
     A variable that is not set means no key, as local servers have. Raises LorakitError for what is
     no URL or key, and where the extra `endpoint`, which `command` needs, is missing.
     """
-    if importlib.util.find_spec("openai") is None:
-        raise missing_package(command, "openai", "endpoint")
+    check_packages(command, "openai", "httpx2", extra="endpoint")
     from lorakit.judging.client import Endpoint, check_key, check_url
 
     key = check_key(os.environ.get(variable), variable)

@@ -16,18 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from safetensors import SafetensorError
 
-from lorakit.adapters.base_model import TINY
 from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model, text_config
 from lorakit.models.attention import attend_by_row
 from lorakit.models.batches import can_pack
 from lorakit.models.chat import Chat, Tokenizer
 from lorakit.models.tokens import Encoder
+from lorakit.reach import TINY, check_model, is_only_cached
 from lorakit.settings import GenerationSettings, TrainingSettings
 
 UNLIMITED = 1 << 30  # tokens: the context of a model whose config sets none
@@ -201,10 +203,15 @@ def load_base(
     Only safetensors weights are read. Raises LorakitError for what cannot be loaded, for missing
     weights, for a slow tokenizer, and for a model without an end token.
     """
+    check_model(name, revision)
     quieten_transformers()
     location, options = (
         _location(name),
-        {"revision": revision, "trust_remote_code": trust_remote_code},
+        {
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "local_files_only": is_only_cached(name, revision),
+        },
     )
     with explaining_load_errors("the tokenizer of", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
@@ -253,9 +260,14 @@ def explaining_load_errors(what: str, name: str) -> Iterator[None]:
 
 
 def quieten_transformers() -> None:
-    """Silence what the libraries print while loading a model."""
+    """Silence what the libraries print while they load a model, but for bars of downloads.
+
+    Those are drawn where stderr is a terminal, unless $HF_HUB_DISABLE_PROGRESS_BARS is set.
+    """
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # the hub's with its own
+    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 

@@ -17,6 +17,7 @@ from lorakit.models.architecture import Model
 from lorakit.models.base import UNLIMITED, explaining_load_errors, quieten_transformers
 from lorakit.models.chat import Tokenizer
 from lorakit.models.devices import pick_device
+from lorakit.reach import check_model
 from lorakit.scoring.bertscore import DEFAULT_MODELS, OTHER_MODEL, TUNED_LAYERS, EmbeddedText
 
 _BATCH = 32
@@ -63,6 +64,7 @@ def load_text_encoder(name: str, *, device: torch.device) -> TextEncoder:
     Byte-level tokenizers see a space before the first word, as in bert-score. Raises LorakitError
     if there is no such model, or weights are missing (except for an unused pooler).
     """
+    check_model(name)
     quieten_transformers()
     location = os.path.expanduser(name)
     with explaining_load_errors("the tokenizer of", name):

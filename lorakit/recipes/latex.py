@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from lorakit.errors import LorakitError, missing_package
+from lorakit.errors import LorakitError, check_packages
 from lorakit.recipes.filters import is_japanese
 from lorakit.recipes.readers.decoding import decoded
 from lorakit.recipes.readers.rows import converted
@@ -76,6 +76,7 @@ def latex_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterat
         }
         \begin{document}\maketitle\end{document}
     """
+    check_packages("the recipe latex", "pylatexenc", extra="latex")
     for part in parts(sources, tally, ("*.tex", "*.ltx")):
         yield from converted([Record({}, part.name)], partial(_paper, part, request.lang), tally)
 
@@ -235,10 +236,8 @@ def _converter() -> Callable[[str], str]:
     """Return pylatexenc's conversion of LaTeX to text, with our list of macros to remove."""
     import logging
 
-    try:
-        from pylatexenc import latex2text, latexwalker, macrospec
-    except ImportError:
-        raise missing_package("the recipe latex", "pylatexenc", "latex") from None
+    from pylatexenc import latex2text, latexwalker, macrospec
+
     logging.getLogger("pylatexenc").setLevel(logging.CRITICAL)  # it prints what it cannot read
     forms = [(name, form) for form, names in _REMOVED.items() for name in names.split()]
     syntax = latexwalker.get_default_latex_context_db()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lorakit.errors import LorakitError, missing_package
+from lorakit.errors import LorakitError, check_packages
 from lorakit.recipes.readers.decoding import declared_encoding, decoded
 from lorakit.recipes.readers.rows import converted
 from lorakit.recipes.readers.sources import Part, parts
@@ -46,6 +46,9 @@ def news_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterato
         <p>Exporters gained most as the currency fell against all of its larger rivals.</p>
         </article></body></html>
     """
+    check_packages("the recipe news-html", "trafilatura", "lxml", extra="html")
+    if request.highlights:
+        check_packages("--highlights", "cssselect", extra="html")
     for part in parts(sources, tally, ("*.html", "*.htm", "*.xhtml")):
         row = Record({}, part.name)
         yield from converted([row], partial(_page, part, request.highlights), tally)
@@ -75,10 +78,8 @@ def _page(part: Part, selector: str | None, _: Record) -> Record:
 
 def _tree(part: Part) -> HtmlElement:
     """Return the parsed page, without reading a DTD or entities or fetching anything."""
-    try:
-        from lxml import etree, html
-    except ImportError:
-        raise missing_package("the recipe news-html", "trafilatura", "html") from None
+    from lxml import etree, html
+
     content = part.whole()
     text = decoded(content, part.name, declared_encoding(content))
     text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text)
@@ -110,11 +111,9 @@ def _title(tree: HtmlElement) -> str:
 
 def _selected_highlights(tree: HtmlElement, selector: str) -> list[HtmlElement]:
     """Return the elements that a CSS selector matches; for a list, its items."""
-    try:
-        from cssselect import SelectorError
-        from lxml.cssselect import CSSSelector
-    except ImportError:
-        raise missing_package("--highlights", "cssselect", "html") from None
+    from cssselect import SelectorError
+    from lxml.cssselect import CSSSelector
+
     try:
         elements = CSSSelector(selector, translator="html")(tree)
     except SelectorError as error:
@@ -174,10 +173,8 @@ def _body(tree: HtmlElement, where: str) -> str:
     """Return the text of the article, one paragraph a line."""
     import logging
 
-    try:
-        import trafilatura
-    except ImportError:
-        raise missing_package("the recipe news-html", "trafilatura", "html") from None
+    import trafilatura
+
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it prints what it cannot read
     try:
         text = trafilatura.extract(

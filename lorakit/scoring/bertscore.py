@@ -11,7 +11,6 @@ Source: Zhang et al. 2020, BERTScore: Evaluating text generation with BERT.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.errors import missing_package
+from lorakit.errors import check_packages
 
 _EXAMPLES_AT_ONCE = 64
 
@@ -43,9 +42,7 @@ TUNED_LAYERS = {
 
 def check_libraries() -> None:
     """Raise LorakitError where a library needed to embed texts is missing, without importing it."""
-    for name in ("torch", "transformers", "peft"):
-        if importlib.util.find_spec(name) is None:
-            raise missing_package("--metric bertscore", name)
+    check_packages("--metric bertscore", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)

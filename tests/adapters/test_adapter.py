@@ -68,9 +68,10 @@ def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
         config = {**adapter.config, "target_modules": {"v_proj", "q_proj", "k_proj", "o_proj"}}
         save_adapter(Adapter(adapter.tensors, config, adapter.header), "-")
     """
-    save_adapter(tiny(), str(tmp_path / "x"))
+    save_adapter(tiny(), str(tmp_path / "x.safetensors"))
     found = {
-        run_python(script, str(tmp_path / "x"), PYTHONHASHSEED=seed).stdout for seed in ("1", "2")
+        run_python(script, str(tmp_path / "x.safetensors"), PYTHONHASHSEED=seed).stdout
+        for seed in ("1", "2")
     }
     assert len(found) == 1
 
@@ -94,8 +95,8 @@ def test_modules_come_by_layer_then_name_in_number_order() -> None:
 
 
 def test_metadata_is_pefts_config_and_lorakits_header(tmp_path: Path) -> None:
-    save_adapter(tiny(), str(tmp_path / "x"))
-    metadata = read_tensors(tmp_path / "x", "x")[1]
+    save_adapter(tiny(), str(tmp_path / "x.safetensors"))
+    metadata = read_tensors(tmp_path / "x.safetensors", "x")[1]
     assert metadata["format"] == "pt"
     assert json.loads(metadata["adapter_config"])["target_modules"] == ["q_proj", "v_proj"]
     assert json.loads(metadata["lorakit"]) == {"format": 1, "chat": "off"}
@@ -116,7 +117,8 @@ def test_a_device_is_written_to_and_not_replaced() -> None:
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    for output in (tmp_path / "no" / "x", tmp_path / "file" / "x"):
+    for name in ("no/x.safetensors", "file/x.safetensors", "file/x", "file"):
+        output = tmp_path / name
         with pytest.raises(LorakitError, match="cannot write"):
             save_adapter(tiny(), str(output))
     with pytest.raises(LorakitError, match="cannot write"):
@@ -254,7 +256,10 @@ def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
 
 FOLDERS = {
     "empty": ([], "holds no adapter_model.safetensors"),
-    "pickle only": (["adapter_model.bin"], "holds only the pickle.*save_file"),
+    "pickle only": (
+        ["adapter_model.bin"],
+        "holds only the pickle.*run: lorakit convert /.*/$",
+    ),
     "sharded": (["adapter_model.safetensors.index.json"], "is sharded"),
     "shards": (["adapter_model-00001-of-00002.safetensors"], "is sharded"),
 }

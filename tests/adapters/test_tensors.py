@@ -221,8 +221,8 @@ def test_a_length_that_looks_like_a_magic_number_is_a_length(size: int) -> None:
 
 OTHER_FILES = {
     "empty": (b"", "is empty"),
-    "zip": (b"PK\x03\x04rest", "is a pickle.*torch.load.*save_file"),
-    "pickle": (b"\x80\x02}q\x00.", "is a pickle.*torch.load.*save_file"),
+    "zip": (b"PK\x03\x04rest", "is a pickle.*run: lorakit convert x.bin -o x.safetensors$"),
+    "pickle": (b"\x80\x02}q\x00.", "is a pickle.*run: lorakit convert x.bin -o x.safetensors$"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "html": (b"\n<!DOCTYPE html><html>", "is a web page"),
     "xml": (b"<?xml version='1.0'?>", "is a web page"),

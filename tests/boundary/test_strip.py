@@ -152,8 +152,8 @@ def test_where_nothing_goes_tensors_and_config_are_the_same(chosen: Any) -> None
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_kept_tensors_stay_byte_for_byte(dtype: str, tmp_path: Path) -> None:
     adapter = tiny(layers=4, dtype=dtype)
-    write_stripped(adapter, str(tmp_path / "out"), boundary=3)
-    tensors, _ = read_tensors(tmp_path / "out", "out")
+    write_stripped(adapter, str(tmp_path / "out.safetensors"), boundary=3)
+    tensors, _ = read_tensors(tmp_path / "out.safetensors", "out")
     expected = {key: one for key, one in adapter.tensors.items() if "layers.3." not in key}
     assert tensors == expected
 
@@ -235,7 +235,7 @@ def test_the_history_goes_on_and_names_the_parent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["kept", "dropped"])
-@pytest.mark.parametrize("output", ["out", "folder/", "-"])
+@pytest.mark.parametrize("output", ["out.safetensors", "folder/", "folder", "-"])
 def test_values_that_are_not_finite_are_found_wherever_they_are(
     place: str, output: str, tmp_path: Path
 ) -> None:
@@ -244,14 +244,15 @@ def test_values_that_are_not_finite_are_found_wherever_they_are(
     values = adapter.tensors[name].array().copy()
     values[-1, -1] = np.inf
     tensors = {**adapter.tensors, name: Tensor.from_array(values)}
-    save_adapter(Adapter(tensors, adapter.config), str(tmp_path / "bad"))
-    done = run("strip-layers", "bad", "--boundary", "1", "-o", output, cwd=tmp_path)
+    save_adapter(Adapter(tensors, adapter.config), str(tmp_path / "bad.safetensors"))
+    done = run("strip-layers", "bad.safetensors", "--boundary", "1", "-o", output, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == (
-        f"Error: bad: tensor '{name}' holds values that are not finite; train it again\n"
+        f"Error: bad.safetensors: tensor '{name}' holds values that are not finite; "
+        "train it again\n"
     )
     assert done.stdout == ""
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "bad"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["bad.safetensors"]
 
 
 def test_stripping_twice_is_stripping_once_but_for_the_history() -> None:

@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-from lorakit.commands._plots import check_plot, plot_importance, plot_lines, plot_search, sketch
+from lorakit.commands._plots import (
+    check_plot,
+    grey,
+    plot_importance,
+    plot_lines,
+    plot_probabilities,
+    plot_search,
+    sketch,
+)
 from lorakit.errors import LorakitError
 
 TRIED = [
@@ -31,6 +43,63 @@ def test_every_line_has_its_own_marker_and_dash(tmp_path: Path) -> None:
     plot_lines(rows, x="k", y="v", line="name", output=str(tmp_path / "a.svg"))
     text = (tmp_path / "a.svg").read_text(encoding="utf-8")
     assert all(f"<!-- line {n} -->" in text for n in range(4))
+
+
+def test_every_line_has_a_grey_of_its_own() -> None:
+    greys = [grey(number, 9) for number in range(9)]
+    assert len(set(greys)) == 9
+    assert greys[0] == "0.000"
+    assert all(float(one) < float(next) <= 0.65 for one, next in itertools.pairwise(greys))
+
+
+def drawn(draw: Callable[[str], None], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
+    """Return the figure that a function draws."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *arguments: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    draw(str(folder / "a.png"))
+    return figures[0]
+
+
+def many_lines(output: str) -> None:
+    rows = [{"k": k, "v": k * n, "name": f"run {n}"} for n in range(9) for k in (0, 1)]
+    plot_lines(rows, x="k", y="v", line="name", output=output)
+
+
+def panels(output: str) -> None:
+    names = ("probabilities", "maximum_probabilities", "differences")
+    curves = {name: [0.1, 0.9] for name in names}
+    rows = [
+        {"boundary": k, "score": k / 9, "best": k == 3, "compared": {"2": curves}, **curves}
+        for k in range(1, 6)
+    ]
+    plot_probabilities(rows, output=output)
+
+
+PLOTS: dict[str, Callable[[str], None]] = {
+    "lines": many_lines,
+    "panels": panels,
+    "search": lambda output: plot_search(TRIED, metric="loss", output=output),
+}
+
+
+@pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS.keys())
+def test_a_legend_covers_no_data(
+    draw: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = drawn(draw, tmp_path, monkeypatch)
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.contains(box.x0, box.y0)
+    assert figure.bbox.contains(box.x1, box.y1)
+    for axes in figure.axes:
+        assert axes.get_legend() is None
+        assert not box.overlaps(axes.get_window_extent())
 
 
 def test_importance_has_a_row_for_each_block_and_projection(tmp_path: Path) -> None:

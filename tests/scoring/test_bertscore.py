@@ -195,7 +195,7 @@ def test_score_computes_it_beside_other_metrics_and_tests_it(bert: str, tmp_path
     ("arguments", "message"),
     [
         (("--bertscore-layer", "4"), "has 3 layers, none is number 4; choose another"),
-        (("--bertscore-model", "none/of-these"), "cannot load the tokenizer of none/of-these: "),
+        (("--bertscore-model", "none/of-these"), "cannot load the model none/of-these: "),
     ],
 )
 def test_a_model_or_layer_that_is_not_there_is_one_line(

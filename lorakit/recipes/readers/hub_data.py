@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, check_packages
 from lorakit.files import STDIO
 from lorakit.hub import hub_errors_explained
 from lorakit.recipes.readers.parquet import parquet_in
@@ -39,6 +39,8 @@ def hub_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator
 
         {"id": "n1", "prompt": "Summarize: A long, long text.", "completion": " Short."}
     """
+    if any(source.startswith("hf://") for source in sources):
+        check_packages("reading data sets of the hub", "pyarrow", "yaml", extra="hub")
     for source in sources or (STDIO,):
         for part in _parts(source, request.split, tally):
             yield from _READERS.get(part.suffix, rows_in)(part, tally)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from lorakit.errors import LorakitError, missing_package
+from lorakit.errors import LorakitError, check_packages, missing_package
 from lorakit.recipes.readers.sources import Part, parts, seekable
 from lorakit.recipes.request import Request, Tally
 from lorakit.records import Record
@@ -20,6 +20,7 @@ def parquet_rows(sources: Sequence[str], _: Request, tally: Tally) -> Iterator[R
 
         {"id": "n1", "prompt": "Summarize: A long, long text.", "completion": " Short."}
     """
+    check_packages("reading Parquet", "pyarrow", extra="parquet")
     for part in parts(sources, tally, ("*.parquet",)):
         yield from parquet_in(part, tally)
 
