@@ -37,6 +37,7 @@ COMMANDS = {
     ),
     "show": "Show records as the model sees them: special tokens, what is learnt, what was cut.",
     "score": "Score records that hold a prediction: one line per file or --system.",
+    "compare": "Show where two systems' predictions differ, side by side.",
     "judge": (
         "Let language models rate predictions from 0 to 10 (GPT-Score), or choose (--against)."
     ),

@@ -227,6 +227,14 @@ class JudgeSettings(AskingSettings):
 
 
 @dataclass(frozen=True)
+class SheetSettings:
+    """How many records of each file a sheet holds (None: all), and the seed of its order."""
+
+    sample: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class SignificanceSettings:
     """How often a significance test swaps or draws the examples, and the seed of its draws."""
 

@@ -53,7 +53,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "zstandard": ("recipes.readers",),
     "matplotlib": ("commands",),
     "click": ("commands", "cli"),
-    "rich": ("commands", "scoring.table", "adapters.describe"),
+    "rich": ("commands", "scoring.table", "scoring.contrast_table", "adapters.describe"),
     "jsonlines": ("records",),
 }
 # What a static merge or strip-layers runs through must do without torch: it takes seconds to load.

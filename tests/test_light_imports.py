@@ -166,6 +166,20 @@ def test_generating_by_a_server_needs_no_model_library(tmp_path: Path) -> None:
     assert packages - SDK <= {"attr", "click", "jsonlines", "lorakit"}
 
 
+def test_sheets_for_human_raters_need_no_sdk(tmp_path: Path) -> None:
+    path, sheet = tmp_path / "a.jsonl", str(tmp_path / "sheet.csv")
+    path.write_text('{"prompt": "p", "completion": "c", "prediction": "c"}\n')
+    packages = packages_of(imported("judge", str(path), "-q", "--export-sheet", sheet))
+    assert packages <= {"attr", "click", "jsonlines", "lorakit"}
+
+
+def test_comparing_two_systems_needs_no_model_library(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prediction": "c", "completion": "c"}\n')
+    packages = packages_of(imported("compare", str(path), str(path), "--metric", "em"))
+    assert packages <= {"attr", "click", "jsonlines", "lorakit"}
+
+
 @pytest.mark.parametrize(
     "module",
     [

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapters.config import Config, config_text, scale_of
-from lorakit.adapters.foreign_text import quote
 from lorakit.adapters.history import Header
 from lorakit.adapters.names import layer_of, lora_name, module_names
 from lorakit.adapters.tensors import FloatArray, Pair, Tensor
 from lorakit.errors import LorakitError
+from lorakit.foreign_text import quote
 
 Factors = Mapping[str, Pair]  # by module
 

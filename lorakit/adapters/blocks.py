@@ -16,9 +16,9 @@ from typing import TypedDict
 
 import numpy as np
 
-from lorakit.adapters.foreign_text import quote
 from lorakit.adapters.tensors import FloatArray, Pair
 from lorakit.errors import LorakitError
+from lorakit.foreign_text import quote
 
 
 class SliceFields(TypedDict, total=False):

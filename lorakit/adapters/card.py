@@ -15,9 +15,9 @@ from pathlib import PurePath
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import base_name
 from lorakit.adapters.config import alpha_of
-from lorakit.adapters.foreign_text import printable
 from lorakit.adapters.history import Header, HistoryEntry, base_fields, header_text
 from lorakit.adapters.names import last_part
+from lorakit.foreign_text import printable
 from lorakit.reach import TINY
 
 CARD_FILE = "README.md"

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakit.adapters.config_keys import FORMER, HARMLESS_INITS, KEPT, PLAIN, REFUSED, TRAINING_ONLY
-from lorakit.adapters.foreign_text import parse_json, quote
 from lorakit.errors import LorakitError
+from lorakit.foreign_text import parse_json, quote
 
 # PEFT's config, as check_config returns it: the keys that lorakit reads have the types of KEPT.
 Config = Mapping[str, Any]

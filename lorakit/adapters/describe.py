@@ -17,10 +17,10 @@ from lorakit.adapters.adapter import Adapter, LoraModule, product_norm
 from lorakit.adapters.base_model import base_name
 from lorakit.adapters.blocks import BlockFields, pair_of, slices_of
 from lorakit.adapters.config import alpha_of
-from lorakit.adapters.foreign_text import printable
 from lorakit.adapters.history import HistoryEntry, base_fields
 from lorakit.adapters.names import last_part
 from lorakit.adapters.tensors import FloatArray
+from lorakit.foreign_text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from lorakit.adapters.foreign_text import quote
 from lorakit.errors import LorakitError
 from lorakit.files import open_input
+from lorakit.foreign_text import quote
 
 PICKLE_FILE = "adapter_model.bin"
 SAFETENSORS_FILE = "adapter_model.safetensors"

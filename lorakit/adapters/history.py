@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 from lorakit.adapters.blocks import BlockFields, check_blocks
-from lorakit.adapters.foreign_text import parse_json, quote
 from lorakit.errors import LorakitError
+from lorakit.foreign_text import parse_json, quote
 
 FORMAT = 1
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn, TypedDict, TypeGuard
 
 from lorakit.adapters.foreign import refuse_other_bytes
-from lorakit.adapters.foreign_text import parse_json, quote
 from lorakit.adapters.tensors import ITEM_SIZES, Tensor
 from lorakit.errors import LorakitError
 from lorakit.files import explain
+from lorakit.foreign_text import parse_json, quote
 
 _ALIGNMENT = 8
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit

@@ -19,7 +19,6 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.card import CARD_FILE, card_text, is_adapter_card
 from lorakit.adapters.config import Config, config_text, parse_config, rank_of
 from lorakit.adapters.foreign import SAFETENSORS_FILE, refuse_folder, refuse_tensor
-from lorakit.adapters.foreign_text import quote
 from lorakit.adapters.history import header_text, parse_header
 from lorakit.adapters.names import Factor, lora_name, lora_parts, module_names
 from lorakit.adapters.safetensors import read_tensors, write_tensors
@@ -35,6 +34,7 @@ from lorakit.files import (
     open_input,
     refuse_terminal,
 )
+from lorakit.foreign_text import quote
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = SAFETENSORS_FILE

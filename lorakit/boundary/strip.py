@@ -19,13 +19,13 @@ from lorakit.adapters.blocks import (
     share_of_zeros,
     slices_of,
 )
-from lorakit.adapters.foreign_text import quote
 from lorakit.adapters.history import Header, new_entry, with_entry, with_parents
 from lorakit.adapters.names import FACTORS, layer_list_of, lora_name
 from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.targets import stripped_config
 from lorakit.adapters.tensors import Pair
 from lorakit.errors import LorakitError
+from lorakit.foreign_text import quote
 from lorakit.versions import version_of
 
 _PENDING = "0" * 64  # placeholder for a hash that is not known yet

@@ -29,14 +29,12 @@ panel = _options.together(
     click.option(
         "--endpoint",
         multiple=True,
-        required=True,
         metavar="URL",
         help="Server up to and with /v1: one for all judges, or one for each, in order.",
     ),
     click.option(
         "--judge-model",
         multiple=True,
-        required=True,
         metavar="NAME",
         help="Judge; may be repeated.",
     ),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lorakit.scoring.systems import System
 
 
-EPILOG = "\b\nMetrics, in percent:\n" + "\n".join(
+EPILOG = "\b\nMetrics, in percent (length: in words):\n" + "\n".join(
     f"  {name:<10} {metric.help}" for name, metric in METRICS.items()
 )
 
@@ -83,20 +83,6 @@ comparison = _options.together(
         "trials",
         click.IntRange(min=1),
         "Trials of the randomization test and of the bootstrap.",
-    ),
-)
-
-bertscore = _options.together(
-    click.option(
-        "--bertscore-model",
-        metavar="NAME",
-        help="bertscore's model: a folder or hub id. [default: roberta-large, or one for --lang]",
-    ),
-    click.option(
-        "--bertscore-layer",
-        type=click.IntRange(min=0),
-        metavar="N",
-        help="Whose output it takes. [default: the one tuned for the model, or its last]",
     ),
 )
 

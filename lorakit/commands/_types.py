@@ -192,7 +192,7 @@ class Numbers(ParamType):
 
 
 class MetricName(ParamType):
-    """The name of a metric that needs predictions and references alone, or one of `others`."""
+    """The name of a metric that can decide from predictions and references, or one of `others`."""
 
     name = "metric"
 
@@ -209,5 +209,5 @@ class MetricName(ParamType):
         """Return all names that the option takes."""
         from lorakit.scoring.metrics import METRICS
 
-        texts = (name for name, metric in METRICS.items() if metric.needs == "texts")
+        texts = (name for name, metric in METRICS.items() if metric.decides)
         return [*self._others, *texts]

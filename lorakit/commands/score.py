@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from lorakit.commands import _options, _scoring_options
+from lorakit.commands._embedding import bertscore_options, open_embedder
 from lorakit.files import STDIO
-from lorakit.reach import check_model
 from lorakit.scoring.metrics import METRICS
 from lorakit.settings import SignificanceSettings
 
 if TYPE_CHECKING:
-    from lorakit.scoring.bertscore import Embedder
     from lorakit.scoring.systems import SystemScores
 
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 @_options.lang
 @_scoring_options.comparison
 @_options.seed
-@_scoring_options.bertscore
+@bertscore_options
 @_options.layout("JSON lines or a table; auto: a table on a terminal.")
 @_options.output(STDIO, "the scores")
 @_options.quiet
@@ -59,7 +58,7 @@ def score(
     from lorakit.scoring.systems import score_systems
 
     if baseline is None and any(METRICS[name].needs == "baseline" for name in metric):
-        raise click.UsageError("--metric contains-baseline needs --baseline.")
+        raise click.UsageError("--metric contains-baseline… needs --baseline.")
     systems = _scoring_options.systems_of(predictions, system, baseline)
     resamples = baseline is not None or sum(len(system.files) for system in systems) > 1
     needs_model = any(METRICS[name].needs == "model" for name in metric)
@@ -69,24 +68,13 @@ def score(
         lang=lang,
         baseline=baseline,
         settings=significance if resamples else None,
-        embedder=_open_embedder(lang, bertscore_model, bertscore_layer) if needs_model else None,
+        embedder=open_embedder(lang, bertscore_model, bertscore_layer) if needs_model else None,
         group_by=group_by,
     )
     if not quiet:
         for line in dict.fromkeys(line for row in rows for line in row.cautions):
             click.echo(f"Warning: {line}", err=True)
     _write_scores(rows, layout, output)
-
-
-def _open_embedder(lang: str, model: str | None, layer: int | None) -> Embedder:
-    """Load bertscore's model, after a check that the libraries it needs are installed."""
-    from lorakit.scoring.bertscore import check_libraries
-
-    check_libraries()
-    check_model(model)
-    from lorakit.models.text_encoder import open_embedder
-
-    return open_embedder(lang, model, layer)
 
 
 def _write_scores(rows: Sequence[SystemScores], layout: str, output: str) -> None:

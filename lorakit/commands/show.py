@@ -108,7 +108,7 @@ def _first_difference(shorter: tuple[int, ...], longer: tuple[int, ...]) -> int:
 
 
 def _styled(view: _View) -> Iterator[str]:
-    from lorakit.adapters.foreign_text import printable
+    from lorakit.foreign_text import printable
 
     def shown(text: str) -> str:
         return "\n".join(printable(line) for line in text.split("\n"))

@@ -1,1 +1,1 @@
-"""Language models as judges."""
+"""Language models, and people, as judges."""

@@ -119,23 +119,37 @@ def preference_items(path: str, baseline: Sequence[Record], template: str) -> li
     The baseline is A in the first prompt and B in the second. Raises LorakitError naming file and
     line where the files do not hold the same records.
     """
+    return [_pair(record, other, template) for record, other in paired_records(path, baseline)]
+
+
+def paired_records(path: str, baseline: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Return every record of a file with the baseline's record in the same place.
+
+    Raises LorakitError naming file and line where the two do not hold the same records.
+    """
     records, _ = load_records(path, "prediction")
     if len(records) != len(baseline):
         raise LorakitError(
             f"{input_name(path)} holds {len(records)} records, --against {len(baseline)}; "
             "give two systems' predictions for the same records"
         )
-    return [_pair(record, other, template) for record, other in zip(records, baseline, strict=True)]
+    pairs = list(zip(records, baseline, strict=True))
+    for record, other in pairs:
+        _check_same(record, other)
+    return pairs
 
 
-def _pair(record: Record, other: Record, template: str) -> Item:
-    """Return the item of a record and the baseline's; LorakitError if id or prompt differ."""
+def _check_same(record: Record, other: Record) -> None:
+    """Raise LorakitError if the ids or the prompts of two records differ."""
     for name in ("id", "prompt"):
         if record.fields.get(name) != other.fields.get(name):
             raise LorakitError(
                 f"{record.where}: its {name} is not that of {other.where}; give two systems' "
                 "predictions for the same records, in the same order"
             )
+
+
+def _pair(record: Record, other: Record, template: str) -> Item:
     texts = (other.prediction, record.prediction)
     rows = ({**_row(record), "a": a, "b": b} for a, b in (texts, texts[::-1]))
     return Item(record.id, tuple(fill(template, row, record.where) for row in rows))
@@ -143,9 +157,13 @@ def _pair(record: Record, other: Record, template: str) -> Item:
 
 def _row(record: Record) -> Mapping[str, object]:
     """Return the fields a template may name: the record's, and `reference`, the first it has."""
-    if not record.has_references:
-        return record.fields
-    return {**record.fields, "reference": record.references[0]}
+    reference = reference_of(record)
+    return record.fields if reference is None else {**record.fields, "reference": reference}
+
+
+def reference_of(record: Record) -> str | None:
+    """Return the first of the texts a prediction is compared with; None where there are none."""
+    return record.references[0] if record.has_references else None
 
 
 def parse_rating(answer: str) -> int | None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.adapters.foreign_text import quote
 from lorakit.adapters.storage import CONFIG_FILE, build_adapter
 from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
+from lorakit.foreign_text import quote
 
 _FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError)

@@ -1,4 +1,4 @@
-"""Metrics: how far predictions agree with their references, in percent.
+"""Metrics: how far predictions agree with their references, in percent; how long they are.
 
 To add a metric, write one function and one line in METRICS. The function either takes Examples and
 returns Statistics, or compares one prediction with one reference, `(prediction, reference, lang) ->
@@ -31,7 +31,9 @@ Reads = Literal["words", "ascii", "characters", "numbers"]
 
 @dataclass(frozen=True)
 class Score:
-    """One number about one system: percent, the number of examples, and how it was computed."""
+    """One number about one system: its value in percent (of `length`: in words), the number of
+    examples, and how it was computed.
+    """
 
     name: str
     value: float
@@ -48,6 +50,8 @@ class Metric:
     prediction with one reference, and the notes are that comparison's part of the signature, in
     which {norm}, {tok} and {match} depend on the language. `needs` says what the metric reads
     besides predictions and references: a model that embeds tokens, or a baseline's predictions.
+    `higher_is_better` is None where a number describes outputs and makes none better: it decides
+    nothing. `per_example` is False for a value of the whole file, of which no example has its own.
     """
 
     help: str
@@ -55,7 +59,13 @@ class Metric:
     reads: Reads = "words"
     notes: str | None = None
     needs: Literal["texts", "model", "baseline"] = "texts"
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
+    per_example: bool = True
+
+    @property
+    def decides(self) -> bool:
+        """Whether the metric says which of two systems is better, and from their texts alone."""
+        return self.needs == "texts" and self.higher_is_better is not None
 
     @property
     def function(self) -> MetricFunction:
@@ -86,8 +96,10 @@ METRICS: dict[str, Metric] = {
     "rougeLsum": Metric(
         "ROUGE-L of summaries with one sentence a line.", "per_example.rouge_lsum", "ascii"
     ),
-    "bleu": Metric("BLEU of the whole file (sacrebleu).", "sacrebleu.bleu"),
-    "chrf": Metric("chrF2 of the whole file (sacrebleu).", "sacrebleu.chrf", "characters"),
+    "bleu": Metric("BLEU of the whole file (sacrebleu).", "sacrebleu.bleu", per_example=False),
+    "chrf": Metric(
+        "chrF2 of the whole file (sacrebleu).", "sacrebleu.chrf", "characters", per_example=False
+    ),
     "em": _answer("Output equals label, normalised as in SQuAD.", "exact_match", "norm:{norm}"),
     "f1": _answer(
         "Words shared with the label (SQuAD, HotpotQA).",
@@ -121,6 +133,20 @@ METRICS: dict[str, Metric] = {
         "The same, where its F1 is below --baseline's.",
         "per_example.contains_baseline_where_worse",
         needs="baseline",
+    ),
+    "contains-baseline-both-correct": Metric(
+        "The same, where both contain the label, too.",
+        "per_example.contains_baseline_where_both_correct",
+        needs="baseline",
+        higher_is_better=None,
+    ),
+    "words-beyond-label": Metric(
+        "Output is a label and words after it.",
+        "lengths.words_beyond_label",
+        higher_is_better=None,
+    ),
+    "length": Metric(
+        "Words of an output: a number, not percent.", "lengths.length", higher_is_better=None
     ),
 }
 

@@ -77,11 +77,17 @@ def _notes(scores: SystemScores) -> Iterator[str]:
 
 
 def _best_values(systems: Sequence[SystemScores]) -> list[float | None]:
-    """Return the best value of each column; None where there is only one system."""
+    """Return the best value of each column; None where no system is better than another."""
     if len(systems) == 1:
         return [None] * len(systems[0].scores)
     columns = zip(*(system.scores for system in systems), strict=True)
     return [
-        (max if METRICS[column[0].name].higher_is_better else min)(score.value for score in column)
+        _best(METRICS[column[0].name].higher_is_better, [score.value for score in column])
         for column in columns
     ]
+
+
+def _best(higher_is_better: bool | None, values: Sequence[float]) -> float | None:
+    if higher_is_better is None:
+        return None
+    return max(values) if higher_is_better else min(values)

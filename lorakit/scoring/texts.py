@@ -6,6 +6,7 @@ This file knows no metrics.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lorakit.errors import LorakitError
@@ -33,8 +34,13 @@ def load_texts(path: str, group_by: str | None = None) -> Texts:
 
     Raises LorakitError naming file and line where a record lacks something, and for no records.
     """
+    return texts_of(path, read_records(path, "prediction"), group_by)
+
+
+def texts_of(path: str, records: Iterable[Record], group_by: str | None = None) -> Texts:
+    """Return the texts of the records of a file; raise LorakitError as `load_texts` does."""
     texts = Texts(path, [], [], [], [], [])
-    for record in read_records(path, "prediction"):
+    for record in records:
         texts.predictions.append(record.prediction)
         texts.references.append(references_of(record))
         texts.ids.append(record.id if "id" in record.fields else None)

@@ -18,6 +18,7 @@ from lorakit.settings import (
     LoraSettings,
     PruningSettings,
     SelectionSettings,
+    SheetSettings,
     SignificanceSettings,
     StaticSettings,
     TrainingSettings,
@@ -190,6 +191,7 @@ def test_a_command_gets_its_parameters_as_settings_and_the_rest_as_they_are() ->
         pytest.param("generate", AskingSettings(), id="generate by a server"),
         pytest.param("score", SignificanceSettings(), id="score"),
         pytest.param("judge", JudgeSettings(), id="judge"),
+        pytest.param("judge", SheetSettings(), id="judge's sheets"),
         pytest.param("find-boundary", BoundarySettings(), id="find-boundary"),
     ],
 )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from lorakit.commands.compare import compare
 from lorakit.commands.score import score
 from lorakit.errors import LorakitError
 from lorakit.scoring.bertscore import EmbeddedText, best_f1s, greedy_f1
@@ -189,6 +190,24 @@ def test_score_computes_it_beside_other_metrics_and_tests_it(bert: str, tmp_path
     assert "|layer:2|" in first["signatures"]["bertscore"]
     assert first["bertscore"] > second["bertscore"]
     assert 0 < second["significance"]["p_values"]["bertscore"] <= 1
+
+
+def test_compare_scores_records_by_it(bert: str, tmp_path: Path) -> None:
+    paths = []
+    for name, texts in (("a.jsonl", ["a cat", "a dog"]), ("b.jsonl", ["a cat", "the cat sat"])):
+        rows = [{"prediction": text, "completion": "a dog"} for text in texts]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        paths.append(str(tmp_path / name))
+    options = ("--metric", "bertscore", "--bertscore-model", bert)
+    arguments = [*paths, *options, "--where", "worse"]
+    result = CliRunner().invoke(compare, arguments, catch_exceptions=False)
+    (line,) = map(json.loads, result.stdout.splitlines())
+    assert line["prediction_b"] == "the cat sat"
+    assert line["score_a"] == pytest.approx(100)
+    alone = compute_statistics(
+        ["the cat sat"], [["a dog"]], metric="bertscore", embedder=embedder(bert)
+    )
+    assert line["score_b"] == pytest.approx(alone.value)
 
 
 @pytest.mark.parametrize(

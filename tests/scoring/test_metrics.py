@@ -29,7 +29,7 @@ from lorakit.scoring.metrics import METRICS, compute_statistics, score
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROUGE = [name for name in METRICS if name.startswith("rouge")]
-TEXT_METRICS = [name for name, metric in METRICS.items() if metric.needs == "texts"]
+TEXT_METRICS = [name for name, metric in METRICS.items() if metric.decides]
 SACREBLEU = ["bleu", "chrf"]
 LABEL_METRICS = ["em", "f1", "contains", "accuracy"]
 
@@ -500,3 +500,91 @@ def test_normalising_twice_changes_nothing() -> None:
 )
 def test_the_script_of_a_text_is_that_of_most_of_its_letters(text: str, script: str) -> None:
     assert script_of([text]) == script
+
+
+# — how long outputs are —
+
+
+@pytest.mark.parametrize(
+    ("lang", "text", "count"),
+    [
+        ("en", "It is so, I think.", 5),
+        ("ja", "猫が椅子に座った。", 7),
+        ("zh", "我吃apple。", 4),
+        ("en", " ", 0),
+    ],
+)
+def test_length_is_the_mean_number_of_words_of_the_outputs(
+    lang: str, text: str, count: int
+) -> None:
+    scored = score([text, ""], [["a"], ["a"]], metric="length", lang=lang)
+    assert scored.value == count / 2
+    assert scored.signature.startswith("tok:")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "labels", "beyond"),
+    [
+        pytest.param("Yes", ["Yes", "No"], False, id="the label alone"),
+        pytest.param(' "yes." ', ["Yes", "No"], False, id="punctuation is no word"),
+        pytest.param("Yes, it fits.", ["Yes", "No"], True, id="words after the label"),
+        pytest.param("No, it does not.", ["Yes", "No"], True, id="after a wrong label, too"),
+        pytest.param("Yesterday it did", ["Yes", "No"], False, id="another word"),
+        pytest.param("It fits: yes", ["Yes", "No"], False, id="the label later on"),
+        pytest.param("Not at all", ["yes", "not at all"], False, id="a label of three words"),
+        pytest.param("Not at all, no", ["yes", "not at all"], True, id="and a word after it"),
+        pytest.param("New York", ["New", "New York"], False, id="a longer label as a whole"),
+        pytest.param("A", ["A", "B"], False, id="a label that is an article"),
+        pytest.param("A because", ["A", "B"], True, id="a word after that"),
+        pytest.param("+", ["+", "-"], False, id="a label of punctuation"),
+        pytest.param("+ because", ["+", "-"], True, id="a word after it all"),
+        pytest.param("", ["Yes"], False, id="nothing"),
+        pytest.param("Yes, so", ["…", " "], False, id="labels without words"),
+    ],
+)
+def test_an_output_goes_on_after_a_label_if_words_follow_it(
+    prediction: str, labels: list[str], beyond: bool
+) -> None:
+    scored = score([prediction, "zzz"], [["zzz"], labels], metric="words-beyond-label")
+    assert scored.value == (50 if beyond else 0)
+
+
+@pytest.mark.parametrize(
+    ("lang", "alone", "followed"),
+    [("ja", "はい。", "はい、そう思います。"), ("zh", "是。", "是，因为合适。")],
+)
+def test_words_follow_a_label_in_languages_without_spaces(
+    lang: str, alone: str, followed: str
+) -> None:
+    labels = [["はい", "是"]] * 2
+    scored = score([alone, followed], labels, metric="words-beyond-label", lang=lang)
+    assert scored.value == 50
+
+
+@pytest.mark.parametrize("name", ["length", "words-beyond-label"])
+def test_a_metric_that_makes_no_output_better_decides_nothing(name: str) -> None:
+    assert METRICS["rougeL"].decides
+    assert not METRICS[name].decides
+
+
+def test_the_overlap_with_the_baseline_where_both_are_correct_is_of_outputs_with_a_lower_f1() -> (
+    None
+):
+    """Of five outputs three have a lower F1; in two of these both are correct; one contains."""
+    rows = [
+        ("b", "b", "it is b"),
+        ("c", "c, say", "so c it is"),
+        ("d", "d", "wrong"),
+        ("e", "wrong", "e"),
+        ("f", "f", "f"),
+    ]
+    labels, theirs, ours = zip(*rows, strict=True)
+    statistics = compute_statistics(
+        ours,
+        [[label] for label in labels],
+        metric="contains-baseline-both-correct",
+        baseline_predictions=theirs,
+    )
+    assert statistics.rows == [[1, 1], [0, 1], [0, 0], [0, 0], [0, 0]]
+    assert statistics.value == 50
+    assert statistics.signature.endswith("|where:f1-below-baseline+both-contain-label")

@@ -18,7 +18,7 @@ from lorakit.commands.score import score
 from lorakit.errors import LorakitError
 from lorakit.scoring.metrics import METRICS
 
-TEXT_METRICS = [name for name, metric in METRICS.items() if metric.needs == "texts"]
+TEXT_METRICS = [name for name, metric in METRICS.items() if metric.decides]
 GOOD = {"id": "1", "prediction": "the cat sat", "references": ["the cat sat", "a dog"]}
 HALF = {"id": "2", "prediction": "yes", "completion": "no", "more": [1]}
 
@@ -449,3 +449,22 @@ def test_comparing_with_the_baseline_needs_one(tmp_path: Path) -> None:
     result = run(write(tmp_path / "a.jsonl", GOOD), "--metric", "contains-baseline")
     assert result.exit_code == 2
     assert "needs --baseline" in result.stderr
+
+
+def test_the_best_value_of_a_column_is_that_of_a_metric_with_a_direction(tmp_path: Path) -> None:
+    from lorakit.scoring.systems import System, score_systems
+    from lorakit.scoring.table import _best_values
+
+    paths = write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", {**GOOD, **HALF})
+    systems = [System((path,)) for path in paths]
+    scored = score_systems(systems, metrics=["em", "length", "words-beyond-label"])
+    assert _best_values(scored) == [100, None, None]
+
+
+def test_two_systems_lengths_are_compared_in_words(tmp_path: Path) -> None:
+    rows = [{**GOOD, "prediction": "one two three"}, {**GOOD, "prediction": "one"}]
+    ours, theirs = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", GOOD, GOOD)
+    _, line = lines_of(run(ours, theirs, "--baseline", theirs, "--metric", "length"))[::-1]
+    assert line["length"] == 2
+    assert line["significance"]["differences"] == {"length": -1}
+    assert 0 < line["significance"]["p_values"]["length"] <= 1

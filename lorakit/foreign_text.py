@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 _LONGEST_NAME = 120  # characters of a name quoted in a message
+_WIDE_SPACE = "\u3000"  # ordinary in Japanese and Chinese
 
 
 def quote(name: str) -> str:
@@ -17,6 +18,12 @@ def quote(name: str) -> str:
 def printable(text: str) -> str:
     """Return a text with every character escaped that could control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of several lines with only its line breaks and wide spaces left as they are."""
+    lines = text.replace("\r\n", "\n").expandtabs(4).split("\n")
+    return "\n".join(_WIDE_SPACE.join(map(printable, line.split(_WIDE_SPACE))) for line in lines)
 
 
 def parse_json(text: str) -> Any:
