@@ -132,6 +132,7 @@ class SavedValues:
                 self._stream.truncate(self._size)
             self._stream.write(json.dumps([name, value]).encode() + b"\n")
             self._stream.flush()
+            os.fsync(self._stream.fileno())
         except OSError as error:
             raise cannot_write(self._path, error) from None
 

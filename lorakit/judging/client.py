@@ -14,6 +14,7 @@ import math
 import random
 import time
 import urllib.parse
+import urllib.request
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import NamedTuple, NoReturn
 import httpx2
 import openai
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, missing_package
 from lorakit.files import explain
 
 FIRST_WAIT = 1.0  # seconds before the second try; each further wait is twice as long
@@ -65,7 +66,11 @@ class Endpoint:
     def __post_init__(self) -> None:
         try:
             client = _open_client(self.url, self.key, self.timeout)
-        except (httpx2.InvalidURL, ValueError, ImportError) as error:  # the URL, or a proxy's
+        except ImportError:
+            raise missing_package("a SOCKS proxy", "socksio", "endpoint") from None
+        except OSError as error:
+            self._raise_unreachable(f"{error.filename or 'its certificates'}: {explain(error)}")
+        except (httpx2.InvalidURL, ValueError) as error:  # the URL, or a proxy's
             self._raise_unreachable(str(error))
         object.__setattr__(self, "_client", client)
         weakref.finalize(self, client.close)
@@ -173,7 +178,9 @@ def _open_client(url: str, key: str | None, timeout: float) -> openai.OpenAI:
         needed = {name: request.headers[name] for name in ("Host", "Content-Length")}
         request.headers = httpx2.Headers({**needed, **headers})
 
+    is_https = url.startswith("https:")  # certificates are not read where none is looked at
     connections = openai.DefaultHttpxClient(
+        transport=httpx2.HTTPTransport(verify=is_https, proxy=_proxy_for(url)),
         timeout=timeout,
         follow_redirects=False,
         event_hooks={"request": [replace_headers], "response": [_limit_size]},
@@ -181,6 +188,18 @@ def _open_client(url: str, key: str | None, timeout: float) -> openai.OpenAI:
     return openai.OpenAI(
         api_key=key or "none", base_url=url, max_retries=0, timeout=timeout, http_client=connections
     )
+
+
+def _proxy_for(url: str) -> str | None:
+    """Return the proxy that the environment names for a URL; None where it names none.
+
+    Left to itself, the SDK would open the proxies of all URLs, also of those not asked.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(parts.netloc):
+        return None
+    proxies = urllib.request.getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all")
 
 
 def _limit_size(reply: httpx2.Response) -> None:

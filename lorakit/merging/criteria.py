@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from decimal import Decimal
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -52,10 +52,17 @@ def magnitude_importance(weight: Tensor, evidence: Evidence) -> Tensor:
     return weight.abs()
 
 
-CRITERIA: dict[str, Callable[[Tensor, Evidence], Tensor]] = {
-    "input": input_importance,
-    "gradient": gradient_importance,
-    "magnitude": magnitude_importance,
+class Criterion(NamedTuple):
+    """An importance score, and what it reads besides the weights, which is collected for it."""
+
+    score: Callable[[Tensor, Evidence], Tensor]
+    reads: Literal["nothing", "norms", "averages"] = "nothing"
+
+
+CRITERIA: dict[str, Criterion] = {
+    "input": Criterion(input_importance, reads="norms"),
+    "gradient": Criterion(gradient_importance, reads="averages"),
+    "magnitude": Criterion(magnitude_importance),
 }
 
 
@@ -88,10 +95,17 @@ def reinit_value(weight: Tensor, start: Tensor, is_b: bool, draws: Generator) ->
     return fresh.uniform_(-bound, bound, generator=draws).to(weight.device)
 
 
-VALUES: dict[str, Callable[[Tensor, Tensor, bool, Generator], Tensor]] = {
-    "zero": zero_value,
-    "init": init_value,
-    "reinit": reinit_value,
+class ResetValue(NamedTuple):
+    """What parameters are reset to, and whether it is their value at the start, which is kept."""
+
+    of: Callable[[Tensor, Tensor, bool, Generator], Tensor]
+    reads_start: bool = False
+
+
+VALUES: dict[str, ResetValue] = {
+    "zero": ResetValue(zero_value),
+    "init": ResetValue(init_value, reads_start=True),
+    "reinit": ResetValue(reinit_value),
 }
 
 

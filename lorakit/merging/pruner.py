@@ -57,8 +57,8 @@ class Pruner(StepHook):
     """Resets what is least important after each step, according to the settings (Algorithm 1).
 
     With unit `parameter`: floor(ratio·n) of the n parameters of every A and every B of every block.
-    With unit `module`: whole pairs whose mean importance is below the threshold. Only the criterion
-    `input` needs `norms`, whose hook has to come before this one.
+    With unit `module`: whole pairs whose mean importance is below the threshold. A criterion that
+    reads `norms` needs their hook before this one.
     """
 
     name = "pruner"
@@ -77,21 +77,19 @@ class Pruner(StepHook):
         for name, layer in layers.items():
             a, b = factors(layer)
             self._weights[name] = (a.detach(), b.detach())
-        self._start = self._copies() if settings.prune_value == "init" else {}
+        self._criterion = CRITERIA[settings.importance]
+        self._value = VALUES[settings.prune_value]
+        self._start = self._copies() if self._value.reads_start else {}
         self._pairs: dict[Shapes, list[BlockPair]] = {}
         for block in blocks:
             for name, part in block.modules.items():
                 pair = BlockPair(block.name, name, part.span)
                 of_a, of_b = pair.of(self._weights[name])
                 self._pairs.setdefault((of_a.shape, of_b.shape), []).append(pair)
-        self._averages = self._zero_averages() if self._reads_gradients else {}
+        self._averages = self._zero_averages() if self._criterion.reads == "averages" else {}
         self._gradients: dict[str, Matrices] = {}
         self._stacked_norms: dict[Shapes, Matrices] = {}
         self._norms_version = 0
-
-    @property
-    def _reads_gradients(self) -> bool:
-        return self._settings.importance == "gradient"
 
     def _copies(self) -> dict[str, Matrices]:
         return {name: (a.clone(), b.clone()) for name, (a, b) in self._weights.items()}
@@ -105,7 +103,7 @@ class Pruner(StepHook):
 
     def before_clipping(self) -> None:
         """Copy the gradients of this step, if the criterion reads them."""
-        if not self._reads_gradients:
+        if not self._averages:
             return
         for name, layer in self._layers.items():
             a, b = (factor.grad for factor in factors(layer))
@@ -124,7 +122,7 @@ class Pruner(StepHook):
             masks = self._masks(*importance)
             starts = self._stacked(self._start, pairs) if self._start else weights
             for index, (weight, start, mask) in enumerate(zip(weights, starts, masks, strict=True)):
-                value = VALUES[self._settings.prune_value](weight, start, index == 1, draws)
+                value = self._value.of(weight, start, index == 1, draws)
                 for pair, pruned in zip(pairs, torch.where(mask, value, weight), strict=True):
                     pair.of(self._weights[pair.module])[index].copy_(pruned)
 
@@ -170,7 +168,7 @@ class Pruner(StepHook):
         Both are (pairs, rank, d_in) for A and (pairs, d_out, rank) for B.
         """
         self._stack_norms()
-        criterion = CRITERIA[self._settings.importance]
+        criterion = self._criterion.score
         for shapes, pairs in self._pairs.items():
             weights = self._stacked(self._weights, pairs)
             for_a, for_b = self._evidence(shapes, pairs)
@@ -233,7 +231,7 @@ def pruning_hooks(
     """
     if not settings.prunes and settings.unit != "module":
         return ()
-    if settings.importance != "input":
+    if CRITERIA[settings.importance].reads != "norms":
         return (Pruner(blocks, layers, settings, seed=seed),)
     norms = InputNorms(layers, every=settings.calibrate_every)
     return norms, Pruner(blocks, layers, settings, norms=norms, seed=seed)

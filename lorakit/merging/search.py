@@ -85,6 +85,8 @@ class Search:
         trainer = self._new_trainer(pruning)
         self._start = self._start or trainer.weights()
         candidate = Candidate(name, pruning, trainer, self._checkpoint_of(pruning), self._start)
+        if trainer.accelerator.is_main_process and not self._resume:
+            candidate.checkpoint.remove()  # another search's
         restored = self._resume and candidate.checkpoint.restore_(trainer)
         if not restored:
             trainer.restore_hooks_(self._start_states)

@@ -97,9 +97,11 @@ def train_and_save(
 
     Of several processes only the main one writes.
     """
+    main = trainer.accelerator.is_main_process
+    if main and not resume:
+        checkpoint.remove()  # another run's, which --resume is not to take for this one's
     if resume and checkpoint.restore_(trainer):
         reporter.note(f"going on after epoch {trainer.progress.epoch}")
-    main = trainer.accelerator.is_main_process
     for _ in trainer.train(corpus.train, corpus.validation, reporter):
         if main:
             checkpoint.save(trainer)

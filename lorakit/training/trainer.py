@@ -42,7 +42,10 @@ class StepHook:
     name = ""
 
     def is_validation_due(self, step: int) -> bool:
-        """Return whether to run the validation set through the model before the next step."""
+        """Return whether to run the validation set through the model before the next step.
+
+        `step` steps are done, or, where it is 0, a run begins, resumed or not.
+        """
         return False
 
     def before_clipping(self) -> None:
@@ -167,7 +170,7 @@ class Trainer:
         self._examples, self._validation, self._reporter = examples, validation, reporter
         self.losses.note = reporter.note
         reporter.start(self.steps, self.settings.epochs, self.progress.step)
-        self._validate_if_due()
+        self._validate_if_due(0)
 
     def train(
         self, examples: Sequence[Example], validation: Sequence[Example], reporter: Reporter
@@ -213,7 +216,7 @@ class Trainer:
                 if progress.step == until:
                     return
                 self._reporter.step(self._step(batch, self.steps))
-                self._validate_if_due()
+                self._validate_if_due(progress.step)
         if progress.step < (progress.epoch + 1) * len(order):
             return
         self._end_epoch(time.perf_counter() - started)
@@ -253,8 +256,8 @@ class Trainer:
         total = self.losses.summed(torch.tensor(value, device=self.base.device))
         return float(total / self.accelerator.num_processes)
 
-    def _validate_if_due(self) -> None:
-        if any(hook.is_validation_due(self.progress.step) for hook in self.hooks):
+    def _validate_if_due(self, step: int) -> None:
+        if any(hook.is_validation_due(step) for hook in self.hooks):
             self.validate(self._validation)
 
     def _keep_if_best(self, value: float, loss: float) -> None:

@@ -88,6 +88,25 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
     assert proxy.bodies[0]["path"] == "http://judge.invalid/v1/chat/completions"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("ALL_PROXY", "socks5://127.0.0.1:1"), ("SSL_CERT_FILE", "/not/there")],
+)
+def test_what_an_address_does_not_need_is_not_opened(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv(variable, value)
+    with serving(lambda body, number: "7") as server:
+        assert Endpoint(server.url).ask({}) == "7"
+
+
+def test_certificates_that_are_not_there_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/not/there")
+    with pytest.raises(LorakitError, match=r"^cannot reach https://judge.invalid/v1: "):
+        Endpoint("https://judge.invalid/v1", retries=0).ask({})
+
+
 def test_a_proxy_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "gopher://proxy")
     with pytest.raises(LorakitError, match=r"^cannot reach http://judge.invalid/v1: .*proxy"):

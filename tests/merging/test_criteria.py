@@ -32,13 +32,13 @@ NORMS = torch.tensor([10.0, 0.1, 1.0])
 )
 def test_importance_is_what_the_formula_says(criterion: str, importance: list[list[float]]) -> None:
     torch.testing.assert_close(
-        CRITERIA[criterion](WEIGHT, Evidence(NORMS)), torch.tensor(importance)
+        CRITERIA[criterion].score(WEIGHT, Evidence(NORMS)), torch.tensor(importance)
     )
 
 
 def test_the_least_important_become_zero_and_no_other() -> None:
     weight = WEIGHT.clone()
-    weight[least_important(CRITERIA["input"](weight, Evidence(NORMS)), 3)] = 0
+    weight[least_important(CRITERIA["input"].score(weight, Evidence(NORMS)), 3)] = 0
     assert weight.tolist() == [[1.0, 0.0, 0.5], [-2.0, 0.0, 0.0]]
 
 
@@ -64,7 +64,7 @@ def test_the_gradient_score_is_that_of_platon_over_two_steps() -> None:
     spread = 0.85 * 0.15 * 1.7 + 0.15 * (4 - mean)
     assert sensitivity.item() == pytest.approx(mean)
     assert uncertainty.item() == pytest.approx(spread)
-    score = CRITERIA["gradient"](weight, Evidence(averages=(sensitivity, uncertainty)))
+    score = CRITERIA["gradient"].score(weight, Evidence(averages=(sensitivity, uncertainty)))
     assert score.item() == pytest.approx(mean * spread)
     assert BETA == 0.85
 
@@ -79,7 +79,7 @@ def test_the_mean_importance_of_a_pair_is_over_all_parameters_of_both() -> None:
 def test_what_is_reset_takes_the_value_asked_for(value: str, is_b: bool) -> None:
     draws = torch.Generator().manual_seed(0)
     weight, start = torch.ones(2, 50, 4), torch.full((2, 50, 4), 7.0)
-    found = VALUES[value](weight, start, is_b, draws)
+    found = VALUES[value].of(weight, start, is_b, draws)
     if value == "init":
         assert torch.equal(found, start)
     elif value == "zero" or is_b:

@@ -233,6 +233,24 @@ def interrupt(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch, epoch:
             run()
 
 
+def test_a_fresh_run_leaves_no_checkpoint_of_another(
+    llama: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakit.training.checkpoint import Checkpoint
+
+    output, side = tmp_path / "a.safetensors", tmp_path / "a.safetensors.resume"
+    interrupt(lambda: fit(llama, data, output), monkeypatch, 2)
+    assert side.exists()
+
+    def stop(self: Checkpoint, trainer: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(llama, data, output)
+    assert not side.exists()
+
+
 def test_a_resumed_run_gives_the_bytes_of_an_unbroken_one(
     llama: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
