@@ -77,3 +77,16 @@ lorakit find-boundary xs+wl+tgt.pruned.safetensors --data val.jsonl --max-new-to
     lorakit strip-layers xs+wl+tgt.pruned.safetensors --boundary - -o final.safetensors
 sed 's/.*"boundary": \([0-9]*\), "score": \([0-9.]*\).*"best": \([a-z]*\).*/boundary \1: \2 \3/' \
     boundary.jsonl | sed 's/false$//; s/true$/best/'
+
+echo "== what they write, on three of the test records: the label, then each system" >&2
+python - <<'END'
+import json
+
+systems = ["zero-shot", "xs", "wl", "tgt", "xs+wl+tgt"]
+outputs = [[json.loads(line) for line in open(f"{name}.jsonl", encoding="utf-8")] for name in systems]
+for records in list(zip(*outputs))[:3]:
+    print()
+    print("label     ", records[0]["completion"].strip())
+    for name, record in zip(systems, records):
+        print(f"{name:10}", record["prediction"].strip())
+END

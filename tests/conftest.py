@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 RECORDS = [
     {"id": "a", "prompt": "The cat sat on", "completion": " the mat.", "note": [1, None]},
     {"id": "b", "prompt": "猫は", "completion": "座った。", "references": ["座った。", "いた。"]},
@@ -43,6 +46,25 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tests.support.models import save_model
 
     return save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The folder of SmolLM2-135M-Instruct: $LORAKIT_SMOLLM2, else made into the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit" / "smollm2"
+    folder = os.environ.get("LORAKIT_SMOLLM2") or str(cache)
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "make_smollm2.py"), "--out", folder],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == os.EX_UNAVAILABLE:
+        pytest.skip(f"SmolLM2 cannot be made: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.fixture
