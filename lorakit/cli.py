@@ -22,7 +22,9 @@ EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 
 # Each command with the first sentence of its help; a command's module and function bear its name.
 COMMANDS = {
-    "build-dataset": "Turn raw data into records: lines of JSON with id, prompt and completion.",
+    "build-dataset": (
+        "Turn raw data into records: lines of JSON with id, prompt and completion, or messages."
+    ),
     "train-adapter": (
         "Train a LoRA adapter on records; the best epoch on the validation set is kept."
     ),

@@ -35,6 +35,7 @@ SDK = {
     "pydantic",
     "pydantic_core",
     "sniffio",
+    "socksio",
     "truststore",
     "typing_extensions",
     "typing_inspection",

@@ -228,16 +228,18 @@ def test_in_each_group_exactly_the_floor_of_the_share_is_zero(
 def test_ratio_0_gives_the_bytes_of_no_pruning(
     llama: str, data: str, adapters: list[Adapter], tmp_path: Path
 ) -> None:
-    merge(llama, adapters, data, tmp_path / "none", dropout=0.1)
+    merge(llama, adapters, data, tmp_path / "none.safetensors", dropout=0.1)
     merge(
         llama,
         adapters,
         data,
-        tmp_path / "zero",
+        tmp_path / "zero.safetensors",
         dropout=0.1,
         pruning=PruningSettings(Decimal("0.0")),
     )
-    assert (tmp_path / "none").read_bytes() == (tmp_path / "zero").read_bytes()
+    assert (tmp_path / "none.safetensors").read_bytes() == (
+        tmp_path / "zero.safetensors"
+    ).read_bytes()
 
 
 def test_pruning_every_step_differs_from_no_pruning_and_from_another_criterion(
@@ -262,8 +264,9 @@ def test_the_same_merge_gives_the_same_bytes(
 ) -> None:
     pruning = PruningSettings(Decimal("0.2"))
     for name in "ab":
-        merge(llama, adapters, data, tmp_path / name, pruning=pruning, dropout=0.1)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        output = tmp_path / f"{name}.safetensors"
+        merge(llama, adapters, data, output, pruning=pruning, dropout=0.1)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_a_resumed_merge_gives_the_bytes_of_an_unbroken_one(
@@ -274,7 +277,7 @@ def test_a_resumed_merge_gives_the_bytes_of_an_unbroken_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pruning = PruningSettings(Decimal("0.3"), calibrate_every=2)
-    merge(llama, adapters, data, tmp_path / "whole", pruning=pruning, dropout=0.1)
+    merge(llama, adapters, data, tmp_path / "whole.safetensors", pruning=pruning, dropout=0.1)
     save = Checkpoint.save
 
     def stop(self: Checkpoint, trainer: Trainer) -> None:
@@ -284,12 +287,22 @@ def test_a_resumed_merge_gives_the_bytes_of_an_unbroken_one(
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", stop)
         with pytest.raises(KeyboardInterrupt):
-            merge(llama, adapters, data, tmp_path / "broken", pruning=pruning, dropout=0.1)
+            merge(
+                llama, adapters, data, tmp_path / "broken.safetensors", pruning=pruning, dropout=0.1
+            )
     resumed = merge(
-        llama, adapters, data, tmp_path / "broken", pruning=pruning, dropout=0.1, resume=True
+        llama,
+        adapters,
+        data,
+        tmp_path / "broken.safetensors",
+        pruning=pruning,
+        dropout=0.1,
+        resume=True,
     )
     assert resumed.header["history"][-1]["settings"]["prune_ratio"] == 0.3
-    assert (tmp_path / "broken").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert (tmp_path / "broken.safetensors").read_bytes() == (
+        tmp_path / "whole.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("how", [[], ["--importance", "gradient"]])
@@ -322,10 +335,11 @@ def test_two_processes_merge_to_the_weights_of_one(
 def test_a_merged_file_in_a_folder_gives_the_same_logits_in_peft(
     llama: str, data: str, adapters: list[Adapter], tmp_path: Path
 ) -> None:
-    merged = merge(llama, adapters, data, tmp_path / "m", pruning=PruningSettings(Decimal("0.1")))
+    file = tmp_path / "m.safetensors"
+    merged = merge(llama, adapters, data, file, pruning=PruningSettings(Decimal("0.1")))
     folder = tmp_path / "folder"
     save_adapter(merged, f"{folder}/")
-    shutil.copy(tmp_path / "m", folder / "adapter_model.safetensors")  # the single file itself
+    shutil.copy(file, folder / "adapter_model.safetensors")  # the single file itself
     base = open_base(llama)
     plain = logits_of(base.model)
     attach(base, merged)

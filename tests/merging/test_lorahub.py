@@ -124,8 +124,8 @@ def test_the_same_data_give_the_same_bytes(
     llama: str, adapters: list[Adapter], data: str, tmp_path: Path
 ) -> None:
     for name in "ab":
-        merge(llama, adapters[:2], data, tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        merge(llama, adapters[:2], data, tmp_path / f"{name}.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_adapters_of_other_shapes_are_refused_by_the_module(

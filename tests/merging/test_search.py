@@ -166,7 +166,7 @@ def test_a_killed_search_goes_on_to_the_same_bytes(
     importance: str,
 ) -> None:
     pruning = PruningSettings(importance=importance)
-    merge(tmp_path / "whole", values=values, pruning=pruning)
+    merge(tmp_path / "whole.safetensors", values=values, pruning=pruning)
     save, left = Checkpoint.save, 5
 
     def stop(self: Checkpoint, trainer: Trainer) -> None:
@@ -180,10 +180,17 @@ def test_a_killed_search_goes_on_to_the_same_bytes(
         patch.setattr(Checkpoint, "save", stop)
         for resume in (False, True):
             with pytest.raises(KeyboardInterrupt):
-                merge(tmp_path / "broken", values=values, pruning=pruning, resume=resume)
-    merge(tmp_path / "broken", values=values, pruning=pruning, resume=True)
-    assert (tmp_path / "broken").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "whole"]
+                merge(
+                    tmp_path / "broken.safetensors", values=values, pruning=pruning, resume=resume
+                )
+    merge(tmp_path / "broken.safetensors", values=values, pruning=pruning, resume=True)
+    assert (tmp_path / "broken.safetensors").read_bytes() == (
+        tmp_path / "whole.safetensors"
+    ).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "broken.safetensors",
+        "whole.safetensors",
+    ]
 
 
 def test_a_merge_too_short_to_be_halved_is_refused(merge: Merge, tmp_path: Path) -> None:

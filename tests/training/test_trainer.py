@@ -206,14 +206,14 @@ def test_training_stops_after_patience_epochs_without_a_lower_loss(
 
 def test_the_same_run_gives_the_same_bytes(llama: str, data: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        fit(llama, data, tmp_path / name, dropout=0.2)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        fit(llama, data, tmp_path / f"{name}.safetensors", dropout=0.2)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_another_seed_gives_other_bytes(llama: str, data: str, tmp_path: Path) -> None:
     for seed in (0, 1):
-        fit(llama, data, tmp_path / str(seed), seed=seed, epochs=1)
-    assert (tmp_path / "0").read_bytes() != (tmp_path / "1").read_bytes()
+        fit(llama, data, tmp_path / f"{seed}.safetensors", seed=seed, epochs=1)
+    assert (tmp_path / "0.safetensors").read_bytes() != (tmp_path / "1.safetensors").read_bytes()
 
 
 def interrupt(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
@@ -254,21 +254,25 @@ def test_a_fresh_run_leaves_no_checkpoint_of_another(
 def test_a_resumed_run_gives_the_bytes_of_an_unbroken_one(
     llama: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(llama, data, tmp_path / "whole", dropout=0.1)
-    interrupt(lambda: fit(llama, data, tmp_path / "broken", dropout=0.1), monkeypatch, 2)
-    assert not (tmp_path / "broken").exists()
-    watcher = fit(llama, data, tmp_path / "broken", dropout=0.1, resume=True)
+    fit(llama, data, tmp_path / "whole.safetensors", dropout=0.1)
+    interrupt(
+        lambda: fit(llama, data, tmp_path / "broken.safetensors", dropout=0.1), monkeypatch, 2
+    )
+    assert not (tmp_path / "broken.safetensors").exists()
+    watcher = fit(llama, data, tmp_path / "broken.safetensors", dropout=0.1, resume=True)
     assert [entry["epoch"] for entry in watcher.epochs] == [3, 4]
-    assert (tmp_path / "broken").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert not (tmp_path / "broken.resume").exists()
+    assert (tmp_path / "broken.safetensors").read_bytes() == (
+        tmp_path / "whole.safetensors"
+    ).read_bytes()
+    assert not (tmp_path / "broken.safetensors.resume").exists()
 
 
 def test_a_run_with_other_settings_does_not_go_on_from_a_checkpoint(
     llama: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(lambda: fit(llama, data, tmp_path / "a"), monkeypatch, 1)
+    interrupt(lambda: fit(llama, data, tmp_path / "a.safetensors"), monkeypatch, 1)
     with pytest.raises(LorakitError, match="other settings"):
-        fit(llama, data, tmp_path / "a", lr=1e-3, resume=True)
+        fit(llama, data, tmp_path / "a.safetensors", lr=1e-3, resume=True)
 
 
 def test_lora_weights_are_float32_over_a_bfloat16_base(
@@ -278,10 +282,10 @@ def test_lora_weights_are_float32_over_a_bfloat16_base(
     trainer = new_trainer(base)
     assert {weight.dtype for weight in trainer.parameters} == {torch.float32}
     assert base.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    fit(llama, data, tmp_path / "a", base_dtype=torch.bfloat16, epochs=1)
-    assert {tensor.dtype for tensor in load_adapter(str(tmp_path / "a")).tensors.values()} == {
-        "F32"
-    }
+    fit(llama, data, tmp_path / "a.safetensors", base_dtype=torch.bfloat16, epochs=1)
+    assert {
+        tensor.dtype for tensor in load_adapter(str(tmp_path / "a.safetensors")).tensors.values()
+    } == {"F32"}
 
 
 def test_micro_batches_are_halved_when_memory_does_not_suffice(
@@ -326,8 +330,16 @@ def test_only_lora_is_trained(llama: str) -> None:
 
 def test_a_loss_that_is_not_finite_is_an_error(llama: str, data: str, tmp_path: Path) -> None:
     with pytest.raises(LorakitError, match="lower --lr"):
-        fit(llama, data, tmp_path / "a", lr=1e30, max_grad_norm=1e30, epochs=6, patience=9)
-    assert not (tmp_path / "a").exists()
+        fit(
+            llama,
+            data,
+            tmp_path / "a.safetensors",
+            lr=1e30,
+            max_grad_norm=1e30,
+            epochs=6,
+            patience=9,
+        )
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_a_seeded_fifth_is_held_out_and_said_so(llama: str, data: str, tmp_path: Path) -> None:
@@ -340,7 +352,7 @@ def test_a_seeded_fifth_is_held_out_and_said_so(llama: str, data: str, tmp_path:
     assert len(hold_out(records[:2], 0)[1]) == 1
     with pytest.raises(LorakitError, match="give --val"):
         hold_out(records[:1], 0)
-    assert "4 of 20 records" in fit(llama, data, tmp_path / "a", epochs=1).notes[0]
+    assert "4 of 20 records" in fit(llama, data, tmp_path / "a.safetensors", epochs=1).notes[0]
 
 
 def test_two_processes_train_the_weights_of_one(llama: str, data: str, tmp_path: Path) -> None:
@@ -376,7 +388,9 @@ def test_the_log_holds_a_line_a_step_and_a_line_an_epoch(
     log = tmp_path / "log.jsonl"
     arguments = ["--data", data, "--model", llama, "--epochs", "2", "--batch-size", "8"]
     outcome = CliRunner().invoke(
-        command, [*arguments, "-o", str(tmp_path / "a"), "--log", str(log)], catch_exceptions=False
+        command,
+        [*arguments, "-o", str(tmp_path / "a.safetensors"), "--log", str(log)],
+        catch_exceptions=False,
     )
     assert outcome.exit_code == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
