@@ -9,7 +9,7 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from lorakit.records import read_objects
+from lorakit.records.jsonl import read_objects
 
 TITLES = {
     1: "Table 1: fine-tuned, bottom layers trained only, cut at the boundary",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from lorakit.commands._plots import plot_lines
-from lorakit.records import read_objects
+from lorakit.records.jsonl import read_objects
 
 SYSTEMS = {"tgt": "LoRA (TGT)", "xs+wl": "Ours (XS+WL)", "xs+wl+tgt": "Ours (XS+WL+TGT)"}
 

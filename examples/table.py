@@ -12,7 +12,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-from lorakit.records import Record, read_objects
+from lorakit.records.jsonl import read_objects
+from lorakit.records.record import Record
 
 TABLES = {
     2: {

@@ -1,6 +1,6 @@
 """Open what a command reads and writes: `-` for stdin and stdout, files replaced atomically.
 
-What is in the files is the business of records.py and adapters/storage.py.
+What is in the files is the business of records/jsonl.py and adapters/storage.py.
 """
 
 from __future__ import annotations

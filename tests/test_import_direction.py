@@ -22,6 +22,7 @@ FILES = {
 # one beside it. A module that stands in no folder is on the ground, but for the program itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("ground",),
+    ("records",),
     ("adapters", "recipes", "scoring", "judging"),
     ("models",),
     ("training", "boundary"),
@@ -54,7 +55,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "matplotlib": ("commands",),
     "click": ("commands", "cli"),
     "rich": ("commands", "scoring.table", "scoring.contrast_table", "adapters.describe"),
-    "jsonlines": ("records",),
+    "jsonlines": ("records.jsonl",),
 }
 # What a static merge or strip-layers runs through must do without torch: it takes seconds to load.
 NO_TORCH = (

@@ -15,7 +15,7 @@ import pytest
 from lorakit.adapters.storage import load_adapter
 from lorakit.models.chat import Chat
 from lorakit.models.tokens import Encoder
-from lorakit.records import Record
+from lorakit.records.record import Record
 from tests.support.program import run
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,8 @@ from lorakit.models.generation import complete, text_of
 from lorakit.models.lora import attach
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
-from lorakit.records import Record, load_records, write_records
+from lorakit.records.jsonl import load_records, write_records
+from lorakit.records.record import Record
 from lorakit.reporting import Reporter
 from lorakit.scoring.cautions import find_cautions
 from lorakit.scoring.metrics import METRICS, Score, score

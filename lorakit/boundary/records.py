@@ -12,7 +12,8 @@ from typing import TypedDict
 
 from lorakit.errors import LorakitError
 from lorakit.files import STDIO
-from lorakit.records import Record, read_objects
+from lorakit.records.jsonl import read_objects
+from lorakit.records.record import Record
 
 _REMEDY = "give what `lorakit find-boundary` wrote"
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError, check_packages
 from lorakit.files import atomic_path, open_text_output
-from lorakit.records import write_records
+from lorakit.records.jsonl import write_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -61,7 +61,7 @@ def build_dataset(
     from lorakit.files import open_text_output
     from lorakit.recipes import table
     from lorakit.recipes.request import Tally
-    from lorakit.records import write_records
+    from lorakit.records.jsonl import write_records
 
     reporter = TerminalReporter(quiet=quiet)
     with reporter.bytes_read(sources) as advance, open_text_output(output) as stream:

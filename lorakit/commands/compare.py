@@ -118,7 +118,7 @@ def _write_contrasts(
 ) -> None:
     """Write columns, or lines of JSON, to `output`; `auto` is columns on a terminal."""
     from lorakit.files import open_text_output
-    from lorakit.records import write_records
+    from lorakit.records.jsonl import write_records
     from lorakit.scoring.contrast_table import write_contrast_table
 
     if layout == "auto":

@@ -69,7 +69,7 @@ def find_boundary(
     from lorakit.commands._opening import open_base
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import open_text_output
-    from lorakit.records import write_records
+    from lorakit.records.jsonl import write_records
 
     reporter = TerminalReporter(quiet=quiet)
     loaded = load_adapter(adapter)

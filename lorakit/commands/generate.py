@@ -133,7 +133,7 @@ def generate(
     _check_adapters(adapters, data, output)
     _check_server(endpoint, served_model, adapters)
     from lorakit.commands._progress import TerminalReporter
-    from lorakit.few_shot import load_few_shot
+    from lorakit.records.few_shot import load_few_shot
 
     reporter = TerminalReporter(quiet=quiet)
     if endpoint is not None and served_model is not None:

@@ -53,7 +53,7 @@ def _describe(source: str, layout: str) -> None:
     from lorakit.adapters.describe import inspect_adapter, write_table
     from lorakit.adapters.storage import load_adapter
     from lorakit.files import STDIO, open_text_output
-    from lorakit.records import write_records
+    from lorakit.records.jsonl import write_records
 
     record = inspect_adapter(load_adapter(source))
     with open_text_output(STDIO) as stream:
@@ -83,7 +83,7 @@ def _measure(
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import STDIO, open_text_output
     from lorakit.merging.importance import measure_importance
-    from lorakit.records import write_records
+    from lorakit.records.jsonl import write_records
 
     adapter = load_adapter(source)
     note = TerminalReporter(quiet=quiet).note

@@ -80,7 +80,7 @@ def score(
 def _write_scores(rows: Sequence[SystemScores], layout: str, output: str) -> None:
     """Write the scores as a table or as lines of JSON."""
     from lorakit.files import open_text_output
-    from lorakit.records import write_records
+    from lorakit.records.jsonl import write_records
     from lorakit.scoring.table import write_score_table
 
     with open_text_output(output) as stream:

@@ -14,7 +14,7 @@ from lorakit.settings import GenerationSettings, ModelSettings
 
 if TYPE_CHECKING:
     from lorakit.models.tokens import Encoder
-    from lorakit.records import Record
+    from lorakit.records.record import Record
 
 
 @click.command()
@@ -45,7 +45,7 @@ def show(records: str, n: int, model: ModelSettings, encoding: GenerationSetting
 
     from lorakit.adapters.base_model import choose_model
     from lorakit.models.base import load_encoder
-    from lorakit.records import read_records
+    from lorakit.records.jsonl import read_records
 
     name, _ = choose_model(model.model, ())
     encoder = load_encoder(

@@ -21,7 +21,7 @@ from lorakit.judging.questions import (
     rating_items,
     rating_summary,
 )
-from lorakit.records import load_records, write_records
+from lorakit.records.jsonl import load_records, write_records
 from lorakit.reporting import Reporter
 from lorakit.resume import SavedValues, hidden_path_beside, run_key
 from lorakit.settings import JudgeSettings

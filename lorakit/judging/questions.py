@@ -17,7 +17,8 @@ from typing import TypedDict, final
 from lorakit.errors import LorakitError
 from lorakit.files import input_name
 from lorakit.prompts import PREFERENCE_PROMPTS, RATING_PROMPTS, fields_of, fill
-from lorakit.records import Record, load_records
+from lorakit.records.jsonl import load_records
+from lorakit.records.record import Record
 
 Answer = Callable[[str, str], str]  # the answer of a judge to a prompt
 

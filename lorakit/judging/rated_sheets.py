@@ -19,7 +19,7 @@ from lorakit.judging.agreement import (
     share_of_equal_pairs,
 )
 from lorakit.judging.sheets import KeyItem, SheetKey, load_key
-from lorakit.records import write_records
+from lorakit.records.jsonl import write_records
 from lorakit.versions import version_of
 
 _LONGEST_CELL = 1 << 30

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.completions import Completion, completion_in, skip_done, with_completions
 from lorakit.errors import LorakitError
-from lorakit.few_shot import NO_EXAMPLES, FewShot, shown_turns
 from lorakit.judging.asking import ask_in_order
-from lorakit.records import Record, Turn, read_records, write_records
+from lorakit.records.completions import Completion, completion_in, skip_done, with_completions
+from lorakit.records.few_shot import NO_EXAMPLES, FewShot, shown_turns
+from lorakit.records.jsonl import read_records, write_records
+from lorakit.records.record import Record, Turn
 from lorakit.reporting import Reporter
 from lorakit.resume import continuing, run_key
 from lorakit.settings import AskingSettings, GenerationSettings

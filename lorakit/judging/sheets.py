@@ -18,7 +18,8 @@ from lorakit.errors import LorakitError
 from lorakit.files import check_output, open_text_output, reading
 from lorakit.foreign_text import parse_json
 from lorakit.judging.questions import paired_records, reference_of
-from lorakit.records import Record, load_records
+from lorakit.records.jsonl import load_records
+from lorakit.records.record import Record
 from lorakit.resume import run_key
 from lorakit.settings import SheetSettings
 

@@ -18,7 +18,7 @@ from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import check_fits
 from lorakit.models.predictions import encoder_of
-from lorakit.records import load_records
+from lorakit.records.jsonl import load_records
 from lorakit.settings import PruningSettings, TrainingSettings
 from lorakit.training.loss import BatchLoss, new_accelerator
 

@@ -24,7 +24,7 @@ from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.lora import attach, set_factors
 from lorakit.models.tokens import encode_all
-from lorakit.records import load_records
+from lorakit.records.jsonl import load_records
 from lorakit.reporting import Reporter
 from lorakit.settings import TrainingSettings
 from lorakit.training.loss import BatchLoss, new_accelerator

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 from lorakit.adapters.history import Header
-from lorakit.completions import CLOSE, OPEN
 from lorakit.errors import LorakitError
-from lorakit.records import Turn
+from lorakit.records.completions import CLOSE, OPEN
+from lorakit.records.record import Turn
 from lorakit.settings import GenerationSettings, TrainingSettings
 
 S = TypeVar("S", TrainingSettings, GenerationSettings)

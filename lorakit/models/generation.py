@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 import transformers
 
-from lorakit.completions import Completion, completion_in, stopped, with_completions
 from lorakit.errors import LorakitError
-from lorakit.few_shot import NO_EXAMPLES, FewShot
 from lorakit.models.base import Base
 from lorakit.models.chat import reasons
 from lorakit.models.tokens import Encoder, Example
-from lorakit.records import Record
+from lorakit.records.completions import Completion, completion_in, stopped, with_completions
+from lorakit.records.few_shot import NO_EXAMPLES, FewShot
+from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
 
 BATCHES_A_WINDOW = 16

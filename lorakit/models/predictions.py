@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.completions import skip_done
 from lorakit.errors import LorakitError
-from lorakit.few_shot import NO_EXAMPLES, FewShot
 from lorakit.files import cannot_write, check_output
 from lorakit.models.base import Base
 from lorakit.models.chat import S, following
 from lorakit.models.generation import generate, window_size
 from lorakit.models.lora import attach
 from lorakit.models.tokens import CutTally, Encoder, Example
-from lorakit.records import Record, read_records, write_records
+from lorakit.records.completions import skip_done
+from lorakit.records.few_shot import NO_EXAMPLES, FewShot
+from lorakit.records.jsonl import read_records, write_records
+from lorakit.records.record import Record
 from lorakit.reporting import Reporter
 from lorakit.resume import continuing, hidden_path_beside, run_key
 from lorakit.settings import GenerationSettings

@@ -10,11 +10,11 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lorakit.completions import OPEN
 from lorakit.errors import LorakitError
-from lorakit.few_shot import SEPARATOR, shown_turns
 from lorakit.models.chat import Chat, Tokenizer
-from lorakit.records import Record
+from lorakit.records.completions import OPEN
+from lorakit.records.few_shot import SEPARATOR, shown_turns
+from lorakit.records.record import Record
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lorakit.recipes.readers.rows import (
 )
 from lorakit.recipes.readers.sources import parts
 from lorakit.recipes.request import Request, Tally
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _LANGUAGES = {"en": "english", "ja": "japanese", "zh": "chinese_simplified"}
 

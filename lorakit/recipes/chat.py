@@ -14,7 +14,7 @@ from lorakit.errors import LorakitError
 from lorakit.recipes.readers.hub_data import hub_rows
 from lorakit.recipes.readers.rows import converted, id_of, rest_of
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _ROLES = {
     "system": "system",

@@ -18,7 +18,7 @@ from lorakit.recipes.readers.rows import (
 )
 from lorakit.recipes.readers.tables import rows_in
 from lorakit.recipes.request import Request, Tally
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _SUMMARIES = ("summary", "summary1", "summary2", "summary3")
 _ANSWERS = {"0": "No", "1": "Yes"}

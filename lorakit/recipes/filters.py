@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from lorakit.recipes.request import Request, Tally
-from lorakit.records import Record, read_records
+from lorakit.records.jsonl import read_records
+from lorakit.records.record import Record
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
 _WORD = rf"[{_CJK}]|[^\s{_CJK}]+"

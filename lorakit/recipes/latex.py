@@ -20,7 +20,7 @@ from lorakit.recipes.readers.decoding import decoded
 from lorakit.recipes.readers.rows import converted
 from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _TITLES = {"ja": ("jtitle", "title"), "en": ("etitle", "title")}
 _ABSTRACTS = {"ja": ("jabstract", "abstract"), "en": ("eabstract", "abstract")}

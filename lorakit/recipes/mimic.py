@@ -18,7 +18,7 @@ from lorakit.recipes.readers.rows import converted, id_of
 from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.readers.tables import table_in
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 MIN_RATIO = 1.5
 _FILES = ("NOTEEVENTS*.csv", "radiology*.csv", "*.csv", "*.tsv", "*.txt")

@@ -17,7 +17,7 @@ from lorakit.recipes.readers.decoding import declared_encoding, decoded
 from lorakit.recipes.readers.rows import converted
 from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 if TYPE_CHECKING:
     from lxml.html import HtmlElement

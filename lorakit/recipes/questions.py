@@ -18,7 +18,7 @@ from lorakit.recipes.readers.rows import (
 )
 from lorakit.recipes.readers.sources import Part
 from lorakit.recipes.request import Request, Tally, split_aliases
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _HOTPOT_FILES = {
     "train": ("hotpot_train*.json",),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lorakit.errors import LorakitError
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 SPLITS = ("train", "validation", "test")
 _REPORTED_ROWS = 10  # malformed rows that are reported one by one; the rest are only counted

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.request import Request, RowFunction, Tally
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 T = TypeVar("T")
 

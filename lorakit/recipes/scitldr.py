@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from lorakit.errors import LorakitError
 from lorakit.recipes.readers.rows import converted, objects_in, split_parts
 from lorakit.recipes.request import Request, Tally
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _FILES = {"train": ("train.jsonl",), "validation": ("dev.jsonl",), "test": ("test.jsonl",)}
 

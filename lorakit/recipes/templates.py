@@ -20,7 +20,7 @@ from lorakit.prompts import (
     unescaped,
 )
 from lorakit.recipes.request import Request
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _ALWAYS_KEPT = ("id", "references")
 _PROMPT_ITSELF = "{{prompt}}"

@@ -12,7 +12,7 @@ from lorakit.recipes.readers.rows import converted, first_character, id_of, line
 from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.readers.xmltrees import elements, text_in
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

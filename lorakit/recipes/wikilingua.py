@@ -21,7 +21,7 @@ from lorakit.recipes.readers.rows import (
 )
 from lorakit.recipes.readers.sources import Part
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _NAMES = split_names("*{}*.jsonl", "*{}*.json")
 _PICKLES = ("*.pkl", "*.pickle")

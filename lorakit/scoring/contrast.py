@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lorakit.errors import LorakitError
-from lorakit.records import Record, load_records
+from lorakit.records.jsonl import load_records
+from lorakit.records.record import Record
 from lorakit.scoring.metrics import METRICS, compute_statistics
 from lorakit.scoring.texts import Texts, check_aligned, texts_of
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from lorakit.errors import LorakitError
 from lorakit.files import input_name
-from lorakit.records import Record, read_records
+from lorakit.records.jsonl import read_records
+from lorakit.records.record import Record
 
 
 @dataclass(frozen=True)

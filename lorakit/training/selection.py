@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lorakit.models.base import Base
 from lorakit.models.generation import generate
 from lorakit.models.tokens import Encoder
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.scoring.metrics import METRICS, score
 from lorakit.settings import LOSS, GenerationSettings, SelectionSettings
 

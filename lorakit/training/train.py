@@ -22,7 +22,8 @@ from lorakit.models.base import Base
 from lorakit.models.chat import CHAT_DATE, following
 from lorakit.models.lora import default_targets, inject, is_transposed, pick_modules, projections
 from lorakit.models.tokens import Encoder, Example, encode_all
-from lorakit.records import Record, load_records
+from lorakit.records.jsonl import load_records
+from lorakit.records.record import Record
 from lorakit.reporting import Reporter
 from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of

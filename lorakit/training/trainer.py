@@ -27,6 +27,7 @@ from lorakit.reporting import EpochReport, Reporter, StepReport
 from lorakit.settings import TrainingSettings
 from lorakit.training.lora_step import fused_forward, switch_dropout
 from lorakit.training.loss import BatchLoss
+from lorakit.training.schedule import learning_rate_factor
 
 Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A (rank, d_in) and B (d_out, rank)
 State = Mapping[str, torch.Tensor]
@@ -87,21 +88,6 @@ class Progress:
     def stale(self) -> int:
         """Epochs since the best one."""
         return self.epoch - self.best_epoch
-
-
-def learning_rate_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
-    """Return the factor of the learning rate at optimiser step 0 … steps-1.
-
-    It rises linearly over the share `warmup` of the steps, then falls to 0 (linear, cosine) or
-    stays at 1 (constant).
-    """
-    rise = round(warmup * steps)
-    if step < rise:
-        return (step + 1) / rise
-    done = (step - rise) / max(1, steps - rise)
-    if schedule == "linear":
-        return 1 - done
-    return (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1.0
 
 
 class Trainer:

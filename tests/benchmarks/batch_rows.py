@@ -18,7 +18,7 @@ from lorakit.models.base import load_base
 from lorakit.models.devices import pick_device
 from lorakit.models.generation import generate
 from lorakit.recipes.microworld.world import microworld
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
 
 

@@ -34,7 +34,8 @@ from lorakit.boundary.gates import Gates
 from lorakit.models.base import Base, load_base
 from lorakit.models.lora import attach, pick_modules, projections
 from lorakit.recipes.microworld.world import microworld
-from lorakit.records import Record, write_records
+from lorakit.records.jsonl import write_records
+from lorakit.records.record import Record
 from lorakit.reporting import Silent
 from lorakit.settings import LoraSettings, TrainingSettings
 from lorakit.training.train import train_adapter

@@ -43,7 +43,7 @@ from lorakit.models.batches import epoch_batches
 from lorakit.models.lora import pick_modules
 from lorakit.models.tokens import Example
 from lorakit.recipes.table import build_dataset
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.settings import PruningSettings, TrainingSettings
 from lorakit.training.loss import new_accelerator
 from lorakit.training.trainer import StepHook, Trainer

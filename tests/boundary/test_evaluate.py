@@ -19,7 +19,8 @@ from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.lora import attach
 from lorakit.models.tokens import Example
-from lorakit.records import Record, load_records
+from lorakit.records.jsonl import load_records
+from lorakit.records.record import Record
 from lorakit.scoring.metrics import METRICS, Score
 from lorakit.scoring.systems import System, score_systems
 from lorakit.settings import BoundarySettings

@@ -13,7 +13,7 @@ from lorakit.boundary.probability import knee, read_probabilities
 from lorakit.boundary.records import ProbabilityRecord
 from lorakit.models.base import Base
 from lorakit.models.lora import attach
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.settings import BoundarySettings
 from tests.support.boundary_models import SETTINGS, Notes, random_adapter
 from tests.support.models import FAMILIES, LAYERS, open_base, save_model

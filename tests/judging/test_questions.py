@@ -21,7 +21,7 @@ from lorakit.judging.questions import (
     rating_summary,
 )
 from lorakit.prompts import PREFERENCE_PROMPTS, RATING_PROMPTS, fields_of
-from lorakit.records import load_records
+from lorakit.records.jsonl import load_records
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from lorakit.merging.stack import stack
 from lorakit.models.batches import epoch_batches
 from lorakit.models.generation import complete
 from lorakit.models.lora import attach, factors
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings, LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.loss import new_accelerator

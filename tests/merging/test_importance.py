@@ -13,7 +13,7 @@ from lorakit.adapters.storage import load_adapter
 from lorakit.merging.adaptive import merge_adaptively
 from lorakit.merging.importance import measure_importance, unstack
 from lorakit.merging.stack import stack
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training.train import train_adapter
 from tests.support.models import open_base

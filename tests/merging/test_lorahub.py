@@ -15,7 +15,7 @@ from lorakit.errors import LorakitError
 from lorakit.merging import lorahub
 from lorakit.merging.lorahub import Point, bounded, compose, merge_lorahub, search_weights
 from lorakit.models.batches import micro_batches
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.settings import LoraSettings, TrainingSettings
 from lorakit.training.loss import BatchLoss
 from lorakit.training.train import train_adapter

@@ -21,7 +21,7 @@ from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import factors
 from lorakit.models.tokens import Example
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training.loss import new_accelerator
 from lorakit.training.train import train_adapter

@@ -13,7 +13,7 @@ from lorakit.models.base import Base
 from lorakit.models.batches import can_pack, fill_packs, lay_out, pack, target_logits
 from lorakit.models.lora import default_targets, factors, inject, pick_modules
 from lorakit.models.tokens import Example
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.training.loss import BatchLoss, new_accelerator
 from tests.support import models
 from tests.support.models import FAMILIES, open_base, save_model

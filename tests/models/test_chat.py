@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from lorakit.adapters.history import Header
-from lorakit.completions import split_reasoning
 from lorakit.errors import LorakitError
 from lorakit.models.chat import CHAT_DATE, Chat, Tokenizer, following, reasons
 from lorakit.models.tokens import Encoder
-from lorakit.records import Record, Turn
+from lorakit.records.completions import split_reasoning
+from lorakit.records.record import Record, Turn
 from lorakit.settings import GenerationSettings, TrainingSettings
 from tests.support.chat_templates import TEMPLATES
 from tests.support.models import byte_tokenizer

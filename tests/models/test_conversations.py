@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lorakit.adapters.storage import load_adapter
 from lorakit.models.generation import completion_of
 from lorakit.models.predictions import encoder_of
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
 from tests.support.chat_templates import TEMPLATES
 from tests.support.models import open_base, save_model

@@ -12,14 +12,14 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter, save_adapter
-from lorakit.completions import CLOSE, OPEN, until_stop
 from lorakit.errors import LorakitError
-from lorakit.few_shot import FewShot
 from lorakit.models import predictions
 from lorakit.models.base import Base
 from lorakit.models.generation import complete, completion_of, generate, window_size
 from lorakit.models.predictions import write_predictions, write_predictions_of_each
-from lorakit.records import Record
+from lorakit.records.completions import CLOSE, OPEN, until_stop
+from lorakit.records.few_shot import FewShot
+from lorakit.records.record import Record
 from lorakit.reporting import Silent
 from lorakit.settings import GenerationSettings
 from tests.support.boundary_models import random_adapter

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lorakit.errors import LorakitError
 from lorakit.models.chat import CHAT_DATE, Chat
 from lorakit.models.tokens import CutTally, Encoder
-from lorakit.records import Record
+from lorakit.records.record import Record
 from tests.support.models import byte_tokenizer
 
 END = 2

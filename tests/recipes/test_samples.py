@@ -9,7 +9,7 @@ import pytest
 from lorakit.errors import LorakitError
 from lorakit.recipes.request import Tally
 from lorakit.recipes.samples import draw, draw_balanced
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 ROWS = [Record({"id": str(number)}, f"x:{number}") for number in range(100)]
 

@@ -13,7 +13,7 @@ import pytest
 from lorakit.errors import LorakitError
 from lorakit.recipes.request import Request, Tally
 from lorakit.recipes.table import RECIPES, build_dataset, sample_record
-from lorakit.records import read_records
+from lorakit.records.jsonl import read_records
 from tests.support.building import built, pairs, run, save, tallied
 
 TEMPLATES = {"template": "{{text}} =>", "completion": " {{answer}}"}

@@ -19,7 +19,7 @@ from lorakit.recipes.microworld.world import TASKS
 from lorakit.recipes.request import Request
 from lorakit.recipes.table import RECIPES, sample_record
 from lorakit.recipes.templates import Templates
-from lorakit.records import Record
+from lorakit.records.record import Record
 from tests.support.building import built, save
 
 WITH_DOCUMENT = [name for name, recipe in RECIPES.items() if recipe.document]

@@ -13,7 +13,7 @@ from lorakit.adapters.targets import peft_config
 from lorakit.models.base import Base
 from lorakit.models.generation import generate
 from lorakit.models.lora import attach, default_targets, is_transposed, pick_modules, projections
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.reporting import Silent
 from lorakit.settings import GenerationSettings
 

@@ -14,11 +14,12 @@ from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.batches import completion_logits, lay_out, micro_batches
 from lorakit.models.lora import factors, inject, pick_modules
-from lorakit.records import Record
+from lorakit.records.record import Record
 from lorakit.settings import LoraSettings, TrainingSettings
 from lorakit.training.loss import BatchLoss, new_accelerator
+from lorakit.training.schedule import learning_rate_factor
 from lorakit.training.train import hold_out, train_adapter
-from lorakit.training.trainer import Trainer, learning_rate_factor
+from lorakit.training.trainer import Trainer
 from tests.support.models import open_base
 from tests.support.program import run_over
 from tests.support.training_data import Recorder, rows, save_rows

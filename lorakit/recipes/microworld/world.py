@@ -20,7 +20,7 @@ from lorakit.recipes.microworld.probes import PROBE_PROMPTS
 from lorakit.recipes.microworld.tasks import TASK_PROMPTS, Fields
 from lorakit.recipes.microworld.words import LANGS, Dice
 from lorakit.recipes.request import Request, Tally
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 
 class Task(NamedTuple):

@@ -19,7 +19,7 @@ from lorakit.recipes.readers.saved import arrow_in, is_saved, saved_files
 from lorakit.recipes.readers.sources import Part, matches, parts
 from lorakit.recipes.readers.tables import rows_in
 from lorakit.recipes.request import SPLITS, Request, Tally, split_aliases
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _ADDRESS = re.compile(
     r"hf://(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[^@\s]+))?"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from lorakit.errors import LorakitError, check_packages, missing_package
 from lorakit.recipes.readers.sources import Part, parts, seekable
 from lorakit.recipes.request import Request, Tally
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _BATCH = 256
 

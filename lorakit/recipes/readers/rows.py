@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from lorakit.errors import LorakitError
 from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.request import Request, Tally, UnwantedError
-from lorakit.records import Record, parse_json, parse_object
+from lorakit.records.jsonl import parse_json, parse_object
+from lorakit.records.record import Record
 
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
 _CHUNK = 1 << 20

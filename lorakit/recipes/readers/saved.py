@@ -14,7 +14,7 @@ from lorakit.errors import LorakitError, missing_package
 from lorakit.recipes.readers.parquet import plain_row
 from lorakit.recipes.readers.sources import Part
 from lorakit.recipes.request import Request, Tally, split_aliases
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _BATCH = 256
 

@@ -10,7 +10,7 @@ from lorakit.errors import LorakitError
 from lorakit.recipes.readers.rows import first_character, objects_in
 from lorakit.recipes.readers.sources import Part, parts
 from lorakit.recipes.request import Request, Tally
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 _LONGEST_CELL = 1 << 26
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lorakit.errors import LorakitError
-from lorakit.records import Record, load_records, read_objects, read_records, write_records
+from lorakit.records.jsonl import load_records, read_objects, read_records, write_records
+from lorakit.records.record import Record
 
 FULL = {"id": "1", "prompt": "p", "completion": "c"}
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.completions import Completion, completion_in, stopped, until_stop, with_completions
-from lorakit.records import Record
+from lorakit.records.completions import (
+    Completion,
+    completion_in,
+    stopped,
+    until_stop,
+    with_completions,
+)
+from lorakit.records.record import Record
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lorakit.errors import LorakitError
-from lorakit.records import Record
+from lorakit.records.record import Record
 
 OPEN, CLOSE = "<think>", "</think>"  # the reasoning marks of Qwen3, DeepSeek-R1, SmolLM3 and others
 FIELDS = ("prediction", "reasoning", "predictions", "reasonings")

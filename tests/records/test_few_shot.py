@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import LorakitError
-from lorakit.few_shot import NO_EXAMPLES, FewShot, load_few_shot, shown_turns
-from lorakit.records import Record, Turn
+from lorakit.records.few_shot import NO_EXAMPLES, FewShot, load_few_shot, shown_turns
+from lorakit.records.record import Record, Turn
 from tests.support.training_data import rows, save_rows
 
 

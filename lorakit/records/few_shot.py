@@ -11,7 +11,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakit.records import Record, Turn, load_records
+from lorakit.records.jsonl import load_records
+from lorakit.records.record import Record, Turn
 
 SEPARATOR = "\n\n"  # between examples that are texts
 

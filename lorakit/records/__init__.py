@@ -1,0 +1,1 @@
+"""Records: what goes between the commands, with their conversations and completions."""
