@@ -16,7 +16,8 @@ from lorakit.adapters.storage import load_adapter
 from lorakit.models.chat import Chat
 from lorakit.models.tokens import Encoder
 from lorakit.records.record import Record
-from tests.support.program import run
+from tests.support.program import ENVIRONMENT, run
+from tests.support.tiny_server import serving_model
 
 pytestmark = pytest.mark.slow
 
@@ -173,3 +174,23 @@ def test_weights_that_are_not_numbers_end_generation_in_one_line(
     assert line.startswith("Error: ")
     assert "not finite" in line
     assert done.stdout == ""
+
+
+def test_a_server_of_the_model_answers_as_the_model_does_here(
+    smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy, both in bfloat16; rounding may part two texts, but not all of them at once."""
+    monkeypatch.setitem(ENVIRONMENT, "no_proxy", "127.0.0.1")
+    questions = ("What is the capital of France?", "Name a colour.", "Is ice cold? Yes or no?")
+    data = write(
+        tmp_path / "q.jsonl",
+        *({"id": str(number), "prompt": text} for number, text in enumerate(questions)),
+    )
+    short = ("--data", data, "--max-new-tokens", "12")
+    here = predictions("--model", smollm2, "--dtype", "bfloat16", *short)
+    with serving_model(smollm2, tmp_path / "log") as (url, name):
+        there = predictions("--endpoint", url, "--served-model", name, *short)
+    assert len(there) == len(questions)
+    assert all(there)
+    assert sum(a == b for a, b in zip(here, there, strict=True)) >= 2
+    assert "Paris" in there[0]

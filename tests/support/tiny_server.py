@@ -29,16 +29,21 @@ def save_tiny(folder: Path, template: str) -> str:
 @contextlib.contextmanager
 def serving_tiny(folder: Path, template: str) -> Iterator[tuple[str, str]]:
     """Yield the URL of a server and the name of its model, a copy of tiny in `folder`."""
+    with serving_model(save_tiny(folder, template), folder / "log") as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving_model(model: str, log: Path) -> Iterator[tuple[str, str]]:
+    """Yield the URL of a server of the model in a folder, and the model's name."""
     for package in ("fastapi", "uvicorn", "openai"):
         if importlib.util.find_spec(package) is None:
             pytest.skip("transformers' extra `serving` is not installed")
-    model = save_tiny(folder, template)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = "from transformers.cli.transformers import main; main()"
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    log = folder / "log"
     with open(log, "wb") as stream:
         server = subprocess.Popen(
             [sys.executable, "-c", code, "serve", model, *options],
