@@ -7,7 +7,7 @@ text by chat.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lorakit.errors import LorakitError
@@ -77,15 +77,17 @@ class Encoder:
         example, over = whole, len(whole.ids) + room - self.limit
         if over <= 0:
             return whole
-        part = _shrinking_part(record, self.cut)
-        offsets = self._offsets(part.text)
-        removed = 0
-        while over > 0:
-            if not self.truncate or removed >= len(offsets):
-                raise self._too_long(record, len(whole.ids), room, first_remedy)
-            removed = min(len(offsets), removed + over)
-            example = encode(part.record_with(_shortened(part.text, offsets, removed, part.cut)))
-            over = len(example.ids) + room - self.limit
+        parts = _shrinking_parts(record, self.cut) if self.truncate else ()
+        for part in parts:
+            offsets = self._offsets(part.text)
+            removed = 0
+            while over > 0 and removed < len(offsets):
+                removed = min(len(offsets), removed + over)
+                shorter = _shortened(part.text, offsets, removed, part.cut)
+                example = encode(part.record_with(shorter))
+                over = len(example.ids) + room - self.limit
+        if over > 0:
+            raise self._too_long(record, len(whole.ids), room, first_remedy)
         return replace(example, cut=len(whole.ids) - len(example.ids))
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
@@ -168,20 +170,27 @@ class _Part:
     record_with: Callable[[str], Record]
 
 
-def _shrinking_part(record: Record, cut: str) -> _Part:
-    """Return the document, or all of the prompt; of a conversation its longest user turn."""
+def _shrinking_parts(record: Record, cut: str) -> Iterator[_Part]:
+    """Yield what may be shortened: the document, then, if that does not do, all of the prompt.
+
+    Of a conversation it is the longest user turn.
+    """
     if record.turns is not None:
-        return _longest_turn(record, "middle" if cut == "auto" else cut)
-    start, end = 0, len(record.prompt)
-    if cut == "auto":
-        cut = "middle"
-        if record.document is not None:
-            (start, end), cut = record.document, "end"
-    head, tail = record.prompt[:start], record.prompt[end:]
-    return _Part(
-        record.prompt[start:end],
-        cut,
-        lambda text: record.with_field("prompt", head + text + tail),
+        yield _longest_turn(record, "middle" if cut == "auto" else cut)
+        return
+    head, tail = record.prompt, ""
+    if cut == "auto" and record.document is not None:
+        start, end = record.document
+        head, tail = record.prompt[:start], record.prompt[end:]
+        yield _Part(
+            record.prompt[start:end],
+            "end",
+            lambda text: record.with_field("prompt", head + text + tail),
+        )
+    yield _Part(
+        head + tail,
+        "middle" if cut == "auto" else cut,
+        lambda text: record.with_field("prompt", text),
     )
 
 

@@ -98,11 +98,19 @@ def test_truncating_keeps_the_completion_and_what_is_no_document(
     assert (decode(tokenizer, alone.ids), alone.cut) == (f"<s>{shorter}", 4)
 
 
-def test_a_document_that_is_not_long_enough_is_not_helped_by_the_rest(tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("over", "prompt"), [(1, "012456789:"), (2, "01456789:"), (3, "0145789:"), (5, "01489:")]
+)
+def test_what_surrounds_a_document_is_cut_only_where_that_does_not_do(
+    tokenizer: Any, over: int, prompt: str
+) -> None:
     short = Record({"prompt": "0123456789:", "completion": "a", "document": [2, 4]}, "d:1")
-    encoder = Encoder(tokenizer, (END,), 8, truncate=True)
+    length = len(Encoder(tokenizer, (END,), 99).example(short).ids) - over
+    example = Encoder(tokenizer, (END,), length, truncate=True).example(short)
+    assert decode(tokenizer, example.ids) == f"<s>{prompt}a</s>"
+    assert example.cut == over
     with pytest.raises(LorakitError, match=r"^d:1: .*nothing left to cut"):
-        encoder.example(short)
+        Encoder(tokenizer, (END,), 2, truncate=True).example(short)
 
 
 @pytest.mark.parametrize("form", ["messages", "prompt"])
