@@ -34,6 +34,7 @@ COMMANDS = {
     ),
     "find-boundary": "Find the layer above which an adapter's LoRA can be dropped.",
     "strip-layers": "Take the LoRA off all layers from --boundary on, tensors and config together.",
+    "scale-layers": "Multiply what the LoRA of all layers from --from on changes by --factor.",
     "generate": (
         "Write a completion for every record, greedily by default, as its field `prediction`."
     ),

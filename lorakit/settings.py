@@ -243,6 +243,25 @@ class SignificanceSettings:
 
 
 @dataclass(frozen=True)
+class LayerChoiceSettings:
+    """Which layers keep their LoRA, where data decides.
+
+    `by` is what their importance is: `importance` or `output`. Either `share`, of the layers, or
+    `threshold`, of the importance, says how many are kept; both are exact decimals.
+    """
+
+    by: str
+    share: Decimal | None = None
+    threshold: Decimal | None = None
+
+    def history_fields(self) -> dict[str, object]:
+        """Return the settings that an adapter's history records, decimals as floats."""
+        amounts = {"share": self.share, "threshold": self.threshold}
+        set_amounts = {name: float(value) for name, value in amounts.items() if value is not None}
+        return {"by": self.by, **set_amounts}
+
+
+@dataclass(frozen=True)
 class BoundarySettings:
     """How the boundary layer is searched for.
 

@@ -61,7 +61,7 @@ ONLY: dict[str, tuple[str, ...]] = {
 NO_TORCH = (
     *("merging.methods", "merging.static", "merging.stack", "merging.low_rank"),
     *("merging.task_vectors", "merging.criteria", "boundary.strip", "boundary.records"),
-    "merging.module_merges",
+    *("merging.module_merges", "boundary.layer_choice", "boundary.scale"),
 )
 
 

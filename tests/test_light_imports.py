@@ -149,6 +149,13 @@ def test_stripping_an_adapter_needs_no_model_library(tmp_path: Path) -> None:
     assert packages == {"click", "lorakit", "numpy"}
 
 
+def test_scaling_an_adapter_needs_no_model_library(tmp_path: Path) -> None:
+    path = save_adapter(tiny(), str(tmp_path / "a.safetensors"))
+    options = ("--from", "1", "--factor", "0.5", "-o", str(tmp_path / "b.safetensors"))
+    packages = packages_of(imported("scale-layers", path, "-q", *options))
+    assert packages == {"click", "lorakit", "numpy"}
+
+
 def test_judging_needs_no_model_library(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "p", "completion": "c", "prediction": "c"}\n')

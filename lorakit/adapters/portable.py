@@ -13,7 +13,7 @@ import numpy as np
 
 from lorakit.adapters.adapter import Adapter, LoraModule
 from lorakit.adapters.names import lora_name
-from lorakit.adapters.tensors import FloatArray, Tensor
+from lorakit.adapters.tensors import Tensor
 
 
 def make_portable(adapter: Adapter) -> Adapter:
@@ -45,12 +45,6 @@ def _padded(module: LoraModule, rank: int) -> dict[str, Tensor]:
         return {key_a: module.tensor_a, key_b: module.tensor_b}
     b = module.b * np.float32(module.scale)
     return {
-        key_a: _exact(np.pad(module.a, ((0, missing), (0, 0))), module.tensor_a.dtype),
-        key_b: _exact(np.pad(b, ((0, 0), (0, missing))), module.tensor_b.dtype),
+        key_a: Tensor.exactly(np.pad(module.a, ((0, missing), (0, 0))), module.tensor_a.dtype),
+        key_b: Tensor.exactly(np.pad(b, ((0, 0), (0, missing))), module.tensor_b.dtype),
     }
-
-
-def _exact(values: FloatArray, dtype: str) -> Tensor:
-    """Return the values in the format `dtype`, or in F32 if that cannot hold them exactly."""
-    tensor = Tensor.from_array(values, dtype)
-    return tensor if np.array_equal(tensor.array(), values) else Tensor.from_array(values)

@@ -90,6 +90,12 @@ class Tensor:
             raise LorakitError(f"cannot write {dtype}; use one of {', '.join(FLOATS)}")
         return cls(dtype, values.shape, memoryview(stored.tobytes()))
 
+    @classmethod
+    def exactly(cls, values: FloatArray, dtype: str) -> Tensor:
+        """Return the values in the format `dtype`, or in F32 if that cannot hold them exactly."""
+        tensor = cls.from_array(values, dtype)
+        return tensor if np.array_equal(tensor.array(), values) else cls.from_array(values)
+
     def pieces(self) -> Iterator[memoryview]:
         """Yield the data in pieces, releasing the memory of each when the next is requested."""
         for first in range(0, len(self.data), _PIECE):

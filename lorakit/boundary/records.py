@@ -8,6 +8,7 @@ and write these records; `strip-layers --boundary -` reads them.
 
 from __future__ import annotations
 
+import math
 from typing import TypedDict
 
 from lorakit.errors import LorakitError
@@ -61,6 +62,34 @@ class ProbabilityRecord(BoundaryRecord, Curve, Comparison):
 def read_boundary(path: str) -> int:
     """Return the boundary of the best record of a JSONL file (`-`: stdin).
 
+    Raises LorakitError as `_read_best` does.
+    """
+    return int(_read_best(path).fields["boundary"])
+
+
+def read_soft_boundary(path: str) -> tuple[int, float | None]:
+    """Return the boundary of the best record, and its `factor` if it has one.
+
+    The factor is what the change of the layers above the boundary is multiplied by. Raises
+    LorakitError as `_read_best` does, and for a best record whose layers are not the bottom ones.
+    """
+    best = _read_best(path)
+    if best.fields.get("layers") is not None:
+        raise LorakitError(
+            f"{best.where}: the best keeps layers that are not the bottom ones; "
+            "scale-layers needs records of find-boundary --keep bottom"
+        )
+    factor = best.fields.get("factor")
+    if factor is None:
+        return int(best.fields["boundary"]), None
+    if type(factor) not in (int, float) or not 0 <= factor < math.inf:
+        raise LorakitError(f"{best.where}: 'factor' is not a number from 0 on; {_REMEDY}")
+    return int(best.fields["boundary"]), float(factor)
+
+
+def _read_best(path: str) -> Record:
+    """Return the best record of a JSONL file (`-`: stdin).
+
     Raises LorakitError naming file and line for a record that find-boundary did not write and for a
     second best one, and naming the file if no record is the best.
     """
@@ -73,7 +102,7 @@ def read_boundary(path: str) -> int:
         best = record if record.fields["best"] else best
     if best is None:
         raise LorakitError(f"{name}: no record is the best; {_REMEDY}")
-    return int(best.fields["boundary"])
+    return best
 
 
 def _check(record: Record) -> None:

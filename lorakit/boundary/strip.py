@@ -19,17 +19,18 @@ from lorakit.adapters.blocks import (
     share_of_zeros,
     slices_of,
 )
-from lorakit.adapters.history import Header, new_entry, with_entry, with_parents
+from lorakit.adapters.history import Header, HistoryEntry, new_entry, with_entry, with_parents
 from lorakit.adapters.names import FACTORS, layer_list_of, lora_name
 from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.targets import stripped_config
 from lorakit.adapters.tensors import Pair
+from lorakit.boundary.layer_choice import LayerChoice
 from lorakit.errors import LorakitError
 from lorakit.foreign_text import quote
 from lorakit.versions import version_of
 
 _PENDING = "0" * 64  # placeholder for a hash that is not known yet
-_BASE_ADVICE = "use the base model without an adapter"
+BASE_ADVICE = "use the base model without an adapter"
 
 
 def write_stripped(
@@ -38,6 +39,7 @@ def write_stripped(
     *,
     boundary: int | None = None,
     keep: Collection[int] | None = None,
+    choice: LayerChoice | None = None,
 ) -> Adapter:
     """Strip the adapter as strip_layers does, write the result to `output` and return it.
 
@@ -47,7 +49,7 @@ def write_stripped(
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    stripped = strip_layers(adapter, boundary=boundary, keep=keep, sha256=_PENDING)
+    stripped = strip_layers(adapter, boundary=boundary, keep=keep, choice=choice, sha256=_PENDING)
     with ThreadPoolExecutor(1) as pool:
         hashed = pool.submit(lambda: adapter.sha256)
         save_adapter(stripped, output, late=lambda: _with_parent(stripped, hashed.result()))
@@ -59,25 +61,27 @@ def strip_layers(
     *,
     boundary: int | None = None,
     keep: Collection[int] | None = None,
+    choice: LayerChoice | None = None,
     sha256: str | None = None,
 ) -> Adapter:
     """Return the adapter without LoRA on layers from `boundary` on, or on those not in `keep`.
 
-    Pass one of the two. Modules outside the decoder layers (an output head) always stay. If nothing
-    is stripped, tensors and config are unchanged. `sha256` is the adapter's, for the history, if
-    known already.
+    Pass one of the two, or a `choice` made on data. Modules outside the decoder layers (an output
+    head) always stay. If nothing is stripped, tensors and config are unchanged. `sha256` is the
+    adapter's, for the history, if known already.
 
     Raises LorakitError if the boundary is 0 or no module is left, which is the base model, and if
     the adapter has two lists of layers (an encoder and a decoder), so that a number means two
     layers.
     """
     if boundary == 0:
-        raise LorakitError(f"boundary 0 leaves no LoRA in {adapter.name}; {_BASE_ADVICE}")
-    _check_one_list_of_layers(adapter)
+        raise LorakitError(f"boundary 0 leaves no LoRA in {adapter.name}; {BASE_ADVICE}")
+    check_one_list_of_layers(adapter)
+    keep = keep if choice is None else choice.layers
     remaining = [module for module in adapter.modules() if _stays(module, boundary, keep)]
     if not remaining:
         chosen = f"below layer {boundary}" if keep is None else "on the layers to keep"
-        raise LorakitError(f"{adapter.name} has no LoRA {chosen}; {_BASE_ADVICE}")
+        raise LorakitError(f"{adapter.name} has no LoRA {chosen}; {BASE_ADVICE}")
     names = {module.name for module in remaining}
     tensors = {
         key: adapter.tensors[key]
@@ -85,8 +89,8 @@ def strip_layers(
         for key in (lora_name(module.name, factor) for factor in FACTORS)
     }
     config = stripped_config(adapter.config, [module.name for module in adapter.modules()], names)
-    settings: dict[str, object] = {"boundary": boundary} if keep is None else {"keep": sorted(keep)}
-    header = _stripped_header(adapter, remaining, settings, sha256 or adapter.sha256)
+    entry = _entry(adapter, boundary, keep, choice, sha256 or adapter.sha256)
+    header = _stripped_header(adapter, remaining, entry)
     return Adapter(tensors, config, header, adapter.name)
 
 
@@ -97,7 +101,7 @@ def _stays(module: LoraModule, boundary: int | None, keep: Collection[int] | Non
     return module.layer in keep if keep is not None else module.layer < (boundary or 0)
 
 
-def _check_one_list_of_layers(adapter: Adapter) -> None:
+def check_one_list_of_layers(adapter: Adapter) -> None:
     """Raise LorakitError if the adapter has LoRA in two lists of layers."""
     lists = {layer_list_of(module.name) for module in adapter.modules()} - {None}
     if len(lists) > 1:
@@ -108,29 +112,52 @@ def _check_one_list_of_layers(adapter: Adapter) -> None:
         )
 
 
-def _stripped_header(
-    adapter: Adapter, remaining: Sequence[LoraModule], settings: Mapping[str, object], sha256: str
-) -> Header:
-    """Return the adapter's header with the remaining blocks and an entry for the stripping."""
-    entry = new_entry(
+def _entry(
+    adapter: Adapter,
+    boundary: int | None,
+    keep: Collection[int] | None,
+    choice: LayerChoice | None,
+    sha256: str,
+) -> HistoryEntry:
+    """Return the history entry of the stripping; `sha256` is the adapter's."""
+    parents = parents_of(adapter, sha256)
+    if choice is not None:
+        return new_entry(
+            "strip-layers",
+            versions=choice.versions,
+            settings=choice.history_fields(),
+            parents=parents,
+            hashes={"data": choice.data},
+        )
+    return new_entry(
         "strip-layers",
         versions={"lorakit": version_of("lorakit")},
-        settings=settings,
-        parents=dict.fromkeys(block_names([adapter.name]), sha256),
+        settings={"boundary": boundary} if keep is None else {"keep": sorted(keep)},
+        parents=parents,
     )
+
+
+def _stripped_header(
+    adapter: Adapter, remaining: Sequence[LoraModule], entry: HistoryEntry
+) -> Header:
+    """Return the adapter's header with the remaining blocks and an entry for the stripping."""
     header = with_entry(adapter.header, entry)
     if blocks := header.get("blocks"):
-        header["blocks"] = list(_stripped_blocks(blocks, remaining))
+        header["blocks"] = list(blocks_left(blocks, remaining))
     return header
 
 
 def _with_parent(stripped: Adapter, sha256: str) -> Adapter:
     """Return `stripped` with the hash of the adapter it came from in its history."""
-    parents = dict.fromkeys(block_names([stripped.name]), sha256)
-    return replace(stripped, header=with_parents(stripped.header, parents))
+    return replace(stripped, header=with_parents(stripped.header, parents_of(stripped, sha256)))
 
 
-def _stripped_blocks(
+def parents_of(adapter: Adapter, sha256: str) -> dict[str, str]:
+    """Return an adapter of this hash as the one parent that a history entry names."""
+    return dict.fromkeys(block_names([adapter.name]), sha256)
+
+
+def blocks_left(
     blocks: Sequence[BlockFields], remaining: Sequence[LoraModule]
 ) -> Iterator[BlockFields]:
     """Yield the blocks that still have a module, with their share of zeros recounted."""

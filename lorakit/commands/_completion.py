@@ -148,6 +148,7 @@ VALUES: dict[str, tuple[Callable[[ParamType], Values], bool]] = {
     "layers": (_numbers(0), False),
     "keep": (_numbers(0), False),
     "boundary": (_numbers(1), True),
+    "from_layer": (_numbers(0), True),
     "boundaries": (_numbers(1), False),
     "compare": (_numbers(1), False),
     "prune_ratio": (_listed("auto"), False),

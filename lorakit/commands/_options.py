@@ -250,6 +250,13 @@ def check_stdin(*paths: str | None) -> None:
         raise click.UsageError("Only one input can be '-', since there is one stdin.")
 
 
+def adapter_source(adapter: str | None) -> str:
+    """Return where an adapter is read from: stdin where none is named, unless it is a terminal."""
+    if adapter is None and sys.stdin.isatty():
+        raise click.UsageError("Missing argument '[ADAPTER]': stdin is a terminal, not a pipe.")
+    return STDIO if adapter is None else adapter
+
+
 def check_resume(resume: bool, output: str) -> None:
     """Raise a usage error where --resume is set for a run that writes to a pipe."""
     if resume and output == STDIO:

@@ -38,7 +38,7 @@ request = _options.together(
         metavar="NAME",
         default=Request.split,
         show_default=True,
-        help="train, validation or test; of hf:// and a saved data set, any name it has.",
+        help="train, validation (val, dev), test; of hf:// and a saved data set, any name it has.",
     ),
     click.option(
         "--lang",

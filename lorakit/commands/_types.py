@@ -153,7 +153,8 @@ def _decimal(text: str) -> Decimal:
 class Density(ParamType):
     """A share above 0 and up to 1, the exact decimal as written."""
 
-    name = "density"
+    def __init__(self, name: str = "density") -> None:
+        self.name = name
 
     def convert(
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
@@ -162,7 +163,7 @@ class Density(ParamType):
         if density.is_nan():
             self.fail(f"{value!r} is not a number", param, ctx)
         if not 0 < density <= 1:
-            self.fail(f"{value} is not in 0 < density ≤ 1", param, ctx)
+            self.fail(f"{value} is not in 0 < {self.name} ≤ 1", param, ctx)
         return density
 
 
@@ -189,6 +190,23 @@ class Numbers(ParamType):
         if not math.isfinite(number):
             self.fail(f"{text!r} is not a number", param, ctx)
         return number
+
+
+class Factor(ParamType):
+    """A finite number from 0 on."""
+
+    name = "factor"
+
+    def convert(
+        self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            factor = float(value)
+        except ValueError:
+            factor = math.nan
+        if not 0 <= factor < math.inf:
+            self.fail(f"{value!r} is not a number from 0 on", param, ctx)
+        return factor
 
 
 class MetricName(ParamType):

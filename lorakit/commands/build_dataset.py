@@ -6,7 +6,7 @@ import click
 
 from lorakit.commands import _options, _recipe_options
 from lorakit.files import STDIO
-from lorakit.recipes.request import SPLITS, Request
+from lorakit.recipes.request import SPLITS, Request, plain_split
 from lorakit.recipes.table import RECIPES
 
 
@@ -50,7 +50,7 @@ def build_dataset(
     _options.check_stdin(*sources, *request.overlap, *request.drop_overlap)
     if recipe.startswith(_recipe_options.HUB):
         recipe, sources = "hf", (recipe, *sources)
-    if request.split not in SPLITS and not RECIPES[recipe].any_split:
+    if plain_split(request.split) not in SPLITS and not RECIPES[recipe].any_split:
         raise click.BadParameter(
             f"{recipe} has no split {request.split!r}; choose one of {', '.join(SPLITS)}.",
             param_hint="'--split'",

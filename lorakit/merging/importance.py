@@ -6,6 +6,7 @@ in pruning: of the parameters without the block's scale, with the norms of their
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 from lorakit.adapters.adapter import Adapter
@@ -18,6 +19,7 @@ from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import check_fits
 from lorakit.models.predictions import encoder_of
+from lorakit.models.tokens import Example
 from lorakit.records.jsonl import load_records
 from lorakit.settings import PruningSettings, TrainingSettings
 from lorakit.training.loss import BatchLoss, new_accelerator
@@ -43,10 +45,20 @@ def measure_importance(
 
     Raises LorakitError for records that cannot be used, or if the adapter does not fit the base.
     """
-    check_fits(base, adapter)
     encoder = encoder_of(base, adapter, settings)
     records, _ = load_records(data, "prompt", "completion")
     examples = [encoder.example(record) for record in records]
+    return importance_on(base, adapter, examples, settings=settings)
+
+
+def importance_on(
+    base: Base, adapter: Adapter, examples: Sequence[Example], *, settings: TrainingSettings
+) -> list[ModuleImportance]:
+    """Return the mean importance of every block at every projection on some examples.
+
+    Raises LorakitError if the adapter does not fit the base.
+    """
+    check_fits(base, adapter)
     stacked = unstack(adapter)
     layers = attach_stack(base, stacked, dropout=0.0)
     norms = InputNorms(layers)

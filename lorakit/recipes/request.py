@@ -16,7 +16,7 @@ from lorakit.records.record import Record
 
 SPLITS = ("train", "validation", "test")
 _REPORTED_ROWS = 10  # malformed rows that are reported one by one; the rest are only counted
-_SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev")}
+_VALIDATION = ("validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,15 @@ class Request:
     drop_overlap: tuple[str, ...] = ()
 
 
+def plain_split(split: str) -> str:
+    """Return a split's name in SPLITS, where it has one: `validation` for `dev`."""
+    return "validation" if split in _VALIDATION else split
+
+
 def split_aliases(split: str) -> tuple[str, ...]:
-    """Return the names under which files and data sets have a split; its own comes first."""
-    return _SPLIT_ALIASES.get(split, (split,))
+    """Return the names under which files and data sets have a split; the name itself is first."""
+    others = _VALIDATION if split in _VALIDATION else ()
+    return (split, *(name for name in others if name != split))
 
 
 def _ignore(_: object) -> None:

@@ -9,11 +9,12 @@ when the recipe is used: `--help` needs none of them. This file knows nothing of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from lorakit.errors import LorakitError
 from lorakit.prompts import PROMPTS
-from lorakit.recipes.request import SPLITS, Request, RowFunction, Tally
+from lorakit.recipes.request import SPLITS, Request, RowFunction, Tally, plain_split
 from lorakit.recipes.templates import Templates
 
 
@@ -221,6 +222,8 @@ def build_dataset(
 
     request, tally = request or Request(), tally or Tally()
     entry = RECIPES[recipe]
+    if not entry.any_split:
+        request = replace(request, split=plain_split(request.split))
     _check_options(recipe, entry, request)
     templates = Templates(entry.prompt, entry.completion, entry.document).asked_for_by(request)
     rows = entry.function(sources, request, tally)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from lorakit.errors import LorakitError
 from lorakit.files import input_name
+from lorakit.foreign_text import quote
 from lorakit.records.jsonl import read_records
 from lorakit.records.record import Record
 
@@ -64,7 +65,8 @@ _SAME_RECORDS = "compare predictions for the same records in the same order"
 def check_aligned(texts: Texts, other: Texts) -> None:
     """Raise LorakitError where two files do not hold predictions for the same records, in order.
 
-    Ids are compared where both records have one, references always.
+    Ids are compared where both records have one, references always, and the values of the field by
+    which examples are grouped, if there is one.
     """
     pairs = zip(texts.places, other.places, texts.ids, other.ids, strict=False)
     for number, (here, there, ours, theirs) in enumerate(pairs):
@@ -72,6 +74,12 @@ def check_aligned(texts: Texts, other: Texts) -> None:
             raise LorakitError(f"{here}: the id {ours!r} is {theirs!r} at {there}; {_SAME_RECORDS}")
         if texts.references[number] != other.references[number]:
             raise LorakitError(f"{here}: the references are not those at {there}; {_SAME_RECORDS}")
+        if texts.groups and other.groups and texts.groups[number] != other.groups[number]:
+            group, there_group = (quote(side.groups[number])[1:-1] for side in (texts, other))
+            raise LorakitError(
+                f"{here}: the group {group} is {there_group} at {there}; "
+                "give --group-by a field that all files agree on"
+            )
     _check_no_longer(texts, other)
     _check_no_longer(other, texts)
 

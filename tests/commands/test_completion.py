@@ -74,6 +74,8 @@ CASES = {
     "layers of the model": ("lorakit train-adapter --layers 4-", ["plain,4-5", "plain,4-6"]),
     "layers of the adapter": ("lorakit strip-layers a.safetensors --keep 0,", ["plain,0,1"]),
     "boundaries": ("lorakit strip-layers a.safetensors --boundary 2", ["plain,2"]),
+    "layers to scale from": ("lorakit scale-layers a.safetensors --from 1", ["plain,1"]),
+    "ways to measure": ("lorakit strip-layers --by ", ["plain,importance", "plain,output"]),
     "boundary files": ("lorakit strip-layers a.safetensors --boundary f", ["file,f"]),
     "models": ("lorakit generate --model ti", ["plain,tiny"]),
     "a cached model": ("lorakit generate --model own", ["plain,owner/name"]),

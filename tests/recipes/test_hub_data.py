@@ -184,6 +184,7 @@ def hub(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         (("hf://owner/carded:socratic@main",), ["s"]),
         (("hf://owner/plain",), ["jsonl"]),
         (("hf://owner/plain@" + "a" * 40, "--split", "validation"), ["val"]),
+        (("hf://owner/plain", "--split", "dev"), ["val"]),
         (("hf://owner/folders:ja",), ["ja"]),
         (("hf://owner/chat", "--split", "train_gen"), ["gen"]),
         (("hf://owner/infos", "--split", "train_sft"), ["sft"]),
@@ -286,3 +287,14 @@ def test_what_cannot_be_had_is_one_line(address: str, message: str, home: Path) 
 )
 def test_a_cards_data_files_come_in_several_forms(files: Any, patterns: list[str]) -> None:
     assert _patterns_of(files, "train") == patterns
+
+
+@pytest.mark.parametrize(
+    ("split", "patterns"),
+    [("dev", ["d", "e"]), ("validation", ["v"]), ("val", ["v"]), ("test", [])],
+)
+def test_a_cards_split_of_that_very_name_goes_before_its_aliases(
+    split: str, patterns: list[str]
+) -> None:
+    files = [{"split": "dev", "path": ["d", "e"]}, {"split": "validation", "path": "v"}]
+    assert _patterns_of(files, split) == patterns

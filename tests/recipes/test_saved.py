@@ -63,13 +63,19 @@ def test_a_saved_split_without_its_state_is_read_by_the_names_of_its_files(tmp_p
 
 @pytest.mark.parametrize(
     ("split", "expected"),
-    [("train", ["t"]), ("validation", ["v"]), ("test_sft", ["s"])],
+    [("train", ["t"]), ("validation", ["v"]), ("val", ["v"]), ("test_sft", ["s"])],
 )
 def test_a_split_is_chosen_by_its_name_or_an_alias(
     split: str, expected: list[str], tmp_path: Path
 ) -> None:
     save_dict(tmp_path, {"train": rows("t"), "dev": rows("v"), "test_sft": rows("s")})
     assert prompts(tmp_path, split=split) == expected
+
+
+def test_of_two_validation_splits_the_one_of_that_name_is_read(tmp_path: Path) -> None:
+    save_dict(tmp_path, {"dev": rows("d"), "validation": rows("v")})
+    assert prompts(tmp_path, split="dev") == ["d"]
+    assert prompts(tmp_path, split="validation") == prompts(tmp_path, split="val") == ["v"]
 
 
 def test_a_missing_split_is_named_with_those_there_are(tmp_path: Path) -> None:

@@ -204,6 +204,22 @@ def test_scitldr_needs_a_source_and_the_splits_file_in_it(tmp_path: Path) -> Non
         built("scitldr", tmp_path, split="validation")
 
 
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+@pytest.mark.parametrize("file", ["dialogsum.dev.jsonl", "valid.jsonl", "val.csv"])
+def test_the_validation_split_may_be_called_by_any_of_its_names(
+    name: str, file: str, tmp_path: Path
+) -> None:
+    row = {"fname": "d", "dialogue": "#Person1#: Hi.", "summary": "A greeting.", "topic": "t"}
+    header = ",".join(row)
+    text = f"{header}\n{','.join(row.values())}\n" if file.endswith("csv") else json.dumps(row)
+    save(tmp_path / file, text)
+    save(tmp_path / "train.jsonl", json.dumps({**row, "summary": "Another."}))
+    result = run("dialogsum", tmp_path, "--split", name)
+    assert [json.loads(line)["completion"] for line in result.stdout.splitlines()] == [
+        " A greeting."
+    ]
+
+
 # — the command —
 
 
@@ -244,7 +260,7 @@ def test_a_sample_larger_than_the_data_is_said(
         ("nothing",),
         ("jsonl", "-", "-"),
         ("jsonl", "--sample", 0),
-        ("jsonl", "--split", "dev"),
+        ("jsonl", "--split", "later"),
         ("jsonl", "--seed", -1),
     ],
     ids=repr,

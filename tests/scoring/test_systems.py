@@ -426,6 +426,23 @@ def test_groups_are_compared_with_the_baseline_one_by_one(tmp_path: Path) -> Non
     assert differences == [None, 50, None, 100, None, 0]
 
 
+@pytest.mark.parametrize("kinds", [("y", "y"), ("y", "x"), ("x", ["x"])], ids=str)
+def test_groups_that_the_baseline_does_not_have_are_one_line(
+    kinds: tuple[Any, Any], tmp_path: Path
+) -> None:
+    rows = grouped(("a", "a", "x"), ("c", "d", "y"))
+    first = write(tmp_path / "a.jsonl", *rows)
+    others = [{**row, "type": kind} for row, kind in zip(rows, kinds, strict=True)]
+    other = write(tmp_path / "b.jsonl", *others)
+    error = error_of(run(first, "--baseline", other, "--group-by", "type", "--metric", "em"))
+    assert 'the group "' in error
+    assert f"{first}:" in error
+    assert f"{other}:" in error
+    assert error.endswith("; give --group-by a field that all files agree on")
+    apart = lines_of(run(first, other, "--group-by", "type", "--metric", "em"))
+    assert len(apart) > 2
+
+
 def test_a_record_without_the_field_of_the_groups_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *grouped(("a", "a", "x")), GOOD)
     assert f"{path}:2: the record has no field 'type'" in error_of(run(path, "--group-by", "type"))

@@ -129,14 +129,15 @@ def _patterns_of(data_files: object, split: str) -> list[str]:
     A path without a split belongs to `train`.
     """
     entries = [data_files] if isinstance(data_files, str) else data_files
-    patterns: list[str] = []
+    patterns: dict[str, list[str]] = {}
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, str):
-            patterns += [entry] if split == "train" else []
-        elif isinstance(entry, dict) and entry.get("split") in split_aliases(split):
+            patterns.setdefault("train", []).append(entry)
+        elif isinstance(entry, dict):
             paths = entry.get("path")
-            patterns += [str(path) for path in (paths if isinstance(paths, list) else [paths])]
-    return patterns
+            texts = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
+            patterns.setdefault(str(entry.get("split")), []).extend(texts)
+    return next((patterns[name] for name in split_aliases(split) if name in patterns), [])
 
 
 def _split_names(card: Mapping[str, object], config: str | None) -> list[str]:
@@ -181,9 +182,9 @@ def _dicts_in(value: object) -> list[dict[str, object]]:
 
 def _by_name(folder: Path, config: str | None, split: str, address: str) -> list[str]:
     """Return the files of a configuration whose names say the split, of the first form there is."""
-    names = _files(folder, lambda name: _says(name, split))
-    if config:
-        names = [name for name in names if config in Path(name).parts or config in _words(name)]
+    names = _files(folder, lambda name: not config or config in (*Path(name).parts, *_words(name)))
+    of_alias = ([name for name in names if _says(name, alias)] for alias in split_aliases(split))
+    names = next(filter(None, of_alias), [])
     for form in _FORMS:
         of_form = [name for name in names if matches(name, (form,))]
         configs = sorted({_configuration(name, split) for name in of_form})
@@ -208,11 +209,10 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[^A-Za-z0-9]+", name.lower()))
 
 
-def _says(name: str, split: str) -> bool:
-    """Return whether a file's name has a split's among its words, which may be several itself."""
+def _says(name: str, alias: str) -> bool:
+    """Return whether a file's name has one of a split's among its words, which may be several."""
     marked = "\0".join(["", *re.split(r"[^A-Za-z0-9]+", name.lower()), ""])
-    wanted = (re.split(r"[^A-Za-z0-9]+", alias.lower()) for alias in split_aliases(split))
-    return any("\0".join(["", *words, ""]) in marked for words in wanted)
+    return "\0".join(["", *re.split(r"[^A-Za-z0-9]+", alias.lower()), ""]) in marked
 
 
 def _configuration(name: str, split: str) -> str:

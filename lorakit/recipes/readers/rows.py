@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.readers.sources import Part, parts
-from lorakit.recipes.request import Request, Tally, UnwantedError
+from lorakit.recipes.request import SPLITS, Request, Tally, UnwantedError, split_aliases
 from lorakit.records.jsonl import parse_json, parse_object
 from lorakit.records.record import Record
 
-_SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
 _CHUNK = 1 << 20
 _LONGEST_VALUE = 1 << 26
 
@@ -60,8 +59,8 @@ def split_parts(
 def split_names(*forms: str) -> dict[str, tuple[str, ...]]:
     """Return the file names of every split: each form with the split's names in place of {}."""
     return {
-        split: tuple(form.format(name) for form in forms for name in names)
-        for split, names in _SPLIT_NAMES.items()
+        split: tuple(form.format(name) for form in forms for name in split_aliases(split))
+        for split in SPLITS
     }
 
 

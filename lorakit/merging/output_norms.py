@@ -1,0 +1,68 @@
+"""The sizes of LoRA's outputs on some data: the mean of ‖ΔW·x‖² over tokens (LoRA-drop).
+
+A hook on PEFT's lora_B sees B·A·x; s of ΔW = s·B·A is applied afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lorakit.adapters.adapter import Adapter
+from lorakit.models.base import Base
+from lorakit.models.lora import ADAPTER, attach
+from lorakit.models.tokens import Example
+from lorakit.settings import TrainingSettings
+from lorakit.training.loss import BatchLoss, new_accelerator
+
+_ForwardHook = Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], None]
+
+
+def mean_outputs(
+    base: Base, adapter: Adapter, examples: Sequence[Example], *, settings: TrainingSettings
+) -> dict[str, float]:
+    """Return, by module, the mean of ‖ΔW·x‖² over the tokens of prompts and completions.
+
+    The tokens are those that the model reads: all but the last of each example. The adapter is put
+    on the base and stays there. Raises LorakitError if it does not fit.
+    """
+    layers = attach(base, adapter)
+    losses = BatchLoss(
+        base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
+    )
+    sums = _SquareSums()
+    losses.watch = sums.take_mask
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = layer.lora_B[ADAPTER].register_forward_hook(sums.adding_to(name))
+            hooks.callback(hook.remove)
+        losses.mean(examples)
+    count = sum(len(example.ids) - 1 for example in examples)
+    return {
+        name: float(losses.summed(sums.by_module[name])) * layer.scaling[ADAPTER] ** 2 / count
+        for name, layer in layers.items()
+    }
+
+
+class _SquareSums:
+    """‖B·A·x‖² by module, summed in float32 over the tokens that are not padding."""
+
+    def __init__(self) -> None:
+        self.by_module: dict[str, torch.Tensor] = {}
+        self._mask: torch.Tensor | None = None  # (rows, length) of the current micro-batch
+
+    def take_mask(self, mask: torch.Tensor | None) -> None:
+        self._mask = mask
+
+    def adding_to(self, name: str) -> _ForwardHook:
+        """Return the hook that adds the squares of one forward pass to a module's sum."""
+
+        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            squares = output.detach().float().square().sum(-1).flatten()
+            if self._mask is not None:
+                squares = squares[self._mask.flatten()]
+            self.by_module[name] = self.by_module.get(name, 0) + squares.sum()
+
+        return add
