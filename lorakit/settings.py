@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Literal
 
 SCHEDULES = ("linear", "cosine", "constant")
+LEARNED_WEIGHTS_LR = 3e-2  # of `merge --method learned-weights`, whose weights move by tenths
 HOLD_OUT = 0.2  # the share of --data that validates when --val is missing
 _NOT_IN_HISTORY = ("device",)  # where a run computes should not change its result
 _IN_HISTORY_IF_SET = ("cut", "system", "chat_args")

@@ -255,8 +255,22 @@ SERVED = ("--data", "x", "--endpoint", "http://x/v1", "--served-model", "m")
         (("find-boundary", "a", "--data", "x", "--metric", "loss"), "'loss' is not one of rouge1"),
         (
             ("merge", "a", "--data", "x", "--method", "lorahub", "--epochs", "3"),
-            "--epochs does not belong to --method lorahub, but to adaptive",
+            "--epochs does not belong to --method lorahub, but to adaptive, learned-weights",
         ),
+        (
+            ("merge", "a", "--data", "x", "--method", "learned-weights", "--prune-ratio", "0.1"),
+            "--prune-ratio does not belong to --method learned-weights, but to adaptive.",
+        ),
+        (
+            ("merge", "a", "--data", "x", "--method", "learned-weights", "--weights", "1"),
+            "--weights does not belong to --method learned-weights, but to cat, linear",
+        ),
+        (("merge", "a", "b", "--method", "learned-weights"), "Missing option '--data'."),
+        (
+            ("merge", "a", "--method", "tsv", "--seed", "1"),
+            "--seed does not belong to --method tsv, but to adaptive, learned-weights, dare-",
+        ),
+        (("merge", "a", "--method", "knots", "--density", "2"), "0 < density ≤ 1"),
         (("inspect",), "Missing argument"),
         (("judge", "-", "--endpoint", "http://x/v1"), "Missing option '--judge-model'"),
         (("judge", "-", "--judge-model", "x"), "Missing option '--endpoint'"),

@@ -15,7 +15,14 @@ from pathlib import PurePath
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import base_name
 from lorakit.adapters.config import alpha_of
-from lorakit.adapters.history import Header, HistoryEntry, base_fields, header_text
+from lorakit.adapters.history import (
+    Header,
+    HistoryEntry,
+    base_fields,
+    header_text,
+    learned_weights,
+    weight_line,
+)
 from lorakit.adapters.names import last_part
 from lorakit.foreign_text import printable
 from lorakit.reach import TINY
@@ -153,7 +160,7 @@ def _written(value: object) -> str:
 
 
 def _scores(entry: HistoryEntry) -> Iterator[str]:
-    """Yield a line for everything that a search, or lorahub, tried and measured."""
+    """Yield a line for everything that a search, or lorahub, tried, and for learned weights."""
     search = entry.get("search") or {}
     tried = search.get("tried")
     for trial in tried if isinstance(tried, list) else ():
@@ -164,6 +171,8 @@ def _scores(entry: HistoryEntry) -> Iterator[str]:
     best = entry.get("best") or {}
     if best:
         yield printable("best: " + ", ".join(_fields(best)))
+    if weights := learned_weights(entry):
+        yield printable(weight_line(weights))
 
 
 def _fields(values: Mapping[str, object]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from lorakit.adapters.adapter import Adapter, LoraModule, product_norm
 from lorakit.adapters.base_model import base_name
 from lorakit.adapters.blocks import BlockFields, pair_of, slices_of
 from lorakit.adapters.config import alpha_of
-from lorakit.adapters.history import HistoryEntry, base_fields
+from lorakit.adapters.history import HistoryEntry, base_fields, learned_weights, weight_line
 from lorakit.adapters.names import last_part
 from lorakit.adapters.tensors import FloatArray
 from lorakit.foreign_text import printable
@@ -208,6 +208,7 @@ _SUMMARY_FIELDS = (
     "norm",
     "zeros",
 )
+_MOST_SCALES = 4  # that are listed; of more (weights learned by module) the range is shown
 _LAYER_COLUMNS = ("layer", "modules", "parameters", "norm", "zeros")
 _BLOCK_COLUMNS = ("name", "rank", "scale", "modules", "parameters", "norm", "zeros", "sha256")
 
@@ -230,6 +231,8 @@ def _formatted(name: str, value: object) -> str:
     """Return the value of the field `name` formatted for reading."""
     if value is None:
         return "–"
+    if isinstance(value, list) and name == "scale" and len(value) > _MOST_SCALES:
+        return f"{_formatted(name, value[0])} to {_formatted(name, value[-1])}"
     if isinstance(value, list):
         return ", ".join(_formatted(name, item) for item in value)
     if isinstance(value, int | float):
@@ -245,8 +248,11 @@ def _formatted(name: str, value: object) -> str:
 def _history_lines(number: int, entry: HistoryEntry) -> Iterator[str]:
     version = (entry.get("versions") or {}).get("lorakit")
     yield printable(f"{number}. {entry.get('command')} (lorakit {version})")
+    weights = learned_weights(entry)
     for name, value in entry.items():
-        if isinstance(value, dict):
+        if name == "weights" and weights:
+            value = weight_line(weights).removeprefix("weights: ")
+        elif isinstance(value, dict):
             value = ", ".join(f"{key}={item}" for key, item in value.items())
         if name != "command":
             yield printable(f"   {name}: {value}")

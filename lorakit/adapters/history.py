@@ -9,7 +9,7 @@ field, add a line to FIELDS and to the TypedDict.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 from lorakit.adapters.blocks import BlockFields, check_blocks
@@ -36,7 +36,8 @@ class HistoryEntry(TypedDict, total=False):
 
     `parents` maps the names of the adapters it started from to their SHA-256; `data` and `val` are
     the SHA-256 of the files of records. `best` and `evaluations` (lorahub) and `search` (a choice
-    among pruning settings) record what was tried.
+    among pruning settings) record what was tried, `weights` (learned-weights) what was learned, by
+    block and module.
     """
 
     command: str
@@ -48,6 +49,7 @@ class HistoryEntry(TypedDict, total=False):
     best: dict[str, object]
     evaluations: list[dict[str, object]]
     search: dict[str, object]
+    weights: dict[str, dict[str, float]]
 
 
 CHAT_FIELDS = ("chat", "chat_date", "system", "chat_args")
@@ -205,6 +207,30 @@ def _joined_history(headers: Iterable[Header]) -> list[HistoryEntry]:
     for header in headers:
         joined += [entry for entry in header.get("history") or [] if entry not in joined]
     return joined
+
+
+def weight_line(weights: Mapping[str, Mapping[str, float]]) -> str:
+    """Return a line about the weights of blocks by module: their means, and from where to where.
+
+    weights: xs 0.52 (0.31 to 0.77), wl 0.4
+    """
+    return "weights: " + ", ".join(_weights(name, weights[name].values()) for name in weights)
+
+
+def _weights(name: str, weights: Collection[float]) -> str:
+    mean = f"{name} {sum(weights) / max(1, len(weights)):.3g}"
+    if len(weights) < 2:
+        return mean
+    return f"{mean} ({min(weights):.3g} to {max(weights):.3g})"
+
+
+def learned_weights(entry: HistoryEntry) -> dict[str, dict[str, float]]:
+    """Return the weights of a history entry, {} where there are none that are numbers by module."""
+    weights = entry.get("weights")
+    if not isinstance(weights, dict) or not all(isinstance(w, dict) for w in weights.values()):
+        return {}
+    numbers = [value for by_module in weights.values() for value in by_module.values()]
+    return weights if all(isinstance(value, int | float) for value in numbers) else {}
 
 
 def with_entry(header: Header, entry: HistoryEntry) -> Header:

@@ -7,6 +7,7 @@ a line to TRAINED.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 import click
 
@@ -14,17 +15,27 @@ from lorakit.commands import _options
 from lorakit.commands._types import Amounts, Density, MetricName, Numbers
 from lorakit.merging.criteria import CRITERIA, VALUES
 from lorakit.merging.methods import METHODS
-from lorakit.settings import LOSS, PruningSettings, PruningValues, StaticSettings
+from lorakit.settings import (
+    LEARNED_WEIGHTS_LR,
+    LOSS,
+    PruningSettings,
+    PruningValues,
+    StaticSettings,
+    TrainingSettings,
+)
 
 TRAINED = {
     "adaptive": "train jointly on --data, pruning at every step (the default with --data)",
     "lorahub": "weights found on --data without gradients, for A and for B",
+    "learned-weights": "a weight for each adapter and module, learned on --data; nothing else is",
 }
 HELP = {**TRAINED, **{name: method.help for name, method in METHODS.items()}}
 EPILOG = "\b\nMethods:\n" + "\n".join(f"  {name:<15}  {text}" for name, text in HELP.items())
 
-# Options by the methods that read them; adaptive reads all but those of _STATIC.
+# Options by the methods that read them; adaptive reads all but those of _STATIC, learned-weights
+# also not those of _PRUNING.
 _STATIC = ("density", "rank", "weights")
+_PRUNING = (*(field.name for field in fields(PruningSettings)), "metric", "plot")
 _EVERY_METHOD = ("method", "output", "portable", "quiet")
 _LORAHUB = (
     "data",
@@ -62,7 +73,8 @@ static = _options.together(
         default=str(StaticSettings.density),
         show_default=True,
         metavar="D",
-        help="Share of each ΔW's parameters that is kept, in each module.",
+        help="Share of each ΔW's parameters that is kept, in each module; tsv: of its singular "
+        "components.",
     ),
     click.option(
         "--rank",
@@ -155,10 +167,17 @@ def check_options(method: str) -> None:
 
 def _reads(method: str, option: str) -> bool:
     """Return whether a method reads an option."""
-    if method == "adaptive":
-        return option not in _STATIC
+    if method in ("adaptive", "learned-weights"):
+        return option not in _STATIC and (method == "adaptive" or option not in _PRUNING)
     own = _LORAHUB if method == "lorahub" else METHODS[method].settings
     return option in own or option in _EVERY_METHOD
+
+
+def with_own_learning_rate(method: str, training: TrainingSettings) -> TrainingSettings:
+    """Return the settings with the default --lr of the method, unless --lr is written out."""
+    if method == "learned-weights" and "lr" not in _options.options_on_command_line():
+        return replace(training, lr=LEARNED_WEIGHTS_LR)
+    return training
 
 
 def check_weights(weights: Sequence[float] | None, adapters: Sequence[str]) -> None:

@@ -62,14 +62,14 @@ def merge(
 
     With --data (method adaptive), after every step the least important parameters of each adapter,
     at each projection, are set to zero (--prune-ratio) and may grow again; the best epoch on the
-    validation set is kept, and of several ratios the best one. Method lorahub finds weights on
-    --data. The other methods need no data and no base model. Adapters may differ in rank, alpha,
-    target modules and layers.
+    validation set is kept, and of several ratios the best one. Methods lorahub and learned-weights
+    find weights for the adapters on --data. The other methods need no data and no base model.
+    Adapters may differ in rank, alpha, target modules and layers.
 
     \b
     lorakit merge xs.safetensors wl.safetensors --data train.jsonl --prune-ratio 0.1
     lorakit merge xs.safetensors wl.safetensors --method ties --density 0.2 --weights 1,0.5
-    lorakit merge xs.safetensors wl.safetensors --data few.jsonl --method lorahub
+    lorakit merge xs.safetensors wl.safetensors --data few.jsonl --method learned-weights
     lorakit merge xs.safetensors --rank 4
     """
     method = _methods.choose_method(method, data, static.rank, adapters)
@@ -91,6 +91,7 @@ def merge(
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base, reporting
     from lorakit.merging.adaptive import merge_adaptively
+    from lorakit.merging.learned_weights import merge_with_learned_weights
     from lorakit.merging.lorahub import merge_lorahub
 
     with reporting(run, output) as reporter:
@@ -106,6 +107,20 @@ def merge(
                 settings=training,
                 output=output,
                 reporter=reporter,
+                portable=portable,
+            )
+            return
+        if method == "learned-weights":
+            merge_with_learned_weights(
+                loaded,
+                base,
+                str(data),
+                val,
+                settings=_methods.with_own_learning_rate(method, training),
+                selection=selection,
+                output=output,
+                reporter=reporter,
+                resume=run.resume,
                 portable=portable,
             )
             return

@@ -26,7 +26,7 @@ from lorakit.resume import SavedValues, path_beside, run_key
 from lorakit.settings import LOSS, PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.selection import MetricMeasure
-from lorakit.training.train import train_and_save
+from lorakit.training.train import train_and_save, trained_factors
 
 Values = Sequence[Decimal] | Literal["auto"]
 TENTHS = tuple(Decimal(tenth) / 10 for tenth in range(1, 10))
@@ -75,7 +75,7 @@ def merge_adaptively(
         reporter,
         checkpoint=checkpoint_of(output, entry, base.record),
         resume=resume,
-        export=lambda best: merge.export(best, entry),
+        export=lambda best: merge.export(trained_factors(best), entry),
         output=output,
     )
     return []
@@ -147,7 +147,7 @@ def _write_best(
     merge: Merge, best: Candidate, metric: str, trials: Sequence[Trial], output: str
 ) -> None:
     """Write the best candidate's adapter, with all trials in its history."""
-    factors = {name: (a.numpy(), b.numpy()) for name, (a, b) in best.trainer.best.items()}
+    factors = trained_factors(best.trainer.best)
     tried = [trial.fields() for trial in trials]
     entry = merge.entry(best.pruning)
     entry["search"] = {"by": metric, "tried": tried}

@@ -70,10 +70,14 @@ class Merge:
 
     def entry(self, pruning: PruningSettings) -> HistoryEntry:
         """Return the history entry of a run with these pruning settings."""
+        return self.entry_of("adaptive", pruning.history_fields())
+
+    def entry_of(self, method: str, fields: Mapping[str, object] | None = None) -> HistoryEntry:
+        """Return the history entry of a run by a method, with the fields that are its own."""
         settings: dict[str, object] = {
-            "method": "adaptive",
+            "method": method,
             **self.settings.history_fields(),
-            **pruning.history_fields(),
+            **(fields or {}),
             **self.selection.history_fields(),
         }
         if self.portable:

@@ -6,6 +6,9 @@ the small core suffice. A dense matrix is fitted by a randomised block Krylov me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,20 +21,76 @@ _STEPS = 6
 _NEGLIGIBLE = 2.0**-24  # half the spacing of float32: storing the factors changes ΔW by as much
 
 
-def refit(a: FloatArray, b: FloatArray, rank: int | None = None) -> Pair:
-    """Return the factors of the matrix of rank `rank` nearest to B·A, in float32.
+class ProductSvd(NamedTuple):
+    """The singular value decomposition of a product B·A: (q_b·u) · values · (vt·q_aᵀ)."""
 
-    A is (R × d_in), B (d_out × R). Nearest in the Frobenius norm (Eckart and Young, 1936), by QR of
-    B and of Aᵀ and an SVD of the core R_B·R_Aᵀ, in float64: time and memory grow with R, never with
-    d_in·d_out. Without `rank`, it is the lowest whose error float32 cannot tell from zero. Each
-    factor takes the root of every singular value, so that both are of similar size.
+    q_b: Matrix
+    u: Matrix
+    values: Matrix
+    vt: Matrix
+    q_a: Matrix
+
+    def left(self, count: int) -> Matrix:
+        """Return the first left singular vectors as columns, (d_out × count)."""
+        vectors: Matrix = self.q_b @ self.u[:, :count]
+        return vectors
+
+    def right(self, count: int) -> Matrix:
+        """Return the first right singular vectors as rows, (count × d_in)."""
+        vectors: Matrix = self.vt[:count] @ self.q_a.T
+        return vectors
+
+
+def product_svd(a: FloatArray | Matrix, b: FloatArray | Matrix) -> ProductSvd:
+    """Return the decomposition of B·A, by QR of B and of Aᵀ and an SVD of the core R_B·R_Aᵀ.
+
+    A is (R × d_in), B (d_out × R). In float64; time and memory grow with R, never with d_in·d_out.
     """
     q_b, r_b = np.linalg.qr(b.astype(np.float64))
     q_a, r_a = np.linalg.qr(a.T.astype(np.float64))
-    u, values, vt = np.linalg.svd(r_b @ r_a.T)
-    keep = numerical_rank(values) if rank is None else min(rank, len(values))
-    root = np.sqrt(values[:keep])
-    return _pair(root[:, None] * (vt[:keep] @ q_a.T), (q_b @ u[:, :keep]) * root)
+    return ProductSvd(q_b, *np.linalg.svd(r_b @ r_a.T), q_a)
+
+
+def refit(a: FloatArray | Matrix, b: FloatArray | Matrix, rank: int | None = None) -> Pair:
+    """Return the factors of the matrix of rank `rank` nearest to B·A, in float32.
+
+    A is (R × d_in), B (d_out × R). Nearest in the Frobenius norm (Eckart and Young, 1936). Without
+    `rank`, it is the lowest whose error float32 cannot tell from zero. Each factor takes the root
+    of every singular value, so that both are of similar size.
+    """
+    svd = product_svd(a, b)
+    keep = numerical_rank(svd.values) if rank is None else min(rank, len(svd.values))
+    root = np.sqrt(svd.values[:keep])
+    return _pair(root[:, None] * svd.right(keep), svd.left(keep) * root)
+
+
+def common_basis(pairs: Sequence[Pair]) -> Matrix:
+    """Return the left singular vectors of [B_1·A_1 | … | B_N·A_N], (d_out × R) with R ≤ Σ r_i.
+
+    Those of singular values that float32 cannot tell from zero are left out. By QR of the stacked B
+    and of each A_iᵀ and an SVD of the core [R_B,1·R_A,1ᵀ | …], of at most Σ r_i rows and columns.
+    """
+    q_b, r_b = np.linalg.qr(np.concatenate([b for _, b in pairs], axis=1).astype(np.float64))
+    r_a = [np.linalg.qr(a.T.astype(np.float64))[1] for a, _ in pairs]
+    starts = np.cumsum([b.shape[1] for _, b in pairs])[:-1]
+    columns = np.split(r_b, starts, axis=1)
+    core = np.concatenate([c @ r.T for c, r in zip(columns, r_a, strict=True)], axis=1)
+    u, values, _ = np.linalg.svd(core, full_matrices=False)
+    basis: Matrix = q_b @ u[:, : numerical_rank(values)]
+    return basis
+
+
+def polar_factor(matrix: Matrix) -> Matrix:
+    """Return P·Qᵀ of the decomposition P·D·Qᵀ of a matrix (d × n), without those of D ≈ 0.
+
+    Where the columns are independent it is the matrix with orthonormal columns nearest to them
+    (orthogonal Procrustes problem).
+    """
+    q, r = np.linalg.qr(matrix)
+    u, values, vt = np.linalg.svd(r, full_matrices=False)
+    keep = numerical_rank(values)
+    factor: Matrix = q @ (u[:, :keep] @ vt[:keep])
+    return factor
 
 
 def numerical_rank(values: Matrix) -> int:

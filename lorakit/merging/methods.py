@@ -75,4 +75,14 @@ METHODS: dict[str, Method] = {
         "module_merges.magnitude_prune",
         ("weights", "density", "rank"),
     ),
+    "knots": Method(
+        "as ties, in the common basis of an SVD",
+        "module_merges.knots",
+        ("weights", "density", "rank"),
+    ),
+    "tsv": Method(
+        "singular vectors, made orthogonal between adapters, sum",
+        "module_merges.tsv",
+        ("weights", "density", "rank"),
+    ),
 }

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from lorakit.adapters.tensors import Pair
-from lorakit.merging.low_rank import fit, refit
+from lorakit.merging.low_rank import common_basis, fit, polar_factor, refit
 from lorakit.merging.task_vectors import (
     Combination,
     Part,
@@ -19,6 +21,8 @@ from lorakit.merging.task_vectors import (
     combine_parts,
     dropping,
     elected_mean,
+    in_basis,
+    leading_components,
     stack_parts,
     total,
     trimming,
@@ -74,6 +78,47 @@ def dare_ties(parts: Sequence[Part], settings: StaticSettings) -> Pair:
     return _dense(parts, settings, dropping(settings.density, settings.seed), elected_mean)
 
 
+def knots(parts: Sequence[Part], settings: StaticSettings) -> Pair:
+    """Return the merge by KnOTS with TIES (Stoica et al., 2025), refitted.
+
+    [w_1·ΔW_1 | … | w_N·ΔW_N] = U·Σ·[V_1ᵀ | … | V_Nᵀ], so that all w_i·ΔW_i = U·(Σ·V_iᵀ) have one
+    basis. TIES trims, elects and averages the Σ·V_iᵀ, (R × d_in) with R ≤ Σ r_i, which are Uᵀ times
+    the task vectors; U times the outcome is the merge, and no d_out × d_in matrix is formed.
+    Without trimming Σ inside or outside makes no difference; the published code trims Σ·V_iᵀ. What
+    it does otherwise: it trims over all modules at once, gives a parameter without an elected sign
+    the majority's, has one weight for all, and merges full-rank matrices.
+    """
+    basis = common_basis([(p.module.a, p.module.b * np.float32(p.factor)) for p in parts])
+    aligned = [in_basis(part, basis) for part in parts]
+    merged = combine_parts(aligned, trimming(settings.density), elected_mean)
+    return refit(merged, basis, _rank(parts, settings))
+
+
+def tsv(parts: Sequence[Part], settings: StaticSettings) -> Pair:
+    """Return the merge by task singular vectors, TSV-M (Gargiulo et al., 2025), refitted.
+
+    Of each ΔW_i = U_i·Σ_i·V_iᵀ the floor(min(d_out, d_in) / N) largest components are kept, with N
+    the number of adapters at the module; of these, the share `density`, but at least one. Then
+    [U_1 … U_N] and [V_1 … V_N] become their polar factors, and the result is Ũ·diag(w_i·Σ_i)·Ṽᵀ.
+    The published code takes components with singular value 0, whose vectors are arbitrary, into the
+    polar factors, and completes deficient ones by arbitrary vectors; here both are left out. It has
+    one weight for all.
+    """
+    leading = (leading_components(part, len(parts), settings.density) for part in parts)
+    components = [component for component in leading if component is not None]
+    if not components:
+        return svd(parts, settings)
+    left = polar_factor(np.concatenate([u for u, _, _ in components], axis=1))
+    right = polar_factor(np.concatenate([v for _, _, v in components], axis=1))
+    values = np.concatenate([values for _, values, _ in components])
+    return refit(values[:, None] * right.T, left, _rank(parts, settings))
+
+
+def _rank(parts: Sequence[Part], settings: StaticSettings) -> int:
+    """Return the rank to refit to: the one that is set, else the parts' largest."""
+    return settings.rank or max(part.module.rank for part in parts)
+
+
 def _dense(
     parts: Sequence[Part], settings: StaticSettings, thinning: Thinning, combine: Combination
 ) -> Pair:
@@ -83,5 +128,4 @@ def _dense(
     """
     if settings.density == 1 and (combine is total or len(parts) == 1):
         return svd(parts, settings)
-    rank = settings.rank or max(part.module.rank for part in parts)
-    return fit(combine_parts(parts, thinning, combine), rank)
+    return fit(combine_parts(parts, thinning, combine), _rank(parts, settings))

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 import numpy as np
 
 from lorakit.adapters.adapter import LoraModule
-from lorakit.adapters.tensors import FloatArray, Pair
+from lorakit.adapters.tensors import FloatArray, Pair, Tensor
+from lorakit.merging.low_rank import Matrix, numerical_rank, product_svd
 
 _BLOCK = 1 << 20  # parameters of a task vector that are formed at a time
 
@@ -48,6 +49,29 @@ def stack_parts(parts: Sequence[Part]) -> Pair:
     a = np.concatenate([part.module.a for part in parts], axis=0)
     b = np.concatenate([part.module.b * np.float32(part.factor) for part in parts], axis=1)
     return a, b
+
+
+def in_basis(part: Part, basis: Matrix) -> Part:
+    """Return the part whose ΔW is Uᵀ·ΔW: its coordinates in an orthonormal basis U (d_out × R)."""
+    b = Tensor.from_array(basis.T @ part.module.b.astype(np.float64))
+    return replace(part, module=replace(part.module, tensor_b=b))
+
+
+def leading_components(
+    part: Part, count: int, density: Decimal
+) -> tuple[Matrix, Matrix, Matrix] | None:
+    """Return the largest singular components of a part's task vector w·ΔW; None if it is zero.
+
+    They are U (d_out × k), w·s·σ (k,), negative where w is, and V (d_in × k). Kept are the share
+    `density` of those nonzero ones that are among the floor(min(d_out, d_in) / count) largest, but
+    at least one.
+    """
+    svd = product_svd(part.module.a, part.module.b)
+    if not svd.values[0]:
+        return None
+    most = min(numerical_rank(svd.values), min(part.module.shape) // count)
+    k = max(1, int(density * most))
+    return svd.left(k), np.float32(part.factor) * svd.values[:k], svd.right(k).T
 
 
 def combine_parts(parts: Sequence[Part], thinning: Thinning, combine: Combination) -> FloatArray:

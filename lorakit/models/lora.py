@@ -210,6 +210,34 @@ def rank_scales(layer: PeftLayer) -> torch.Tensor:
     return layer_scale if scales is None else scales * layer_scale
 
 
+def learn_block_weights(layer: PeftLayer, spans: Sequence[slice], start: float) -> None:
+    """Give each run of ranks a trainable weight, which multiplies A·x there; A and B are frozen.
+
+    The weights are one float32 parameter, (len(spans),), all `start` at first.
+    """
+    a = layer.lora_A[ADAPTER]
+    belongs = a.weight.new_zeros(len(spans), a.out_features)
+    for row, span in zip(belongs, spans, strict=True):
+        row[span] = 1
+    a.register_buffer("block_ranks", belongs, persistent=False)
+    a.register_parameter(
+        "block_weights", torch.nn.Parameter(belongs.new_full((len(spans),), start))
+    )
+    a.register_forward_hook(
+        lambda module, inputs, output: output * (module.block_weights @ module.block_ranks)
+    )
+    for factor in factors(layer):
+        factor.requires_grad_(False)
+
+
+def trained(layer: PeftLayer) -> dict[str, torch.nn.Parameter]:
+    """Return what training changes in a PEFT layer: A and B, or the weights of its blocks."""
+    weights: torch.nn.Parameter | None = getattr(layer.lora_A[ADAPTER], "block_weights", None)
+    if weights is not None:
+        return {"weights": weights}
+    return dict(zip("AB", factors(layer), strict=True))
+
+
 def check_fits(base: Base, adapter: Adapter) -> None:
     """Raise LorakitError naming the first module the base lacks or has in another shape."""
     shapes = projections(base.model)

@@ -18,7 +18,7 @@ from lorakit.adapters.safetensors import read_tensors, write_tensors
 from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from lorakit.files import atomic_path
-from lorakit.models.lora import factors
+from lorakit.models.lora import trained
 from lorakit.resume import path_beside, run_key
 from lorakit.training.trainer import Progress, Trainer
 
@@ -77,12 +77,11 @@ def _tensor(value: torch.Tensor) -> Tensor:
 def _named_tensors(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield everything that a checkpoint stores, by the names that _restore_ reads."""
     for name, layer in trainer.layers.items():
-        for index, factor in enumerate("AB"):
-            parameter = factors(layer)[index]
-            yield f"weight.{name}.{factor}", parameter
-            yield f"best.{name}.{factor}", trainer.best[name][index]
+        for (part, parameter), best in zip(trained(layer).items(), trainer.best[name], strict=True):
+            yield f"weight.{name}.{part}", parameter
+            yield f"best.{name}.{part}", best
             for moment in _MOMENTS:
-                yield f"{moment}.{name}.{factor}", trainer.optimizer.state[parameter][moment]
+                yield f"{moment}.{name}.{part}", trainer.optimizer.state[parameter][moment]
     for hook, state in trainer.hook_states().items():
         yield from ((f"{_HOOK}.{hook}.{name}", value) for name, value in state.items())
 
@@ -91,15 +90,14 @@ def _restore_(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
     """Put the tensors of a checkpoint into the trainer: weights, moments, best, hooks."""
     device = trainer.base.device
     for name, layer in trainer.layers.items():
-        for index, factor in enumerate("AB"):
-            parameter = factors(layer)[index]
+        for part, parameter in trained(layer).items():
             with torch.no_grad():
-                parameter.copy_(saved[f"weight.{name}.{factor}"])
-            moments = {m: saved[f"{m}.{name}.{factor}"] for m in _MOMENTS}
+                parameter.copy_(saved[f"weight.{name}.{part}"])
+            moments = {m: saved[f"{m}.{name}.{part}"] for m in _MOMENTS}
             trainer.optimizer.state[parameter] = {
                 m: value if m == "step" else value.to(device) for m, value in moments.items()
             }
-        trainer.best[name] = (saved[f"best.{name}.A"], saved[f"best.{name}.B"])
+        trainer.best[name] = tuple(saved[f"best.{name}.{part}"] for part in trained(layer))
     hook_states: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in saved.items():
         kind, _, rest = key.partition(".")

@@ -24,11 +24,12 @@ _Forward = Callable[..., torch.Tensor]
 def fused_forward(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
     """Inside the block, PEFT's layers compute W0·x + B·(s·A·x) as one function.
 
-    Without gradients they still compute as PEFT does.
+    Without gradients they still compute as PEFT does, as do layers whose A and B are frozen.
     """
     try:
         for layer in layers.values():
-            layer.forward = _fused(layer)
+            if factors(layer)[0].requires_grad:
+                layer.forward = _fused(layer)
         yield
     finally:
         for layer in layers.values():

@@ -29,7 +29,7 @@ from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, Training
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.loss import new_accelerator
 from lorakit.training.selection import measure_of
-from lorakit.training.trainer import Trainer
+from lorakit.training.trainer import Trainer, Weights
 from lorakit.versions import version_of
 
 _PACKAGES = ("lorakit", "torch", "transformers", "peft")
@@ -91,7 +91,7 @@ def train_and_save(
     *,
     checkpoint: Checkpoint,
     resume: bool,
-    export: Callable[[Factors], Adapter],
+    export: Callable[[Weights], Adapter],
     output: str,
 ) -> None:
     """Train, saving a checkpoint after every epoch; write the best epoch's adapter to `output`.
@@ -107,9 +107,13 @@ def train_and_save(
         if main:
             checkpoint.save(trainer)
     if main:
-        best = {name: (a.numpy(), b.numpy()) for name, (a, b) in trainer.best.items()}
-        save_adapter(export(best), output)
+        save_adapter(export(trainer.best), output)
         checkpoint.remove()
+
+
+def trained_factors(weights: Weights) -> Factors:
+    """Return A and B by module as arrays, where they are what was trained."""
+    return {name: (a.numpy(), b.numpy()) for name, (a, b) in weights.items()}
 
 
 def train_adapter(
@@ -165,7 +169,7 @@ def train_adapter(
         checkpoint=checkpoint_of(output, entry, base.record),
         resume=resume,
         export=lambda best: Adapter(
-            tensors_of(best), config, trained_header(base, settings, entry)
+            tensors_of(trained_factors(best)), config, trained_header(base, settings, entry)
         ),
         output=output,
     )

@@ -21,7 +21,7 @@ from lorakit.errors import LorakitError
 from lorakit.models.architecture import activation_checkpointing
 from lorakit.models.base import Base
 from lorakit.models.batches import epoch_batches
-from lorakit.models.lora import PeftLayer, factors
+from lorakit.models.lora import PeftLayer, trained
 from lorakit.models.tokens import Example
 from lorakit.reporting import EpochReport, Reporter, StepReport
 from lorakit.settings import TrainingSettings
@@ -29,7 +29,8 @@ from lorakit.training.lora_step import fused_forward, switch_dropout
 from lorakit.training.loss import BatchLoss
 from lorakit.training.schedule import learning_rate_factor
 
-Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A (rank, d_in) and B (d_out, rank)
+# What is trained, by module: A (rank, d_in) and B (d_out, rank), or the weights of blocks alone.
+Weights = dict[str, tuple[torch.Tensor, ...]]
 State = Mapping[str, torch.Tensor]
 Measure = Callable[[], float]
 
@@ -114,7 +115,9 @@ class Trainer:
         self.hooks = hooks
         self.measure = measure
         self.progress = Progress()
-        self.parameters = [weight for layer in layers.values() for weight in factors(layer)]
+        self.parameters = [
+            weight for layer in layers.values() for weight in trained(layer).values()
+        ]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self.losses = BatchLoss(
@@ -126,17 +129,17 @@ class Trainer:
         self.best = self.weights()
 
     def weights(self) -> Weights:
-        """Return a copy of A and B by module, on the CPU."""
+        """Return a copy of what is trained, by module, on the CPU."""
         return {
-            name: tuple(weight.detach().cpu().clone() for weight in factors(layer))  # type: ignore[misc]
+            name: tuple(weight.detach().cpu().clone() for weight in trained(layer).values())
             for name, layer in self.layers.items()
         }
 
     @torch.no_grad()
     def load_weights_(self, weights: Weights) -> None:
-        """Copy A and B by module into the model."""
+        """Copy what `weights` returned into the model."""
         for name, layer in self.layers.items():
-            for parameter, value in zip(factors(layer), weights[name], strict=True):
+            for parameter, value in zip(trained(layer).values(), weights[name], strict=True):
                 parameter.copy_(value)
 
     def hook_states(self) -> dict[str, State]:
