@@ -266,13 +266,19 @@ class LayerChoiceSettings:
 class BoundarySettings:
     """How the boundary layer is searched for.
 
-    `sample` is in records; no `boundaries` means 1 … L. By evaluation, `metric` decides. By
-    probability, the first `tokens` positions of the completion are read, and the curves of the
-    boundaries in `compare` are set beside the whole adapter's.
+    `sample` is in records; no `boundaries` means 1 … L. By evaluation, `metric` (`loss`, or one of
+    `score`) decides by `rule`: best, or 1se, the smallest boundary within one standard error of it.
+    `keep` says which layers keep their LoRA; the change of the others is multiplied by each of the
+    `factors`, None: by 0, a plain cut. By probability, the first `tokens` positions of the
+    completion are read, and the curves of the boundaries in `compare` are set beside the whole
+    adapter's.
     """
 
     by: str = "evaluation"
     metric: str = "rougeL"
+    rule: str = "best"
+    keep: str = "bottom"
+    factors: tuple[float, ...] | None = None
     lang: str = "en"
     sample: int = 100
     boundaries: tuple[int, ...] | None = None

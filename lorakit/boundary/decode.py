@@ -1,4 +1,4 @@
-"""Greedy decoding of the same prompts at many boundaries, in batches whose rows come and go.
+"""Greedy decoding of the same prompts under many cuts, in batches whose rows come and go.
 
 Every boundary writes exactly what it would write alone (in float32; half precision rounds
 differently in other batches), but with less work. The layers below a boundary
@@ -17,6 +17,9 @@ in speculative decoding, with the highest boundary as the draft model). A prompt
     step      p@0 reads x, p@1 reads y  as two rows of one batch; each also reads up to four tokens
                                         guessed from all that was written for p, and verifies them
 
+Cuts of other kinds are decoded alike: a row splits off before the first layer in which its cut
+differs from that of the fan's first row, and "highest" is the first in descending order of cuts.
+
 When rows leave the batch, their places go to other prompts, or to the next few boundaries of a
 prompt, whose draft is the output of the lowest boundary done. There are at most `batch_size` rows.
 Where a row's keys and values are stored is decided in kv_cache.py, which layers apply LoRA to it in
@@ -32,14 +35,15 @@ from typing import NamedTuple
 
 import torch
 
+from lorakit.boundary.cuts import Cut, bottom
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.kv_cache import Slots, can_slot
 from lorakit.models.base import Base
 from lorakit.models.generation import check_finite
 
-FANNED = 4  # boundaries that share one pass over a prompt and its draft
+FANNED = 4  # cuts that share one pass over a prompt and its draft
 GUESSED = 4  # tokens guessed for a row in one step
-_TRIED = 4  # boundaries at which can_pool tries a model
+_TRIED = 4  # cuts under which can_pool tries a model
 _RUNS = (3, 2, 1)  # lengths of the runs of tokens that guesses are based on, longest first
 # What a model raises whose code cannot work with the slots of kv_cache.py.
 _REFUSALS = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
@@ -76,29 +80,29 @@ class Drafts:
 
 @dataclass
 class _Row:
-    """A prompt (its number) at a boundary, as a row of the batch.
+    """A prompt (its number) under a cut, as a row of the batch.
 
     `ids` are the prompt's tokens and those written so far, which begin at `start`; `guess` are the
     tokens guessed to follow, which the model reads after them and verifies.
     """
 
     prompt: int
-    boundary: int
+    cut: Cut
     ids: list[int]
     start: int
     guess: Sequence[int] = ()
 
 
 class Output(NamedTuple):
-    """The tokens written for a prompt (its number) at a boundary, without the end token."""
+    """The tokens written for a prompt (its number) under a cut, without the end token."""
 
     prompt: int
-    boundary: int
+    cut: Cut
     tokens: list[int]
 
 
 class Pool:
-    """Decodes tokenised prompts at several boundaries, with the adapter gated on the base."""
+    """Decodes tokenised prompts under several cuts, with the adapter gated on the base."""
 
     def __init__(
         self,
@@ -116,13 +120,13 @@ class Pool:
         self._rows: list[_Row] = []  # the row at place i of the list has the slots of row i
 
     @torch.inference_mode()
-    def run(self, boundaries: Sequence[int]) -> Iterator[Output]:
-        """Yield the output of every prompt at every boundary as soon as it is done.
+    def run(self, cuts: Sequence[Cut]) -> Iterator[Output]:
+        """Yield the output of every prompt under every cut as soon as it is done.
 
-        A prompt begins at the highest boundary. When the lowest boundary of a fan is done, its
-        output is the draft for the next fan.
+        A prompt begins with the highest cut. When the lowest cut of a fan is done, its output is
+        the draft for the next fan.
         """
-        highest, *others = sorted(boundaries, reverse=True)
+        highest, *others = sorted(cuts, reverse=True)
         fans = self._fans(others)
         below = dict(zip([highest, *(fan[-1] for fan in fans)], fans, strict=False))
         waiting = sorted(range(len(self._prompts)), key=lambda n: len(self._prompts[n]))
@@ -131,42 +135,42 @@ class Pool:
             free = self._size - len(self._rows)
             if waiting and free >= min(len(waiting), max(1, self._size // 2)):
                 done = self._join([waiting.pop() for _ in range(min(free, len(waiting)))], highest)
-            elif drafts and free >= len(below[drafts[0].boundary]):
+            elif drafts and free >= len(below[drafts[0].cut]):
                 draft = drafts.popleft()
-                done = self._fan_out(draft, below[draft.boundary])
+                done = self._fan_out(draft, below[draft.cut])
             else:
                 done = self._step()
             for output in done:
-                if output.boundary in below:
+                if output.cut in below:
                     drafts.append(output)
                 yield output
 
-    def _fans(self, boundaries: Sequence[int]) -> list[Sequence[int]]:
-        """Cut boundaries, highest first, into fans: those that share one pass over a prompt."""
+    def _fans(self, cuts: Sequence[Cut]) -> list[Sequence[Cut]]:
+        """Divide cuts, highest first, into fans: those that share one pass over a prompt."""
         size = min(FANNED, self._size)
-        return [boundaries[first : first + size] for first in range(0, len(boundaries), size)]
+        return [cuts[first : first + size] for first in range(0, len(cuts), size)]
 
-    def _join(self, numbers: Sequence[int], boundary: int) -> Iterator[Output]:
-        """Add rows for prompts (their numbers) at a boundary, and decode their first token."""
+    def _join(self, numbers: Sequence[int], cut: Cut) -> Iterator[Output]:
+        """Add rows for prompts (their numbers) under a cut, and decode their first token."""
         first = len(self._rows)
         prompts = [self._prompts[number] for number in numbers]
-        self._gates.set([boundary])
+        self._gates.set([cut])
         predicted = self._slots.extend(prompts, [0] * len(prompts), first, 1)
-        rows = [self._new_row(number, boundary, ()) for number in numbers]
+        rows = [self._new_row(number, cut, ()) for number in numbers]
         yield from self._advance(first, rows, predicted)
 
-    def _fan_out(self, draft: Output, boundaries: Sequence[int]) -> Iterator[Output]:
-        """Add a row for the draft's prompt at each boundary, highest first, and check the draft."""
-        first, order = len(self._rows), [boundaries[0], *sorted(boundaries[1:])]
+    def _fan_out(self, draft: Output, cuts: Sequence[Cut]) -> Iterator[Output]:
+        """Add a row for the draft's prompt under each cut, highest first, and check the draft."""
+        first, order = len(self._rows), _fan_order(cuts)
         self._gates.set(order)
         ids = [*self._prompts[draft.prompt], *draft.tokens]
-        predicted = self._slots.fan_out(ids, order, first, len(draft.tokens) + 1)
-        rows = [self._new_row(draft.prompt, boundary, draft.tokens) for boundary in order]
+        predicted = self._slots.fan_out(ids, _splits(order), first, len(draft.tokens) + 1)
+        rows = [self._new_row(draft.prompt, cut, draft.tokens) for cut in order]
         yield from self._advance(first, rows, predicted)
 
-    def _new_row(self, number: int, boundary: int, guess: Sequence[int]) -> _Row:
+    def _new_row(self, number: int, cut: Cut, guess: Sequence[int]) -> _Row:
         prompt = self._prompts[number]
-        return _Row(number, boundary, list(prompt), len(prompt), guess)
+        return _Row(number, cut, list(prompt), len(prompt), guess)
 
     def _step(self) -> Iterator[Output]:
         """Feed every row of the batch its last token and a new guess."""
@@ -174,7 +178,7 @@ class Pool:
             most = min(GUESSED, self._most - (len(row.ids) - row.start) - 1)
             row.guess = self._drafts[row.prompt].guess(row.ids, most)
         tokens = [[row.ids[-1], *row.guess] for row in self._rows]
-        self._gates.set([row.boundary for row in self._rows])
+        self._gates.set([row.cut for row in self._rows])
         starts = [len(row.ids) - 1 for row in self._rows]
         predicted = self._slots.extend(tokens, starts, 0, max(map(len, tokens)))
         rows, self._rows = self._rows, []
@@ -198,7 +202,7 @@ class Pool:
         for row in done:
             tokens = row.ids[row.start :]
             ended = tokens and tokens[-1] in self._ends
-            yield Output(row.prompt, row.boundary, tokens[:-1] if ended else tokens)
+            yield Output(row.prompt, row.cut, tokens[:-1] if ended else tokens)
 
     def _accept(self, row: _Row, predicted: Sequence[int]) -> bool:
         """Append the predictions that confirm the guess and the next one; return whether done.
@@ -215,6 +219,17 @@ class Pool:
         return False
 
 
+def _fan_order(cuts: Sequence[Cut]) -> list[Cut]:
+    """Return the highest cut, then the others from the lowest up, as they split off from it."""
+    highest, *others = sorted(cuts, reverse=True)
+    return [highest, *reversed(others)]
+
+
+def _splits(order: Sequence[Cut]) -> list[int]:
+    """Return the layers before which all cuts but the first split off from the first."""
+    return [cut.split_from(order[0]) for cut in order[1:]]
+
+
 @torch.inference_mode()
 def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
     """Return whether a Pool can decode with a model, by trying it on a prompt.
@@ -224,12 +239,12 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
     """
     if not can_slot(base.model):
         return False
-    top, half = base.layers, (len(prompt) + 1) // 2
-    gates.set([top])
+    layers, half = base.layers, (len(prompt) + 1) // 2
+    gates.set([bottom(layers, layers)])
     plain = base.model(input_ids=torch.tensor([list(prompt)], device=base.device)).logits[0]
     check_finite(plain, base.name)
     expected = plain.float().argmax(-1).tolist()
-    order = [top, *range(1, top)][:_TRIED]
+    order = [bottom(k, layers) for k in [layers, *range(1, layers)][:_TRIED]]
     slots = Slots(base.model, len(order), len(prompt))
     try:
         in_parts = [
@@ -239,7 +254,7 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
             for token in slots.extend([part], [start], 0, len(part))[0]
         ]
         gates.set(order)
-        fanned = slots.fan_out(prompt, order, 0, len(prompt))[0]
+        fanned = slots.fan_out(prompt, _splits(order), 0, len(prompt))[0]
     except _REFUSALS:
         return False
     alike: int = sum(a == b == c for a, b, c in zip(in_parts, fanned, expected, strict=True))

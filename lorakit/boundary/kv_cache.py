@@ -11,7 +11,7 @@ Two rows of four slots, given tokens by `extend`, row by row:
     .       g         -, 2             g         a b c x   d e g .      g goes into the slot of f
 
 The padding (·) of shorter rows is on the left and goes into an extra slot that no token sees. When
-a row splits by boundary in the middle of the model, `fan_out` fills several rows at once. Which
+a row splits by its cut in the middle of the model, `fan_out` fills several rows at once. Which
 tokens are guessed, and which rows come and go, is decided in decode.py.
 """
 
@@ -136,20 +136,20 @@ class Slots:
         )
 
     def fan_out(
-        self, tokens: Sequence[int], boundaries: Sequence[int], first: int, keep: int
+        self, tokens: Sequence[int], splits: Sequence[int], first: int, keep: int
     ) -> list[list[int]]:
-        """Read the same tokens, from position 0, into a row for each boundary, rows `first` ….
+        """Read the same tokens, from position 0, into a row and one more for each of `splits`.
 
-        A single row enters the model, and the row of boundary k splits off before layer k, where it
-        begins to differ. So `boundaries` has the highest first, then the others from the lowest up.
-        With [2, 0, 1], layer 0 computes the rows of 2 0, and layers 1 and above those of 2 0 1.
-        Returns what `extend` returns.
+        A single row enters the model, and each of the others splits off before the layer where it
+        begins to differ: `splits`, from the lowest up. The rows are `first` …. With [0, 1], layer 0
+        computes the first two rows, and layers 1 and above all three. Returns what `extend`
+        returns.
         """
-        self._first, self._fanned = first, len(boundaries)
+        self._first, self._fanned = first, len(splits) + 1
         self._visible = len(tokens)
         ids = torch.tensor([list(tokens)], device=self._device)
         positions = self._places[None, : len(tokens)]
-        with _splitting(self._model, boundaries[1:]):
+        with _splitting(self._model, splits):
             return self._forward(ids, positions, keep)
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, keep: int) -> list[list[int]]:
@@ -196,12 +196,12 @@ def _windows(config: ModelConfig) -> Mapping[str, int | None]:
 
 
 @contextlib.contextmanager
-def _splitting(model: Model, boundaries: Sequence[int]) -> Iterator[None]:
-    """Append a copy of the first row before each layer that is one of the boundaries."""
+def _splitting(model: Model, splits: Sequence[int]) -> Iterator[None]:
+    """Append a copy of the first row before each of the layers in `splits`."""
     layers = decoder_layers(model) or ()
     hooks = [
-        layers[boundary].register_forward_pre_hook(_append_first_row, with_kwargs=True)
-        for boundary in boundaries
+        layers[layer].register_forward_pre_hook(_append_first_row, with_kwargs=True)
+        for layer in splits
     ]
     try:
         yield

@@ -2,23 +2,24 @@
 
 This is the logit lens: the hidden state after k layers goes through the final norm and the rest of
 the model's own forward (head, head bias, soft-capping). Probabilities are read, with teacher
-forcing, at the first positions of the completion, its end token included. The final norm is
-recognised by what it does, not by its name. The proposed boundary is the knee of the curve.
+forcing, at the first positions of the completion, its end token included. The proposed boundary is
+the knee of the curve.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.boundary.evaluate import draw_sample, pick_boundaries
+from lorakit.boundary.cuts import bottom, pick_boundaries
+from lorakit.boundary.evaluate import draw_sample
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.records import ComparedCurve, Comparison, Curve, ProbabilityRecord
-from lorakit.errors import LorakitError
+from lorakit.boundary.tail import Tail, TailWatch
 from lorakit.models.architecture import Model, decoder_layers
 from lorakit.models.base import Base
 from lorakit.models.batches import IGNORED, MicroBatch, completion_logits, lay_out
@@ -27,8 +28,6 @@ from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
 from lorakit.settings import BoundarySettings, GenerationSettings
-
-DecoderOutput = Any  # transformers.modeling_outputs.BaseModelOutputWithPast or a similar class
 
 
 class _Sums(NamedTuple):
@@ -78,10 +77,10 @@ def read_probabilities(
     """Return a record for each boundary k: the probabilities after k layers, by position.
 
     `score` is the mean of `probabilities` (of the gold token) over the positions; the knee of the
-    scores is marked best. `compared` has the same curves for the adapter stripped at each boundary
-    of `settings.compare`, with the differences of `probabilities` from the whole adapter's. Raises
-    LorakitError for records that cannot be used, and for an adapter or a boundary that does not fit
-    the base.
+    scores is marked best; where there is none, the last boundary, with a note. `compared` has the
+    same curves for the adapter stripped at each boundary of `settings.compare`, with the
+    differences of `probabilities` from the whole adapter's. Raises LorakitError for records that
+    cannot be used, and for an adapter or a boundary that does not fit the base.
     """
     boundaries = pick_boundaries(settings.boundaries, base.layers)
     compared = pick_boundaries(settings.compare, base.layers) if settings.compare else []
@@ -93,18 +92,24 @@ def read_probabilities(
     with Gates(attach(base, adapter)).standing() as gates:
         steps = [(k, batch) for k in (base.layers, *compared) for batch in batches]
         for k, batch in reporter.timed(steps, "reading", len(steps)):
-            gates.set([k])
+            gates.set([bottom(k, base.layers)])
             part = _sums_of(base, batch, settings.tokens)
             sums[k] = sums[k].plus(part) if k in sums else part
     curves = {k: total.means() for k, total in sums.items()}
-    return _records(curves, boundaries, compared, whole=base.layers, count=len(examples))
+    records = _records(curves, boundaries, compared, whole=base.layers, count=len(examples))
+    if len(records) > 2 and knee([record["score"] for record in records]) is None:
+        reporter.note(
+            f"no knee: the curve is nowhere below its chord; boundary {boundaries[-1]}, the last, "
+            "is marked as the best"
+        )
+    return records
 
 
-def knee(values: Sequence[float]) -> int:
+def knee(values: Sequence[float]) -> int | None:
     """Return the index of the knee: the value farthest below the chord from first to last.
 
     This is Kneedle's rule for a convex rising curve. Of equal distances the first wins; if no value
-    lies below the chord there is no knee, and the last index is returned.
+    lies below the chord there is no knee: None.
     """
     last = len(values) - 1
     below = [
@@ -112,7 +117,7 @@ def knee(values: Sequence[float]) -> int:
         for index, value in enumerate(values)
     ]
     deepest = max(below)
-    return below.index(deepest) if deepest > 1e-12 else last
+    return below.index(deepest) if deepest > 1e-12 else None
 
 
 def _difference(curves: _Curves, whole: torch.Tensor, layers: int) -> ComparedCurve:
@@ -141,7 +146,8 @@ def _records(
     """Return the records; `curves` are by boundary, the whole adapter's under `whole`."""
     gold = curves[whole].gold
     scores = [float(gold[k - 1].mean()) for k in boundaries]
-    best = boundaries[knee(scores)]
+    place = knee(scores)
+    best = boundaries[-1 if place is None else place]
     records: list[ProbabilityRecord] = []
     for k, score in zip(boundaries, scores, strict=True):
         comparison: Comparison = {}
@@ -171,7 +177,7 @@ def _sums_of(base: Base, rows: Sequence[Example], tokens: int) -> _Sums:
     gold: list[torch.Tensor] = []
     likeliest: list[torch.Tensor] = []
     for state in pass_.states:
-        chances = _through_tail(base.model, pass_, state).float().softmax(-1)
+        chances = pass_.tail.logits(state).float().softmax(-1)
         of_target = chances.gather(-1, targets[..., None])[..., 0]
         gold.append((of_target.double() * present).sum(0).cpu())
         likeliest.append((chances.amax(-1).double() * present).sum(0).cpu())
@@ -181,63 +187,31 @@ def _sums_of(base: Base, rows: Sequence[Example], tokens: int) -> _Sums:
 class _Pass(NamedTuple):
     """What a watched forward pass yields: the states after each layer, before the final norm.
 
-    Each state is (rows, tokens, width); `norm` is the final norm, `output` the decoder's output.
+    Each state is (rows, tokens, width).
     """
 
     states: list[torch.Tensor]
-    norm: torch.nn.Module
-    output: DecoderOutput
+    tail: Tail
 
 
 def _watched_pass(model: Model, batch: MicroBatch, places: torch.Tensor) -> _Pass:
     """Run the model and keep the outputs of its layers at `places` (rows, tokens).
 
-    The final norm is the part of the decoder whose output is also the decoder's. Raises
-    LorakitError for a model that has none, or whose layers are not in one list.
+    Raises LorakitError for a model whose tail cannot be told.
     """
-    decoder, layers = model.get_decoder(), decoder_layers(model)
     rows = torch.arange(len(places), device=places.device)[:, None]
     states: list[torch.Tensor] = []
-    parts: list[tuple[torch.nn.Module, object]] = []
-    outputs: list[DecoderOutput] = []
 
     def keep(
         layer: torch.nn.Module, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]
     ) -> None:
         states.append((output[0] if isinstance(output, tuple) else output)[rows, places])
 
-    with contextlib.ExitStack() as hooks:
-        for layer in layers or ():
+    with contextlib.ExitStack() as hooks, TailWatch(model).standing() as watch:
+        for layer in decoder_layers(model) or ():
             hooks.callback(layer.register_forward_hook(keep).remove)
-        for part in decoder.children():
-            watch = part.register_forward_hook(lambda m, i, output: parts.append((m, output)))
-            hooks.callback(watch.remove)
-        watch = decoder.register_forward_hook(lambda m, i, output: outputs.append(output))
-        hooks.callback(watch.remove)
         completion_logits(model, batch)
-    last = outputs[0].last_hidden_state
-    for part, output in parts:
-        if isinstance(output, torch.Tensor) and output.data_ptr() == last.data_ptr() and layers:
-            return _Pass(states, part, outputs[0])
-    raise LorakitError(
-        f"{type(model).__name__} has no final norm that can be found; use --by evaluation"
-    )
-
-
-def _through_tail(model: Model, pass_: _Pass, state: torch.Tensor) -> torch.Tensor:
-    """Return the logits of a state: the final norm, then what the model does after its decoder.
-
-    To that end the model runs with a decoder that returns the normalised state.
-    """
-    decoder = model.get_decoder()
-    replaced = type(pass_.output)(last_hidden_state=pass_.norm(state))
-    decoder.forward = lambda *args, **kwargs: replaced
-    try:
-        ids = torch.zeros(state.shape[:2], dtype=torch.int64, device=state.device)
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-        return logits
-    finally:
-        del decoder.forward
+    return _Pass(states, watch.tail())
 
 
 def _first_places(rows: Sequence[Example], batch: MicroBatch, tokens: int) -> torch.Tensor:

@@ -2,14 +2,14 @@
 
     {"boundary": 15, "score": 41.2, …, "best": true}
 
-Boundary k keeps the LoRA of the bottom k layers. evaluate.py and probability.py score boundaries
-and write these records; `strip-layers --boundary -` reads them.
+Boundary k keeps the LoRA of the bottom k layers, or of the `layers` that a record names. The ways
+of --by score boundaries and write these records; `strip-layers --boundary -` reads them.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from lorakit.errors import LorakitError
 from lorakit.files import STDIO
@@ -47,7 +47,21 @@ class BoundaryRecord(TypedDict):
     best: bool
 
 
-class EvaluationRecord(BoundaryRecord):
+class CutFields(TypedDict, total=False):
+    """What a search that is not the plain one adds to a record.
+
+    `factor` is what the LoRA above the boundary is multiplied by; `layers` are those that keep
+    theirs, by the rule `keep`, where they are not the bottom ones. `standard_error` is that of the
+    paired difference from the highest score.
+    """
+
+    factor: float
+    keep: str
+    layers: list[int]
+    standard_error: float
+
+
+class EvaluationRecord(BoundaryRecord, CutFields):
     """A boundary scored by a metric; `baseline` is the score of the base model."""
 
     metric: str
@@ -59,12 +73,27 @@ class ProbabilityRecord(BoundaryRecord, Curve, Comparison):
     """A boundary scored by the probabilities after that many layers."""
 
 
-def read_boundary(path: str) -> int:
-    """Return the boundary of the best record of a JSONL file (`-`: stdin).
+class BestCut(NamedTuple):
+    """The best record's boundary, and its layers where they are not the bottom ones."""
 
-    Raises LorakitError as `_read_best` does.
+    boundary: int
+    layers: tuple[int, ...] | None = None
+
+
+def read_cut(path: str) -> BestCut:
+    """Return where the best record of a JSONL file (`-`: stdin) cuts an adapter.
+
+    Raises LorakitError as `_read_best` does, and for a best record whose upper layers are scaled,
+    not cut.
     """
-    return int(_read_best(path).fields["boundary"])
+    best = _read_best(path)
+    fields = best.fields
+    if factor := fields.get("factor"):
+        raise LorakitError(
+            f"{best.where}: the best scales the upper layers and strips none; "
+            f"use lorakit scale-layers --from {fields['boundary']} --factor {factor}"
+        )
+    return BestCut(fields["boundary"], tuple(fields["layers"]) if "layers" in fields else None)
 
 
 def read_soft_boundary(path: str) -> tuple[int, float | None]:
@@ -80,11 +109,7 @@ def read_soft_boundary(path: str) -> tuple[int, float | None]:
             "scale-layers needs records of find-boundary --keep bottom"
         )
     factor = best.fields.get("factor")
-    if factor is None:
-        return int(best.fields["boundary"]), None
-    if type(factor) not in (int, float) or not 0 <= factor < math.inf:
-        raise LorakitError(f"{best.where}: 'factor' is not a number from 0 on; {_REMEDY}")
-    return int(best.fields["boundary"]), float(factor)
+    return int(best.fields["boundary"]), None if factor is None else float(factor)
 
 
 def _read_best(path: str) -> Record:
@@ -106,11 +131,17 @@ def _read_best(path: str) -> Record:
 
 
 def _check(record: Record) -> None:
-    """Raise LorakitError for a record whose boundary, score or mark is of the wrong type."""
+    """Raise LorakitError for a record with a field of the wrong type."""
     boundary, score = record.fields.get("boundary"), record.fields.get("score")
     if type(boundary) is not int or boundary < 0:
         raise LorakitError(f"{record.where}: 'boundary' is not a natural number; {_REMEDY}")
     if type(score) not in (int, float):
         raise LorakitError(f"{record.where}: 'score' is not a number; {_REMEDY}")
+    layers = record.fields.get("layers", [])
+    if type(layers) is not list or not all(type(n) is int and n >= 0 for n in layers):
+        raise LorakitError(f"{record.where}: 'layers' are not natural numbers; {_REMEDY}")
+    factor = record.fields.get("factor", 0.0)
+    if type(factor) not in (int, float) or not 0 <= factor < math.inf:
+        raise LorakitError(f"{record.where}: 'factor' is not a number from 0 on; {_REMEDY}")
     if type(record.fields.get("best")) is not bool:
         raise LorakitError(f"{record.where}: 'best' is not true or false; {_REMEDY}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import Boundaries, MetricName
-from lorakit.settings import BoundarySettings
+from lorakit.commands._types import Boundaries, Factors, MetricName
+from lorakit.settings import LOSS, BoundarySettings
 
 search = _options.together(
     _options.field_option(
@@ -30,9 +30,27 @@ evaluation = _options.together(
     _options.field_option(
         BoundarySettings,
         "metric",
-        MetricName(),
-        "What scores the outputs, as in `score`.",
+        MetricName(LOSS),
+        "What scores the outputs, as in `score`; `loss` reads the completions and decodes nothing.",
         metavar="METRIC",
+    ),
+    _options.field_option(
+        BoundarySettings,
+        "rule",
+        click.Choice(["best", "1se"]),
+        "The best score, or the smallest boundary within one standard error of it.",
+    ),
+    _options.field_option(
+        BoundarySettings,
+        "keep",
+        click.Choice(["bottom", "top", "random"]),
+        "Which layers keep their LoRA: boundary K is K of them.",
+    ),
+    click.option(
+        "--factors",
+        type=Factors(),
+        metavar="F",
+        help="Multiply the upper layers' LoRA by each of these instead of dropping it: 0,0.25,0.5.",
     ),
     _options.lang,
     _options.decoding,
@@ -60,8 +78,25 @@ probability = _options.together(
 
 
 def check_options(boundary: BoundarySettings, predictions: str | None) -> None:
-    """Raise a usage error for an option that --by does not read."""
+    """Raise a usage error for an option that --by does not read, or two that exclude each other."""
     if boundary.by == "evaluation" and boundary.compare:
         raise click.UsageError("--compare is for --by probability only.")
-    if boundary.by == "probability" and predictions:
-        raise click.UsageError("--predictions is for --by evaluation only.")
+    if boundary.by == "probability":
+        _refuse_evaluation(boundary, predictions)
+    if boundary.metric == LOSS and predictions:
+        raise click.UsageError("--metric loss decodes nothing: leave --predictions out.")
+    if boundary.factors is not None and boundary.keep != "bottom":
+        raise click.UsageError("--factors scales what is above the bottom layers: no other --keep.")
+
+
+def _refuse_evaluation(boundary: BoundarySettings, predictions: str | None) -> None:
+    """Raise a usage error for an option that only --by evaluation reads."""
+    written = {
+        "--predictions": predictions is not None,
+        "--metric loss": boundary.metric == LOSS,
+        "--rule": boundary.rule != BoundarySettings.rule,
+        "--keep": boundary.keep != BoundarySettings.keep,
+        "--factors": boundary.factors is not None,
+    }
+    for option in (name for name, is_written in written.items() if is_written):
+        raise click.UsageError(f"{option} is for --by evaluation only.")

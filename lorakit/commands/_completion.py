@@ -51,7 +51,7 @@ class Completed(ParamType):
 def complete_values_(command: click.Command) -> click.Command:
     """Change the types of a command's parameters to those that complete; return the command."""
     for param in command.params:
-        if param.name in VALUES:
+        if param.name in VALUES and not isinstance(param.type, click.Choice):
             values, files = VALUES[param.name]
             param.type = Completed(_bound(values, param.type), files=files)
         elif param.type is click.STRING and _names_file(param):

@@ -143,10 +143,23 @@ def plot_importance(rows: Rows, *, output: str) -> None:
 
 
 def plot_boundaries(rows: Rows, *, output: str) -> None:
-    """Draw the score of every boundary, the best marked, the base model dashed (Figure 4)."""
+    """Draw the score of every boundary, the best marked, the base model dashed (Figure 4).
+
+    There is a line for each factor. A bar is one standard error of the difference from the highest
+    score, where the records have it.
+    """
     with _figure(output, rows) as figure:
         axes = figure.subplots()
-        _line(axes, 0, [row["boundary"] for row in rows], [row["score"] for row in rows], None)
+        factors = list(dict.fromkeys(row.get("factor") for row in rows))
+        for number, factor in enumerate(factors):
+            own = [row for row in rows if row.get("factor") == factor]
+            xs, ys = [row["boundary"] for row in own], [row["score"] for row in own]
+            label = None if factor is None else f"factor {factor:g}"
+            _line(axes, number, xs, ys, label, of=len(factors))
+            if "standard_error" in rows[0]:
+                errors = [row["standard_error"] for row in own]
+                color = grey(number, len(factors))
+                axes.errorbar(xs, ys, errors, fmt="none", ecolor=color, elinewidth=0.8, capsize=2)
         axes.axhline(rows[0]["baseline"], color="0.5", linestyle="--", label="base model")
         best = _best(rows)
         _mark_best(axes, best["boundary"], best["score"])

@@ -209,6 +209,26 @@ class Factor(ParamType):
         return factor
 
 
+class Factors(Numbers):
+    """A list of factors between 0 and 1, sorted, each once."""
+
+    name = "factors"
+
+    def convert(
+        self,
+        value: str | tuple[float, ...],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[float, ...]:
+        return tuple(sorted(set(super().convert(value, param, ctx))))
+
+    def _number(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super()._number(text, param, ctx)
+        if not 0 <= number <= 1:
+            self.fail(f"{text} is not in 0 ≤ factor ≤ 1", param, ctx)
+        return number + 0.0  # not -0.0
+
+
 class MetricName(ParamType):
     """The name of a metric that can decide from predictions and references, or one of `others`."""
 

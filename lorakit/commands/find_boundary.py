@@ -9,7 +9,7 @@ import click
 from lorakit.commands import _boundary_options, _options
 from lorakit.files import STDIO
 from lorakit.reach import check_model
-from lorakit.settings import BoundarySettings, GenerationSettings, ModelSettings
+from lorakit.settings import LOSS, BoundarySettings, GenerationSettings, ModelSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,10 +47,11 @@ def find_boundary(
 
     At boundary k the bottom k layers keep their LoRA. By evaluation, every boundary's greedy
     outputs on a sample of --data are scored; the best score wins, of equal ones the smaller
-    boundary. The base model's score is each record's `baseline`. By probability, one record tells
-    how probable the completion's first tokens are after k layers; the best is the knee of the mean:
-    the boundary farthest below the straight line from the first to the last (Kneedle's rule), the
-    last where none is below. ADAPTER may be `-`, which is the default.
+    boundary. The base model's score is each record's `baseline`. --metric loss measures the mean
+    loss of the completions' tokens instead, at half a pass a boundary. By probability, one record
+    tells how probable the completion's first tokens are after k layers; the best is the knee of the
+    mean: the boundary farthest below the straight line from the first to the last (Kneedle's rule),
+    the last where none is below. ADAPTER may be `-`, which is the default.
 
     \b
     lorakit find-boundary merged.safetensors --data val.jsonl |
@@ -65,6 +66,7 @@ def find_boundary(
     check_model(model.model, model.revision)
     from lorakit.adapters.storage import load_adapter
     from lorakit.boundary.evaluate import evaluate
+    from lorakit.boundary.loss import evaluate_loss
     from lorakit.boundary.probability import read_probabilities
     from lorakit.commands._opening import open_base
     from lorakit.commands._progress import TerminalReporter
@@ -77,7 +79,11 @@ def find_boundary(
         model, [loaded], generation.device, generation.dtype, reporter.note, training=False
     )
     rows: Sequence[BoundaryRecord]
-    if boundary.by == "evaluation":
+    if boundary.by == "evaluation" and boundary.metric == LOSS:
+        rows = evaluate_loss(
+            base, loaded, data, settings=boundary, generation=generation, reporter=reporter
+        ).as_records()
+    elif boundary.by == "evaluation":
         rows = evaluate(
             base,
             loaded,
@@ -100,9 +106,13 @@ def find_boundary(
 
 
 def _sketch(rows: Sequence[BoundaryRecord], reporter: TerminalReporter) -> None:
-    """Show the score of every boundary as a curve in text, where stderr is a terminal."""
+    """Show the score of every boundary as a curve in text, where stderr is a terminal.
+
+    Of several factors it is the curve of the best one's.
+    """
     from lorakit.commands._plots import sketch
 
-    boundaries = [row["boundary"] for row in rows]
-    best = next(row["boundary"] for row in rows if row["best"])
-    reporter.sketch(sketch(boundaries, [row["score"] for row in rows], best))
+    best = next(row for row in rows if row["best"])
+    shown = [row for row in rows if row.get("factor") == best.get("factor")]
+    boundaries = [row["boundary"] for row in shown]
+    reporter.sketch(sketch(boundaries, [row["score"] for row in shown], best["boundary"]))

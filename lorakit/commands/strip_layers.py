@@ -90,7 +90,7 @@ def strip_layers(
     source = _options.adapter_source(adapter)
     _options.check_stdin(source, boundary, data)
     from lorakit.adapters.storage import load_adapter
-    from lorakit.boundary.records import read_boundary
+    from lorakit.boundary.records import read_cut
     from lorakit.boundary.strip import write_stripped
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import check_adapter_output, refuse_terminal
@@ -102,8 +102,10 @@ def strip_layers(
         check_model(model.model, model.revision)
     reporter = TerminalReporter(quiet=quiet)
     layer = choice = None
-    if boundary is not None:
-        layer = int(boundary) if _NUMBER.fullmatch(boundary) else read_boundary(boundary)
+    if boundary is not None and _NUMBER.fullmatch(boundary):
+        layer = int(boundary)
+    elif boundary is not None:
+        layer, keep = read_cut(boundary)
     loaded = load_adapter(source, check_values=by is not None)
     if by is not None and data is not None:
         wanted = LayerChoiceSettings(by, share, threshold)

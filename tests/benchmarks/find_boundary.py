@@ -29,6 +29,7 @@ from lorakit.adapters.adapter import Adapter, tensors_of
 from lorakit.adapters.names import layer_of
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adapters.targets import peft_config
+from lorakit.boundary.cuts import bottom
 from lorakit.boundary.decode import Pool
 from lorakit.boundary.gates import Gates
 from lorakit.models.base import Base, load_base
@@ -173,7 +174,8 @@ def together(
     """Decode at all boundaries at once, as find-boundary does."""
     with Gates(attach(base, adapter)).standing() as gates:
         pool = Pool(base, gates, prompts, options.max_new_tokens, options.batch_size)
-        return {(output.prompt, output.boundary): output.tokens for output in pool.run(boundaries)}
+        cuts = {bottom(k, base.layers): k for k in boundaries}
+        return {(output.prompt, cuts[output.cut]): output.tokens for output in pool.run(list(cuts))}
 
 
 def main() -> None:

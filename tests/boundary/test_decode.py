@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from lorakit.boundary import decode
+from lorakit.boundary.cuts import Cut, bottom
 from lorakit.boundary.decode import Drafts, Pool
 
-PROMPT, END = "p", "."
+PROMPT, END, LAYERS = "p", ".", 3
 WRITTEN = {3: "abc.", 2: "abc.", 1: "ay.", 0: "x."}  # by boundary
 
 
@@ -51,9 +52,10 @@ class ScriptedSlots:
         return [self.predict(first + n, k, at, row, keep) for n, (k, at, row) in enumerate(rows)]
 
     def fan_out(
-        self, tokens: Sequence[int], boundaries: Sequence[int], first: int, keep: int
+        self, tokens: Sequence[int], splits: Sequence[int], first: int, keep: int
     ) -> list[list[int]]:
-        new = text_of(tokens)
+        new, boundaries = text_of(tokens), self.gates.boundaries
+        assert list(splits) == boundaries[1:], "boundary k splits off before layer k"
         self.passes.append(("fan out", [(k, new) for k in boundaries]))
         return [self.predict(first + n, k, 0, new, keep) for n, k in enumerate(boundaries)]
 
@@ -64,8 +66,8 @@ class ScriptedSlots:
 class Boundaries:
     """Stands in for the gates."""
 
-    def set(self, boundaries: Sequence[int]) -> None:
-        self.boundaries = list(boundaries)
+    def set(self, cuts: Sequence[Cut]) -> None:
+        self.boundaries = [sum(map(bool, cut.factors)) for cut in cuts]
 
     def of(self, rows: int) -> list[int]:
         return self.boundaries if len(self.boundaries) == rows else self.boundaries * rows
@@ -77,7 +79,8 @@ def test_the_worked_example_is_what_the_pool_does(monkeypatch: pytest.MonkeyPatc
     model = SimpleNamespace(passes=[], gates=gates)
     base: Any = SimpleNamespace(model=model, end_tokens=tuple(ids_of(END)))
     pool = Pool(base, gates, [ids_of(PROMPT)], 8, batch_size=4)
-    outputs = {(k, text_of(tokens)) for _, k, tokens in pool.run([3, 2, 1, 0])}
+    cuts = {bottom(k, LAYERS): k for k in (3, 2, 1, 0)}
+    outputs = {(cuts[cut], text_of(tokens)) for _, cut, tokens in pool.run(list(cuts))}
     assert outputs == {(3, "abc"), (2, "abc"), (1, "ay"), (0, "x")}
     assert model.passes == [
         ("extend", [(3, "p")]),

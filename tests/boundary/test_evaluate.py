@@ -9,19 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.adapter import Adapter, tensors_of
+from lorakit.adapters.names import layer_of
 from lorakit.adapters.storage import save_adapter
 from lorakit.boundary import evaluate as module
+from lorakit.boundary.cuts import Point, bottom, cut_at, layer_order
 from lorakit.boundary.decode import Pool, can_pool
-from lorakit.boundary.evaluate import Evaluation, decode, draw_sample, evaluate
+from lorakit.boundary.evaluate import decode, draw_sample, evaluate
 from lorakit.boundary.gates import Gates
+from lorakit.boundary.strip import strip_layers
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.lora import attach
 from lorakit.models.tokens import Example
 from lorakit.records.jsonl import load_records
 from lorakit.records.record import Record
-from lorakit.scoring.metrics import METRICS, Score
 from lorakit.scoring.systems import System, score_systems
 from lorakit.settings import BoundarySettings
 from tests.support.boundary_models import SETTINGS, Notes, alone, random_adapter
@@ -30,6 +32,7 @@ from tests.support.program import run
 from tests.support.training_data import rows, save_rows
 
 EVERY = list(range(LAYERS + 1))
+CUTS = {k: bottom(k, LAYERS) for k in EVERY}
 
 
 def records(count: int, seed: int = 0) -> list[Record]:
@@ -66,7 +69,7 @@ def test_every_boundary_writes_what_it_writes_alone(family: str, tmp_path: Path)
     for batch_size in (1, draw.randrange(2, 4), draw.randrange(4, 10), 40):
         settings = replace(SETTINGS, batch_size=batch_size)
         adapter = random_adapter(base)
-        outputs = decode(base, adapter, prompts(base, sample), EVERY, settings, Notes())
+        outputs = decode(base, adapter, prompts(base, sample), CUTS, settings, Notes())
         assert [outputs[k] for k in EVERY] == expected
 
 
@@ -91,7 +94,7 @@ def test_a_sliding_window_shorter_than_the_prompt_is_kept(
     monkeypatch.setitem(FAMILIES, family, narrow)
     name = save_model(tmp_path, family)
     base, sample = open_base(name), records(6)
-    outputs = decode(base, random_adapter(base), prompts(base, sample), EVERY, SETTINGS, Notes())
+    outputs = decode(base, random_adapter(base), prompts(base, sample), CUTS, SETTINGS, Notes())
     assert [outputs[k] for k in EVERY] == naive(name, base.end_tokens, sample)
 
 
@@ -102,7 +105,7 @@ def test_a_model_that_cannot_be_pooled_is_decoded_a_boundary_at_a_time(
     monkeypatch.setattr(module, "can_pool", lambda *arguments: False)
     monkeypatch.delattr(Pool, "run")
     notes = Notes()
-    outputs = decode(base, random_adapter(base), prompts(base, sample), EVERY, SETTINGS, notes)
+    outputs = decode(base, random_adapter(base), prompts(base, sample), CUTS, SETTINGS, notes)
     assert [outputs[k] for k in EVERY] == naive(llama, base.end_tokens, sample)
     assert notes.notes == [f"{llama} cannot decode boundaries together: one after the other"]
 
@@ -110,19 +113,55 @@ def test_a_model_that_cannot_be_pooled_is_decoded_a_boundary_at_a_time(
 def test_boundaries_with_the_same_layers_on_are_decoded_once(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, sample, asked = open_base(llama), records(5), []
+    base, sample = open_base(llama), records(5)
+    asked: list[tuple[float, ...]] = []
     whole = Pool.run
 
-    def counted(self: Pool, boundaries: Any) -> Any:
-        asked.extend(boundaries)
-        return whole(self, boundaries)
+    def counted(self: Pool, cuts: Any) -> Any:
+        asked.extend(cut.factors for cut in cuts)
+        return whole(self, cuts)
 
     monkeypatch.setattr(Pool, "run", counted)
     adapter = random_adapter(base, layers=[1])
-    outputs = decode(base, adapter, prompts(base, sample), EVERY, SETTINGS, Notes())
-    assert sorted(asked) == [0, 2]
+    outputs = decode(base, adapter, prompts(base, sample), CUTS, SETTINGS, Notes())
+    assert sorted(asked) == [(0.0, 0.0, 0.0), (0.0, 1.0, 0.0)]
     assert outputs[0] == outputs[1] != outputs[2] == outputs[3]
     assert [outputs[k] for k in EVERY] == naive(llama, base.end_tokens, sample, layers=[1])
+
+
+@pytest.mark.parametrize("keep", ["top", "random"])
+def test_other_layers_than_the_bottom_ones_write_what_they_write_alone(
+    llama: str, keep: str
+) -> None:
+    base, sample = open_base(llama), records(6)
+    order = layer_order(keep, LAYERS, seed=3)
+    cuts = {k: cut_at(Point(k), order) for k in EVERY}
+    for batch_size in (1, 3, 16):
+        settings = replace(SETTINGS, batch_size=batch_size)
+        adapter = random_adapter(base)
+        outputs = decode(base, adapter, prompts(base, sample), cuts, settings, Notes())
+        for k in EVERY[1:]:
+            stripped = strip_layers(random_adapter(base), keep=order[:k])
+            assert outputs[k] == alone(open_base(llama), stripped, sample, SETTINGS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_factor_writes_what_the_adapter_with_scaled_upper_b_writes(
+    family: str, tmp_path: Path
+) -> None:
+    name = save_model(tmp_path, family)
+    base, sample = open_base(name), records(6)
+    points = [Point(k, factor) for k in EVERY[1:] for factor in (0.0, 0.25, 0.5)]
+    cuts = {point: cut_at(point, range(LAYERS)) for point in points}
+    adapter = random_adapter(base)
+    outputs = decode(base, adapter, prompts(base, sample), cuts, SETTINGS, Notes())
+    assert len({tuple(texts) for texts in outputs.values()}) > len(EVERY)
+    for point in points:
+        factors = {
+            m.name: (m.a, m.b * cuts[point].left_in(layer_of(m.name))) for m in adapter.modules()
+        }
+        scaled = Adapter(tensors_of(factors), adapter.config)
+        assert outputs[point] == alone(open_base(name), scaled, sample, SETTINGS)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi", "gpt2"])
@@ -131,7 +170,7 @@ def test_every_projection_of_a_layer_can_have_lora(family: str, tmp_path: Path) 
     base, sample = open_base(name), records(5)
     shape: dict[str, Any] = {"targets": ["all-linear"], "size": 0.5}
     adapter = random_adapter(base, **shape)
-    outputs = decode(base, adapter, prompts(base, sample), EVERY, SETTINGS, Notes())
+    outputs = decode(base, adapter, prompts(base, sample), CUTS, SETTINGS, Notes())
     assert [outputs[k] for k in EVERY] == naive(name, base.end_tokens, sample, **shape)
 
 
@@ -141,7 +180,7 @@ def test_no_more_rows_than_the_batch_size_go_through_a_layer(llama: str) -> None
         layer.register_forward_hook(lambda module, inputs, output: seen.add(len(output)))
     settings = replace(SETTINGS, batch_size=3)
     sample = prompts(base, records(7))
-    texts = decode(base, random_adapter(base), sample, EVERY, settings, Notes())
+    texts = decode(base, random_adapter(base), sample, CUTS, settings, Notes())
     assert len(texts) == len(EVERY)
     assert max(seen) == 3
 
@@ -149,7 +188,7 @@ def test_no_more_rows_than_the_batch_size_go_through_a_layer(llama: str) -> None
 def test_the_model_is_as_it_was_afterwards(llama: str) -> None:
     base, sample = open_base(llama), records(4)
     adapter = random_adapter(base)
-    decode(base, adapter, prompts(base, sample), EVERY, SETTINGS, Notes())
+    decode(base, adapter, prompts(base, sample), CUTS, SETTINGS, Notes())
     after = [r.prediction for r, _ in boundary_outputs(base, sample)]
     assert after == alone(open_base(llama), adapter, sample, SETTINGS)
 
@@ -197,29 +236,6 @@ def test_scores_are_those_that_score_gives_the_predictions(
         assert (row["score"], row["signature"], row["count"]) == (score.value, score.signature, 8)
     assert [row["boundary"] for row in scored] == [1, 2, 3]
     assert sum(row["best"] for row in scored) == 1
-
-
-def values(*scores: float, metric: str = "rougeL") -> Evaluation:
-    return Evaluation([], {}, {k: Score(metric, v, 1, "") for k, v in enumerate(scores)})
-
-
-def test_the_best_of_equal_boundaries_is_the_smaller_and_never_the_base() -> None:
-    assert values(9.0, 1.0, 3.0, 3.0).best == 2
-    assert values(0.0, 0.0, 0.0).best == 1
-
-
-def test_where_lower_is_better_the_lowest_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METRICS, "wer", replace(METRICS["em"], higher_is_better=False))
-    evaluation = values(0.0, 2.0, 1.0, metric="wer")
-    assert evaluation.best == 2
-    assert "does not help" in evaluation.baseline_note
-
-
-def test_a_base_that_wins_is_said() -> None:
-    assert values(3.0, 1.0, 2.0).baseline_note.endswith("(2.00): the adapter does not help")
-    assert values(1.0, 1.0, 2.0).baseline_note.endswith(
-        "scores 1.00 rougeL, boundary 2 scores 2.00"
-    )
 
 
 def test_a_sample_is_drawn_by_its_seed_and_kept_in_order(data: str) -> None:
@@ -291,6 +307,13 @@ def test_the_command_reads_an_adapter_from_a_pipe_and_marks_one_best(
     ("arguments", "reason"),
     [
         (["a", "--data", "x", "--boundaries", "0-3"], "boundaries begin at 1"),
+        (["a", "--data", "x", "--by", "probability", "--metric", "loss"], "evaluation only"),
+        (["a", "--data", "x", "--by", "probability", "--rule", "1se"], "evaluation only"),
+        (["a", "--data", "x", "--by", "probability", "--keep", "top"], "evaluation only"),
+        (["a", "--data", "x", "--by", "probability", "--factors", "0,0.5"], "evaluation only"),
+        (["a", "--data", "x", "--metric", "loss", "--predictions", "p"], "decodes nothing"),
+        (["a", "--data", "x", "--keep", "top", "--factors", "0.5"], "no other --keep"),
+        (["a", "--data", "x", "--factors", "0,1.5"], "1.5 is not in 0 ≤ factor ≤ 1"),
         (["a", "--data", "x", "--compare", "2"], "--compare is for --by probability only"),
         (["a", "--data", "x", "--by", "probability", "--predictions", "p"], "evaluation only"),
         (["--data", "-"], "Only one input can be '-'"),

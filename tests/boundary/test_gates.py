@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lorakit.boundary.cuts import Cut, bottom
 from lorakit.boundary.gates import Gates
 from lorakit.models.lora import attach
 from tests.support.boundary_models import random_adapter
@@ -16,7 +17,7 @@ def rows_adapted(llama: str, boundaries: list[int]) -> list[list[bool]]:
     layers = attach(base, random_adapter(base))
     adapted = []
     with Gates(layers).standing() as gates:
-        gates.set(boundaries)
+        gates.set([bottom(k, 3) for k in boundaries])
         for name, layer in layers.items():
             if name.endswith("q_proj"):
                 x = torch.ones(3, 1, 32)
@@ -34,3 +35,18 @@ def test_a_row_gets_lora_in_the_layers_below_its_boundary(llama: str) -> None:
     first, second, third = [True, True, False], [True, False, False], [True, False, False]
     assert rows_adapted(llama, [3, 1, 0]) == [first, second, third]
     assert rows_adapted(llama, [2]) == [[True] * 3, [True] * 3, [False] * 3]
+
+
+def test_a_row_gets_its_own_share_of_each_layer(llama: str) -> None:
+    base = open_base(llama)
+    layers = attach(base, random_adapter(base))
+    cuts = [Cut(1.0, (1.0, 0.5, 0.25)), Cut(1.0, (0.0, 0.5, 1.0))]
+    x = torch.ones(2, 1, 32)
+    queries = [layer for name, layer in layers.items() if name.endswith("q_proj")]
+    whole = [layer.forward(x) - layer.get_base_layer()(x) for layer in queries]
+    with Gates(layers).standing() as gates:
+        gates.set(cuts)
+        for number, (layer, change) in enumerate(zip(queries, whole, strict=True)):
+            factors = torch.tensor([cut.factors[number] for cut in cuts]).view(2, 1, 1)
+            expected = layer.get_base_layer()(x) + factors * change
+            assert torch.allclose(layer.forward(x), expected, atol=1e-6)

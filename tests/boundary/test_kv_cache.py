@@ -89,7 +89,7 @@ def test_the_worked_example_is_what_lies_in_the_slots(kind: type[Model]) -> None
 def test_a_row_splits_off_before_the_layer_of_its_boundary() -> None:
     model = Model()
     slots = Slots(model, rows=4, length=4)
-    slots.fan_out([A, B], [2, 0, 1], 1, 1)
+    slots.fan_out([A, B], [0, 1], 1, 1)
     assert [len(model.seen[layer]) for layer in range(LAYERS)] == [2, 3, 3]
     slots.extend([[C], [C], [C]], [2, 2, 2], 1, 1)
     assert all(model.seen[layer] == [[A, B, C]] * 3 for layer in range(LAYERS))

@@ -9,6 +9,7 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
+from lorakit.boundary import probability as module
 from lorakit.boundary.probability import knee, read_probabilities
 from lorakit.boundary.records import ProbabilityRecord
 from lorakit.models.base import Base
@@ -128,15 +129,28 @@ def test_the_model_is_as_it_was_afterwards(llama: str, data: str) -> None:
     [
         ([0.0, 0.0, 0.0, 0.1, 0.9, 1.0], 3),
         ([0.1, 0.1, 0.1, 0.1, 0.9], 3),
-        ([0.0, 0.9, 1.0], 2),
-        ([0.0, 1.0, 2.0, 3.0], 3),
-        ([0.5], 0),
+        ([0.0, 0.9, 1.0], None),
+        ([0.0, 1.0, 2.0, 3.0], None),
+        ([0.5], None),
         ([1.0, 0.0, 0.0, 1.0], 1),
     ],
     ids=["convex", "late jump", "concave", "straight", "one", "equal"],
 )
-def test_the_knee_is_farthest_below_the_chord(values: list[float], place: int) -> None:
+def test_the_knee_is_farthest_below_the_chord(values: list[float], place: int | None) -> None:
     assert knee(values) == place
+
+
+def test_a_curve_without_a_knee_is_said_and_its_last_boundary_marked(
+    llama: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, notes = open_base(llama), Notes()
+    arguments: dict[str, Any] = {"settings": BoundarySettings(), "generation": SETTINGS}
+    monkeypatch.setattr(module, "knee", lambda values: None)
+    records = read_probabilities(base, random_adapter(base), data, reporter=notes, **arguments)
+    assert [record["best"] for record in records] == [False, False, True]
+    assert notes.notes == [
+        "no knee: the curve is nowhere below its chord; boundary 3, the last, is marked as the best"
+    ]
 
 
 @pytest.mark.parametrize("more", [[], ["--compare", "1,2"]], ids=["alone", "compared"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.boundary.records import read_boundary
+from lorakit.boundary.records import BestCut, read_cut
 from lorakit.errors import LorakitError
 
 BEST = {"boundary": 3, "score": 40.5, "metric": "rougeL", "best": True}
@@ -22,7 +22,19 @@ def write(path: Path, *records: Any) -> str:
 
 def test_the_boundary_is_that_of_the_best_record(tmp_path: Path) -> None:
     base = {"boundary": 0, "score": 99.0, "best": False}
-    assert read_boundary(write(tmp_path / "b.jsonl", base, OTHER, BEST, OTHER)) == 3
+    assert read_cut(write(tmp_path / "b.jsonl", base, OTHER, BEST, OTHER)) == BestCut(3)
+
+
+def test_layers_that_are_not_the_bottom_ones_are_read(tmp_path: Path) -> None:
+    top = {**BEST, "keep": "top", "layers": [3, 4, 5]}
+    assert read_cut(write(tmp_path / "b.jsonl", OTHER, top)) == BestCut(3, (3, 4, 5))
+
+
+def test_a_best_that_scales_layers_names_the_command_that_does(tmp_path: Path) -> None:
+    plain = {**OTHER, "factor": 0.25}
+    assert read_cut(write(tmp_path / "b.jsonl", plain, {**BEST, "factor": 0.0})) == BestCut(3)
+    with pytest.raises(LorakitError, match=r"b.jsonl:1: .*scale-layers --from 3 --factor 0.25"):
+        read_cut(write(tmp_path / "b.jsonl", {**BEST, "factor": 0.25}))
 
 
 @pytest.mark.parametrize(
@@ -37,6 +49,9 @@ def test_the_boundary_is_that_of_the_best_record(tmp_path: Path) -> None:
         ([{**BEST, "boundary": 3.0}], r"b.jsonl:1: 'boundary' is not a natural"),
         ([{**BEST, "score": None}], r"b.jsonl:1: 'score' is not a number; "),
         ([{**BEST, "best": 1}], r"b.jsonl:1: 'best' is not true or false; "),
+        ([{**BEST, "layers": 3}], r"b.jsonl:1: 'layers' are not natural numbers; "),
+        ([{**BEST, "layers": [0, -1]}], r"b.jsonl:1: 'layers' are not natural numbers; "),
+        ([{**BEST, "factor": "0"}], r"b.jsonl:1: 'factor' is not a number; "),
         ([{"prompt": "p"}], r"b.jsonl:1: 'boundary' is not"),
         ([[1]], r"b.jsonl:1: not a JSON object"),
     ],
@@ -45,4 +60,4 @@ def test_other_records_are_refused_by_file_and_line(
     records: list[Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(LorakitError, match=message):
-        read_boundary(write(tmp_path / "b.jsonl", *records))
+        read_cut(write(tmp_path / "b.jsonl", *records))

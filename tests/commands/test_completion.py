@@ -72,6 +72,7 @@ CASES = {
     "loss": ("lorakit merge --select-by lo", ["plain,loss"]),
     "methods": ("lorakit merge --method dare", ["plain,dare-linear", "plain,dare-ties"]),
     "layers of the model": ("lorakit train-adapter --layers 4-", ["plain,4-5", "plain,4-6"]),
+    "a choice, not layers": ("lorakit find-boundary a --keep r", ["plain,random"]),
     "layers of the adapter": ("lorakit strip-layers a.safetensors --keep 0,", ["plain,0,1"]),
     "boundaries": ("lorakit strip-layers a.safetensors --boundary 2", ["plain,2"]),
     "layers to scale from": ("lorakit scale-layers a.safetensors --from 1", ["plain,1"]),

@@ -106,6 +106,16 @@ def test_a_threshold_may_be_any_number_from_zero_up() -> None:
         convert(_types.Amounts("threshold"), "-1")
 
 
+def test_factors_are_sorted_each_once() -> None:
+    assert convert(_types.Factors(), "0.5, 0,0.25,0.5,-0") == (0.0, 0.25, 0.5)
+
+
+@pytest.mark.parametrize("text", ["-0.1", "1.01", "0,2"])
+def test_a_factor_outside_the_unit_interval_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not in 0 ≤ factor ≤ 1"):
+        convert(_types.Factors(), text)
+
+
 @pytest.mark.parametrize("text", ["1", "0.2", "1e-9", "1.0"])
 def test_a_density_is_the_exact_decimal_it_was_written_as(text: str) -> None:
     assert convert(_types.Density(), text) == Decimal(text)

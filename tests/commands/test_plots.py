@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from lorakit.commands._plots import (
     check_plot,
     grey,
+    plot_boundaries,
     plot_importance,
     plot_lines,
     plot_probabilities,
@@ -100,6 +102,33 @@ def test_a_legend_covers_no_data(
     for axes in figure.axes:
         assert axes.get_legend() is None
         assert not box.overlaps(axes.get_window_extent())
+
+
+def scored(k: int, factor: float | None = None, **more: float) -> dict[str, Any]:
+    named = {} if factor is None else {"factor": factor}
+    row = {"boundary": k, "score": k / 9, "metric": "f1", "baseline": 0.1, "best": k == 2}
+    return {**row, "best": k == 2 and not factor, **named, **more}
+
+
+@pytest.mark.parametrize("errors", [{}, {"standard_error": 0.5}], ids=["without", "with"])
+def test_boundaries_have_bars_where_the_records_have_errors(
+    errors: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [scored(k, **errors) for k in (1, 2, 3)]
+    figure = drawn(lambda output: plot_boundaries(rows, output=output), tmp_path, monkeypatch)
+    (axes,) = figure.axes
+    (star,) = (line for line in axes.lines if line.get_label() == "best")
+    assert np.asarray(star.get_xdata()).tolist() == [2.0]
+    bars = [path for lines in axes.collections for path in lines.get_paths()]
+    lengths = [float(np.ptp(np.asarray(bar.vertices)[:, 1])) for bar in bars]
+    assert lengths == pytest.approx([1.0, 1.0, 1.0] if errors else [])
+
+
+def test_every_factor_has_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [scored(k, factor) for k in (1, 2, 3) for factor in (0.0, 0.25)]
+    figure = drawn(lambda output: plot_boundaries(rows, output=output), tmp_path, monkeypatch)
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert labels == ["factor 0", "factor 0.25", "base model", "best"]
 
 
 def test_importance_has_a_row_for_each_block_and_projection(tmp_path: Path) -> None:

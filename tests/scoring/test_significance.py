@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 
 from lorakit.errors import LorakitError
 from lorakit.scoring.metrics import METRICS, compute_statistics
-from lorakit.scoring.significance import bootstrap, compare, interval_of, p_values
+from lorakit.scoring.significance import (
+    bootstrap,
+    compare,
+    interval_of,
+    p_values,
+    paired_error,
+)
 from lorakit.scoring.statistics import Statistics
 from lorakit.settings import SignificanceSettings
 
@@ -268,3 +274,39 @@ def test_ten_thousand_trials_on_a_whole_test_set_take_seconds(shared: Path) -> N
     interval = interval_of(bootstrap(ours, SignificanceSettings())[0])
     assert time.process_time() - start < 10
     assert interval.low < ours[0][0].value < interval.high
+
+
+# — the standard error of a paired difference —
+
+WORDS = ["red", "blue", "green", "cat", "dog", "sun", "moon", "tree", "old", "new"]
+
+
+def texts_of(count: int, seed: int) -> list[str]:
+    draw = np.random.default_rng(seed)
+    return [" ".join(draw.choice(WORDS, size=draw.integers(4, 12))) for _ in range(count)]
+
+
+def test_the_paired_error_of_a_mean_is_the_usual_one() -> None:
+    references = [[text] for text in texts_of(20, 0)]
+    ours, theirs = (
+        compute_statistics(texts_of(20, seed), references, metric="f1") for seed in (1, 2)
+    )
+    pairs = zip(ours.rows, theirs.rows, strict=True)
+    differences = [100 * (our_row[0] - their_row[0]) for our_row, their_row in pairs]
+    assert paired_error(ours, theirs) == pytest.approx(np.std(differences, ddof=1) / 20**0.5)
+    assert paired_error(ours, ours) == 0.0
+
+
+def test_the_paired_error_of_a_value_of_the_file_is_near_the_bootstrap_s() -> None:
+    texts = texts_of(200, 0)
+    draw = np.random.default_rng(1)
+    sides = []
+    for share in (0.2, 0.4):  # of the words exchanged
+        other = [
+            " ".join(str(draw.choice(WORDS)) if draw.random() < share else w for w in text.split())
+            for text in texts
+        ]
+        sides.append(compute_statistics(other, [[text] for text in texts], metric="bleu"))
+    ours, theirs = sides
+    (our_values,), (their_values,) = (bootstrap([[side]], FEW) for side in sides)
+    assert paired_error(ours, theirs) == pytest.approx(np.std(our_values - their_values), rel=0.15)

@@ -1,0 +1,128 @@
+"""Find the boundary by loss: the k at which the bottom k layers' LoRA predicts completions best.
+
+The loss is that of training: the mean cross-entropy over all completion tokens of the sample, the
+end token included, each read with the tokens before it as they are in the record. Nothing is
+decoded. What cuts share is computed once (layerwise.py); a model whose layers cannot be run one by
+one takes a whole pass for each cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.names import layer_of
+from lorakit.boundary.choice import Sweep, check_rule
+from lorakit.boundary.cuts import Cut, cut_at, layer_order, search_points
+from lorakit.boundary.evaluate import draw_sample
+from lorakit.boundary.gates import Gates
+from lorakit.boundary.layerwise import Losses, layerwise_for, read_alone
+from lorakit.models.base import Base
+from lorakit.models.batches import micro_batches
+from lorakit.models.lora import attach
+from lorakit.models.predictions import encoder_of
+from lorakit.models.tokens import Example, encode_all
+from lorakit.reporting import Reporter
+from lorakit.scoring.statistics import Row, Statistics
+from lorakit.settings import BoundarySettings, GenerationSettings
+from lorakit.versions import version_of
+
+if TYPE_CHECKING:
+    from lorakit.scoring.statistics import Array
+
+K = TypeVar("K", bound=Hashable)
+TOKENS_PER_ROW = (
+    128  # --batch-size rows of so many tokens bound what goes through the model at once
+)
+
+
+def evaluate_loss(
+    base: Base,
+    adapter: Adapter,
+    data: str,
+    *,
+    settings: BoundarySettings,
+    generation: GenerationSettings,
+    reporter: Reporter,
+) -> Sweep:
+    """Measure the loss on a sample of `data` at every boundary, and every factor.
+
+    Raises LorakitError naming file and line for a record that cannot be used, such as one without a
+    completion, and for an adapter or a boundary that does not fit the base.
+    """
+    points = search_points(settings, base.layers)
+    order = layer_order(settings.keep, base.layers, generation.seed)
+    records = draw_sample(
+        data, "prompt", "completion", sample=settings.sample, seed=generation.seed
+    )
+    check_rule(settings.rule, len(records))
+    encoder = encoder_of(base, adapter, generation)
+    examples = encode_all(records, encoder.example, reporter.note)
+    cuts = {point: cut_at(point, order) for point in points}
+    losses = losses_under(base, adapter, examples, cuts, generation.batch_size, reporter)
+    sweep = Sweep(
+        {point: loss_statistics(sums, examples) for point, sums in losses.items()}, settings, order
+    )
+    for line in sweep.notes:
+        reporter.note(line)
+    return sweep
+
+
+def loss_statistics(sums: Sequence[float], examples: Sequence[Example]) -> Statistics:
+    """Return the statistics of a mean loss in nats a token, from the summed losses of examples."""
+    rows = [[total, float(row.targets)] for total, row in zip(sums, examples, strict=True)]
+    signature = f"tokens:completion+end|unit:nats|version:lorakit-{version_of('lorakit')}"
+    return Statistics(rows, _mean, _means, signature)
+
+
+def _mean(total: Row, count: int) -> float:
+    return total[0] / total[1]
+
+
+def _means(totals: Array, count: int) -> Array:
+    means: Array = totals[:, 0] / totals[:, 1]
+    return means
+
+
+def losses_under(
+    base: Base,
+    adapter: Adapter,
+    examples: Sequence[Example],
+    cuts: Mapping[K, Cut],
+    batch_size: int,
+    reporter: Reporter,
+) -> dict[K, list[float]]:
+    """Return, by the keys of `cuts`, the summed loss of each example's completion, in nats.
+
+    Cuts that leave the same LoRA are computed once.
+    """
+    layers = attach(base, adapter)
+    places = {layer_of(name) for name in layers}
+    left = {key: cut.on(places) for key, cut in cuts.items()}
+    distinct = sorted(set(left.values()), reverse=True)
+    numbers = {id(example): number for number, example in enumerate(examples)}
+    batches = micro_batches(examples, TOKENS_PER_ROW * batch_size)
+    sums: dict[Cut, list[float]] = {cut: [0.0] * len(examples) for cut in distinct}
+    with Gates(layers).standing() as gates:
+        read = _reader(base, gates, examples, distinct, reporter)
+        steps = ((rows, losses) for rows in batches for losses in read(rows, distinct))
+        for rows, losses in reporter.timed(steps, "reading", len(batches) * len(distinct)):
+            for row, total in zip(rows, losses.sums.tolist(), strict=True):
+                sums[losses.cut][numbers[id(row)]] = total
+    return {key: sums[cut] for key, cut in left.items()}
+
+
+def _reader(
+    base: Base,
+    gates: Gates,
+    examples: Sequence[Example],
+    cuts: Sequence[Cut],
+    reporter: Reporter,
+) -> Callable[[Sequence[Example], Sequence[Cut]], Iterator[Losses]]:
+    """Return what reads rows under many cuts: layer by layer if the model allows it."""
+    layerwise = layerwise_for(base, gates, examples, cuts)
+    if layerwise is not None:
+        return layerwise.read
+    reporter.note(f"{base.name} cannot be read layer by layer: one pass for each boundary")
+    return lambda rows, cuts: read_alone(base, gates, rows, cuts)
