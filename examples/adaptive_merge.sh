@@ -3,8 +3,9 @@
 # three seeds. Table 2: zero-shot, the related adapters (XS: headlines, WL: how-to steps), the target
 # adapter (TGT, 50 examples), LoRAHub, and our merges of XS+WL and of XS+WL+TGT, each without and with
 # pruning. Table 4, on the Japanese tasks: what makes a parameter important, the unit that is pruned,
-# and the value it is reset to. A star marks what differs from TGT (Table 2) or from no pruning (Table
-# 4) by paired approximate randomization, p < 0.05. What it printed is in examples/README.md.
+# and the value it is reset to, every row at the ratio 0.1. A star marks what differs from TGT (Table
+# 2) or from no pruning (Table 4) by paired approximate randomization, p < 0.05. What it printed is in
+# examples/README.md.
 #
 #     sh examples/adaptive_merge.sh [FOLDER]    # work goes to FOLDER, by default ./runs
 #
@@ -116,14 +117,11 @@ ablations() { # of XS+WL+TGT, Japanese; the eighth, input-parameter-zero, is xs+
             pruning="--importance $importance --prune-value $value --seed $seed"
             [ $importance-$value = input-zero ] ||
                 make "$importance-parameter-$value.safetensors" merge $adapters $merging 0.1 $pruning
-            [ $importance = input ] && threshold=$T_INPUT || threshold=$T_GRADIENT
-            make "$importance-module-$value.safetensors" merge $adapters $target --lr 3e-3 \
-                --unit module --prune-threshold $threshold $pruning
+            make "$importance-module-$value.safetensors" merge $adapters $merging 0.1 \
+                --unit module $pruning
         done
     done
 }
-# Near the lowest tenth that --prune-threshold auto printed for XS+WL on the Japanese titles, seed 0.
-T_INPUT=${T_INPUT:-2.3} T_GRADIENT=${T_GRADIENT:-1e-8}
 
 outputs() {
     for adapter in tgt lorahub.xs+wl lorahub.xs+wl+tgt xs+wl xs+wl.pruned xs+wl+tgt xs+wl+tgt.pruned \

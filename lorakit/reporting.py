@@ -7,17 +7,19 @@ writes to stderr and to `--log` (commands/_progress.py); Silent is for everyone 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+Measurements = Mapping[str, float | None]  # by the names of their fields in a log line
 
 
 @dataclass(frozen=True)
 class StepReport:
     """One optimiser step; `train_loss` in nats per token, `grad_norm` before clipping.
 
-    `candidate` names the run when a search trains several.
+    `measurements` are what the trainer's hooks measured; `candidate` names the run when a search
+    trains several.
     """
 
     step: int
@@ -26,11 +28,14 @@ class StepReport:
     lr: float
     grad_norm: float
     tokens_per_second: float
+    measurements: Measurements = field(default_factory=dict)
     candidate: str | None = None
 
     def log_entry(self) -> dict[str, object]:
-        """Return the fields of the log line: the candidate first, if there is one."""
-        return _log_entry(asdict(self), self.candidate)
+        """Return the fields of the log line: the candidate first, measurements last."""
+        fields = asdict(self)
+        measurements = fields.pop("measurements")
+        return _log_entry({**fields, **measurements}, self.candidate)
 
 
 @dataclass(frozen=True)

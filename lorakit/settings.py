@@ -15,11 +15,20 @@ SCHEDULES = ("linear", "cosine", "constant")
 LEARNED_WEIGHTS_LR = 3e-2  # of `merge --method learned-weights`, whose weights move by tenths
 HOLD_OUT = 0.2  # the share of --data that validates when --val is missing
 _NOT_IN_HISTORY = ("device",)  # where a run computes should not change its result
-_IN_HISTORY_IF_SET = ("cut", "system", "chat_args")
+_IN_HISTORY_IF_SET = ("cut", "system", "chat_args", "keep", "group", "prune_every")
 
 # Ratios or thresholds to choose from: none (pruning stays as set), one or several; with "auto" a
 # halving search picks them.
 PruningValues = tuple[Decimal, ...] | Literal["auto"]
+
+
+def _without_defaults(fields: Mapping[str, object], kind: type) -> dict[str, object]:
+    """Return the fields of a kind of settings without those of _IN_HISTORY_IF_SET at default."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in _IN_HISTORY_IF_SET or value != getattr(kind, name)
+    }
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,16 @@ class TrainingSettings:
     """How LoRA weights are trained, by `train-adapter` and `merge` alike.
 
     Lengths are in tokens; `batch_size` is in examples an optimiser step, `warmup` a share of all
-    steps, `patience` in epochs without a lower validation loss. `cut` is the part of a prompt that
-    `truncate` shortens; `system` and `chat_args` (names and values) go to the chat template.
+    steps, `patience` in epochs without a lower validation loss. `keep` says whose epoch's weights
+    are the result: those of the `best` epoch on the validation set, or of the `last`, for which
+    `patience` does not count. `cut` is the part of a prompt that `truncate` shortens; `system` and
+    `chat_args` (names and values) go to the chat template.
     """
 
     lr: float = 2e-4
     epochs: int = 20
     patience: int = 3
+    keep: str = "best"
     batch_size: int = 8
     micro_batch_tokens: int = 2048
     max_length: int | None = None
@@ -73,11 +85,11 @@ class TrainingSettings:
     def history_fields(self) -> dict[str, object]:
         """Return the settings that an adapter's history records; some of them only where set."""
         fields = {n: value for n, value in asdict(self).items() if n not in _NOT_IN_HISTORY}
-        for name in _IN_HISTORY_IF_SET:
-            if fields[name] == getattr(TrainingSettings, name):
-                del fields[name]
+        fields = _without_defaults(fields, TrainingSettings)
         if self.chat_args:
             fields["chat_args"] = dict(self.chat_args)
+        if self.keep == "last":
+            del fields["patience"]
         return fields
 
 
@@ -98,15 +110,15 @@ class SelectionSettings:
     max_new_tokens: int = 128
 
     @property
-    def searches_by(self) -> str:
+    def search_metric(self) -> str:
         """What the runs of a search are compared by."""
         return self.metric or self.select_by
 
     def history_fields(self) -> dict[str, object]:
         """Return the settings that an adapter's history records: only those that had an effect."""
-        if {self.select_by, self.searches_by} == {LOSS}:
+        if {self.select_by, self.search_metric} == {LOSS}:
             return {"select_by": LOSS}
-        return {**asdict(self), "metric": self.searches_by}
+        return {**asdict(self), "metric": self.search_metric}
 
 
 @dataclass(frozen=True)
@@ -121,11 +133,12 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """What is reset after every step, and to what.
+    """What is reset after a step, and to what.
 
-    With unit `parameter`, `prune_ratio` of each group, an exact decimal; with unit `module`, the
-    A/B pairs whose mean importance is below `prune_threshold`. `calibrate_every` is in optimiser
-    steps; None refreshes the input norms once an epoch.
+    With unit `parameter`, `prune_ratio` of each `group`, an exact decimal; with unit `module`, as
+    many A/B pairs as make up that share, or, where there is a `prune_threshold`, those whose mean
+    importance is below it. `prune_every` and `calibrate_every` are in optimiser steps; `epoch`
+    prunes after the last step of each epoch, and None refreshes the input norms once an epoch.
     """
 
     prune_ratio: Decimal = Decimal(0)
@@ -134,17 +147,24 @@ class PruningSettings:
     unit: str = "parameter"
     prune_threshold: Decimal | None = None
     prune_value: str = "zero"
+    group: str = "matrix"
+    prune_every: int | Literal["epoch"] = 1
 
     @property
-    def chooses(self) -> str:
+    def by_threshold(self) -> bool:
+        """Whether a threshold, not a ratio, says how much is reset."""
+        return self.unit == "module" and self.prune_threshold is not None
+
+    @property
+    def amount_option(self) -> str:
         """The name of the setting that says how much is reset."""
-        return "prune_threshold" if self.unit == "module" else "prune_ratio"
+        return "prune_threshold" if self.by_threshold else "prune_ratio"
 
     @property
     def value(self) -> Decimal:
         """How much is reset: the ratio, or the threshold."""
-        amount = self.prune_threshold if self.unit == "module" else self.prune_ratio
-        return Decimal(0) if amount is None else amount
+        threshold = self.prune_threshold if self.by_threshold else None
+        return self.prune_ratio if threshold is None else threshold
 
     @property
     def prunes(self) -> bool:
@@ -153,18 +173,22 @@ class PruningSettings:
 
     def at(self, value: Decimal) -> PruningSettings:
         """Return the same settings with another ratio or threshold."""
-        if self.unit == "module":
+        if self.by_threshold:
             return replace(self, prune_threshold=value)
         return replace(self, prune_ratio=value)
 
     def history_fields(self) -> dict[str, object]:
-        """Return the settings that an adapter's history records, decimals as floats."""
+        """Return the settings that an adapter's history records, decimals as floats.
+
+        Those of _IN_HISTORY_IF_SET only where they are not the default.
+        """
         threshold = self.prune_threshold
-        return {
+        fields = {
             **asdict(self),
             "prune_ratio": float(self.prune_ratio),
             "prune_threshold": None if threshold is None else float(threshold),
         }
+        return _without_defaults(fields, PruningSettings)
 
 
 @dataclass(frozen=True)

@@ -243,10 +243,39 @@ SERVED = ("--data", "x", "--endpoint", "http://x/v1", "--served-model", "m")
         (("merge", "-", "-", "--method", "cat"), "one stdin"),
         (("merge", "a", "--data", "x", "--prune-ratio", "1"), "0 ≤ ratio < 1"),
         (("merge", "a", "--data", "x", "--prune-ratio", "nan"), "is not a number"),
-        (("merge", "a", "--data", "x", "--unit", "module"), "Missing option '--prune-threshold'"),
         (
-            ("merge", "a", "--data", "x", "--unit", "module", "--prune-ratio", "0.1"),
-            "is told by --prune-threshold",
+            ("merge", "a", "--data", "x", "--unit", "module"),
+            "--unit module needs one of --prune-ratio and --prune-threshold",
+        ),
+        (
+            (
+                *("merge", "a", "--data", "x", "--unit", "module"),
+                *("--prune-ratio", "0.1", "--prune-threshold", "1"),
+            ),
+            "--unit module needs one of --prune-ratio and --prune-threshold",
+        ),
+        (
+            (
+                *("merge", "a", "--data", "x", "--unit", "module"),
+                *("--prune-ratio", "0.1", "--group", "row"),
+            ),
+            "--unit module takes --group adapter or all, not row",
+        ),
+        (
+            (
+                *("merge", "a", "--data", "x", "--unit", "module"),
+                *("--prune-threshold", "1", "--group", "all"),
+            ),
+            "--prune-threshold has none",
+        ),
+        (("merge", "a", "--data", "x", "--prune-every", "0"), "nor 'epoch'"),
+        (
+            ("merge", "a", "--data", "x", "--keep", "last", "--patience", "3"),
+            "--patience has no effect with --keep last",
+        ),
+        (
+            ("train-adapter", "--data", "x", "--keep", "last", "--patience", "3"),
+            "--patience has no effect with --keep last",
         ),
         (("merge", "a", "--data", "x", "--prune-threshold", "1"), "is for --unit module only"),
         (("merge", "a", "--data", "x", "--plot", "a.png"), "--plot needs several ratios"),

@@ -30,11 +30,15 @@ class SliceFields(TypedDict, total=False):
 
 
 class BlockFields(TypedDict, total=False):
-    """A block as the header has it; `zeros` is its share of zero parameters."""
+    """A block as the header has it; `zeros` is its share of zero parameters.
+
+    `reset`, where pruning resets to another value than zero, is the share that stood at that value.
+    """
 
     name: str
     sha256: str
     zeros: float
+    reset: float
     modules: dict[str, SliceFields]
 
 
@@ -68,13 +72,24 @@ class Block:
             a, b = factors[name]
             yield a[part.span], b[:, part.span]
 
-    def fields(self, zeros: float) -> BlockFields:
-        """Return the block as the header has it; `zeros` is its share of zero parameters."""
+    def fields(self, zeros: float, reset: float | None = None) -> BlockFields:
+        """Return the block as the header has it, with its share of zero parameters.
+
+        `reset` is the share that stands at the value that pruning resets to, None to leave it out.
+        """
         modules: dict[str, SliceFields] = {
             name: {"offset": part.offset, "rank": part.rank, "scale": part.scale}
             for name, part in self.modules.items()
         }
-        return {"name": self.name, "sha256": self.sha256, "zeros": zeros, "modules": modules}
+        fields: BlockFields = {
+            "name": self.name,
+            "sha256": self.sha256,
+            "zeros": zeros,
+            "modules": modules,
+        }
+        if reset is not None:
+            fields["reset"] = reset
+        return fields
 
 
 def share_of_zeros(pairs: Iterable[Pair]) -> float:
@@ -101,6 +116,17 @@ def _read_block(fields: BlockFields) -> Block:
         for name, part in fields["modules"].items()
     }
     return Block(str(fields["name"]), str(fields["sha256"]), modules)
+
+
+def narrowed(block: BlockFields, modules: Mapping[str, SliceFields], zeros: float) -> BlockFields:
+    """Return a header's block with fewer modules, or the same, and their share of zeros.
+
+    The share `reset` is dropped with a module, since it cannot be counted again.
+    """
+    fields: BlockFields = {**block, "modules": dict(modules), "zeros": zeros}
+    if modules.keys() != slices_of(block).keys():
+        fields.pop("reset", None)
+    return fields
 
 
 def slices_of(block: BlockFields) -> dict[str, SliceFields]:

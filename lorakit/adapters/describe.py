@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, TypedDict
+from typing import IO, TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 
@@ -42,12 +42,17 @@ class LayerRow(Measures):
 
 
 class BlockSummary(TypedDict):
-    """What the header says about a block; `rank` and `scale` list the values that occur."""
+    """What the header says about a block; `rank` and `scale` list the values that occur.
+
+    `reset` is the share of parameters that stood at the value, other than zero, that pruning reset
+    them to; it is there where the header has it.
+    """
 
     name: str | None
     sha256: str | None
     rank: list[int]
     scale: list[float]
+    reset: NotRequired[float]
 
 
 class BlockRow(BlockSummary, Measures):
@@ -160,12 +165,15 @@ def _summary(adapter: Adapter, modules: Sequence[LoraModule]) -> Summary:
 
 def _block_summary(block: BlockFields) -> BlockSummary:
     parts = slices_of(block).values()
-    return {
+    summary: BlockSummary = {
         "name": block.get("name"),
         "sha256": block.get("sha256"),
         "rank": sorted({part["rank"] for part in parts if part.get("rank") is not None}),
         "scale": sorted({part["scale"] for part in parts if part.get("scale") is not None}),
     }
+    if (reset := block.get("reset")) is not None:
+        summary["reset"] = reset
+    return summary
 
 
 def write_table(description: Description, stream: IO[str]) -> None:
@@ -180,7 +188,7 @@ def write_table(description: Description, stream: IO[str]) -> None:
             console.print(Text(f"{name:<15} {_formatted(name, fields[name])}"), soft_wrap=True)
     for columns, rows in (
         (_LAYER_COLUMNS, description["layers"]),
-        (_BLOCK_COLUMNS, description["blocks"]),
+        (_block_columns(description["blocks"]), description["blocks"]),
     ):
         if rows:
             console.print()
@@ -213,6 +221,14 @@ _LAYER_COLUMNS = ("layer", "modules", "parameters", "norm", "zeros")
 _BLOCK_COLUMNS = ("name", "rank", "scale", "modules", "parameters", "norm", "zeros", "sha256")
 
 
+def _block_columns(rows: Iterable[BlockRow]) -> Sequence[str]:
+    """Return the columns of the blocks' table: `reset` only where a block has it."""
+    if not any("reset" in row for row in rows):
+        return _BLOCK_COLUMNS
+    *columns, sha256 = _BLOCK_COLUMNS
+    return (*columns, "reset", sha256)
+
+
 def _table(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> Table:
     from rich.table import Table
     from rich.text import Text
@@ -223,7 +239,7 @@ def _table(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> Tabl
         heading = "block" if column == "name" else column
         table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
     for row in rows:
-        table.add_row(*(Text(_formatted(column, row[column])) for column in columns))
+        table.add_row(*(Text(_formatted(column, row.get(column))) for column in columns))
     return table
 
 
@@ -236,7 +252,7 @@ def _formatted(name: str, value: object) -> str:
     if isinstance(value, list):
         return ", ".join(_formatted(name, item) for item in value)
     if isinstance(value, int | float):
-        if name == "zeros":
+        if name in ("zeros", "reset"):
             return f"{value:.2%}"
         if name in ("norm", "alpha", "scale"):
             return f"{value:.6g}"

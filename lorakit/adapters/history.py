@@ -88,6 +88,7 @@ FIELDS: dict[str, Kind | None] = {
             "name": str,
             "sha256": str,
             "zeros": float,
+            "reset": float,
             "modules": {"*": {"offset": int, "rank": int, "scale": float}},
         }
     ],

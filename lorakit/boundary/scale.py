@@ -95,10 +95,16 @@ def _scaled_header(
 
 
 def _scaled_block(block: BlockFields, modules: Collection[str], factor: float) -> BlockFields:
-    """Return a header's block with the scale of `modules` multiplied, where it is known."""
+    """Return a header's block with the scale of `modules` multiplied, where it is known.
+
+    The share `reset` is dropped: what is scaled stands at its reset value no longer.
+    """
     slices = slices_of(block)
     for name in slices.keys() & modules:
         scale = slices[name].get("scale")
         if scale is not None:
             slices[name] = {**slices[name], "scale": scale * factor}
-    return {**block, "modules": slices}
+    scaled: BlockFields = {**block, "modules": slices}
+    if slices.keys() & modules:
+        scaled.pop("reset", None)
+    return scaled

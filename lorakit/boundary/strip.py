@@ -15,6 +15,7 @@ from lorakit.adapters.blocks import (
     BlockFields,
     SliceFields,
     block_names,
+    narrowed,
     pair_of,
     share_of_zeros,
     slices_of,
@@ -166,7 +167,7 @@ def blocks_left(
         left = [module for module in remaining if slices.get(module.name)]
         if left:
             modules = {module.name: slices[module.name] for module in left}
-            yield {**block, "modules": modules, "zeros": share_of_zeros(_pairs(left, modules))}
+            yield narrowed(block, modules, share_of_zeros(_pairs(left, modules)))
 
 
 def _pairs(modules: Sequence[LoraModule], slices: Mapping[str, SliceFields]) -> Iterator[Pair]:

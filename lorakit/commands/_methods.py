@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from decimal import Decimal
 
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import Amounts, Density, MetricName, Numbers
+from lorakit.commands._types import Amounts, Density, MetricName, Numbers, StepsOrEpoch
 from lorakit.merging.criteria import CRITERIA, VALUES
+from lorakit.merging.groups import GROUPS, PAIR_GROUPS
 from lorakit.merging.methods import METHODS
 from lorakit.settings import (
     LEARNED_WEIGHTS_LR,
@@ -100,6 +102,20 @@ pruning = _options.together(
     ),
     _options.field_option(
         PruningSettings,
+        "prune_every",
+        StepsOrEpoch(),
+        "Prune after every N steps and after the last of an epoch, or after that alone (epoch).",
+        metavar="N|epoch",
+    ),
+    _options.field_option(
+        PruningSettings,
+        "group",
+        click.Choice(list(GROUPS)),
+        "Where the share is counted: in each A and each B of an adapter at a projection; in both "
+        "together (pair); in each row of A and of B, one output (row); in a whole adapter; in all.",
+    ),
+    _options.field_option(
+        PruningSettings,
         "importance",
         click.Choice(list(CRITERIA)),
         "What makes a parameter important.",
@@ -108,14 +124,15 @@ pruning = _options.together(
         PruningSettings,
         "unit",
         click.Choice(["parameter", "module"]),
-        "What is reset: parameters, or whole A/B pairs of one adapter at one projection.",
+        "What is reset: parameters, or whole A/B pairs of one adapter at one projection, the least "
+        "important on average, up to the share --prune-ratio of all parameters.",
     ),
     click.option(
         "--prune-threshold",
         type=Amounts("threshold"),
         metavar="T|T1,T2,…|auto",
-        help="With --unit module: the mean importance below which a pair is reset; auto tries the "
-        "tenths of its distribution, which it prints.",
+        help="With --unit module, in place of a ratio: the mean importance below which a pair is "
+        "reset; auto tries the tenths of its distribution, which it prints.",
     ),
     _options.field_option(
         PruningSettings,
@@ -186,22 +203,28 @@ def check_weights(weights: Sequence[float] | None, adapters: Sequence[str]) -> N
         raise click.UsageError(f"--weights has {len(weights)} for {len(adapters)} adapters.")
 
 
-def pruning_values(
-    unit: str, ratios: PruningValues | None, thresholds: PruningValues | None
-) -> PruningValues:
-    """Return the ratios or the thresholds, whichever the unit calls for; () leaves them as set.
+def with_values(
+    pruning: PruningSettings, ratios: PruningValues | None, thresholds: PruningValues | None
+) -> tuple[PruningSettings, PruningValues]:
+    """Return the settings and the ratios or thresholds to try with them; () leaves them as set.
 
-    Raises a usage error where the other option is set, or where a threshold is missing.
+    Raises a usage error for options that do not go together.
     """
-    if unit == "module":
-        if ratios is not None:
-            raise click.UsageError("--unit module is told by --prune-threshold, not --prune-ratio.")
-        if thresholds is None:
-            raise click.UsageError("Missing option '--prune-threshold', which --unit module needs.")
-        return thresholds
+    if pruning.unit == "parameter":
+        if thresholds is not None:
+            raise click.UsageError("--prune-threshold is for --unit module only.")
+        return pruning, () if ratios is None else ratios
+    if (ratios is None) == (thresholds is None):
+        raise click.UsageError("--unit module needs one of --prune-ratio and --prune-threshold.")
+    if "group" in _options.options_on_command_line():
+        if thresholds is not None:
+            raise click.UsageError("--group counts a ratio; --prune-threshold has none.")
+        if pruning.group not in PAIR_GROUPS:
+            groups = " or ".join(PAIR_GROUPS)
+            raise click.UsageError(f"--unit module takes --group {groups}, not {pruning.group}.")
     if thresholds is not None:
-        raise click.UsageError("--prune-threshold is for --unit module only.")
-    return () if ratios is None else ratios
+        return replace(pruning, prune_threshold=Decimal(0)), thresholds
+    return pruning, ratios or ()
 
 
 def check_search(values: PruningValues, *, plot: str | None, metric: str | None) -> None:

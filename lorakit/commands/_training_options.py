@@ -29,6 +29,11 @@ training = _options.together(
     _training_option(
         "patience", click.IntRange(min=1), "Epochs without a lower loss before stopping."
     ),
+    _training_option(
+        "keep",
+        click.Choice(["best", "last"]),
+        "The epoch to save: the best on the validation set, or the last, with no early stop.",
+    ),
     _training_option("batch_size", click.IntRange(min=1), "Examples an optimiser step."),
     _training_option(
         "micro_batch_tokens", click.IntRange(min=1), "Tokens that are computed together."
@@ -45,6 +50,13 @@ training = _options.together(
     _options.truncate,
     _options.seed,
 )
+
+
+def check_keep(keep: str) -> None:
+    """Raise a usage error where --patience is written out for a run that does not stop early."""
+    if keep == "last" and "patience" in _options.options_on_command_line():
+        raise click.UsageError("--patience has no effect with --keep last, which runs all epochs.")
+
 
 selection = _options.together(
     _options.field_option(

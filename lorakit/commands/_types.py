@@ -9,7 +9,7 @@ import json
 import math
 import re
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -140,6 +140,25 @@ class Amounts(ParamType):
             top = "" if self._below is None else f" < {self._below}"
             self.fail(f"{text} is not in 0 ≤ {self.name}{top}", param, ctx)
         return amount
+
+
+class StepsOrEpoch(ParamType):
+    """How often something happens: every so many optimiser steps, or `epoch`."""
+
+    name = "steps"
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | Literal["epoch"]:
+        if value == "epoch":
+            return "epoch"
+        try:
+            steps = int(value)
+        except ValueError:
+            steps = 0
+        if steps < 1:
+            self.fail(f"{value!r} is neither a number of steps from 1 up nor 'epoch'", param, ctx)
+        return steps
 
 
 def _decimal(text: str) -> Decimal:

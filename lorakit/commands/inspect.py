@@ -34,8 +34,9 @@ def inspect(
 
     ADAPTER is a file, a PEFT folder, `-` or hf://owner/name[@revision]. `norm` is the Frobenius
     norm of the change ΔW of the weights, `zeros` the share of parameters that are exactly zero.
-    With --importance: for every block at every projection the mean of |weight| · ‖input‖ over the
-    records of --data, a line each; this runs the base model.
+    With --importance: for every block at every projection the mean of |weight| · root mean square
+    of the input over the tokens of --data, times the adapter's scale, a line each; this runs the
+    base model. `reset` is the share of parameters at the value that merge --prune-value set.
     """
     if importance != (data is not None) or (plot and not importance):
         raise click.UsageError(

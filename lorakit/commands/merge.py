@@ -76,12 +76,13 @@ def merge(
     _methods.check_options(method)
     _methods.check_weights(static.weights, adapters)
     _options.check_stdin(*adapters, data, val)
+    _training_options.check_keep(training.keep)
     if method in METHODS:
         _merge_statically(
             adapters, method, static, output=output, portable=portable, quiet=run.quiet
         )
         return
-    values = _methods.pruning_values(pruning.unit, prune_ratio, prune_threshold)
+    pruning, values = _methods.with_values(pruning, prune_ratio, prune_threshold)
     _methods.check_search(values, plot=plot, metric=selection.metric)
     from lorakit.commands._plots import check_plot, plot_search
 
@@ -139,7 +140,7 @@ def merge(
             portable=portable,
         )
         if plot:
-            plot_search(rows, metric=selection.searches_by, output=plot)
+            plot_search(rows, metric=selection.search_metric, output=plot)
 
 
 def _merge_statically(

@@ -60,6 +60,7 @@ def train_adapter(
     lorakit train-adapter --data train.jsonl --val val.jsonl -o xs.safetensors
     """
     _options.check_stdin(data, val)
+    _training_options.check_keep(training.keep)
     check_model(model.model, model.revision)
     from lorakit.commands._opening import open_base, reporting
     from lorakit.training import train

@@ -18,7 +18,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
 from lorakit.files import is_stream
 from lorakit.merging.joint import Merge, prepare
-from lorakit.merging.pruner import Pruner
+from lorakit.merging.pruner import Pruner, shares_reset
 from lorakit.merging.search import BUDGET, Candidate, Search, search_by_halving, search_grid
 from lorakit.models.base import Base
 from lorakit.reporting import Reporter
@@ -69,13 +69,14 @@ def merge_adaptively(
         )
     pruning = pruning.at(values[0]) if values else pruning
     entry = merge.entry(pruning)
+    trainer = merge.trainer(pruning)
     train_and_save(
-        merge.trainer(pruning),
+        trainer,
         merge.corpus,
         reporter,
         checkpoint=checkpoint_of(output, entry, base.record),
         resume=resume,
-        export=lambda best: merge.export(trained_factors(best), entry),
+        export=lambda best: merge.export(trained_factors(best), entry, shares_reset(trainer)),
         output=output,
     )
     return []
@@ -91,7 +92,7 @@ def _search_and_write(
     resume: bool,
 ) -> list[dict[str, object]]:
     """Try several pruning settings, report each, and write the adapter of the best."""
-    metric = merge.selection.searches_by
+    metric = merge.selection.search_metric
     measure = merge.measure(metric)
     is_main = merge.accelerator.is_main_process
     key = run_key(merge.entry(pruning), [str(value) for value in values], merge.base.record)
@@ -116,6 +117,8 @@ def _search_and_write(
         for trial in trials:
             reporter.event({"candidate": trial.name, **trial.fields()}, trial.line())
         reporter.note(_verdict(search.candidates, best, metric, measure))
+        for note in best.trainer.notes():
+            reporter.note(note)
         if is_main:
             _write_best(merge, best, metric, trials, output)
             search.remove_checkpoints()
@@ -151,7 +154,7 @@ def _write_best(
     tried = [trial.fields() for trial in trials]
     entry = merge.entry(best.pruning)
     entry["search"] = {"by": metric, "tried": tried}
-    save_adapter(merge.export(factors, entry), output)
+    save_adapter(merge.export(factors, entry, shares_reset(best.trainer)), output)
 
 
 def _named_setting(pruning: PruningSettings) -> tuple[str, PruningSettings]:
@@ -171,7 +174,7 @@ def _rivals(
         values = saved.find("thresholds", str, lambda: _thresholds(search, baseline, reporter))
         return [_named_setting(pruning.at(Decimal(value))) for value in values]
 
-    return quantiles if pruning.unit == "module" else tenths
+    return quantiles if pruning.by_threshold else tenths
 
 
 def _thresholds(search: Search, baseline: Candidate, reporter: Reporter) -> list[str]:
@@ -219,7 +222,7 @@ class Trial:
         """Return the trial of a candidate."""
         return cls(
             candidate.name,
-            candidate.pruning.chooses,
+            candidate.pruning.amount_option,
             float(candidate.pruning.value),
             candidate.steps,
             metric,
@@ -255,7 +258,7 @@ def _verdict(
 ) -> str:
     """Return a line about the outcome of the search and its cost."""
     steps = sum(candidate.steps for candidate in candidates)
-    text = f"best by {metric}: {_words(best.pruning.chooses)} {best.name}"
+    text = f"best by {metric}: {_words(best.pruning.amount_option)} {best.name}"
     if not best.pruning.prunes:
         text += ", so pruning does not help here"
     text += f"; {steps} training steps in all"

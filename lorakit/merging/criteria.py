@@ -1,10 +1,9 @@
 """Importance of LoRA parameters, and what the least important are reset to.
 
-Adaptive LoRA merge, section 3.2 and Algorithm 1. A group is one matrix, A or B, of one source
-adapter at one projection of one layer. After every optimiser step the least important parameters of
-each group (or whole A/B pairs of little importance) are reset; they stay trainable. Weights are
-(…, rows, columns), where leading dimensions index groups of the same shape. To add a criterion or a
-value to reset to, write a function and add a line to its table.
+Adaptive LoRA merge, section 3.2 and Algorithm 1. After an optimiser step the least important
+parameters of each group (groups.py), or whole A/B pairs of little importance, are reset; they stay
+trainable. Weights are (…, rows, columns), where leading dimensions index matrices of the same
+shape. To add a criterion or a value to reset to, write a function and add a line to its table.
 """
 
 from __future__ import annotations
@@ -53,15 +52,20 @@ def magnitude_importance(weight: Tensor, evidence: Evidence) -> Tensor:
 
 
 class Criterion(NamedTuple):
-    """An importance score, and what it reads besides the weights, which is collected for it."""
+    """An importance score, and what it reads besides the weights, which is collected for it.
+
+    `knows_scale` says that it is the same for parameters into which their adapter's scale is
+    folded, as w·∂L/∂w is; others are multiplied by the scale where adapters are compared.
+    """
 
     score: Callable[[Tensor, Evidence], Tensor]
     reads: Literal["nothing", "norms", "averages"] = "nothing"
+    knows_scale: bool = False
 
 
 CRITERIA: dict[str, Criterion] = {
     "input": Criterion(input_importance, reads="norms"),
-    "gradient": Criterion(gradient_importance, reads="averages"),
+    "gradient": Criterion(gradient_importance, reads="averages", knows_scale=True),
     "magnitude": Criterion(magnitude_importance),
 }
 
@@ -115,10 +119,14 @@ def prune_count(ratio: Decimal, size: int) -> int:
 
 
 def least_important(importance: Tensor, count: int) -> Tensor:
-    """Return a mask of exactly `count` least important parameters of each group, ties or not."""
-    flat = importance.flatten(-2)
-    least = flat.topk(count, dim=-1, largest=False, sorted=False).indices
-    return flat.new_zeros(flat.shape).scatter_(-1, least, 1).bool().view_as(importance)
+    """Return a mask of exactly `count` least important parameters of each matrix, ties or not."""
+    return least(importance.flatten(-2), count).view_as(importance)
+
+
+def least(importance: Tensor, count: int) -> Tensor:
+    """Return a mask of exactly `count` least values along the last dimension, ties or not."""
+    indices = importance.topk(count, dim=-1, largest=False, sorted=False).indices
+    return importance.new_zeros(importance.shape).scatter_(-1, indices, 1).bool()
 
 
 def mean_importance(of_a: Tensor, of_b: Tensor) -> Tensor:

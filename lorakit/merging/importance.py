@@ -1,7 +1,8 @@
 """The importance of an adapter's modules on some data (adaptive LoRA merge, Figure 5).
 
-It is the mean of |W_jk|·‖x_k‖₂ over the parameters of the A/B pair of a block at a projection, as
-in pruning: of the parameters without the block's scale, with the norms of their inputs.
+It is the mean of |W_jk|·‖x_k‖₂ over the parameters of the A/B pair of a block at a projection,
+times the scale of the block's adapter, over the root of the number of tokens: what
+`--prune-threshold` is compared with.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from lorakit.adapters.blocks import read_blocks
 from lorakit.adapters.names import last_part, layer_of
 from lorakit.merging.input_norms import InputNorms
 from lorakit.merging.joint import attach_stack
-from lorakit.merging.pruner import Pruner
+from lorakit.merging.pair_scores import PairScores
 from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import check_fits
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example
 from lorakit.records.jsonl import load_records
-from lorakit.settings import PruningSettings, TrainingSettings
+from lorakit.settings import TrainingSettings
 from lorakit.training.loss import BatchLoss, new_accelerator
 
 
@@ -67,8 +68,7 @@ def importance_on(
     )
     with norms.around_validation(losses):
         losses.mean(examples)
-    pruner = Pruner(stacked.blocks, layers, PruningSettings(unit="module"), norms=norms)
-    means = pruner.mean_importances()
+    means = PairScores(stacked.blocks, layers, "input", norms=norms).means()
     return [
         {
             "block": block,

@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
 from lorakit.models.lora import ADAPTER, PeftLayer
 from lorakit.training.loss import BatchLoss
-from lorakit.training.trainer import State, StepHook
+from lorakit.training.step_hook import State, StepHook
 
+_KINDS = ("x", "ax", "tokens")  # the names of the sums in a checkpoint
 _ForwardHook = Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], None]
 
 
+class _Sums(NamedTuple):
+    """Sums over the tokens that reached a module: squares of x (d_in,), of A·x (rank,), and ()."""
+
+    of_x: torch.Tensor
+    of_ax: torch.Tensor
+    tokens: torch.Tensor
+
+
 class InputNorms(StepHook):
-    """Sums of squares by module: of x, (d_in,), and of A·x, (rank,).
+    """Sums of squares by module: of x, (d_in,), and of A·x, (rank,), and how many tokens they hold.
 
     They are collected afresh in every pass over the validation set: before training, after every
     epoch and, if `every` is set, every `every` optimiser steps. `version` counts the passes.
@@ -30,14 +40,18 @@ class InputNorms(StepHook):
     def __init__(self, layers: Mapping[str, PeftLayer], *, every: int | None = None) -> None:
         self._layers = layers
         self._every = every
-        self._squares: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sums: dict[str, _Sums] = {}
         self._mask: torch.Tensor | None = None  # (rows, length) of the current micro-batch
         self.version = 0
 
     def norms(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ‖x_k‖₂, (d_in,), and ‖(A·x)_k‖₂, (rank,), of a module."""
-        of_x, of_ax = self._squares[module]
+        of_x, of_ax, _ = self._sums[module]
         return of_x.sqrt(), of_ax.sqrt()
+
+    def root_of_tokens(self, module: str) -> torch.Tensor:
+        """Return √(number of tokens) of a module, (): over it, a norm is a root mean square."""
+        return self._sums[module].tokens.clamp_min(1).sqrt()
 
     def is_validation_due(self, step: int) -> bool:
         """Return whether there are no norms yet, or `every` steps have passed."""
@@ -46,7 +60,7 @@ class InputNorms(StepHook):
     @contextlib.contextmanager
     def around_validation(self, losses: BatchLoss) -> Iterator[None]:
         """Collect from every forward pass inside the block; then sum over all processes."""
-        self._squares = {name: _zeros(layer) for name, layer in self._layers.items()}
+        self._sums = {name: _zeros(layer) for name, layer in self._layers.items()}
         losses.watch = self._take_mask
         handles = [
             layer.lora_A[ADAPTER].register_forward_hook(self._adding_to(name), prepend=True)
@@ -57,23 +71,23 @@ class InputNorms(StepHook):
         finally:
             for handle in handles:
                 handle.remove()
-        for name, (of_x, of_ax) in self._squares.items():
-            self._squares[name] = losses.summed(of_x), losses.summed(of_ax)
+        for name, sums in self._sums.items():
+            self._sums[name] = _Sums(*(losses.summed(value) for value in sums))
         self.version += 1
 
     def state(self) -> State:
-        """Return the sums of squares, by module."""
-        squares = self._squares.items()
+        """Return the sums, by module."""
         return {
-            **{f"x.{name}": of_x for name, (of_x, _) in squares},
-            **{f"ax.{name}": of_ax for name, (_, of_ax) in squares},
+            f"{kind}.{name}": value
+            for name, sums in self._sums.items()
+            for kind, value in zip(_KINDS, sums, strict=True)
         }
 
     def restore_(self, state: State) -> None:
         """Restore the sums, which may come from another run with the same weights."""
         for name, layer in self._layers.items():
             device = layer.lora_A[ADAPTER].weight.device
-            self._squares[name] = state[f"x.{name}"].to(device), state[f"ax.{name}"].to(device)
+            self._sums[name] = _Sums(*(state[f"{kind}.{name}"].to(device) for kind in _KINDS))
         self.version += 1
 
     def _take_mask(self, mask: torch.Tensor | None) -> None:
@@ -83,20 +97,24 @@ class InputNorms(StepHook):
         """Return the hook that adds the squares of one forward pass to a module's sums."""
 
         def add(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            of_x, of_ax = self._squares[name]
-            self._squares[name] = of_x + self._sum(inputs[0]), of_ax + self._sum(output)
+            of_x, of_ax, tokens = self._sums[name]
+            x, ax = self._unpadded(inputs[0]), self._unpadded(output)
+            self._sums[name] = _Sums(
+                of_x + x.float().square().sum(0),
+                of_ax + ax.float().square().sum(0),
+                tokens + len(x),
+            )
 
         return add
 
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum of squares of each feature over the tokens that are not padding."""
+    def _unpadded(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the features (tokens, features) of the tokens that are not padding."""
         flat = values.detach().flatten(0, -2)
-        if self._mask is not None:
-            flat = flat[self._mask.flatten()]
-        return flat.float().square().sum(0)
+        return flat if self._mask is None else flat[self._mask.flatten()]
 
 
-def _zeros(layer: PeftLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return empty sums for x (d_in,) and A·x (rank,)."""
+def _zeros(layer: PeftLayer) -> _Sums:
+    """Return empty sums for a module."""
     weight = layer.lora_A[ADAPTER].weight
-    return weight.new_zeros(weight.shape[1]), weight.new_zeros(weight.shape[0])
+    rank, width = weight.shape
+    return _Sums(weight.new_zeros(width), weight.new_zeros(rank), weight.new_zeros(()))

@@ -106,9 +106,17 @@ class Merge:
         """Return the measure of the model by `metric`, or None if that is the validation loss."""
         return measure_of(metric, self.base, self.encoder, self.corpus.records, self.selection)
 
-    def export(self, best: Factors, entry: HistoryEntry) -> Adapter:
-        """Return the adapter of a run's best weights, each block's scale folded into its B."""
-        blocks = [b.fields(share_of_zeros(b.pairs(best))) for b in self.stacked.blocks]
+    def export(
+        self, best: Factors, entry: HistoryEntry, reset: Mapping[str, float] | None = None
+    ) -> Adapter:
+        """Return the adapter of a run's best weights, each block's scale folded into its B.
+
+        `reset` holds, by block, the share of parameters at the value that they are reset to.
+        """
+        blocks = [
+            block.fields(share_of_zeros(block.pairs(best)), (reset or {}).get(block.name))
+            for block in self.stacked.blocks
+        ]
         header = trained_header(
             self.base, self.settings, entry, parents=self.adapters, blocks=blocks
         )

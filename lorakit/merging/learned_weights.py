@@ -24,8 +24,9 @@ from lorakit.reporting import Reporter
 from lorakit.settings import SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import checkpoint_of
 from lorakit.training.loss import BatchLoss
+from lorakit.training.step_hook import StepHook
 from lorakit.training.train import train_and_save
-from lorakit.training.trainer import StepHook, Trainer, Weights
+from lorakit.training.trainer import Trainer, Weights
 
 METHOD = "learned-weights"
 BlockWeights = Mapping[str, Mapping[str, float]]  # by block and module

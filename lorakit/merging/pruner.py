@@ -1,64 +1,36 @@
-"""Pruning in training: which parameters of a stack are reset after each optimiser step.
+"""Pruning in training: which parameters of a stack are reset after an optimiser step.
 
-The formulas are in criteria.py; here they are applied to the blocks of a stacked adapter on a
-model. A/B pairs whose matrices have the same shapes are handled together, with one selection for
-all of them: for 2 adapters on 2 projections of 30 layers, 120 pairs, there are 2 or 4 selections a
-step.
+What is important is in pair_scores.py, among what the least important is chosen in groups.py, what
+it is reset to in criteria.py; here that is done at the steps of a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from lorakit.adapters.blocks import Block
-from lorakit.merging.criteria import (
-    CRITERIA,
-    VALUES,
-    Evidence,
-    least_important,
-    mean_importance,
-    prune_count,
-    smooth_,
-)
+from lorakit.merging.criteria import CRITERIA, VALUES
+from lorakit.merging.groups import GROUPS, Masks, Scores, least_pairs, pairs_below
 from lorakit.merging.input_norms import InputNorms
-from lorakit.models.lora import PeftLayer, factors
+from lorakit.merging.pair_scores import BlockPair, Matrices, PairScores, PairStack, stacked
+from lorakit.merging.turnover import Turnover
+from lorakit.models.lora import PeftLayer
+from lorakit.reporting import Measurements
 from lorakit.settings import PruningSettings
-from lorakit.training.trainer import State, StepHook
-
-Matrices = tuple[torch.Tensor, torch.Tensor]  # A and B, or two tensors of their shapes
-Shapes = tuple[torch.Size, torch.Size]
-
-
-@dataclass(frozen=True)
-class BlockPair:
-    """The A (rank, d_in) and B (d_out, rank) of one block at one projection."""
-
-    block: str
-    module: str
-    span: slice  # the block's ranks in the stack
-
-    def of(self, matrices: Matrices) -> Matrices:
-        """Return views of this block's part of two matrices with the shapes of A and B."""
-        return matrices[0][self.span], matrices[1][:, self.span]
-
-
-@dataclass(frozen=True)
-class Averages:
-    """The moving averages of the gradient criterion for a module, with the shapes of A and B."""
-
-    sensitivity: Matrices
-    uncertainty: Matrices
+from lorakit.training.step_hook import State, StepHook
+from lorakit.training.trainer import Trainer
 
 
 class Pruner(StepHook):
-    """Resets what is least important after each step, according to the settings (Algorithm 1).
+    """Resets what is least important after a step, according to the settings (Algorithm 1).
 
-    With unit `parameter`: floor(ratio·n) of the n parameters of every A and every B of every block.
-    With unit `module`: whole pairs whose mean importance is below the threshold. A criterion that
-    reads `norms` needs their hook before this one.
+    With unit `parameter`: floor(ratio·n) of the n parameters of every group. With unit `module`:
+    whole pairs, the least important up to that share, or those below the threshold. It prunes after
+    every `prune_every`-th step and after the last step of each epoch, so that the weights of every
+    epoch that may be saved are pruned. A criterion that reads `norms` needs their hook before this
+    one.
     """
 
     name = "pruner"
@@ -72,150 +44,149 @@ class Pruner(StepHook):
         norms: InputNorms | None = None,
         seed: int = 0,
     ) -> None:
-        self._layers, self._settings, self._norms, self._seed = layers, settings, norms, seed
-        self._weights: dict[str, Matrices] = {}
-        for name, layer in layers.items():
-            a, b = factors(layer)
-            self._weights[name] = (a.detach(), b.detach())
-        self._criterion = CRITERIA[settings.importance]
+        self._settings, self._seed = settings, seed
+        self._scores = PairScores(blocks, layers, settings.importance, norms=norms)
+        self._weights = self._scores.weights
         self._value = VALUES[settings.prune_value]
         self._start = self._copies() if self._value.reads_start else {}
-        self._pairs: dict[Shapes, list[BlockPair]] = {}
-        for block in blocks:
-            for name, part in block.modules.items():
-                pair = BlockPair(block.name, name, part.span)
-                of_a, of_b = pair.of(self._weights[name])
-                self._pairs.setdefault((of_a.shape, of_b.shape), []).append(pair)
-        self._averages = self._zero_averages() if self._criterion.reads == "averages" else {}
-        self._gradients: dict[str, Matrices] = {}
-        self._stacked_norms: dict[Shapes, Matrices] = {}
-        self._norms_version = 0
+        self._steps_an_epoch: int | None = None
+        self._turnover = Turnover()
 
     def _copies(self) -> dict[str, Matrices]:
         return {name: (a.clone(), b.clone()) for name, (a, b) in self._weights.items()}
 
-    def _zero_averages(self) -> dict[str, Averages]:
-        def zeros(name: str) -> Matrices:
-            a, b = self._weights[name]
-            return torch.zeros_like(a), torch.zeros_like(b)
-
-        return {name: Averages(zeros(name), zeros(name)) for name in self._weights}
+    def begin(self, steps_an_epoch: int) -> None:
+        """Remember which steps are the last of an epoch."""
+        self._steps_an_epoch = steps_an_epoch
 
     def before_clipping(self) -> None:
         """Copy the gradients of this step, if the criterion reads them."""
-        if not self._averages:
-            return
-        for name, layer in self._layers.items():
-            a, b = (factor.grad for factor in factors(layer))
-            if a is not None and b is not None:
-                self._gradients[name] = (a.clone(), b.clone())
+        self._scores.read_gradients()
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
+        """Smooth the gradient's averages, and prune if this step is one to prune after."""
+        self._scores.smooth_averages_()
+        self._turnover.begin_step()
+        if self._is_due(step):
+            self._prune_(step)
+
+    def _is_due(self, step: int) -> bool:
+        """Return whether to prune after this step, counted from 1."""
+        if self._steps_an_epoch and step % self._steps_an_epoch == 0:
+            return True
+        every = self._settings.prune_every
+        return every != "epoch" and step % every == 0
+
+    def _prune_(self, step: int) -> None:
         """Reset what is least important by the latest input norms or gradients.
 
         `step` seeds the draws of the value `reinit`.
         """
-        self._smooth_averages_()
-        draws = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
-        for pairs, weights, importance in self._importances():
-            masks = self._masks(*importance)
-            starts = self._stacked(self._start, pairs) if self._start else weights
-            for index, (weight, start, mask) in enumerate(zip(weights, starts, masks, strict=True)):
-                value = self._value.of(weight, start, index == 1, draws)
-                for pair, pruned in zip(pairs, torch.where(mask, value, weight), strict=True):
-                    pair.of(self._weights[pair.module])[index].copy_(pruned)
+        draws = self._draws(step)
+        for stacks in self._rounds():
+            masks = self._choose([stack.scores for stack in stacks])
+            for stack, of_stack in zip(stacks, masks, strict=True):
+                self._turnover.count(of_stack, self._reset_(stack, of_stack, draws))
+        self._turnover.end_step()
+
+    def _rounds(self) -> Iterator[list[PairStack]]:
+        """Yield the pairs among which something is chosen: of each shape, or all at once."""
+        settings = self._settings
+        by_share = settings.unit == "module" and not settings.by_threshold
+        if by_share or GROUPS[settings.group].wide:
+            yield list(self._scores.stacks())
+        else:
+            yield from ([stack] for stack in self._scores.stacks())
+
+    def _choose(self, stacks: Sequence[Scores]) -> list[Masks]:
+        """Return masks of what to reset of each stack."""
+        settings = self._settings
+        if settings.unit == "parameter":
+            return GROUPS[settings.group].choose(stacks, settings.prune_ratio)
+        if settings.by_threshold:
+            return pairs_below(stacks, settings.value)
+        return least_pairs(stacks, settings.prune_ratio, by_adapter=settings.group == "adapter")
+
+    def _draws(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed * 1_000_003 + step)
+
+    def _reset_(self, stack: PairStack, masks: Masks, draws: torch.Generator) -> Matrices:
+        """Reset the masked parameters of the pairs of one shape, and return their new weights."""
+        values = self._reset_values(stack.pairs, stack.weights, draws)
+        a, b = (
+            torch.where(mask, value, weight)
+            for mask, value, weight in zip(masks, values, stack.weights, strict=True)
+        )
+        for pair, of_a, of_b in zip(stack.pairs, a, b, strict=True):
+            to_a, to_b = pair.of(self._weights[pair.module])
+            to_a.copy_(of_a)
+            to_b.copy_(of_b)
+        return a, b
+
+    def _reset_values(
+        self, pairs: Sequence[BlockPair], weights: Matrices, draws: torch.Generator
+    ) -> Matrices:
+        """Return what the parameters of the pairs are reset to, stacked as their weights are."""
+        start_a, start_b = stacked(self._start, pairs) if self._start else weights
+        of_a = self._value.of(weights[0], start_a, False, draws)
+        return of_a, self._value.of(weights[1], start_b, True, draws)
+
+    @property
+    def resets_to_zero(self) -> bool:
+        """Whether zero is what parameters are reset to."""
+        return self._settings.prune_value == "zero"
 
     @torch.no_grad()
+    def shares_reset(self, weights: Mapping[str, Matrices], step: int) -> dict[str, float]:
+        """Return, by block, the share of parameters that stand at their reset value.
+
+        `weights` are A and B by module after step `step`, which draws what `reinit` resets to.
+        """
+        names = self._scores.blocks
+        counts, sizes = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        draws = self._draws(step)
+        for pairs in self._scores.pairs.values():
+            values = self._reset_values(pairs, stacked(self._weights, pairs), draws)
+            for index, pair in enumerate(pairs):
+                for weight, value in zip(pair.of(weights[pair.module]), values, strict=True):
+                    counts[pair.block] += int((weight == value[index].to(weight.device)).sum())
+                    sizes[pair.block] += weight.numel()
+        return {name: counts[name] / sizes[name] if sizes[name] else 0.0 for name in names}
+
     def mean_importances(self) -> dict[tuple[str, str], float]:
-        """Return the mean importance of every A/B pair, by block and module."""
-        return {
-            (pair.block, pair.module): mean
-            for pairs, _, importance in self._importances()
-            for pair, mean in zip(pairs, mean_importance(*importance).tolist(), strict=True)
-        }
+        """Return the mean importance of every A/B pair, by block and module (PairScores.means)."""
+        return self._scores.means()
+
+    def measurements(self) -> Measurements:
+        """Return the shares of the last step, and how many pairs are zero in A and in B."""
+        return self._turnover.measurements()
+
+    def notes(self) -> Sequence[str]:
+        """Return a line where hardly anything but the same was chosen, and where pairs are dead."""
+        return self._turnover.notes(sum(len(pairs) for pairs in self._scores.pairs.values()))
 
     def state(self) -> State:
-        """Return the current moving averages of the gradient criterion."""
-        return {name: tensor.clone() for name, tensor in self._averages_by_name()}
+        """Return the moving averages of the gradient criterion, and the turnover so far."""
+        return {**self._scores.state(), **self._turnover.state()}
 
     def restore_(self, state: State) -> None:
-        """Restore the moving averages."""
-        for name, tensor in self._averages_by_name():
-            tensor.copy_(state[name])
+        """Restore what `state` returned."""
+        self._scores.restore_(state)
+        self._turnover.restore_(state)
 
-    def _averages_by_name(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the moving averages by the names under which they are saved."""
-        for module, averages in self._averages.items():
-            for factor, index in (("A", 0), ("B", 1)):
-                yield f"sensitivity.{module}.{factor}", averages.sensitivity[index]
-                yield f"uncertainty.{module}.{factor}", averages.uncertainty[index]
 
-    def _smooth_averages_(self) -> None:
-        for name, gradients in self._gradients.items():
-            averages = self._averages[name]
-            for index, gradient in enumerate(gradients):
-                smooth_(
-                    averages.sensitivity[index],
-                    averages.uncertainty[index],
-                    self._weights[name][index],
-                    gradient,
-                )
+def shares_reset(trainer: Trainer) -> dict[str, float]:
+    """Return, by block, the share of a run's best weights at the value that they are reset to.
 
-    def _importances(self) -> Iterator[tuple[list[BlockPair], Matrices, Matrices]]:
-        """Yield the pairs of each shape with their weights and importances.
-
-        Both are (pairs, rank, d_in) for A and (pairs, d_out, rank) for B.
-        """
-        self._stack_norms()
-        criterion = self._criterion.score
-        for shapes, pairs in self._pairs.items():
-            weights = self._stacked(self._weights, pairs)
-            for_a, for_b = self._evidence(shapes, pairs)
-            yield pairs, weights, (criterion(weights[0], for_a), criterion(weights[1], for_b))
-
-    def _evidence(self, shapes: Shapes, pairs: list[BlockPair]) -> tuple[Evidence, Evidence]:
-        """Return what the criterion reads besides the weights, for A and for B."""
-        if self._averages:
-            averages = self._averages.items()
-            sensitivity = {name: average.sensitivity for name, average in averages}
-            uncertainty = {name: average.uncertainty for name, average in averages}
-            of_a, of_b = zip(
-                self._stacked(sensitivity, pairs), self._stacked(uncertainty, pairs), strict=True
-            )
-            return Evidence(averages=of_a), Evidence(averages=of_b)
-        if shapes in self._stacked_norms:
-            of_x, of_ax = self._stacked_norms[shapes]
-            return Evidence(norms=of_x), Evidence(norms=of_ax)
-        return Evidence(), Evidence()
-
-    def _stack_norms(self) -> None:
-        """Stack the input norms in the order of the pairs, after every pass that collected them."""
-        norms = self._norms
-        if norms is None or norms.version == self._norms_version:
-            return
-        self._norms_version = norms.version
-        for shapes, pairs in self._pairs.items():
-            of_x = torch.stack([norms.norms(pair.module)[0] for pair in pairs])
-            of_ax = torch.stack([norms.norms(pair.module)[1][pair.span] for pair in pairs])
-            self._stacked_norms[shapes] = (of_x.unsqueeze(1), of_ax.unsqueeze(1))
-
-    @staticmethod
-    def _stacked(by_module: Mapping[str, Matrices], pairs: list[BlockPair]) -> Matrices:
-        """Return the pairs' parts of the modules' matrices, stacked: (pairs, …) each."""
-        parts = [pair.of(by_module[pair.module]) for pair in pairs]
-        return torch.stack([a for a, _ in parts]), torch.stack([b for _, b in parts])
-
-    def _masks(self, of_a: torch.Tensor, of_b: torch.Tensor) -> Matrices:
-        """Return masks of what to reset, from the importances and in their shapes."""
-        if self._settings.unit == "module":
-            low = mean_importance(of_a, of_b) < float(self._settings.prune_threshold or 0)
-            return low[:, None, None].expand_as(of_a), low[:, None, None].expand_as(of_b)
-        ratio = self._settings.prune_ratio
-        return (
-            least_important(of_a, prune_count(ratio, of_a[0].numel())),
-            least_important(of_b, prune_count(ratio, of_b[0].numel())),
-        )
+    It is empty where nothing is pruned, or to zero.
+    """
+    shares: dict[str, float] = {}
+    for hook in trainer.hooks:
+        if isinstance(hook, Pruner) and not hook.resets_to_zero:
+            best = {name: (a, b) for name, (a, b) in trainer.best.items()}
+            shares |= hook.shares_reset(best, trainer.best_step)
+    return shares
 
 
 def pruning_hooks(
@@ -229,7 +200,7 @@ def pruning_hooks(
 
     There are none if nothing can ever be reset.
     """
-    if not settings.prunes and settings.unit != "module":
+    if not settings.prunes and not settings.by_threshold:
         return ()
     if CRITERIA[settings.importance].reads != "norms":
         return (Pruner(blocks, layers, settings, seed=seed),)

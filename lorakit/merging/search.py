@@ -18,8 +18,9 @@ from lorakit.reporting import EpochReport, Reporter, StepReport
 from lorakit.resume import SavedValues
 from lorakit.settings import PruningSettings
 from lorakit.training.checkpoint import Checkpoint
+from lorakit.training.step_hook import State
 from lorakit.training.train import Corpus
-from lorakit.training.trainer import State, Trainer, Weights
+from lorakit.training.trainer import Trainer, Weights
 
 BUDGET = 3.5  # the optimiser steps of a halving search, as a multiple of its baseline's
 RUNGS = (0.1, 0.2, 0.4)  # when the worse half of the rivals stops, likewise
@@ -144,7 +145,7 @@ class Search:
             trainer.load_weights_(trainer.best)
             return [self._value(trainer)]
 
-        if trainer.progress.best_epoch:
+        if trainer.has_result:
             name = f"{candidate.name} at its best"
             (candidate.value,) = self._saved.find(name, float, measure)
         else:

@@ -28,53 +28,21 @@ from lorakit.settings import TrainingSettings
 from lorakit.training.lora_step import fused_forward, switch_dropout
 from lorakit.training.loss import BatchLoss
 from lorakit.training.schedule import learning_rate_factor
+from lorakit.training.step_hook import State, StepHook
 
 # What is trained, by module: A (rank, d_in) and B (d_out, rank), or the weights of blocks alone.
 Weights = dict[str, tuple[torch.Tensor, ...]]
-State = Mapping[str, torch.Tensor]
 Measure = Callable[[], float]
-
-
-class StepHook:
-    """Called around every optimiser step; does nothing unless a subclass overrides a method.
-
-    `name` identifies the hook in checkpoints, among those of one trainer.
-    """
-
-    name = ""
-
-    def is_validation_due(self, step: int) -> bool:
-        """Return whether to run the validation set through the model before the next step.
-
-        `step` steps are done, or, where it is 0, a run begins, resumed or not.
-        """
-        return False
-
-    def before_clipping(self) -> None:
-        """Read the gradients of the step before they are clipped."""
-
-    def after_step(self, step: int) -> None:
-        """Change the weights after the optimiser's step, number `step` from 1."""
-
-    def around_validation(self, losses: BatchLoss) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the validation set is run through the model."""
-        return contextlib.nullcontext()
-
-    def state(self) -> State:
-        """Return copies of the tensors that a resumed run needs from this hook, by name."""
-        return {}
-
-    def restore_(self, state: State) -> None:
-        """Restore what `state` returned."""
 
 
 @dataclass
 class Progress:
     """How far training has come: what a resumed run needs besides weights, moments and hooks.
 
-    `epoch` counts finished epochs. `best_value`, higher is better, is the metric of --select-by
-    (the negative loss where that is `loss`); `best_loss` breaks ties. `loss_sum` and `targets`
-    belong to the current epoch.
+    `epoch` counts finished epochs. `best_epoch` is the one whose weights are the run's result so
+    far: with `--keep last`, the last one. `best_value`, higher is better, is its metric of
+    --select-by (the negative loss where that is `loss`); `best_loss` breaks ties. `highest_value`
+    is that of any epoch. `loss_sum` and `targets` belong to the current epoch.
     """
 
     epoch: int = 0
@@ -82,6 +50,7 @@ class Progress:
     best_epoch: int = 0
     best_value: float = -math.inf
     best_loss: float = math.inf
+    highest_value: float = -math.inf
     loss_sum: float = 0.0
     targets: int = 0
 
@@ -157,6 +126,8 @@ class Trainer:
     ) -> None:
         """Set the data and the reporter, and validate first if a hook asks for it."""
         self._examples, self._validation, self._reporter = examples, validation, reporter
+        for hook in self.hooks:
+            hook.begin(self._steps_an_epoch)
         self.losses.note = reporter.note
         reporter.start(self.steps, self.settings.epochs, self.progress.step)
         self._validate_if_due(0)
@@ -167,7 +138,7 @@ class Trainer:
         """Train to the last epoch, or until `patience` epochs in a row were no better.
 
         Yields after every epoch, so that the caller can save a checkpoint. At the end `best` holds
-        the weights of the best epoch on the validation set. Raises LorakitError if a loss is not
+        the weights of the epoch that `--keep` asks for. Raises LorakitError if a loss is not
         finite.
         """
         self.begin(examples, validation, reporter)
@@ -175,11 +146,35 @@ class Trainer:
             self.advance()
             yield self.progress
         self.check_best()
+        for note in self.notes():
+            reporter.note(note)
 
     def check_best(self) -> None:
-        """Raise LorakitError if no epoch had a finite validation loss."""
-        if not self.progress.best_epoch:
-            raise LorakitError("no epoch had a finite validation loss; lower --lr")
+        """Raise LorakitError if the epoch to keep had no finite validation loss."""
+        if not self.has_result:
+            which = "the last epoch had no" if self._keeps_last else "no epoch had a"
+            raise LorakitError(f"{which} finite validation loss; lower --lr")
+
+    @property
+    def has_result(self) -> bool:
+        """Whether `best` holds the weights of the epoch that `--keep` asks for, of those so far."""
+        progress = self.progress
+        if self._keeps_last:
+            return 0 < progress.epoch == progress.best_epoch
+        return progress.best_epoch > 0
+
+    @property
+    def _keeps_last(self) -> bool:
+        return self.settings.keep == "last"
+
+    @property
+    def best_step(self) -> int:
+        """The number of optimiser steps after which `best` was copied."""
+        return self.progress.best_epoch * self._steps_an_epoch
+
+    def notes(self) -> list[str]:
+        """Return what the hooks have to tell the user at the end of the run."""
+        return [note for hook in self.hooks for note in hook.notes()]
 
     @property
     def steps(self) -> int:
@@ -192,9 +187,13 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether the last epoch is over, or `patience` epochs in a row were no better."""
+        """Whether the last epoch is over, or `patience` epochs in a row were no better.
+
+        With `--keep last` the latter does not count.
+        """
         progress, settings = self.progress, self.settings
-        return progress.epoch >= settings.epochs or progress.stale >= settings.patience
+        is_stale = progress.stale >= settings.patience and not self._keeps_last
+        return progress.epoch >= settings.epochs or is_stale
 
     def advance(self, until: int | None = None) -> None:
         """Train to the end of the current epoch and validate, or only to step `until`."""
@@ -214,18 +213,21 @@ class Trainer:
         return epoch_batches(self._examples, self.settings.batch_size, self.settings.seed, epoch)
 
     def _end_epoch(self, seconds: float) -> None:
-        """Validate, keep the weights if they are the best so far, and report the epoch."""
+        """Validate, keep the weights if `--keep` asks for them so far, and report the epoch."""
         progress = self.progress
         progress.epoch += 1
         loss = self.validate(self._validation)
         value = -loss if self.measure is None else self.value()
-        self._keep_if_best(value, loss)
+        is_best = self._is_best(value, loss)
+        if is_best or (self._keeps_last and math.isfinite(loss)):
+            self._keep_weights(value, loss)
+        progress.highest_value = max(progress.highest_value, value)
         report = EpochReport(
             epoch=progress.epoch,
             step=progress.step,
             train_loss=progress.loss_sum / progress.targets,
             validation_loss=loss,
-            best=progress.best_epoch == progress.epoch,
+            best=is_best,
             seconds=round(seconds, 3),
             validation_score=None if self.measure is None else value,
         )
@@ -249,13 +251,20 @@ class Trainer:
         if any(hook.is_validation_due(step) for hook in self.hooks):
             self.validate(self._validation)
 
-    def _keep_if_best(self, value: float, loss: float) -> None:
-        """Copy the weights to `best` if the epoch beats all before it."""
+    def _is_best(self, value: float, loss: float) -> bool:
+        """Return whether the epoch just finished beats all before it."""
         progress = self.progress
-        if math.isfinite(loss) and (value, -loss) > (progress.best_value, -progress.best_loss):
-            progress.best_epoch = progress.epoch
-            progress.best_value, progress.best_loss = value, loss
-            self.best = self.weights()
+        if self._keeps_last:
+            return math.isfinite(loss) and value > progress.highest_value
+        best = (progress.best_value, -progress.best_loss)
+        return math.isfinite(loss) and (value, -loss) > best
+
+    def _keep_weights(self, value: float, loss: float) -> None:
+        """Copy the weights of the epoch just finished to `best`."""
+        progress = self.progress
+        progress.best_epoch = progress.epoch
+        progress.best_value, progress.best_loss = value, loss
+        self.best = self.weights()
 
     def _step(self, batch: Sequence[Example], steps: int) -> StepReport:
         """Take one of `steps` optimiser steps, on a batch."""
@@ -286,6 +295,9 @@ class Trainer:
             lr=rate,
             grad_norm=float(norm),
             tokens_per_second=round(tokens / (time.perf_counter() - started), 1),
+            measurements={
+                name: value for hook in self.hooks for name, value in hook.measurements().items()
+            },
         )
 
     def _update_weights_(self, steps: int) -> float:

@@ -102,6 +102,24 @@ def test_norms_and_zeros_of_blocks_are_those_of_their_slices() -> None:
     assert (xs["rank"], wl["rank"], wl["scale"]) == ([2], [1, 3], [2.0])
 
 
+def test_the_share_reset_is_shown_where_the_header_has_it() -> None:
+    first, second = HEADER["blocks"]
+    tables = {}
+    for name, blocks in {
+        "none": [first, second],
+        "one": [{**first, "reset": 0.25}, second],
+    }.items():
+        header: Any = {**HEADER, "blocks": blocks}
+        adapter = replace(merged(), header=header)
+        rows = inspect_adapter(adapter)["blocks"]
+        assert [row.get("reset") for row in rows] == [block.get("reset") for block in blocks]
+        stream = io.StringIO()
+        write_table(inspect_adapter(adapter), stream)
+        tables[name] = stream.getvalue()
+    assert "reset" not in tables["none"]
+    assert "25.00%" in tables["one"].split("reset")[1]
+
+
 def test_a_merge_of_one_block_is_the_whole() -> None:
     adapter = tiny()
     parts: Any = {m.name: {"offset": 0, "rank": m.rank, "scale": 1.0} for m in adapter.modules()}

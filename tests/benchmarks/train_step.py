@@ -46,7 +46,8 @@ from lorakit.recipes.table import build_dataset
 from lorakit.records.record import Record
 from lorakit.settings import PruningSettings, TrainingSettings
 from lorakit.training.loss import new_accelerator
-from lorakit.training.trainer import StepHook, Trainer
+from lorakit.training.step_hook import StepHook
+from lorakit.training.trainer import Trainer
 
 WORDS = 32_000
 BATCH = 8

@@ -51,7 +51,7 @@ def test_a_best_that_scales_layers_names_the_command_that_does(tmp_path: Path) -
         ([{**BEST, "best": 1}], r"b.jsonl:1: 'best' is not true or false; "),
         ([{**BEST, "layers": 3}], r"b.jsonl:1: 'layers' are not natural numbers; "),
         ([{**BEST, "layers": [0, -1]}], r"b.jsonl:1: 'layers' are not natural numbers; "),
-        ([{**BEST, "factor": "0"}], r"b.jsonl:1: 'factor' is not a number; "),
+        ([{**BEST, "factor": "0"}], r"b.jsonl:1: 'factor' is not a number from 0 on; "),
         ([{"prompt": "p"}], r"b.jsonl:1: 'boundary' is not"),
         ([[1]], r"b.jsonl:1: not a JSON object"),
     ],

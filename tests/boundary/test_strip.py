@@ -109,7 +109,7 @@ def test_a_merged_adapter_is_stripped_with_its_blocks(boundary: int, tmp_path: P
     factors = dict(fold(stacked.factors, stacked))
     q = "model.layers.0.self_attn.q_proj"
     factors[q][0][3:] = 0  # all of the second block's rows but one
-    blocks = [b.fields(share_of_zeros(b.pairs(factors))) for b in stacked.blocks]
+    blocks = [b.fields(share_of_zeros(b.pairs(factors)), 0.5) for b in stacked.blocks]
     config = peft_config(stacked.ranks, base=None)
     merged = Adapter(tensors_of(factors), config, {"format": 1, "blocks": blocks}, "merged")
     save_adapter(merged, f"{tmp_path / 'merged'}/")
@@ -125,6 +125,7 @@ def test_a_merged_adapter_is_stripped_with_its_blocks(boundary: int, tmp_path: P
     ):
         kept = {name: place for name, place in original["modules"].items() if name in names}
         assert block["modules"] == kept
+        assert ("reset" in block) == (kept == original["modules"])
         inner = type(part)(part.name, part.sha256, {n: part.modules[n] for n in kept})
         assert block["zeros"] == share_of_zeros(inner.pairs(left))
     assert stripped.header["blocks"][1]["zeros"] > blocks[1]["zeros"]

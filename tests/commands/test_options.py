@@ -100,6 +100,17 @@ def test_several_ratios_are_a_list_and_auto_is_itself() -> None:
     assert convert(_types.Amounts("ratio", below=1), "auto") == "auto"
 
 
+@pytest.mark.parametrize(("text", "steps"), [("1", 1), ("20", 20), ("epoch", "epoch")])
+def test_an_interval_is_a_number_of_steps_or_an_epoch(text: str, steps: object) -> None:
+    assert convert(_types.StepsOrEpoch(), text) == steps
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "epochs"])
+def test_what_is_no_interval_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="neither a number of steps from 1 up nor 'epoch'"):
+        convert(_types.StepsOrEpoch(), text)
+
+
 def test_a_threshold_may_be_any_number_from_zero_up() -> None:
     assert convert(_types.Amounts("threshold"), "1e9") == (Decimal("1e9"),)
     with pytest.raises(click.BadParameter, match=r"-1 is not in 0 ≤ threshold$"):

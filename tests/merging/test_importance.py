@@ -57,7 +57,7 @@ def merged(llama: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> A
     return load_adapter(str(folder / "merged"))
 
 
-def test_the_mean_is_that_of_weights_times_norms_one_row_at_a_time(
+def test_the_mean_is_that_of_weights_times_root_mean_squares_and_the_scale(
     llama: str, data: str, merged: Adapter
 ) -> None:
     found = measure_importance(open_base(llama), merged, data, settings=SETTINGS)
@@ -84,7 +84,7 @@ def test_the_mean_is_that_of_weights_times_norms_one_row_at_a_time(
         a, b = module.a[span], module.b[:, span] / part["scale"]
         of_a = np.abs(a) * np.linalg.norm(x, axis=0)
         of_b = np.abs(b) * np.linalg.norm(x @ a.T, axis=0)
-        wanted = (of_a.sum() + of_b.sum()) / (a.size + b.size)
+        wanted = part["scale"] * (of_a.sum() + of_b.sum()) / (a.size + b.size) / len(x) ** 0.5
         assert row["importance"] == pytest.approx(wanted, rel=1e-3), row
 
 

@@ -90,6 +90,33 @@ def test_a_grid_keeps_the_bytes_of_its_best_candidate_run_alone(
     assert whole.header["history"][-1]["settings"]["prune_ratio"] == best
 
 
+def test_a_search_that_keeps_the_last_epoch_compares_the_last_epochs(
+    merge: Merge, tmp_path: Path
+) -> None:
+    changes = {"keep": "last", "patience": 1, "lr": 0.3}
+    values = decimals("0", "0.5")
+    _, tried = merge(tmp_path / "grid", values=values, changes=changes)
+    lasts, lowest = {}, {}
+    for value in values:
+        watcher, _ = merge(tmp_path / str(value), values=[value], changes=changes)
+        losses = [entry["validation_loss"] for entry in watcher.epochs]
+        assert len(losses) == SETTINGS.epochs
+        lasts[float(value)], lowest[float(value)] = losses[-1], min(losses)
+    assert {one["prune_ratio"]: one["loss"] for one in tried} == lasts != lowest
+    (best,) = [one["prune_ratio"] for one in tried if one["best"]]
+    assert lasts[best] == min(lasts.values())
+    alone = load_adapter(str(tmp_path / str(Decimal(str(best)).normalize())))
+    assert load_adapter(str(tmp_path / "grid")).sha256 == alone.sha256
+
+
+def test_whole_pairs_are_searched_by_their_share(merge: Merge, tmp_path: Path) -> None:
+    watcher, tried = merge(
+        tmp_path / "m", pruning=PruningSettings(unit="module"), values=decimals("0.2", "0.3")
+    )
+    assert [one["prune_ratio"] for one in tried] == [0.2, 0.3]
+    assert any("A/B pairs ended with A = B = 0" in note for note in watcher.notes)
+
+
 def test_halving_takes_at_most_three_and_a_half_merges(merge: Merge, tmp_path: Path) -> None:
     once, _ = merge(tmp_path / "once")
     watcher, tried = merge(tmp_path / "auto", values="auto")
@@ -148,7 +175,7 @@ def test_epochs_are_compared_by_the_metric_asked_for(merge: Merge, tmp_path: Pat
 
 
 def test_thresholds_are_the_tenths_of_the_distribution(merge: Merge, tmp_path: Path) -> None:
-    pruning = PruningSettings(unit="module")
+    pruning = PruningSettings(unit="module", prune_threshold=Decimal(0))
     watcher, tried = merge(tmp_path / "m", pruning=pruning, values="auto")
     told = watcher.events[0]
     assert told["modules"] == 2 * 2 * 3  # adapters, projections, layers

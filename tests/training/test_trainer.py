@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -205,6 +206,44 @@ def test_training_stops_after_patience_epochs_without_a_lower_loss(
     assert len(watcher.epochs) == best + 2 < 30
 
 
+def test_the_last_epoch_is_kept_on_request_and_training_does_not_stop_early(
+    llama: str, data: str, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"lr": 3.0, "epochs": 5, "patience": 1, "schedule": "constant"}
+    base = open_base(llama)
+    trainer = new_trainer(base, **changes, keep="last")
+    some, watcher = examples(base, 12), Recorder()
+    list(trainer.train(some, some[:4], watcher))
+    losses = [entry["validation_loss"] for entry in watcher.epochs]
+    assert len(losses) == 5
+    assert losses.index(min(losses)) < 4, "another epoch must be better"
+    lowest = [min(losses[:number], default=math.inf) for number in range(5)]
+    assert [e["best"] for e in watcher.epochs] == [
+        loss < low for loss, low in zip(losses, lowest, strict=True)
+    ]
+    for name, weights in trainer.weights().items():
+        for one, other in zip(weights, trainer.best[name], strict=True):
+            assert torch.equal(one, other)
+    fit(llama, data, tmp_path / "last.safetensors", **changes, keep="last")
+    fit(llama, data, tmp_path / "best.safetensors", **changes)
+    last, best = (load_adapter(str(tmp_path / f"{n}.safetensors")) for n in ("last", "best"))
+    assert last.sha256 != best.sha256
+    settings = last.header["history"][-1]["settings"]
+    assert (settings["keep"], settings.get("patience")) == ("last", None)
+
+
+def test_a_last_epoch_without_a_finite_loss_is_an_error(llama: str) -> None:
+    base = open_base(llama)
+    trainer = new_trainer(base, epochs=2, keep="last")
+    some = examples(base, 6)
+    trainer.begin(some, some, Recorder())
+    trainer.advance()
+    trainer.validate = lambda examples: math.nan  # type: ignore[method-assign]
+    trainer.advance()
+    with pytest.raises(LorakitError, match="the last epoch had no finite validation loss"):
+        trainer.check_best()
+
+
 def test_the_same_run_gives_the_same_bytes(llama: str, data: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         fit(llama, data, tmp_path / f"{name}.safetensors", dropout=0.2)
@@ -252,15 +291,18 @@ def test_a_fresh_run_leaves_no_checkpoint_of_another(
     assert not side.exists()
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
 def test_a_resumed_run_gives_the_bytes_of_an_unbroken_one(
-    llama: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str
 ) -> None:
-    fit(llama, data, tmp_path / "whole.safetensors", dropout=0.1)
+    fit(llama, data, tmp_path / "whole.safetensors", dropout=0.1, keep=keep)
     interrupt(
-        lambda: fit(llama, data, tmp_path / "broken.safetensors", dropout=0.1), monkeypatch, 2
+        lambda: fit(llama, data, tmp_path / "broken.safetensors", dropout=0.1, keep=keep),
+        monkeypatch,
+        2,
     )
     assert not (tmp_path / "broken.safetensors").exists()
-    watcher = fit(llama, data, tmp_path / "broken.safetensors", dropout=0.1, resume=True)
+    watcher = fit(llama, data, tmp_path / "broken.safetensors", dropout=0.1, resume=True, keep=keep)
     assert [entry["epoch"] for entry in watcher.epochs] == [3, 4]
     assert (tmp_path / "broken.safetensors").read_bytes() == (
         tmp_path / "whole.safetensors"
