@@ -18,7 +18,7 @@ _NOT_IN_HISTORY = ("device",)  # where a run computes should not change its resu
 _IN_HISTORY_IF_SET = ("cut", "system", "chat_args", "keep", "group", "prune_every")
 
 # Ratios or thresholds to choose from: none (pruning stays as set), one or several; with "auto" a
-# halving search picks them.
+# ladder search picks them.
 PruningValues = tuple[Decimal, ...] | Literal["auto"]
 
 

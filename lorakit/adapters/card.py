@@ -168,6 +168,9 @@ def _scores(entry: HistoryEntry) -> Iterator[str]:
             values = {k: v for k, v in trial.items() if k not in ("best", "stopped")}
             marks = [name for name in ("best", "stopped") if trial.get(name)]
             yield printable(", ".join([*_fields(values), *marks]))
+    test = search.get("test")
+    if isinstance(test, Mapping):
+        yield printable("test of the best: " + ", ".join(_fields(test)))
     best = entry.get("best") or {}
     if best:
         yield printable("best: " + ", ".join(_fields(best)))

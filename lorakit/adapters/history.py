@@ -36,8 +36,8 @@ class HistoryEntry(TypedDict, total=False):
 
     `parents` maps the names of the adapters it started from to their SHA-256; `data` and `val` are
     the SHA-256 of the files of records. `best` and `evaluations` (lorahub) and `search` (a choice
-    among pruning settings) record what was tried, `weights` (learned-weights) what was learned, by
-    block and module.
+    among pruning settings) record what was tried, and the test between the best and no pruning,
+    `weights` (learned-weights) what was learned, by block and module.
     """
 
     command: str

@@ -83,7 +83,9 @@ def grey(number: int, of: int) -> str:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     """Draw the legend of `axes` above all axes of the figure, where it covers no data."""
-    handles, labels = axes.get_legend_handles_labels()
+    handles, names = axes.get_legend_handles_labels()
+    entries = dict(zip(names, handles, strict=True))  # several searches have a best each
+    labels, handles = list(entries), list(entries.values())
     columns = max(1, min(len(labels), _LEGEND_WIDTH // (max(map(len, labels), default=0) + 6)))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
@@ -105,24 +107,64 @@ def plot_lines(rows: Rows, *, x: str, y: str, line: str, output: str) -> None:
 def plot_search(rows: Rows, *, metric: str, output: str) -> None:
     """Draw the value of every ratio or threshold tried, the best one marked (Figure 4).
 
-    Those that were stopped early are hollow, at the value they had reached.
+    Those that were stopped early are hollow, at the value they had reached. Bars are the rows'
+    intervals, where they have some.
     """
-    option = next(name for name in rows[0] if name.startswith("prune_"))
+    option = _pruning_option(rows)
     ordered = sorted(rows, key=lambda row: row[option])
     with _figure(output, ordered) as figure:
         axes = figure.subplots()
-        complete = [row for row in ordered if not row["stopped"]]
-        xs, ys = [row[option] for row in complete], [row[metric] for row in complete]
-        _line(axes, 0, xs, ys, "run to the end")
-        stopped = [row for row in ordered if row["stopped"]]
-        if stopped:
-            xs, ys = [row[option] for row in stopped], [row[metric] for row in stopped]
-            axes.plot(xs, ys, "o", color="0.5", mfc="white", label="stopped early")
-        best = _best(ordered)
-        _mark_best(axes, best[option], best[metric])
-        axes.set_xlabel(option.replace("_", " "))
-        axes.set_ylabel(f"{metric} on the validation set")
-        _legend(figure, axes)
+        _draw_search(axes, ordered, option, metric, label="run to the end")
+        _label_search(figure, axes, option, metric)
+
+
+def plot_searches(searches: Mapping[str, Rows], *, metric: str, output: str) -> None:
+    """Draw several searches over each other, such as one for each seed, a line for each name.
+
+    Their points stand a little beside each other, so that no bar hides another.
+    """
+    rows = [{"search": name, **row} for name, rows in searches.items() for row in rows]
+    option = _pruning_option(rows)
+    amounts = [row[option] for row in rows]
+    step = (max(amounts) - min(amounts)) / 150
+    with _figure(output, rows) as figure:
+        axes = figure.subplots()
+        for number, (name, tried) in enumerate(searches.items()):
+            place = (number - (len(searches) - 1) / 2) * step
+            ordered = sorted(tried, key=lambda row: row[option])
+            shifted = [{**row, option: row[option] + place} for row in ordered]
+            _draw_search(axes, shifted, option, metric, name, number=number, of=len(searches))
+        _label_search(figure, axes, option, metric)
+
+
+def _pruning_option(rows: Rows) -> str:
+    """Return the field of the ratios or thresholds that were tried."""
+    return next(name for name in rows[0] if name.startswith("prune_"))
+
+
+def _draw_search(
+    axes: Axes, rows: Rows, option: str, metric: str, label: str, *, number: int = 0, of: int = 1
+) -> None:
+    """Draw search `number` of several: a line of what ran to the end, the rest hollow, bars."""
+    complete = [row for row in rows if not row["stopped"]]
+    xs, ys = [row[option] for row in complete], [row[metric] for row in complete]
+    _line(axes, number, xs, ys, label, of=of)
+    stopped = [row for row in rows if row["stopped"]]
+    if stopped:
+        xs, ys = [row[option] for row in stopped], [row[metric] for row in stopped]
+        marker = _MARKERS[number % len(_MARKERS)]
+        axes.plot(xs, ys, marker, color="0.5", mfc="white", markersize=4, label="stopped early")
+    for row in rows:
+        if "interval" in row:
+            axes.vlines(row[option], *row["interval"], color=grey(number, of), linewidth=0.7)
+    best = _best(rows)
+    _mark_best(axes, best[option], best[metric])
+
+
+def _label_search(figure: Figure, axes: Axes, option: str, metric: str) -> None:
+    axes.set_xlabel(option.replace("_", " "))
+    axes.set_ylabel(f"{metric} on the validation set")
+    _legend(figure, axes)
 
 
 def plot_importance(rows: Rows, *, output: str) -> None:

@@ -30,7 +30,7 @@ from lorakit.settings import (
 @_training_options.training
 @_training_options.selection
 @_methods.metric
-@_options.plot("the score of every ratio or threshold tried")
+@_options.plot("the score of every ratio or threshold tried, with 95 % intervals")
 @_options.output("merged.safetensors", "the merged adapter")
 @_training_options.run
 @_options.settings(
@@ -138,6 +138,7 @@ def merge(
             reporter=reporter,
             resume=run.resume,
             portable=portable,
+            intervals=bool(plot),
         )
         if plot:
             plot_search(rows, metric=selection.search_metric, output=plot)

@@ -1,14 +1,13 @@
 """Adaptive LoRA merge: train adapters jointly on the target data, and prune them at every step.
 
 This is `merge --data`, from the loaded adapters to the written one. The stack that is trained is in
-joint.py, pruning in criteria.py and pruner.py, the training loop in training/trainer.py, and the
-search among several pruning settings in search.py.
+joint.py, pruning in criteria.py and pruner.py, the training loop in training/trainer.py, the search
+among several pruning settings in search.py and what it found in outcome.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
 
@@ -18,18 +17,36 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import save_adapter
 from lorakit.files import is_stream
 from lorakit.merging.joint import Merge, prepare
+from lorakit.merging.outcome import (
+    Trial,
+    Verdict,
+    interval,
+    judge_pruning,
+    loss_statistics,
+    words,
+)
 from lorakit.merging.pruner import Pruner, shares_reset
-from lorakit.merging.search import BUDGET, Candidate, Search, search_by_halving, search_grid
+from lorakit.merging.search import BUDGET, Candidate, Search, search_by_ladder, search_grid
 from lorakit.models.base import Base
 from lorakit.reporting import Reporter
 from lorakit.resume import SavedValues, path_beside, run_key
-from lorakit.settings import LOSS, PruningSettings, SelectionSettings, TrainingSettings
+from lorakit.scoring.statistics import Statistics
+from lorakit.settings import (
+    PruningSettings,
+    SelectionSettings,
+    SignificanceSettings,
+    TrainingSettings,
+)
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
-from lorakit.training.selection import MetricMeasure
+from lorakit.training.lora_step import switch_dropout
 from lorakit.training.train import train_and_save, trained_factors
+from lorakit.training.trainer import Trainer
 
 Values = Sequence[Decimal] | Literal["auto"]
 TENTHS = tuple(Decimal(tenth) / 10 for tenth in range(1, 10))
+# The places of the tenths in the order in which they matter where a merge has too few epochs to try
+# them all: however many of the first are tried, they are spread, and little pruning comes first.
+_PRIORITY = (0, 4, 2, 6, 8, 1, 3, 5, 7)
 
 
 def merge_adaptively(
@@ -46,12 +63,14 @@ def merge_adaptively(
     values: Values = (),
     selection: SelectionSettings | None = None,
     portable: bool = False,
+    intervals: bool = False,
 ) -> list[dict[str, object]]:
     """Train the adapters jointly on the target data and write them to `output` as one adapter.
 
     Several `values`, which are ratios (thresholds, with unit `module`), are all tried, and the best
-    on the validation set is written; `auto` is a halving search. Returns an entry for each value
-    tried. Raises LorakitError for records, adapters or settings that cannot be used.
+    on the validation set is written; `auto` is a ladder search. Returns an entry for each value
+    tried; with `intervals`, the 95 % interval of its value over the validation records is in it.
+    Raises LorakitError for records, adapters or settings that cannot be used.
     """
     merge = prepare(
         adapters,
@@ -65,7 +84,13 @@ def merge_adaptively(
     )
     if values == "auto" or len(values) > 1:
         return _search_and_write(
-            merge, pruning, values, output=output, reporter=reporter, resume=resume
+            merge,
+            pruning,
+            values,
+            output=output,
+            reporter=reporter,
+            resume=resume,
+            intervals=intervals,
         )
     pruning = pruning.at(values[0]) if values else pruning
     entry = merge.entry(pruning)
@@ -90,19 +115,18 @@ def _search_and_write(
     output: str,
     reporter: Reporter,
     resume: bool,
+    intervals: bool,
 ) -> list[dict[str, object]]:
     """Try several pruning settings, report each, and write the adapter of the best."""
     metric = merge.selection.search_metric
-    measure = merge.measure(metric)
+    validation = _Validation(merge, metric)
     is_main = merge.accelerator.is_main_process
     key = run_key(merge.entry(pruning), [str(value) for value in values], merge.base.record)
     side = path_beside(output, "search.resume")
     with SavedValues(side, resume=resume, writer="merge", writes=is_main, key=key) as saved:
         search = Search(
             merge.trainer,
-            lambda trainer: (
-                -trainer.losses.mean(merge.corpus.validation) if measure is None else measure()
-            ),
+            validation.value,
             merge.corpus,
             reporter,
             by_epochs=metric == merge.selection.select_by,
@@ -116,13 +140,76 @@ def _search_and_write(
         trials = [Trial.of(candidate, metric, candidate is best) for candidate in search.candidates]
         for trial in trials:
             reporter.event({"candidate": trial.name, **trial.fields()}, trial.line())
-        reporter.note(_verdict(search.candidates, best, metric, measure))
+        verdict = judge_pruning(
+            search.candidates, best, validation.statistics, SignificanceSettings()
+        )
+        rows = [trial.fields() for trial in trials]
+        if intervals:
+            for row, candidate in zip(rows, search.candidates, strict=True):
+                row["interval"] = interval(validation.statistics(candidate), SignificanceSettings())
+        reporter.note(_conclusion(search.candidates, best, metric, verdict, validation.generated))
         for note in best.trainer.notes():
             reporter.note(note)
         if is_main:
-            _write_best(merge, best, metric, trials, output)
+            _write_best(merge, best, metric, trials, verdict, output)
             search.remove_checkpoints()
-    return [trial.fields() for trial in trials]
+    return rows
+
+
+class _Validation:
+    """Measures candidates by a metric, or the loss, on the validation records at their best epochs.
+
+    Outputs are generated once for each epoch; `generated` counts them.
+    """
+
+    def __init__(self, merge: Merge, metric: str) -> None:
+        self._examples = merge.corpus.validation
+        self._measure = merge.measure(metric)
+        self._statistics: dict[tuple[str, int], Statistics] = {}
+
+    @property
+    def generated(self) -> int:
+        return self._measure.generated if self._measure else 0
+
+    def value(self, candidate: Candidate) -> float:
+        """Return a candidate's value, higher is better."""
+        if self._measure is not None:
+            return self._measure.value_of(self.statistics(candidate))
+        candidate.trainer.load_weights_(candidate.trainer.best)
+        return -candidate.trainer.losses.mean(self._examples)
+
+    def statistics(self, candidate: Candidate) -> Statistics:
+        """Return what the single records say of a candidate."""
+        key = (candidate.name, candidate.trainer.progress.best_epoch)
+        if key not in self._statistics:
+            candidate.trainer.load_weights_(candidate.trainer.best)
+            with switch_dropout(candidate.trainer.layers, on=False):
+                self._statistics[key] = self._compute(candidate.trainer)
+        return self._statistics[key]
+
+    def _compute(self, trainer: Trainer) -> Statistics:
+        if self._measure is not None:
+            return self._measure.statistics()
+        targets = [example.targets for example in self._examples]
+        return loss_statistics(trainer.losses.means(self._examples), targets)
+
+
+def _conclusion(
+    candidates: Sequence[Candidate],
+    best: Candidate,
+    metric: str,
+    verdict: Verdict | None,
+    generated: int,
+) -> str:
+    """Return a line about the outcome of the search and its cost."""
+    steps = sum(candidate.steps for candidate in candidates)
+    parts = [f"best by {metric}: {words(best.pruning.amount_option)} {best.name}"]
+    if verdict is not None:
+        parts.append(verdict.line())
+    cost = f"{steps} training steps in all"
+    if generated:
+        cost += f", {generated} outputs generated to choose"
+    return "; ".join([*parts, cost])
 
 
 def _candidate_checkpoint(merge: Merge, setting: PruningSettings, output: str) -> Checkpoint:
@@ -141,19 +228,25 @@ def _run_search(
     """Run the search that `values` ask for."""
     if values == "auto":
         rivals = _rivals(search, pruning, saved, reporter)
-        search_by_halving(search, _named_setting(pruning.at(Decimal(0))), rivals)
+        search_by_ladder(search, _named_setting(pruning.at(Decimal(0))), rivals)
     else:
         search_grid(search, [_named_setting(pruning.at(value)) for value in sorted(set(values))])
 
 
 def _write_best(
-    merge: Merge, best: Candidate, metric: str, trials: Sequence[Trial], output: str
+    merge: Merge,
+    best: Candidate,
+    metric: str,
+    trials: Sequence[Trial],
+    verdict: Verdict | None,
+    output: str,
 ) -> None:
-    """Write the best candidate's adapter, with all trials in its history."""
+    """Write the best candidate's adapter, with all trials and the verdict in its history."""
     factors = trained_factors(best.trainer.best)
     tried = [trial.fields() for trial in trials]
     entry = merge.entry(best.pruning)
-    entry["search"] = {"by": metric, "tried": tried}
+    test = {} if verdict is None else {"test": verdict.fields()}
+    entry["search"] = {"by": metric, "tried": tried, **test}
     save_adapter(merge.export(factors, entry, shares_reset(best.trainer)), output)
 
 
@@ -165,22 +258,29 @@ def _named_setting(pruning: PruningSettings) -> tuple[str, PruningSettings]:
 def _rivals(
     search: Search, pruning: PruningSettings, saved: SavedValues, reporter: Reporter
 ) -> Callable[[Candidate], list[tuple[str, PruningSettings]]]:
-    """Return the function that lists the settings a halving search tries, given the baseline."""
+    """Return the function that lists the settings a ladder search tries, given the baseline.
 
-    def tenths(baseline: Candidate) -> list[tuple[str, PruningSettings]]:
-        return [_named_setting(pruning.at(tenth)) for tenth in TENTHS]
+    They come in the order of their priority.
+    """
 
-    def quantiles(baseline: Candidate) -> list[tuple[str, PruningSettings]]:
-        values = saved.find("thresholds", str, lambda: _thresholds(search, baseline, reporter))
-        return [_named_setting(pruning.at(Decimal(value))) for value in values]
+    def values(baseline: Candidate) -> list[Decimal]:
+        if not pruning.by_threshold:
+            return list(TENTHS)
+        texts = saved.find("thresholds", str, lambda: _thresholds(search, baseline, reporter))
+        return [Decimal(text) for text in texts]
 
-    return quantiles if pruning.by_threshold else tenths
+    def settings(baseline: Candidate) -> list[tuple[str, PruningSettings]]:
+        tenths = values(baseline)
+        places = [place for place in _PRIORITY if place < len(tenths)]
+        return [_named_setting(pruning.at(tenths[place])) for place in places]
+
+    return settings
 
 
 def _thresholds(search: Search, baseline: Candidate, reporter: Reporter) -> list[str]:
     """Return the positive tenths of the mean importances after an epoch; report them all."""
     trainer = baseline.trainer
-    search.go_to(baseline, trainer.steps // trainer.settings.epochs)
+    search.go_to(baseline, 1)
     trainer.load_weights_(baseline.parked)
     pruner = next(hook for hook in trainer.hooks if isinstance(hook, Pruner))
     means = torch.tensor(sorted(pruner.mean_importances().values()), dtype=torch.float64)
@@ -199,67 +299,3 @@ def _thresholds(search: Search, baseline: Candidate, reporter: Reporter) -> list
         f"mean importance of {len(means)} modules: {means[0]:.4g} to {means[-1]:.4g}; {text}",
     )
     return list(dict.fromkeys(value for value in values if float(value) > 0))
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What a search reports about a candidate: its setting, its steps and its value by `metric`.
-
-    `value` keeps the sign of its metric: a lower loss is better.
-    """
-
-    name: str
-    option: str
-    amount: float
-    steps: int
-    metric: str
-    value: float
-    stopped: bool
-    best: bool
-
-    @classmethod
-    def of(cls, candidate: Candidate, metric: str, is_best: bool) -> Trial:
-        """Return the trial of a candidate."""
-        return cls(
-            candidate.name,
-            candidate.pruning.amount_option,
-            float(candidate.pruning.value),
-            candidate.steps,
-            metric,
-            -candidate.value if metric == LOSS else candidate.value,
-            candidate.stopped,
-            is_best,
-        )
-
-    def fields(self) -> dict[str, object]:
-        """Return the trial as it appears in the history, in the log and in a plot's data."""
-        return {
-            self.option: self.amount,
-            "steps": self.steps,
-            self.metric: self.value,
-            "stopped": self.stopped,
-            "best": self.best,
-        }
-
-    def line(self) -> str:
-        """Return a line about the trial for the user."""
-        mark = ", best" if self.best else ", stopped early" if self.stopped else ""
-        text = f"{_words(self.option)} {self.amount}: {self.metric} {self.value:.4f}"
-        return f"{text} after {self.steps} steps{mark}"
-
-
-def _words(option: str) -> str:
-    """Return a setting's name as words: `prune ratio`."""
-    return option.replace("_", " ")
-
-
-def _verdict(
-    candidates: Sequence[Candidate], best: Candidate, metric: str, measure: MetricMeasure | None
-) -> str:
-    """Return a line about the outcome of the search and its cost."""
-    steps = sum(candidate.steps for candidate in candidates)
-    text = f"best by {metric}: {_words(best.pruning.amount_option)} {best.name}"
-    if not best.pruning.prunes:
-        text += ", so pruning does not help here"
-    text += f"; {steps} training steps in all"
-    return text + (f", {measure.generated} outputs generated to choose" if measure else "")

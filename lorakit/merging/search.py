@@ -1,19 +1,20 @@
-"""Choose how much to prune: try several merges from the same start, all to the end or by halving.
+"""Choose how much to prune: try several merges from the same start, all to the end or by a ladder.
 
 Every candidate begins with the same weights, seed, data and first input norms, and is parked while
-another trains; it can stop after any step and go on to the same bytes. Cost is counted in optimiser
-steps. How a candidate trains is in training/trainer.py; what its hooks do is not known here.
+another trains; it can stop after any epoch and go on to the same bytes. Cost is counted in
+optimiser steps. How a candidate trains is in training/trainer.py; what its hooks do is not known
+here, and what the outcome means is said in outcome.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from lorakit.errors import LorakitError
 from lorakit.reporting import EpochReport, Reporter, StepReport
 from lorakit.resume import SavedValues
 from lorakit.settings import PruningSettings
@@ -22,17 +23,16 @@ from lorakit.training.step_hook import State
 from lorakit.training.train import Corpus
 from lorakit.training.trainer import Trainer, Weights
 
-BUDGET = 3.5  # the optimiser steps of a halving search, as a multiple of its baseline's
-RUNGS = (0.1, 0.2, 0.4)  # when the worse half of the rivals stops, likewise
-_FEWEST_STEPS = 5
+BUDGET = 4.5  # the optimiser steps of a ladder search, as a multiple of its baseline's
 
 
 @dataclass
 class Candidate:
     """A pruning setting and the run that tries it.
 
-    `value`, higher is better, is that of its best epoch, or of its weights when it was stopped;
-    `parked` are its weights while another candidate trains.
+    `value`, higher is better, is that of its best epoch so far, after `steps` optimiser steps;
+    `ended` says that its training is over, `stopped` that the search ended it early. `parked` are
+    its weights while another candidate trains.
     """
 
     name: str
@@ -41,28 +41,28 @@ class Candidate:
     checkpoint: Checkpoint
     parked: Weights
     value: float = -math.inf
+    steps: int = 0
+    ended: bool = False
     stopped: bool = False
-    saved_steps: int = 0  # reached in a killed search, which saved only these and the value
 
     @property
-    def steps(self) -> int:
-        """The number of optimiser steps that this candidate has taken."""
-        return max(self.trainer.progress.step, self.saved_steps)
+    def is_complete(self) -> bool:
+        """Whether it was not stopped early, and had an epoch with a finite loss."""
+        return not self.stopped and self.value > -math.inf
 
 
 class Search:
     """Trains candidates in turn on the one model that they share.
 
-    `evaluate` returns the value, higher is better, of a trainer's weights while they are in the
-    model; `by_epochs` says that trainers compare their epochs by the same value; `merges` bounds
-    the cost in whole merges, for the progress bar. `saved` stores measured values for a resumed
-    search.
+    `evaluate` returns the value, higher is better, of a candidate's best weights; `by_epochs` says
+    that trainers compare their epochs by the same value; `merges` bounds the cost in whole merges,
+    for the progress bar. `saved` stores measured values for a resumed search.
     """
 
     def __init__(
         self,
         new_trainer: Callable[[PruningSettings], Trainer],
-        evaluate: Callable[[Trainer], float],
+        evaluate: Callable[[Candidate], float],
         corpus: Corpus,
         reporter: Reporter,
         *,
@@ -102,64 +102,56 @@ class Search:
         self.candidates.append(candidate)
         return candidate
 
-    def go_to(self, candidate: Candidate, step: int | None = None) -> None:
-        """Train a candidate to a step, or to its end if `step` is None or beyond it."""
-        trainer = candidate.trainer
-        if trainer.is_done or (step is not None and trainer.progress.step >= step):
+    def go_to(self, candidate: Candidate, epoch: int | None = None) -> None:
+        """Train a candidate to the end of an epoch, or to its own end if that comes first."""
+        if not _has_to_train(candidate.trainer, epoch):
             return
         _unpark(candidate)
-        while not trainer.is_done and (step is None or trainer.progress.step < step):
-            epoch = trainer.progress.epoch
-            trainer.advance(until=step)
-            if trainer.progress.epoch > epoch and trainer.accelerator.is_main_process:
-                candidate.checkpoint.save(trainer)
+        while _has_to_train(candidate.trainer, epoch):
+            candidate.trainer.advance()
+            if candidate.trainer.accelerator.is_main_process:
+                candidate.checkpoint.save(candidate.trainer)
         _park(candidate)
 
-    def value_at(self, candidate: Candidate, step: int) -> int:
-        """Train a candidate to a step, or to its end if that comes first, and set its value.
+    def judge(self, candidate: Candidate, epoch: int | None = None) -> None:
+        """Train a candidate as `go_to` does, and set its value, its steps and whether it ended.
 
-        Returns the number of steps it has taken.
+        These are saved: a resumed search, in which the candidate may have come further already,
+        decides by what was true at the time.
         """
-
-        def measure() -> list[float]:
-            self.go_to(candidate, step)
-            candidate.trainer.load_weights_(candidate.parked)
-            return [self._value(candidate.trainer), float(candidate.steps)]
-
-        name = f"{candidate.name} at {step}"
-        candidate.value, reached = self._saved.find(name, float, measure)
-        candidate.saved_steps = int(reached)
-        return candidate.saved_steps
-
-    def _value(self, trainer: Trainer) -> float:
-        return trainer.value(lambda: self._evaluate(trainer))
-
-    def finish(self, candidate: Candidate, cap: int | None = None) -> None:
-        """Train a candidate to its end, or to step `cap`, and set its value from its best epoch."""
-        self.go_to(candidate, cap)
+        self.go_to(candidate, epoch)
         trainer = candidate.trainer
 
         def measure() -> list[float]:
-            if self._by_epochs:
-                return [trainer.progress.best_value]
-            trainer.load_weights_(trainer.best)
-            return [self._value(trainer)]
+            return [self._value(candidate), trainer.progress.step, trainer.is_done]
 
-        if trainer.has_result:
-            name = f"{candidate.name} at its best"
-            (candidate.value,) = self._saved.find(name, float, measure)
-        else:
-            candidate.stopped = True
+        name = f"{candidate.name} {'at its end' if epoch is None else f'after epoch {epoch}'}"
+        value, steps, ended = self._saved.find(name, float, lambda: list(map(float, measure())))
+        candidate.value, candidate.steps, candidate.ended = value, int(steps), bool(ended)
+
+    def _value(self, candidate: Candidate) -> float:
+        """Return the value of a candidate's best epoch so far; -inf if there is none."""
+        trainer = candidate.trainer
+        if not trainer.has_result:
+            return -math.inf
+        if self._by_epochs:
+            return trainer.progress.best_value
+        name = f"{candidate.name} at its best epoch {trainer.progress.best_epoch}"
+
+        def measure() -> list[float]:
+            return [trainer.value(lambda: self._evaluate(candidate))]
+
+        return self._saved.find(name, float, measure)[0]
 
     def best(self) -> Candidate:
         """Return the candidate with the highest value; of equals, the first.
 
         Raises LorakitError if no candidate had an epoch with a finite loss.
         """
-        running = [candidate for candidate in self.candidates if not candidate.stopped]
-        if not running:
+        complete = [candidate for candidate in self.candidates if candidate.is_complete]
+        if not complete:
             self.candidates[0].trainer.check_best()
-        return max(running, key=lambda candidate: candidate.value)
+        return max(complete, key=lambda candidate: candidate.value)
 
     def remove_checkpoints(self) -> None:
         """Delete the candidates' checkpoints, once the search is done."""
@@ -170,42 +162,65 @@ class Search:
 def search_grid(search: Search, settings: Sequence[tuple[str, PruningSettings]]) -> None:
     """Train every setting to its end."""
     for name, pruning in settings:
-        search.finish(search.add(name, pruning))
+        search.judge(search.add(name, pruning))
 
 
-def search_by_halving(
+def search_by_ladder(
     search: Search,
     baseline: tuple[str, PruningSettings],
     rivals: Callable[[Candidate], Sequence[tuple[str, PruningSettings]]],
 ) -> None:
-    """Train the baseline, which prunes nothing, to its end, and its rivals by successive halving.
+    """Train the baseline, which prunes nothing, to its end, and its rivals epoch by epoch.
 
-    The baseline is one merge of M steps. At each rung the better half of the rivals goes on, and
-    the last rival is trained to its end; all of them take at most BUDGET·M steps (Jamieson and
-    Talwalkar, 2016). Raises LorakitError if M is too small to be divided.
+    The baseline is one merge, of M steps. Before the first epoch, and after every one, as many
+    rivals go on, the best so far, as leave enough of BUDGET·M steps to halve them after each
+    further epoch, down to one that reaches the epoch at which the baseline ended. What is left in
+    the end goes to those whose training is not over. Early orders are the least reliable, so this
+    stops rivals as late as the budget allows. `rivals` lists the settings to try, those that matter
+    most first; the baseline is passed to it at its start. Source: successive halving (Jamieson and
+    Talwalkar, 2016), postponed.
     """
     unpruned = search.add(*baseline)
-    rival_settings = rivals(unpruned)
-    search.finish(unpruned)
-    steps = unpruned.steps
-    if steps < _FEWEST_STEPS:
-        raise LorakitError(
-            f"a merge of {steps} optimiser steps cannot be halved; give the values to try, more "
-            "--epochs or a smaller --batch-size"
-        )
-    running = [search.add(*rival) for rival in rival_settings]
-    reached = {candidate.name: 0 for candidate in running}
-    left = int((BUDGET - 1) * steps)
-    for rung in (max(1, int(share * steps)) for share in RUNGS):
-        for candidate in running:
-            before = reached[candidate.name]
-            reached[candidate.name] = search.value_at(candidate, rung)
-            left -= reached[candidate.name] - before
-        running.sort(key=lambda candidate: -candidate.value)
-        for candidate in running[max(1, len(running) // 2) :]:
-            candidate.stopped = True
-        running = running[: max(1, len(running) // 2)]
-    search.finish(running[0], cap=reached[running[0].name] + left)
+    settings = rivals(unpruned)
+    search.judge(unpruned)
+    steps_an_epoch = unpruned.trainer.steps // unpruned.trainer.settings.epochs
+    epochs = unpruned.steps // steps_an_epoch
+    left = int((BUDGET - 1) * unpruned.steps) // steps_an_epoch  # in epochs of rivals
+    entrants = sorted(settings[: _affordable(left, epochs)], key=lambda rival: rival[1].value)
+    going = [search.add(*entrant) for entrant in entrants]
+    for epoch in itertools.count(1):
+        for rival in going:
+            search.judge(rival, epoch)
+        left -= len(going)
+        going = sorted((r for r in going if not r.ended), key=lambda rival: -rival.value)
+        affordable = _affordable(left, epochs - epoch)
+        for rival in going[affordable:]:
+            rival.stopped = epoch < epochs
+        going = going[:affordable]
+        if not going:
+            return
+
+
+def _affordable(left: int, to_go: int) -> int:
+    """Return how many rivals can train another epoch out of `left` epochs of rivals.
+
+    Afterwards they can still be halved after each epoch, to at least one, for `to_go` epochs in
+    all.
+    """
+    affordable = 0
+    while _halving_cost(affordable + 1, to_go) <= left:
+        affordable += 1
+    return affordable
+
+
+def _halving_cost(rivals: int, epochs: int) -> int:
+    """Return the epochs of rivals that it takes to halve them after each of so many epochs."""
+    return sum(math.ceil(rivals / 2**epoch) for epoch in range(max(1, epochs)))
+
+
+def _has_to_train(trainer: Trainer, epoch: int | None) -> bool:
+    """Return whether a trainer has to go on to reach the end of an epoch, or its end for None."""
+    return not trainer.is_done and (epoch is None or trainer.progress.epoch < epoch)
 
 
 def _park(candidate: Candidate) -> None:

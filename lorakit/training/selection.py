@@ -8,7 +8,8 @@ from lorakit.models.base import Base
 from lorakit.models.generation import generate
 from lorakit.models.tokens import Encoder
 from lorakit.records.record import Record
-from lorakit.scoring.metrics import METRICS, score
+from lorakit.scoring.metrics import METRICS, compute_statistics
+from lorakit.scoring.statistics import Statistics
 from lorakit.settings import LOSS, GenerationSettings, SelectionSettings
 
 
@@ -34,12 +35,20 @@ class MetricMeasure:
 
     def __call__(self) -> float:
         """Generate for every record and return the score, negated where lower is better."""
+        return self.value_of(self.statistics())
+
+    def value_of(self, statistics: Statistics) -> float:
+        """Return the score in the metric's statistics, negated where lower is better."""
+        value = statistics.value
+        return value if METRICS[self._metric].higher_is_better else -value
+
+    def statistics(self) -> Statistics:
+        """Generate for every record and return the statistics of the metric."""
         outputs = generate(self._base, self._encoder, self._records, self._settings)
         texts = [record.prediction for record, _ in outputs]
         self.generated += len(texts)
         references = [record.references for record in self._records]
-        value = score(texts, references, metric=self._metric, lang=self._lang).value
-        return value if METRICS[self._metric].higher_is_better else -value
+        return compute_statistics(texts, references, metric=self._metric, lang=self._lang)
 
 
 def measure_of(

@@ -34,6 +34,7 @@ MERGE: HistoryEntry = {
             {"prune_ratio": 0.0, "steps": 9, "loss": 1.25, "stopped": True, "best": False},
             {"prune_ratio": 0.1, "steps": 9, "loss": 1.125, "stopped": False, "best": True},
         ],
+        "test": {"against": 0.0, "difference": -0.125, "p_value": 0.25, "trials": 99, "seed": 0},
     },
 }
 HUB: dict[str, object] = {"name": "owner/name", "revision": "abc", "fingerprint": "f"}
@@ -81,6 +82,9 @@ def test_a_card_tells_base_parents_data_command_and_scores() -> None:
     assert f"- parent `xs`: SHA-256 `{'1' * 64}`\n" in text
     assert f"- `--data`: SHA-256 `{'3' * 64}`\n- `--val`: SHA-256 `{'4' * 64}`\n" in text
     assert "- loss 1.25, prune ratio 0, steps 9, stopped\n" in text
+    assert (
+        "- test of the best: against 0, difference -0.125, p value 0.25, seed 0, trials 99" in text
+    )
     assert "- loss 1.125, prune ratio 0.1, steps 9, best\n" in text
     assert "- versions: lorakit 0.1.0, numpy 2.0\n" in text
     assert 'from_pretrained("owner/name", revision="abc")' in text

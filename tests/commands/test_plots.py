@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from lorakit.commands._plots import (
     plot_lines,
     plot_probabilities,
     plot_search,
+    plot_searches,
     sketch,
 )
 from lorakit.errors import LorakitError
@@ -38,6 +40,40 @@ def test_a_search_is_drawn_in_the_order_of_its_ratios_with_its_data_beside(tmp_p
         assert f"<!-- {label} -->" in text
     rows = [json.loads(line) for line in Path(f"{plot}.jsonl").read_text().splitlines()]
     assert [row["prune_ratio"] for row in rows] == [0, 0.1, 0.5]
+
+
+def with_intervals(shift: float = 0.0) -> list[dict[str, Any]]:
+    return [
+        {**row, "loss": row["loss"] + shift, "interval": [1.0 + shift, 1.9 + shift]}
+        for row in TRIED
+    ]
+
+
+def test_the_bars_of_a_search_are_its_intervals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = with_intervals()
+    figure = drawn(
+        lambda output: plot_search(rows, metric="loss", output=output), tmp_path, monkeypatch
+    )
+    bars = [np.asarray(bar.get_paths()[0].vertices).tolist() for bar in figure.axes[0].collections]
+    assert sorted(bars) == [[[x, 1.0], [x, 1.9]] for x in (0.0, 0.1, 0.5)]
+
+
+def test_searches_of_several_seeds_are_one_figure_with_all_data_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = {f"seed {seed}": with_intervals(seed / 10) for seed in range(3)}
+    figure = drawn(
+        lambda output: plot_searches(searches, metric="loss", output=output), tmp_path, monkeypatch
+    )
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(labels) == ["best", "seed 0", "seed 1", "seed 2", "stopped early"]
+    assert len(figure.axes[0].collections) == 9
+    text = (tmp_path / "a.png.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["search"] for row in rows] == [name for name in searches for _ in TRIED]
+    assert [row["prune_ratio"] for row in rows] == [row["prune_ratio"] for row in TRIED] * 3
 
 
 def test_every_line_has_its_own_marker_and_dash(tmp_path: Path) -> None:
@@ -170,3 +206,18 @@ def test_a_sketch_has_a_bar_for_each_value_and_marks_the_best() -> None:
         "           8  9 10",
         "    best      ▲",
     ]
+
+
+def test_the_overlay_script_draws_the_data_files_of_several_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(2):
+        output = str(tmp_path / f"{seed}.svg")
+        plot_search(with_intervals(seed / 10), metric="loss", output=output)
+    files = [f"seed {seed}={tmp_path / f'{seed}.svg.jsonl'}" for seed in range(2)]
+    script = Path(__file__).parents[2] / "examples/overlay.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "both.svg"), *files])
+    runpy.run_path(str(script), run_name="__main__")
+    text = (tmp_path / "both.svg").read_text(encoding="utf-8")
+    assert "<!-- seed 0 -->" in text
+    assert "<!-- seed 1 -->" in text
