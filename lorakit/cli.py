@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import click
 
 from lorakit.errors import LorakitError
 from lorakit.files import explain
+from lorakit.foreign_text import printable, printable_lines
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -132,7 +134,7 @@ def main() -> None:
         _say(f"Error: {error}")
         code = 1
     except click.ClickException as error:
-        error.show()
+        _show(error)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         _say("Aborted!")
@@ -173,6 +175,13 @@ def _flush_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _show(error: click.ClickException) -> None:
+    """Write click's lines about wrong usage to stderr, as `_say` does."""
+    lines = io.StringIO()
+    error.show(lines)
+    click.echo(printable_lines(lines.getvalue()), err=True, nl=False)
+
+
 def _say(line: str) -> None:
-    """Write one line to stderr."""
-    click.echo(line, err=True)
+    """Write one line to stderr, of which names from foreign files cannot control the terminal."""
+    click.echo(printable(line), err=True)

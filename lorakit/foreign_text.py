@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lorakit.errors import LorakitError
+
 _LONGEST_NAME = 120  # characters of a name quoted in a message
 _WIDE_SPACE = "\u3000"  # ordinary in Japanese and Chinese
 
@@ -24,6 +26,17 @@ def printable_lines(text: str) -> str:
     """Return a text of several lines with only its line breaks and wide spaces left as they are."""
     lines = text.replace("\r\n", "\n").expandtabs(4).split("\n")
     return "\n".join(_WIDE_SPACE.join(map(printable, line.split(_WIDE_SPACE))) for line in lines)
+
+
+def check_encodable(text: str, where: str) -> None:
+    """Raise LorakitError for a text with half a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise LorakitError(
+            f"{where}: holds {half}, half a surrogate pair, which no tokenizer reads; remove it"
+        ) from None
 
 
 def parse_json(text: str) -> Any:

@@ -6,6 +6,7 @@ is up to commands/.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
@@ -90,6 +91,8 @@ class TrainingSettings:
             fields["chat_args"] = dict(self.chat_args)
         if self.keep == "last":
             del fields["patience"]
+        if math.isinf(self.max_grad_norm):  # which JSON cannot hold
+            fields["max_grad_norm"] = None
         return fields
 
 

@@ -152,7 +152,7 @@ def _check(value: object, kind: Kind | None, where: str) -> None:
 
 def header_text(header: Header) -> str:
     """Return the header as JSON with sorted keys, so that equal headers give equal texts."""
-    return json.dumps(header, sort_keys=True, separators=(",", ":"))
+    return json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def new_entry(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import Boundaries, Factors, MetricName
+from lorakit.commands._types import Boundaries, Factors, MetricName, Whole
 from lorakit.settings import LOSS, BoundarySettings
 
 search = _options.together(
@@ -22,7 +22,7 @@ search = _options.together(
         help="Those to try: 8-31. [default: all]",
     ),
     _options.field_option(
-        BoundarySettings, "sample", click.IntRange(min=1), "Records drawn at random from --data."
+        BoundarySettings, "sample", Whole(1), "Records drawn at random from --data."
     ),
 )
 
@@ -63,7 +63,7 @@ probability = _options.together(
     _options.field_option(
         BoundarySettings,
         "tokens",
-        click.IntRange(min=1),
+        Whole(1),
         "By probability: how many positions of the completion are read.",
     ),
     click.option(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lorakit.commands._options import together
+from lorakit.commands._types import Whole
 from lorakit.reach import check_model
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ bertscore_options = together(
     ),
     click.option(
         "--bertscore-layer",
-        type=click.IntRange(min=0),
+        type=Whole(0),
         metavar="N",
         help="Whose output it takes. [default: the one tuned for the model, or its last]",
     ),

@@ -13,7 +13,15 @@ from decimal import Decimal
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import Amounts, Density, MetricName, Numbers, StepsOrEpoch
+from lorakit.commands._types import (
+    RANK,
+    Amounts,
+    Density,
+    MetricName,
+    Numbers,
+    StepsOrEpoch,
+    Whole,
+)
 from lorakit.merging.criteria import CRITERIA, VALUES
 from lorakit.merging.groups import GROUPS, PAIR_GROUPS
 from lorakit.merging.methods import METHODS
@@ -80,7 +88,7 @@ static = _options.together(
     ),
     click.option(
         "--rank",
-        type=click.IntRange(min=1),
+        type=Whole(1, most=RANK),
         metavar="R",
         help="Rank of the result, in each module. [default: the adapters' largest]",
     ),
@@ -143,7 +151,7 @@ pruning = _options.together(
     ),
     click.option(
         "--calibrate-every",
-        type=click.IntRange(min=1),
+        type=Whole(1),
         metavar="N",
         help="Refresh the input norms every N steps. [default: every epoch]",
     ),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from lorakit.commands._types import NamedValue, ParamType
+from lorakit.commands._types import NamedValue, ParamType, Real, Whole
 from lorakit.files import STDIO
 from lorakit.settings import AskingSettings, GenerationSettings, SelectionSettings, TrainingSettings
 
@@ -149,7 +149,7 @@ quiet = click.option(
 )
 resume = click.option("--resume", is_flag=True, help="Go on where a killed run stopped; needs -o.")
 data = click.option("--data", required=True, metavar="FILE", help="Records (JSONL); `-` is stdin.")
-seed = field_option(TrainingSettings, "seed", click.IntRange(min=0), "Seed of all randomness.")
+seed = field_option(TrainingSettings, "seed", Whole(0), "Seed of all randomness.")
 lang = field_option(
     SelectionSettings, "lang", click.Choice(["en", "ja", "zh"]), "Language of the texts."
 )
@@ -166,7 +166,7 @@ truncate = together(
 )
 max_length = click.option(
     "--max-length",
-    type=click.IntRange(min=2),
+    type=Whole(2),
     metavar="N",
     help="Longest sequence in tokens. [default: the model's context]",
 )
@@ -215,27 +215,19 @@ model = together(
 )
 
 decoding = together(
-    field_option(
-        GenerationSettings, "max_new_tokens", click.IntRange(min=1), "Longest completion in tokens."
-    ),
-    field_option(
-        GenerationSettings, "batch_size", click.IntRange(min=1), "Records decoded together."
-    ),
+    field_option(GenerationSettings, "max_new_tokens", Whole(1), "Longest completion in tokens."),
+    field_option(GenerationSettings, "batch_size", Whole(1), "Records decoded together."),
 )
 
 asking = together(
-    field_option(
-        AskingSettings, "concurrency", click.IntRange(min=1), "Questions asked at a time."
-    ),
+    field_option(AskingSettings, "concurrency", Whole(1, most=1000), "Questions asked at a time."),
     field_option(
         AskingSettings,
         "timeout",
-        click.FloatRange(min=0, min_open=True),
+        Real(min_open=True, most=1e6),
         "Seconds of silence after which a question is asked again.",
     ),
-    field_option(
-        AskingSettings, "retries", click.IntRange(min=0), "How often a question is asked again."
-    ),
+    field_option(AskingSettings, "retries", Whole(0), "How often a question is asked again."),
 )
 
 

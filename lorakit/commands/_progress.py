@@ -19,6 +19,7 @@ import click
 
 from lorakit.errors import LorakitError
 from lorakit.files import explain
+from lorakit.foreign_text import printable
 from lorakit.reporting import EpochReport, StepReport
 
 if TYPE_CHECKING:
@@ -131,9 +132,9 @@ class TerminalReporter:
         self._say(text)
 
     def _say(self, line: str) -> None:
-        """Write a line to stderr, unless it is quiet."""
+        """Write a line to stderr, safe to print, unless it is quiet."""
         if not self._quiet:
-            click.echo(line, err=True)
+            click.echo(printable(line), err=True)
 
     def _write(self, entry: Mapping[str, object]) -> None:
         """Write an entry to the log, if there is one."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lorakit.commands import _options
+from lorakit.commands._types import Real, Whole
 from lorakit.recipes.request import Request
 from lorakit.recipes.table import RECIPES
 
@@ -45,7 +46,7 @@ request = _options.together(
         type=click.Choice(["en", "ja", "zh"]),
         help="Take texts of this language. [default: what there is; of microworld, en]",
     ),
-    click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Draw N records."),
+    click.option("--sample", type=Whole(1), metavar="N", help="Draw N records."),
     _options.seed,
     click.option(
         "--template",
@@ -61,15 +62,11 @@ request = _options.together(
         metavar="FIELD",
         help="The template's field that may be cut. [default: the recipe's, or the longest]",
     ),
-    click.option(
-        "--min-words", type=click.IntRange(min=1), metavar="N", help="Drop shorter prompts."
-    ),
-    click.option(
-        "--max-words", type=click.IntRange(min=1), metavar="N", help="Drop longer prompts."
-    ),
+    click.option("--min-words", type=Whole(1), metavar="N", help="Drop shorter prompts."),
+    click.option("--max-words", type=Whole(1), metavar="N", help="Drop longer prompts."),
     click.option(
         "--min-ratio",
-        type=click.FloatRange(min=0),
+        type=Real(min=0),
         metavar="R",
         help="mimic: words of findings for each of the impression, at least. [default: 1.5]",
     ),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lorakit.commands import _options
+from lorakit.commands._types import Whole
 from lorakit.files import STDIO
 from lorakit.scoring.metrics import METRICS
 from lorakit.settings import SignificanceSettings
@@ -81,7 +82,7 @@ comparison = _options.together(
     _options.field_option(
         SignificanceSettings,
         "trials",
-        click.IntRange(min=1),
+        Whole(1),
         "Trials of the randomization test and of the bootstrap.",
     ),
 )

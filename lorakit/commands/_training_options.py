@@ -8,11 +8,11 @@ import click
 
 from lorakit.commands import _options
 from lorakit.commands._options import F
-from lorakit.commands._types import MetricName, ParamType
+from lorakit.commands._types import MetricName, ParamType, Real, Whole
 from lorakit.settings import LOSS, SCHEDULES, SelectionSettings, TrainingSettings
 
-POSITIVE = click.FloatRange(min=0, min_open=True)
-_SHARE = click.FloatRange(min=0, max=1, max_open=True)
+POSITIVE = Real(min=0, min_open=True)
+_SHARE = Real(min=0, max=1, max_open=True)
 
 
 def _training_option(field: str, type: ParamType, help: str) -> Callable[[F], F]:
@@ -25,24 +25,24 @@ val = click.option(
 
 training = _options.together(
     _training_option("lr", POSITIVE, "Highest learning rate."),
-    _training_option("epochs", click.IntRange(min=1), "Most passes over the data."),
-    _training_option(
-        "patience", click.IntRange(min=1), "Epochs without a lower loss before stopping."
-    ),
+    _training_option("epochs", Whole(1), "Most passes over the data."),
+    _training_option("patience", Whole(1), "Epochs without a lower loss before stopping."),
     _training_option(
         "keep",
         click.Choice(["best", "last"]),
         "The epoch to save: the best on the validation set, or the last, with no early stop.",
     ),
-    _training_option("batch_size", click.IntRange(min=1), "Examples an optimiser step."),
-    _training_option(
-        "micro_batch_tokens", click.IntRange(min=1), "Tokens that are computed together."
-    ),
+    _training_option("batch_size", Whole(1), "Examples an optimiser step."),
+    _training_option("micro_batch_tokens", Whole(1), "Tokens that are computed together."),
     _training_option("dropout", _SHARE, "Dropout on LoRA's input."),
     _training_option("warmup", _SHARE, "Share of the steps in which the learning rate rises."),
     _training_option("schedule", click.Choice(SCHEDULES), "How the learning rate falls."),
-    _training_option("weight_decay", click.FloatRange(min=0), "AdamW's weight decay."),
-    _training_option("max_grad_norm", POSITIVE, "Gradient norm above which it is clipped."),
+    _training_option("weight_decay", Real(min=0), "AdamW's weight decay."),
+    _training_option(
+        "max_grad_norm",
+        Real(min_open=True, infinite=True),
+        "Gradient norm above which it is clipped; inf: never.",
+    ),
     click.option(
         "--gradient-checkpointing", is_flag=True, help="Compute activations twice to save memory."
     ),
@@ -69,7 +69,7 @@ selection = _options.together(
     _options.field_option(
         SelectionSettings,
         "max_new_tokens",
-        click.IntRange(min=1),
+        Whole(1),
         "Longest output, where a metric decides.",
     ),
     _options.lang,

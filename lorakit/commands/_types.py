@@ -20,9 +20,59 @@ if TYPE_CHECKING:
 else:
     ParamType = click.ParamType  # not generic before click 8.4
 
+MOST = 2**63 - 1  # what torch and numpy hold in an integer
+RANK = 2**16  # the highest of an adapter
+_TINIEST, _LARGEST = 2.0**-126, 2.0**127  # about the numbers that float32 holds
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 _ESCAPE = re.compile(r"\\([nt\\])")
 _LAYER_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
+
+
+class Whole(click.IntRange):
+    """A whole number within click's range that is no larger than `most`."""
+
+    def __init__(self, min: int, *, most: int = MOST) -> None:
+        super().__init__(min=min)
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number > self._most:
+            self.fail(f"{value} is above {self._most}, the largest number allowed", param, ctx)
+        return number
+
+
+class Real(click.FloatRange):
+    """A number within click's range that float32 holds; `inf` only where `infinite`.
+
+    NaN is refused, and so is what is not zero but smaller than `least`.
+    """
+
+    def __init__(
+        self,
+        *,
+        min: float = 0,
+        max: float | None = None,
+        min_open: bool = False,
+        max_open: bool = False,
+        least: float = _TINIEST,
+        most: float = _LARGEST,
+        infinite: bool = False,
+    ) -> None:
+        super().__init__(min=min, max=max, min_open=min_open, max_open=max_open)
+        self._least, self._most, self._infinite = least, most, infinite
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number == math.inf and self._infinite:
+            return number
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        if abs(number) > self._most:
+            self.fail(f"{value} is above {self._most:.4g}, the largest number allowed", param, ctx)
+        if 0 < abs(number) < self._least:
+            self.fail(f"{value} is nearer to 0 than {self._least:.4g}; give 0 or more", param, ctx)
+        return number
 
 
 class Names(ParamType):
@@ -136,6 +186,8 @@ class Amounts(ParamType):
         amount = _decimal(text)
         if not amount.is_finite():
             self.fail(f"{text!r} is not a number", param, ctx)
+        if amount > Decimal(_LARGEST) or 0 < amount < Decimal(_TINIEST):
+            self.fail(f"{text} is not a number that float32 holds", param, ctx)
         if amount < 0 or (self._below is not None and amount >= self._below):
             top = "" if self._below is None else f" < {self._below}"
             self.fail(f"{text} is not in 0 ≤ {self.name}{top}", param, ctx)
@@ -181,6 +233,8 @@ class Density(ParamType):
         density = _decimal(value)
         if density.is_nan():
             self.fail(f"{value!r} is not a number", param, ctx)
+        if 0 < density < Decimal(_TINIEST):
+            self.fail(f"{value} is not a number that float32 holds", param, ctx)
         if not 0 < density <= 1:
             self.fail(f"{value} is not in 0 < {self.name} ≤ 1", param, ctx)
         return density
@@ -208,24 +262,9 @@ class Numbers(ParamType):
             number = math.nan
         if not math.isfinite(number):
             self.fail(f"{text!r} is not a number", param, ctx)
+        if abs(number) > _LARGEST or 0 < abs(number) < _TINIEST:
+            self.fail(f"{text} is not a number that float32 holds", param, ctx)
         return number
-
-
-class Factor(ParamType):
-    """A finite number from 0 on."""
-
-    name = "factor"
-
-    def convert(
-        self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        try:
-            factor = float(value)
-        except ValueError:
-            factor = math.nan
-        if not 0 <= factor < math.inf:
-            self.fail(f"{value!r} is not a number from 0 on", param, ctx)
-        return factor
 
 
 class Factors(Numbers):

@@ -10,6 +10,7 @@ import click
 
 from lorakit.commands import _options
 from lorakit.commands._embedding import bertscore_options, open_embedder
+from lorakit.commands._types import Whole
 from lorakit.files import STDIO
 from lorakit.scoring.metrics import METRICS
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 )
 @_options.lang
 @bertscore_options
-@click.option("--n", type=click.IntRange(min=1), metavar="N", help="Only the first N of them.")
+@click.option("--n", type=Whole(1), metavar="N", help="Only the first N of them.")
 @click.option(
     "--html",
     metavar="FILE",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import StopText
+from lorakit.commands._types import Real, StopText, Whole
 from lorakit.files import STDIO
 from lorakit.reach import check_model
 from lorakit.settings import AskingSettings, GenerationSettings, ModelSettings
@@ -28,25 +28,25 @@ sampling = _options.together(
     _options.field_option(
         GenerationSettings,
         "temperature",
-        click.FloatRange(min=0),
+        Real(least=1e-5),
         "Sample at this temperature; 0 is greedy decoding.",
     ),
     _options.field_option(
         GenerationSettings,
         "top_p",
-        click.FloatRange(min=0, min_open=True, max=1),
+        Real(min=0, min_open=True, max=1),
         "Sample from the most probable tokens that make up this share.",
     ),
     _options.field_option(
         GenerationSettings,
         "top_k",
-        click.IntRange(min=0),
+        Whole(0),
         "Sample from so many of the most probable tokens; 0: from all.",
     ),
     _options.field_option(
         GenerationSettings,
         "samples",
-        click.IntRange(min=1),
+        Whole(1),
         "Completions of each record, as a list in `predictions`; needs --temperature.",
     ),
 )
@@ -57,7 +57,7 @@ few_shot_examples = _options.together(
     ),
     click.option(
         "--shots",
-        type=click.IntRange(min=1),
+        type=Whole(1),
         metavar="K",
         help="How many of --few-shot's records, drawn by --seed. [default: all]",
     ),

@@ -6,6 +6,7 @@ import click
 
 from lorakit.commands import _judging_options, _options
 from lorakit.commands._sheets import check_mode, export_to_sheet, import_sheets
+from lorakit.commands._types import Whole
 from lorakit.files import STDIO
 from lorakit.settings import JudgeSettings, SheetSettings
 
@@ -28,7 +29,7 @@ from lorakit.settings import JudgeSettings, SheetSettings
 )
 @click.option(
     "--sample",
-    type=click.IntRange(min=1),
+    type=Whole(1),
     metavar="N",
     help="Records of each file in the sheet. [default: all]",
 )

@@ -7,7 +7,7 @@ import re
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import Factor
+from lorakit.commands._types import Real
 from lorakit.files import STDIO
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 )
 @click.option(
     "--factor",
-    type=Factor(),
+    type=Real(),
     metavar="λ",
     help="What the change is multiplied by; 0 is no LoRA. [default: the best record's]",
 )

@@ -10,6 +10,7 @@ import click
 from lorakit.commands import _options, _scoring_options
 from lorakit.commands._embedding import bertscore_options, open_embedder
 from lorakit.files import STDIO
+from lorakit.foreign_text import printable
 from lorakit.scoring.metrics import METRICS
 from lorakit.settings import SignificanceSettings
 
@@ -73,7 +74,7 @@ def score(
     )
     if not quiet:
         for line in dict.fromkeys(line for row in rows for line in row.cautions):
-            click.echo(f"Warning: {line}", err=True)
+            click.echo(f"Warning: {printable(line)}", err=True)
     _write_scores(rows, layout, output)
 
 

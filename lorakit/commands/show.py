@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from lorakit.commands import _options
+from lorakit.commands._types import Whole
 from lorakit.reach import check_model
 from lorakit.settings import GenerationSettings, ModelSettings
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @_options.model
 @click.option(
     "--n",
-    type=click.IntRange(min=1),
+    type=Whole(1),
     default=3,
     show_default=True,
     help="How many records to show.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from lorakit.commands import _options, _training_options
-from lorakit.commands._types import Layers, Names
+from lorakit.commands._types import RANK, Layers, Names, Whole
 from lorakit.reach import check_model
 from lorakit.settings import (
     LoraSettings,
@@ -20,7 +20,7 @@ from lorakit.settings import (
 @_options.data
 @_training_options.val
 @_options.model
-@click.option("--rank", type=click.IntRange(min=1), default=LoraSettings.rank, show_default=True)
+@click.option("--rank", type=Whole(1, most=RANK), default=LoraSettings.rank, show_default=True)
 @click.option(
     "--alpha", type=_training_options.POSITIVE, default=LoraSettings.alpha, show_default=True
 )

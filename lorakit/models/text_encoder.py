@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from lorakit.errors import LorakitError
+from lorakit.foreign_text import check_encodable, quote
 from lorakit.models.architecture import Model
 from lorakit.models.base import UNLIMITED, explaining_load_errors, quieten_transformers
 from lorakit.models.chat import Tokenizer
@@ -48,6 +49,8 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids and attention mask (both texts × tokens), padded on the right."""
+        for text in texts:
+            check_encodable(text, f"the text {quote(text)}")
         encoded = self.tokenizer(
             [f"{self.prefix}{text.strip()}" for text in texts],
             padding=True,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lorakit.errors import LorakitError
+from lorakit.foreign_text import check_encodable
 from lorakit.models.chat import Chat, Tokenizer
 from lorakit.records.completions import OPEN
 from lorakit.records.few_shot import SEPARATOR, shown_turns
@@ -111,7 +112,7 @@ class Encoder:
             text = SEPARATOR.join([*shown, _plain_prompt(record)])
         else:
             text = self.chat.prompt(shown_turns(shots, record.conversation), record.where)
-        ids = self._never_empty(self._tokens(text)[0])
+        ids = self._never_empty(self._tokens(text, record.where)[0])
         opens = self.chat is not None and text.rstrip().endswith(OPEN)
         return Example(ids, len(ids), record.where, opens_reasoning=opens)
 
@@ -122,7 +123,7 @@ class Encoder:
             text = prompt + record.completion
         else:
             prompt, text = self.chat.answered(record.conversation, record.completion, record.where)
-        ids, token_ends = self._tokens(text)
+        ids, token_ends = self._tokens(text, record.where)
         start = next((i for i, end in enumerate(token_ends) if end > len(prompt)), len(ids))
         answer, end = ids[start:], self.ends[0]
         if self.chat is not None:  # what the template writes after its end token is never generated
@@ -137,8 +138,9 @@ class Encoder:
         begin = self.tokenizer.bos_token_id
         return ids or (self.ends[0] if begin is None else begin,)
 
-    def _tokens(self, text: str) -> tuple[tuple[int, ...], list[int]]:
+    def _tokens(self, text: str, where: str) -> tuple[tuple[int, ...], list[int]]:
         """Return the ids of a text and where in it each ends (0 for special tokens)."""
+        check_encodable(text, where)
         encoded = self.tokenizer(
             text,
             add_special_tokens=self.chat is None,

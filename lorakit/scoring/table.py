@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import IO
 
+from lorakit.foreign_text import printable
 from lorakit.scoring.metrics import METRICS
 from lorakit.scoring.systems import SystemScores
 
@@ -41,10 +42,10 @@ def write_score_table(systems: Sequence[SystemScores], stream: IO[str]) -> None:
             Text(_cell(scores, column), style="bold" if score.value == best[column] else "")
             for column, score in enumerate(scores.scores)
         ]
-        table.add_row(Text(_label(scores)), str(scores.count), *cells)
+        table.add_row(Text(printable(_label(scores))), str(scores.count), *cells)
     console.print(table)
     for line in dict.fromkeys(line for scores in systems for line in _notes(scores)):
-        console.print(Text(line, style="dim"), soft_wrap=True)
+        console.print(Text(printable(line), style="dim"), soft_wrap=True)
 
 
 def _label(scores: SystemScores) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from decimal import Decimal
 from typing import Any
 
 import click
 import pytest
+import torch
 
 from lorakit.cli import COMMANDS, load_command
 from lorakit.commands import _options, _types
@@ -257,3 +260,74 @@ def test_every_option_has_a_help_text_and_one_name_in_all_commands(command: str)
 
 
 UNEXPLAINED = ("rank", "alpha", "split")  # the name and the default say it
+
+
+HOSTILE = [
+    "nan",
+    "-nan",
+    "inf",
+    "-inf",
+    "1e30",
+    "1e-320",
+    "1e999",
+    "100000000000000000000",
+    "-1",
+    "",
+]
+
+
+def numbers_of(command: str) -> list[tuple[str, click.Option]]:
+    """Return a command's options that take one number, with the command's name."""
+    options = [
+        option
+        for option in load_command(command).params
+        if isinstance(option, click.Option) and option.type.name in NUMBERS
+    ]
+    return [(command, option) for option in options]
+
+
+NUMBERS = {"integer", "integer range", "float", "float range"}
+NUMBER_OPTIONS = [pair for command in COMMANDS for pair in numbers_of(command)]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), NUMBER_OPTIONS, ids=lambda value: getattr(value, "name", value)
+)
+def test_every_option_for_a_number_takes_only_numbers_that_can_be_computed_with(
+    command: str, option: click.Option
+) -> None:
+    assert isinstance(option.type, (_types.Whole, _types.Real))
+    taken = {text for text in HOSTILE if is_taken(option, text)}
+    assert not taken & {"nan", "-nan", "-inf", "1e-320", ""}
+    assert ("inf" in taken) == (option.name == "max_grad_norm")
+    if isinstance(option.type, _types.Whole):
+        assert not taken
+
+
+def is_taken(option: click.Option, text: str) -> bool:
+    try:
+        value = convert(option.type, text)
+    except click.BadParameter:
+        return False
+    assert value == math.inf or torch.isfinite(torch.tensor(value, dtype=torch.float32))
+    return True
+
+
+def test_a_number_out_of_range_is_refused_in_one_line_that_says_why() -> None:
+    for text, reason in {
+        "nan": "nan is not a finite number",
+        "inf": "inf is not a finite number",
+        "1e39": "1e39 is above 1.701e+38",
+        "1e-320": "1e-320 is nearer to 0 than 1.175e-38",
+    }.items():
+        with pytest.raises(click.BadParameter, match=re.escape(reason)):
+            convert(_types.Real(), text)
+    with pytest.raises(click.BadParameter, match="10000000000 is above 65536"):
+        convert(_types.Whole(1, most=_types.RANK), "10000000000")
+
+
+@pytest.mark.parametrize("kind", [_types.Numbers(), _types.Amounts("threshold")])
+@pytest.mark.parametrize("text", ["1e39", "1e-320", "1e999999"])
+def test_numbers_in_a_list_are_held_by_float32(kind: click.ParamType[Any], text: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"that float32 holds|is not a number"):
+        convert(kind, text)

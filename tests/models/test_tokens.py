@@ -51,6 +51,18 @@ def test_the_completions_tokens_are_those_that_end_in_it(prompt: str, completion
         assert said == completion
 
 
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("a\ud800", "b"), ("a", "b\udfff"), ("\udc00\ud800", "")]
+)
+def test_half_a_surrogate_pair_is_an_error_that_names_the_record(
+    chatty: Any, chat: bool, prompt: str, completion: str
+) -> None:
+    encoder = Encoder(chatty, (END,), 99, Chat(chatty) if chat else None)
+    with pytest.raises(LorakitError, match=r"^data.jsonl:7: holds \\u[0-9a-f]{4}, half a surrog"):
+        encoder.example(record(prompt, completion))
+
+
 def test_a_token_across_the_border_is_learnt() -> None:
     """`▁word` begins with the prompt's last space; without it the first word would be lost."""
     from tokenizers import Tokenizer, models, pre_tokenizers

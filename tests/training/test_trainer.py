@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -383,6 +384,19 @@ def test_a_loss_that_is_not_finite_is_an_error(llama: str, data: str, tmp_path: 
             patience=9,
         )
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_gradients_without_a_bound_are_never_clipped_and_the_adapter_can_be_read(
+    llama: str, data: str, tmp_path: Path
+) -> None:
+    unbounded, high = tmp_path / "unbounded.safetensors", tmp_path / "high.safetensors"
+    fit(llama, data, unbounded, max_grad_norm=math.inf, epochs=1)
+    fit(llama, data, high, max_grad_norm=1e30, epochs=1)
+    adapter = load_adapter(str(unbounded))
+    assert adapter.header["history"][-1]["settings"]["max_grad_norm"] is None
+    expected = load_adapter(str(high)).tensors
+    for name, tensor in adapter.tensors.items():
+        np.testing.assert_array_equal(tensor.array(), expected[name].array())
 
 
 def test_a_seeded_fifth_is_held_out_and_said_so(llama: str, data: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 
 from lorakit.errors import LorakitError
@@ -10,6 +11,11 @@ _ESCAPE = re.compile(rb"\x1b(?:\$[@B]|\([BJI]|\$\([D])")
 _DECLARATION = re.compile(rb"(?:charset|encoding)\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE)
 _KANA = re.compile("[ぁ-んァ-ヶー、。]")
 _HALF_WIDTH = re.compile("[\uff61-\uff9f]")
+# Python's codecs that no document is written in; some take time that grows with the square.
+_NO_ENCODINGS = frozenset({"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"})
+# What files that declare these are really written in: supersets with the vendors' characters.
+_SUPERSETS = {"shift_jis": "cp932", "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs"}
+_ALIASES = {"windows-31j": "cp932", "x-sjis": "cp932", "x-euc-jp": "euc_jp"}  # unknown to Python
 
 
 def declared_encoding(content: bytes) -> str | None:
@@ -37,11 +43,25 @@ def decoded(content: bytes, name: str, declared: str | None = None) -> str:
     return max(texts, key=_japanese_likeness)
 
 
+def codec_of(declared: str) -> str | None:
+    """Return Python's name of the encoding that a file declares, None where it is none."""
+    try:
+        codec = codecs.lookup(_ALIASES.get(declared.lower(), declared))
+    except (LookupError, ValueError):
+        return None
+    if not codec._is_text_encoding or codec.name in _NO_ENCODINGS:
+        return None
+    return _SUPERSETS.get(codec.name, codec.name)
+
+
 def _try(content: bytes, encoding: str) -> str | None:
     """Return the decoded text, None where the bytes are not in this encoding."""
+    codec = codec_of(encoding)
+    if codec is None:
+        return None
     try:
-        return content.decode(encoding)
-    except (UnicodeDecodeError, LookupError):
+        return content.decode(codec)
+    except UnicodeDecodeError:
         return None
 
 

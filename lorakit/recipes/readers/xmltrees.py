@@ -6,11 +6,14 @@ refused, and nothing outside the file, be it a DTD or an entity, is opened.
 
 from __future__ import annotations
 
+import codecs
 import html
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError
+from lorakit.foreign_text import quote
+from lorakit.recipes.readers.decoding import codec_of, declared_encoding
 from lorakit.recipes.readers.sources import Part
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ def elements(
     from xml.parsers import expat
 
     builder = _Builder(part.name, wanted, ignored)
-    parser = expat.ParserCreate()
+    parser = expat.ParserCreate("utf-8")
     parser.buffer_text = True
     parser.StartElementHandler = lambda name, attributes: builder.start(
         name, attributes, parser.CurrentLineNumber
@@ -41,11 +44,9 @@ def elements(
     parser.CharacterDataHandler = builder.text
     parser.DefaultHandlerExpand = builder.other
     parser.EntityDeclHandler = builder.entity
-    data = b"start"
-    while data:
-        data = part.stream.read(_CHUNK)
+    for data, is_last in _utf8(part):
         try:
-            parser.Parse(data, not data)
+            parser.Parse(data, is_last)
         except expat.ExpatError as error:
             reason = expat.errors.messages[error.code]
             raise LorakitError(
@@ -53,6 +54,47 @@ def elements(
             ) from error
         for line, element in builder.take_finished():
             yield f"{part.name}:{line}", element
+
+
+def _utf8(part: Part) -> Iterator[tuple[bytes, bool]]:
+    """Yield a file in UTF-8, in chunks, each with whether it is the last.
+
+    expat itself reads no encoding of several bytes but Unicode's. Raises LorakitError for bytes
+    that are not in the encoding the file declares, and for one that does not exist.
+    """
+    data = part.stream.read(_CHUNK)
+    encoding = _encoding(data, part.name)
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line = 1
+    while True:
+        following = part.stream.read(_CHUNK)
+        try:
+            text = decoder.decode(data, not following)
+        except UnicodeDecodeError as error:
+            line += data[: error.start].count(b"\n")
+            raise LorakitError(
+                f"{part.name}:{line}: not in the encoding {encoding} ({error.reason}); save it as "
+                "UTF-8 and declare that"
+            ) from error
+        yield text.encode(), not following
+        if not following:
+            return
+        line, data = line + text.count("\n"), following
+
+
+def _encoding(start: bytes, name: str) -> str:
+    """Return the encoding of an XML file that begins so: of its byte order mark, or declared."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    end = start.find(b"?>")
+    declared = declared_encoding(start[:end]) if start.lstrip().startswith(b"<?xml") else None
+    encoding = codec_of(declared) if declared else "utf-8-sig"
+    if encoding is None:
+        raise LorakitError(
+            f"{name}: declares the encoding {quote(str(declared))}, which no document is in; save "
+            "it as UTF-8 and declare that"
+        )
+    return "utf-8-sig" if encoding == "utf-8" else encoding
 
 
 def text_in(element: Element) -> str:
