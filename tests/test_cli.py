@@ -281,7 +281,10 @@ SERVED = ("--data", "x", "--endpoint", "http://x/v1", "--served-model", "m")
         (("merge", "a", "--data", "x", "--plot", "a.png"), "--plot needs several ratios"),
         (("merge", "a", "--data", "x", "--metric", "em"), "--metric needs several ratios"),
         (("merge", "a", "--data", "x", "--select-by", "bertscore"), "is not one of loss, rouge1"),
-        (("find-boundary", "a", "--data", "x", "--metric", "loss"), "'lossy' is not one of loss, rouge1"),
+        (
+            ("find-boundary", "a", "--data", "x", "--metric", "lossy"),
+            "'lossy' is not one of loss, rouge1",
+        ),
         (
             ("merge", "a", "--data", "x", "--method", "lorahub", "--epochs", "3"),
             "--epochs does not belong to --method lorahub, but to adaptive, learned-weights",
