@@ -1,0 +1,189 @@
+#!/bin/sh
+# The boundary-layer paper's experiments on real data and a real model: SmolLM2-135M-Instruct, or $MODEL.
+# Tasks: DialogSum, yes/no (does a summary belong to its dialogue), SciTLDR, GSM8K, HotpotQA; adapters of
+# three epochs on 150 examples, the last epoch kept as in the paper, at rank 8 (and 32, and the best epoch,
+# to compare); the boundary searched for on 30 validation records by the task's metric, by loss and by
+# probability; 100 test records.
+#
+#     sh examples/real/paper2.sh [--smoke] [FOLDER]    # work goes to FOLDER, by default ./paper2
+#
+# Raw data: $DATA/dialogsum, scitldr, gsm8k, hotpotqa. A command whose output exists is skipped, so that a
+# stopped run goes on where it was. $TASKS and $PARTS choose less; --smoke tries every command with a few
+# records on the shipped model. What it prints, by tables.py, is in examples/README.md; scores and figures
+# are copied to the folder $RESULTS, if that is set.
+
+set -eu
+. "$(dirname "$0")/steps.sh"
+tasks=${TASKS:-dialogsum yesno scitldr gsm8k hotpotqa}
+parts=${PARTS:-tuned best rank32 other_domains}
+layers=${LAYERS:-30} # of the model
+examples=150 sweep=30 answers=100
+[ ! "$smoke" ] || { layers=8 examples=6 sweep=4 answers=4; }
+bottom=0-$((layers * 2 / 3 - 1))
+
+metric_of() {
+    case $1 in
+        yesno) echo accuracy ;; gsm8k) echo gsm8k ;; hotpotqa) echo contains ;; *) echo rougeL ;;
+    esac
+}
+words_of() { # words_of TASK: the longest output
+    case $1 in yesno) echo 4 ;; gsm8k) echo 160 ;; hotpotqa) echo 16 ;; *) echo "$words" ;; esac
+}
+question="Dialogue: {{dialogue}}\nSummary: {{summary}}\nDoes the summary belong to the dialogue, Yes or No?"
+yesno="--template '$question\nAnswer:' --completion ' {{label}}' --document dialogue"
+raw_of() { # raw_of TASK train|test: the recipe and its raw file
+    case $1.$2 in
+        dialogsum.train) echo "dialogsum $raw/dialogsum/dialogsum.dev.jsonl" ;;
+        dialogsum.test) echo "dialogsum $raw/dialogsum/dialogsum.test.jsonl" ;;
+        yesno.*) printf '%s\n' "jsonl $out/yesno/$2.rows.jsonl $yesno" ;;
+        scitldr.*) echo "scitldr $raw/scitldr --split $2" ;;
+        gsm8k.*) echo "gsm8k $raw/gsm8k/$2.jsonl" ;;
+        hotpotqa.*) echo "hotpotqa $raw/hotpotqa" ;;
+    esac
+}
+at() { task=$1 folder=$out/$1 metric=$(metric_of "$1") longest=$(words_of "$1"); }
+each() { for task in $tasks; do at "$task"; "$@"; done; }
+lines() { # lines FILE FIRST LAST OUTPUT: some records of a file
+    [ -e "$folder/$4" ] || sed -n "$2,$3p" "$folder/$1" > "$folder/$4"
+}
+records() { # train, val and test do not overlap; HotpotQA's subset is one file
+    each questions
+    each drawn | run
+    each divided
+}
+questions() {
+    mkdir -p "$folder"
+    [ "$task" = yesno ] || return 0
+    for split in dev test; do
+        [ $split = dev ] && rows=train.rows.jsonl || rows=test.rows.jsonl
+        [ -e "$folder/$rows" ] ||
+            python examples/real/yesno.py "$raw/dialogsum/dialogsum.$split.jsonl" > "$folder/$rows"
+    done
+}
+drawn() {
+    if [ "$task" = hotpotqa ]; then
+        draw all.jsonl $((examples + sweep + answers)) 0 $(raw_of "$task" train)
+    else
+        draw all.jsonl $((examples + sweep)) 0 $(raw_of "$task" train)
+        draw test.jsonl "$answers" 0 $(raw_of "$task" test)
+    fi
+}
+divided() {
+    lines all.jsonl 1 "$examples" train.jsonl
+    lines all.jsonl $((examples + 1)) $((examples + sweep)) val.jsonl
+    lines all.jsonl $((examples + sweep + 1)) $((examples + sweep + answers)) test.jsonl
+}
+train() { # train NAME [OPTION…]
+    name=$1
+    shift
+    make "$name.safetensors" train-adapter --data train.jsonl --val val.jsonl --lr 1e-3 --epochs "$epochs" \
+        --max-length $((length > 2 * longest ? length : 512)) --truncate --resume -q "$@"
+}
+search() { # search NAME BY ADAPTER [OPTION…]: the records of find-boundary, NAME.BY.jsonl
+    name=$1 by=$2 adapter=$3
+    shift 3
+    make "$name.$by.jsonl" find-boundary "$adapter.safetensors" --data val.jsonl \
+        --max-length $((length > 2 * longest ? length : 512)) --truncate --dtype "$dtype" -q "$@"
+}
+answers() { # answers NAME…: outputs for the test records
+    for name in "$@"; do
+        make "$name.jsonl" generate "$name.safetensors" --data test.jsonl --max-new-tokens "$longest" \
+            --max-length $((length > 2 * longest ? length : 512)) --truncate --batch-size "$batch" \
+            --dtype "$dtype" -q
+    done
+}
+sweeps() { # sweeps NAME: by the task's metric with standard errors, and by loss
+    search "$1" metric "$1" --metric "$metric" --max-new-tokens "$longest" --batch-size "$batch" \
+        --rule 1se --plot "$1.metric.svg"
+    search "$1" loss "$1" --metric loss --plot "$1.loss.svg"
+}
+boundary_of() { # boundary_of FILE best|1se
+    python examples/real/boundary_of.py "$folder/$1" --rule "$2"
+}
+cuts() { # cuts NAME: at the best boundary by metric, at that of the rule 1se, and at the best by loss
+    [ -e "$folder/$1.metric.jsonl" ] || return 0
+    make "$1.ours.safetensors" strip-layers "$1.safetensors" -q \
+        --boundary "$(boundary_of "$1.metric.jsonl" best)"
+    make "$1.ours-1se.safetensors" strip-layers "$1.safetensors" --boundary "$1.metric.jsonl" -q
+    make "$1.ours-loss.safetensors" strip-layers "$1.safetensors" --boundary "$1.loss.jsonl" -q
+}
+neighbours() { # as many layers as the rule 1se keeps, by LoRA-drop's output and by importance
+    kept=$(boundary_of tuned.metric.jsonl 1se)
+    for by in output importance; do
+        make tuned.$by.safetensors strip-layers tuned.safetensors --by $by \
+            --share "$(python -c "print(round($kept / $layers, 4))")" --data val.jsonl \
+            --max-length $((length > 2 * longest ? length : 512)) --truncate -q
+    done
+}
+
+tuned() { # rank 8, the last epoch: Table 1, Figures 1, 2, 4 and 5, bottom against top against random
+    each trained | run
+    { each cuts tuned; each neighbours; } | run
+    each answers tuned.ours tuned.ours-1se tuned.ours-loss tuned.output tuned.importance | run
+}
+trained() {
+    train tuned --keep last
+    train partial --keep last --layers "$bottom"
+    make zero-shot.jsonl generate --data test.jsonl --max-new-tokens "$longest" --truncate \
+        --max-length $((length > 2 * longest ? length : 512)) --batch-size "$batch" --dtype "$dtype" -q
+    answers tuned partial
+    sweeps tuned
+    search tuned probability tuned --by probability --plot tuned.probability.svg \
+        --compare $((layers / 3)),$((layers * 2 / 3)),$((layers * 5 / 6))
+    for keep in top random; do search tuned.$keep loss tuned --metric loss --keep $keep; done
+    search tuned factors tuned --metric loss --factors 0,0.25,0.5,0.75 \
+        --boundaries $((layers / 3)),$((layers / 2)),$((layers * 2 / 3)),$((layers * 5 / 6))
+}
+variant() { # variant NAME [OPTION…]: another adapter, cut likewise
+    name_of=$1
+    each of_variant "$@" | run
+    each cuts "$name_of" | run
+    each answers "$name_of.ours" "$name_of.ours-1se" "$name_of.ours-loss" | run
+}
+of_variant() {
+    train "$@"
+    sweeps "$1"
+    answers "$1"
+}
+best() { variant tuned-best; } # the best epoch, as lorakit keeps by default
+rank32() { variant rank32 --keep last --rank 32 --alpha 64; } # Table 6
+other_domains() { each elsewhere | run; } # Table 7: each adapter and its cut on the other tasks' records
+elsewhere() {
+    for other in $tasks; do
+        [ "$other" = "$task" ] || for name in tuned tuned.ours; do
+            make "$other.$name.jsonl" generate "$out/$other/$name.safetensors" --data test.jsonl \
+                --max-new-tokens "$longest" --max-length 512 --truncate --batch-size "$batch" \
+                --dtype "$dtype" -q
+        done
+    done
+}
+
+records
+for part in $parts; do $part; done
+
+score() { # score TABLE NAME…: the scores of the outputs that exist, each compared with the first
+    table=$1 files="" first=""
+    shift
+    for name in "$@"; do
+        [ ! -e "$folder/$name.jsonl" ] || { files="$files $name.jsonl"; first=${first:-$name.jsonl}; }
+    done
+    [ ! "$files" ] || (cd "$folder" && lorakit score $files --baseline "$first" --metric "$metrics" \
+        --format json -q -o "$table.scores.jsonl")
+}
+scores() {
+    case $task in
+        hotpotqa) metrics=contains,em,f1 ;; yesno) metrics=accuracy,words-beyond-label ;;
+        *) metrics=$metric,length ;;
+    esac
+    score table1 tuned zero-shot partial tuned.ours tuned.ours-1se tuned.ours-loss tuned.output \
+        tuned.importance
+    score best tuned-best tuned-best.ours tuned-best.ours-1se tuned-best.ours-loss
+    score table6 rank32 rank32.ours rank32.ours-1se rank32.ours-loss
+    for other in $tasks; do score "table7.$other" "$other.tuned" "$other.tuned.ours"; done
+    if [ "$task" = hotpotqa ]; then # Table 3: outputs that hold the uncut adapter's output
+        metrics=contains-baseline,contains-baseline-worse score table3 tuned tuned.ours
+    fi
+}
+each scores
+python examples/real/tables.py paper2 "$out"
+each eval 'publish "$task"'
