@@ -38,7 +38,7 @@ raw_of() { # raw_of TASK train|test: the recipe and its raw file
         yesno.*) printf '%s\n' "jsonl $out/yesno/$2.rows.jsonl $yesno" ;;
         scitldr.*) echo "scitldr $raw/scitldr --split $2" ;;
         gsm8k.*) echo "gsm8k $raw/gsm8k/$2.jsonl" ;;
-        hotpotqa.*) echo "hotpotqa $raw/hotpotqa" ;;
+        hotpotqa.*) echo "hotpotqa $raw"/hotpotqa/hotpot*.json ;; # a subset, in one file
     esac
 }
 at() { task=$1 folder=$out/$1 metric=$(metric_of "$1") longest=$(words_of "$1"); }
