@@ -1,4 +1,4 @@
-"""The scripts of the papers' experiments run from raw data to tables, on tiny with a few records."""
+"""The papers' experiments run from raw data to tables, on tiny with a few records."""
 
 from __future__ import annotations
 
