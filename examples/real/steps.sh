@@ -19,14 +19,14 @@ LORAKIT_EXTRAS=${LORAKIT_EXTRAS:-[plot]}
 mkdir -p "$out"
 if [ "$smoke" ]; then
     export LORAKIT_MODEL=tiny
-    seeds=${SEEDS:-0} few=4 many=6 tests=4 epochs=1 ratios="0 0.3" words=8 length=512 batch=4
+    seeds=0 few=4 many=6 tests=4 epochs=1 ratios="0 0.3" words=8 length=512 batch=4
 elif [ "${MODEL:-}" ]; then
     export LORAKIT_MODEL=$MODEL
 else
     [ -d "$out/../smollm2" ] || sh examples/smollm2.sh "$out/../smollm2"
     export LORAKIT_MODEL=$(cd "$out/../smollm2" && pwd)
 fi
-seeds=${SEEDS:-0 1 2} few=${few:-50} many=${many:-100} tests=${tests:-150} epochs=${epochs:-3}
+seeds=${SEEDS:-${seeds:-0 1 2}} few=${few:-50} many=${many:-100} tests=${tests:-150} epochs=${epochs:-3}
 ratios=${ratios:-0 0.1 0.3 0.5 0.7} words=${words:-48} length=${length:-256} batch=${batch:-50}
 dtype=${DTYPE:-auto}
 
