@@ -144,6 +144,11 @@ def main() -> None:
     except SystemExit as stop:  # where a pipe was closed, click wraps stdout and exits with 1
         code = stop.code if sys.stdout is stdout else EXIT_PIPE_CLOSED
         sys.stdout = stdout
+    except (MemoryError, RuntimeError) as error:  # torch is not imported here to name its own
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        _say("Error: memory does not suffice; give less data, or options that need less")
+        code = 1
     except OSError as error:  # one that names no file: stdout on a full disk, most likely
         _say(f"Error: {error.filename or 'stdin or stdout'}: {explain(error)}; check where it goes")
         code = 1

@@ -86,7 +86,10 @@ def refuse_tensor(key: str, name: str) -> NoReturn:
 
 
 def find_pickle(source: str) -> Path | None:
-    """Return the pickle that `source` is, or that its folder holds in place of safetensors."""
+    """Return the pickle that `source` is, or that its folder holds in place of safetensors.
+
+    A safetensors file may begin like one: its first 8 bytes are a number. The next is a brace.
+    """
     path = Path(source)
     if path.is_dir():
         pickle = path / PICKLE_FILE
@@ -94,7 +97,8 @@ def find_pickle(source: str) -> Path | None:
     if not path.is_file():
         return None
     with open_input(source) as stream:
-        return path if re.match(_PICKLE, stream.read(4)) else None
+        start = stream.read(9)
+    return path if re.match(_PICKLE, start) and start[8:] != b"{" else None
 
 
 def _conversion(name: str) -> str:

@@ -9,6 +9,7 @@ field, add a line to FIELDS and to the TypedDict.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
@@ -142,6 +143,8 @@ def _check(value: object, kind: Kind | None, where: str) -> None:
     allowed = (int, float) if outer is float else (outer,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and outer is not bool):
         raise LorakitError(f"{where} is not {_WORDS[outer]}; take a new copy of the adapter")
+    if outer is float and isinstance(value, int | float) and abs(value) > sys.float_info.max:
+        raise LorakitError(f"{where} is too large a number; take a new copy of the adapter")
     if isinstance(kind, list) and isinstance(value, list):
         for index, item in enumerate(value):
             _check(item, kind[0], f"{where}[{index}]")

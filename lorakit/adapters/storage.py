@@ -28,6 +28,7 @@ from lorakit.errors import LorakitError
 from lorakit.files import (
     STDIO,
     atomic_path,
+    cannot_write,
     explain,
     is_stream,
     names_folder,
@@ -231,14 +232,22 @@ def _save_folder(adapter: Adapter, folder: Path, late: Callable[[], Adapter] | N
         card_side = _enter_card(folder / CARD_FILE, sides)
         config_side = sides.enter_context(atomic_path(config))
         tensor_side = sides.enter_context(atomic_path(folder / TENSOR_FILE))
-        config_side.write_bytes(text)
+        _fill(config_side, text, config)
         with open(tensor_side, "wb") as stream:
             _write(adapter, stream, complete if late else None)
             os.fsync(stream.fileno())
         if card_side is not None:
-            card_side.write_text(card_text(complete()), encoding="utf-8", newline="\n")
+            _fill(card_side, card_text(complete()).encode(), folder / CARD_FILE)
         if config.is_file() and config.read_bytes() != text:
             config.unlink()
+
+
+def _fill(side: Path, content: bytes, final: Path) -> None:
+    """Write a side file whole; the error names the file that it stands for."""
+    try:
+        side.write_bytes(content)
+    except OSError as error:
+        raise cannot_write(final, error) from error
 
 
 def _enter_card(card: Path, sides: contextlib.ExitStack) -> Path | None:

@@ -241,7 +241,10 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
         return False
     layers, half = base.layers, (len(prompt) + 1) // 2
     gates.set([bottom(layers, layers)])
-    plain = base.model(input_ids=torch.tensor([list(prompt)], device=base.device)).logits[0]
+    try:
+        plain = base.model(input_ids=torch.tensor([list(prompt)], device=base.device)).logits[0]
+    except torch.OutOfMemoryError:
+        return False
     check_finite(plain, base.name)
     expected = plain.float().argmax(-1).tolist()
     order = [bottom(k, layers) for k in [layers, *range(1, layers)][:_TRIED]]

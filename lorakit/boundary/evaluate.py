@@ -19,10 +19,12 @@ from lorakit.boundary.choice import Sweep, check_rule
 from lorakit.boundary.cuts import Cut, Point, cut_at, layer_order, search_points
 from lorakit.boundary.decode import Output, Pool, can_pool
 from lorakit.boundary.gates import Gates
+from lorakit.boundary.strip import check_layers_are_named
 from lorakit.files import open_text_output
 from lorakit.models.base import Base
 from lorakit.models.generation import complete, text_of
 from lorakit.models.lora import attach
+from lorakit.models.memory import BatchSize
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.records.jsonl import load_records, write_records
@@ -64,6 +66,7 @@ def evaluate(
     Raises LorakitError naming file and line for a record that cannot be used, and for an adapter or
     a boundary that does not fit the base.
     """
+    check_layers_are_named(adapter)
     points = search_points(settings, base.layers)
     order = layer_order(settings.keep, base.layers, generation.seed)
     records = draw_sample(data, "prompt", sample=settings.sample, seed=generation.seed)
@@ -123,7 +126,7 @@ def decode(
             texts[output.cut][output.prompt] = text_of(base, output.tokens)
             written[output.cut, output.prompt] = output.tokens
         if base.dtype != torch.float32:
-            reporter.note(_rounding_note(base, gates, rows, settings, written))
+            reporter.note(_rounding_note(base, gates, rows, settings, written, reporter))
     return {key: texts[cut] for key, cut in left.items()}
 
 
@@ -136,14 +139,38 @@ def _outputs(
     reporter: Reporter,
 ) -> Iterator[Output]:
     """Yield the outputs under every cut, decoded together if the model allows it."""
+    batch_size = BatchSize(settings.batch_size, reporter.note)
     if can_pool(base, gates, prompts[0]):
-        pool = Pool(base, gates, prompts, settings.max_new_tokens, settings.batch_size)
-        yield from pool.run(cuts)
+        yield from _pooled(base, gates, prompts, cuts, settings.max_new_tokens, batch_size)
         return
     reporter.note(f"{base.name} cannot decode boundaries together: one after the other")
     for cut in cuts:
-        for number, tokens in _decode_alone(base, gates, prompts, cut, settings):
+        for number, tokens in _decode_alone(base, gates, prompts, cut, settings, batch_size):
             yield Output(number, cut, tokens)
+
+
+def _pooled(
+    base: Base,
+    gates: Gates,
+    prompts: Sequence[PromptTokens],
+    cuts: Sequence[Cut],
+    max_new_tokens: int,
+    batch_size: BatchSize,
+) -> Iterator[Output]:
+    """Yield the outputs of a Pool; where memory runs out, a smaller one decodes what is left."""
+    done: set[tuple[Cut, int]] = set()
+    while True:
+        left = [n for n in range(len(prompts)) if any((cut, n) not in done for cut in cuts)]
+        waiting = [prompts[number] for number in left]
+        try:
+            for output in Pool(base, gates, waiting, max_new_tokens, batch_size.rows).run(cuts):
+                number = left[output.prompt]
+                if (output.cut, number) not in done:
+                    done.add((output.cut, number))
+                    yield output._replace(prompt=number)
+            return
+        except torch.OutOfMemoryError as error:
+            batch_size.halve_(batch_size.rows, error)
 
 
 def _decode_alone(
@@ -152,14 +179,18 @@ def _decode_alone(
     prompts: Sequence[PromptTokens],
     cut: Cut,
     settings: GenerationSettings,
+    batch_size: BatchSize,
 ) -> Iterator[tuple[int, list[int]]]:
     """Decode prompts under one cut as the command `generate` does; yield numbers and tokens."""
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    for start in range(0, len(order), settings.batch_size):
-        numbers = order[start : start + settings.batch_size]
+
+    def decode_batch(numbers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
         gates.set([cut])
         completions = complete(base, [prompts[number] for number in numbers], settings)
-        yield from zip(numbers, completions, strict=True)
+        return zip(numbers, completions, strict=True)
+
+    for batch in batch_size.over(order, decode_batch):
+        yield from batch
 
 
 def _rounding_note(
@@ -168,6 +199,7 @@ def _rounding_note(
     prompts: Sequence[PromptTokens],
     settings: GenerationSettings,
     written: Mapping[tuple[Cut, int], list[int]],
+    reporter: Reporter,
 ) -> str:
     """Return a note on how many outputs differ from those of a boundary decoded alone.
 
@@ -176,11 +208,14 @@ def _rounding_note(
     """
     cuts = sorted({cut for cut, _ in written})
     few = cuts[:: max(1, len(cuts) // 4)][:4]
-    first = prompts[: settings.batch_size]
+    first, batch_size = (
+        prompts[: settings.batch_size],
+        BatchSize(settings.batch_size, reporter.note),
+    )
     differ = sum(
         tokens != written[cut, number]
         for cut in few
-        for number, tokens in _decode_alone(base, gates, first, cut, settings)
+        for number, tokens in _decode_alone(base, gates, first, cut, settings, batch_size)
     )
     return (
         f"in {str(base.dtype).removeprefix('torch.')} other batches round otherwise: {differ} of "

@@ -18,9 +18,11 @@ from lorakit.boundary.cuts import Cut, cut_at, layer_order, search_points
 from lorakit.boundary.evaluate import draw_sample
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.layerwise import Losses, layerwise_for, read_alone
+from lorakit.boundary.strip import check_layers_are_named
 from lorakit.models.base import Base
 from lorakit.models.batches import micro_batches
 from lorakit.models.lora import attach
+from lorakit.models.memory import BatchSize
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
@@ -51,6 +53,7 @@ def evaluate_loss(
     Raises LorakitError naming file and line for a record that cannot be used, such as one without a
     completion, and for an adapter or a boundary that does not fit the base.
     """
+    check_layers_are_named(adapter)
     points = search_points(settings, base.layers)
     order = layer_order(settings.keep, base.layers, generation.seed)
     records = draw_sample(
@@ -102,15 +105,25 @@ def losses_under(
     left = {key: cut.on(places) for key, cut in cuts.items()}
     distinct = sorted(set(left.values()), reverse=True)
     numbers = {id(example): number for number, example in enumerate(examples)}
-    batches = micro_batches(examples, TOKENS_PER_ROW * batch_size)
+    total = len(_micro_batches(examples, batch_size)) * len(distinct)
     sums: dict[Cut, list[float]] = {cut: [0.0] * len(examples) for cut in distinct}
     with Gates(layers).standing() as gates:
         read = _reader(base, gates, examples, distinct, reporter)
-        steps = ((rows, losses) for rows in batches for losses in read(rows, distinct))
-        for rows, losses in reporter.timed(steps, "reading", len(batches) * len(distinct)):
-            for row, total in zip(rows, losses.sums.tolist(), strict=True):
-                sums[losses.cut][numbers[id(row)]] = total
+
+        def read_batch(rows: Sequence[Example]) -> list[tuple[Sequence[Example], Losses]]:
+            return [(rows, losses) for losses in read(rows, distinct)]
+
+        batches = BatchSize(batch_size, reporter.note).over(examples, read_batch, _micro_batches)
+        steps = (step for batch in batches for step in batch)
+        for rows, losses in reporter.timed(steps, "reading", total):
+            for row, loss in zip(rows, losses.sums.tolist(), strict=True):
+                sums[losses.cut][numbers[id(row)]] = loss
     return {key: sums[cut] for key, cut in left.items()}
+
+
+def _micro_batches(examples: Sequence[Example], rows: int) -> list[list[Example]]:
+    """Cut examples into the batches that as many rows of an ordinary length would fill."""
+    return micro_batches(examples, TOKENS_PER_ROW * rows)
 
 
 def _reader(

@@ -19,11 +19,13 @@ from lorakit.boundary.cuts import bottom, pick_boundaries
 from lorakit.boundary.evaluate import draw_sample
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.records import ComparedCurve, Comparison, Curve, ProbabilityRecord
+from lorakit.boundary.strip import check_layers_are_named
 from lorakit.boundary.tail import Tail, TailWatch
 from lorakit.models.architecture import Model, decoder_layers
 from lorakit.models.base import Base
 from lorakit.models.batches import IGNORED, MicroBatch, completion_logits, lay_out
 from lorakit.models.lora import attach
+from lorakit.models.memory import BatchSize, in_batches
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
@@ -82,18 +84,24 @@ def read_probabilities(
     differences of `probabilities` from the whole adapter's. Raises LorakitError for records that
     cannot be used, and for an adapter or a boundary that does not fit the base.
     """
+    check_layers_are_named(adapter)
     boundaries = pick_boundaries(settings.boundaries, base.layers)
     compared = pick_boundaries(settings.compare, base.layers) if settings.compare else []
     sample = draw_sample(data, "prompt", "completion", sample=settings.sample, seed=generation.seed)
     encoder = encoder_of(base, adapter, generation)
     examples = encode_all(sample, encoder.example, reporter.note)
-    batches = _batches(examples, generation.batch_size)
+    ordered = sorted(examples, key=lambda example: -len(example.ids))
+    read = (base.layers, *compared)
     sums: dict[int, _Sums] = {}
     with Gates(attach(base, adapter)).standing() as gates:
-        steps = [(k, batch) for k in (base.layers, *compared) for batch in batches]
-        for k, batch in reporter.timed(steps, "reading", len(steps)):
-            gates.set([bottom(k, base.layers)])
-            part = _sums_of(base, batch, settings.tokens)
+
+        def read_batch(rows: Sequence[Example]) -> list[tuple[int, _Sums]]:
+            return [(k, _sums_under(base, gates, k, rows, settings.tokens)) for k in read]
+
+        batches = BatchSize(generation.batch_size, reporter.note).over(ordered, read_batch)
+        steps = (step for batch in batches for step in batch)
+        total = len(in_batches(ordered, generation.batch_size)) * len(read)
+        for k, part in reporter.timed(steps, "reading", total):
             sums[k] = sums[k].plus(part) if k in sums else part
     curves = {k: total.means() for k, total in sums.items()}
     records = _records(curves, boundaries, compared, whole=base.layers, count=len(examples))
@@ -129,12 +137,6 @@ def _difference(curves: _Curves, whole: torch.Tensor, layers: int) -> ComparedCu
     return {**curves.after(layers), "differences": differences}
 
 
-def _batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
-    """Cut examples into batches of `size`, the longest first."""
-    ordered = sorted(examples, key=lambda example: -len(example.ids))
-    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
-
-
 def _records(
     curves: dict[int, _Curves],
     boundaries: Sequence[int],
@@ -166,6 +168,14 @@ def _records(
             }
         )
     return records
+
+
+def _sums_under(
+    base: Base, gates: Gates, boundary: int, rows: Sequence[Example], tokens: int
+) -> _Sums:
+    """Return the sums over the rows of a batch, with the LoRA of the layers below a boundary."""
+    gates.set([bottom(boundary, base.layers)])
+    return _sums_of(base, rows, tokens)
 
 
 @torch.inference_mode()

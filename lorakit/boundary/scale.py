@@ -39,7 +39,7 @@ def scale_layers(adapter: Adapter, *, from_layer: int, factor: float) -> Adapter
     layers stay as they are. The blocks' scales follow.
 
     Raises LorakitError if nothing but zeros is left, if a product is too large, and if the adapter
-    has two lists of layers, so that a number means two.
+    has no layers or two lists of them, so that a number means two.
     """
     check_one_list_of_layers(adapter)
     upper = [module for module in adapter.modules() if is_scaled(module, from_layer)]

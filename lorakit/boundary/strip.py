@@ -72,8 +72,8 @@ def strip_layers(
     adapter's, for the history, if known already.
 
     Raises LorakitError if the boundary is 0 or no module is left, which is the base model, and if
-    the adapter has two lists of layers (an encoder and a decoder), so that a number means two
-    layers.
+    the adapter has no layers or two lists of them (an encoder and a decoder), so that a number
+    means two layers.
     """
     if boundary == 0:
         raise LorakitError(f"boundary 0 leaves no LoRA in {adapter.name}; {BASE_ADVICE}")
@@ -102,8 +102,19 @@ def _stays(module: LoraModule, boundary: int | None, keep: Collection[int] | Non
     return module.layer in keep if keep is not None else module.layer < (boundary or 0)
 
 
+def check_layers_are_named(adapter: Adapter) -> None:
+    """Raise LorakitError if no name of the adapter's modules tells a layer."""
+    modules = adapter.modules()
+    if all(module.layer is None for module in modules):
+        raise LorakitError(
+            f"{adapter.name}: {quote(modules[0].name)} tells no layer, nor does the name of any "
+            "other module with LoRA; only layers with a number can be cut or scaled"
+        )
+
+
 def check_one_list_of_layers(adapter: Adapter) -> None:
-    """Raise LorakitError if the adapter has LoRA in two lists of layers."""
+    """Raise LorakitError if the adapter has LoRA in two lists of layers, or in none."""
+    check_layers_are_named(adapter)
     lists = {layer_list_of(module.name) for module in adapter.modules()} - {None}
     if len(lists) > 1:
         first, second, *_ = sorted(str(name) for name in lists)

@@ -111,7 +111,8 @@ class TerminalReporter:
         """Open the log and, where stderr is a terminal, a bar over the optimiser steps."""
         self._epochs = epochs
         if self._log_path:
-            self._log = self._exit_stack.enter_context(_open_log(self._log_path, self._append))
+            self._log = _open_log(self._log_path, self._append)
+            self._exit_stack.callback(_close_log, self._log)
         if self._draws:
             self._advance_bar = self._exit_stack.enter_context(_training_bar(steps, done))
 
@@ -140,8 +141,11 @@ class TerminalReporter:
         """Write an entry to the log, if there is one."""
         if self._log is not None:
             values = {name: _json_value(value) for name, value in entry.items()}
-            self._log.write(json.dumps(values) + "\n")
-            self._log.flush()
+            try:
+                self._log.write(json.dumps(values) + "\n")
+                self._log.flush()
+            except OSError as error:
+                raise _cannot_log(self._log.name, error) from error
 
 
 def _epoch_line(report: EpochReport, epochs: int) -> str:
@@ -188,6 +192,13 @@ def _open_log(path: str, append: bool) -> IO[str]:
     try:
         return open(path, "a" if append else "w", encoding="utf-8")
     except OSError as error:
-        raise LorakitError(
-            f"cannot write {path}: {explain(error)}; choose another --log"
-        ) from error
+        raise _cannot_log(path, error) from error
+
+
+def _cannot_log(path: str, error: OSError) -> LorakitError:
+    return LorakitError(f"cannot write {path}: {explain(error)}; choose another --log")
+
+
+def _close_log(log: IO[str]) -> None:
+    with contextlib.suppress(OSError):  # a full disk was reported by the write before
+        log.close()

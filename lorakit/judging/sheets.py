@@ -181,4 +181,6 @@ def _parse_key(text: str) -> SheetKey:
     for item in key.items:
         if item.file not in key.files or item.first not in sides:
             raise ValueError("an item of no file")
+        if not (isinstance(item.item, str) and isinstance(item.id, str)):
+            raise TypeError("an item's name or its record's id is no text")
     return key

@@ -60,8 +60,8 @@ class InputNorms(StepHook):
     @contextlib.contextmanager
     def around_validation(self, losses: BatchLoss) -> Iterator[None]:
         """Collect from every forward pass inside the block; then sum over all processes."""
-        self._sums = {name: _zeros(layer) for name, layer in self._layers.items()}
-        losses.watch = self._take_mask
+        self._clear()
+        losses.watch, losses.restart = self._take_mask, self._clear
         handles = [
             layer.lora_A[ADAPTER].register_forward_hook(self._adding_to(name), prepend=True)
             for name, layer in self._layers.items()
@@ -69,6 +69,7 @@ class InputNorms(StepHook):
         try:
             yield
         finally:
+            losses.restart = lambda: None
             for handle in handles:
                 handle.remove()
         for name, sums in self._sums.items():
@@ -89,6 +90,9 @@ class InputNorms(StepHook):
             device = layer.lora_A[ADAPTER].weight.device
             self._sums[name] = _Sums(*(state[f"{kind}.{name}"].to(device) for kind in _KINDS))
         self.version += 1
+
+    def _clear(self) -> None:
+        self._sums = {name: _zeros(layer) for name, layer in self._layers.items()}
 
     def _take_mask(self, mask: torch.Tensor | None) -> None:
         self._mask = mask

@@ -33,7 +33,7 @@ def mean_outputs(
         base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
     )
     sums = _SquareSums()
-    losses.watch = sums.take_mask
+    losses.watch, losses.restart = sums.take_mask, sums.by_module.clear
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
             hook = layer.lora_B[ADAPTER].register_forward_hook(sums.adding_to(name))

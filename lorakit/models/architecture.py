@@ -31,7 +31,7 @@ def forward_parameters(model: Model) -> Collection[str]:
 
 def decoder_layers(model: Model) -> Sequence[torch.nn.Module] | None:
     """Return the model's decoder layers, bottom first; None if they are not in one list."""
-    count = text_config(model).num_hidden_layers
+    count = getattr(text_config(model), "num_hidden_layers", None)
     lists = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
     return next((list(layers) for layers in lists if len(layers) == count), None)
 

@@ -23,6 +23,7 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.tqdm import enable_progress_bars
 from safetensors import SafetensorError
 
+from lorakit.adapters.safetensors import read_tensors
 from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model, text_config
 from lorakit.models.attention import attend_by_row
@@ -37,7 +38,7 @@ _LOAD_ERRORS = (
     OSError,
     ValueError,
     ImportError,
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
     RuntimeError,
@@ -81,8 +82,17 @@ class Base:
 
     @property
     def layers(self) -> int:
-        """The number of decoder layers."""
-        return int(text_config(self.model).num_hidden_layers)
+        """The number of decoder layers.
+
+        Raises LorakitError for a model whose config does not tell.
+        """
+        count = getattr(text_config(self.model), "num_hidden_layers", None)
+        if count is None:
+            raise LorakitError(
+                f"{self.name} does not tell its number of layers (num_hidden_layers in its "
+                "config); leave out what chooses or cuts layers"
+            )
+        return int(count)
 
     @functools.cached_property
     def packs(self) -> bool:
@@ -171,11 +181,11 @@ def load_encoder(
         tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
         config = transformers.AutoConfig.from_pretrained(location, **options).get_text_config()
     configs = [config]
-    with contextlib.suppress(OSError):  # not every model comes with one
-        configs.insert(
+    with explaining_load_errors("the generation config of", name), contextlib.suppress(OSError):
+        configs.insert(  # not every model comes with one
             0, transformers.GenerationConfig.from_pretrained(location, revision=revision or "main")
         )
-    _check_fast(tokenizer, name)
+    _prepare_tokenizer_(tokenizer, name)
     context = int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
     return _new_encoder(tokenizer, _end_tokens(configs, tokenizer, name), context, name, settings)
 
@@ -185,9 +195,11 @@ def _location(name: str) -> str:
     return str(Path(__file__).parents[1] / TINY) if name == TINY else os.path.expanduser(name)
 
 
-def _check_fast(tokenizer: Tokenizer, name: str) -> None:
+def _prepare_tokenizer_(tokenizer: Tokenizer, name: str) -> None:
+    """Have a tokenizer set no limit of its own: the model's applies. Refuse a slow one."""
     if not tokenizer.is_fast:
         raise LorakitError(f"the tokenizer of {name} is a slow one; convert it to tokenizer.json")
+    tokenizer.model_max_length = UNLIMITED
 
 
 def load_base(
@@ -226,7 +238,7 @@ def load_base(
             f"the model {name} has no weights for {min(report['missing_keys'])}; give a whole "
             "causal language model"
         )
-    _check_fast(tokenizer, name)
+    _prepare_tokenizer_(tokenizer, name)
     configs = [model.generation_config, text_config(model)]
     end_tokens = _end_tokens(configs, tokenizer, name)
     _prepare_(model, device)
@@ -247,16 +259,26 @@ def _prepare_(model: Model, device: torch.device) -> None:
 def explaining_load_errors(what: str, name: str) -> Iterator[None]:
     """Turn what the libraries raise for a bad folder or hub id into a one-line LorakitError.
 
-    `what` is `the model` or `the tokenizer of`.
+    `what` is `the model`, `the tokenizer of` or another part of it.
     """
     try:
         yield
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # the library tokenizers raises that very class
+        if not isinstance(error, _LOAD_ERRORS) and type(error) is not Exception:
+            raise
+        if isinstance(error, SafetensorError):
+            _check_weights(Path(_location(name)))
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LorakitError(
             f"cannot load {what} {name}: {reason.rstrip('.')}; give a folder with config.json, "
             "tokenizer.json and safetensors weights, or a hub id that can be reached"
         ) from error
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise LorakitError for the first file of weights in a folder that is cut or damaged."""
+    for path in sorted(folder.glob("*.safetensors")):
+        read_tensors(path, str(path))
 
 
 def quieten_transformers() -> None:
@@ -284,7 +306,13 @@ def _end_tokens(configs: Sequence[object], tokenizer: Tokenizer, name: str) -> t
     for config in configs:
         ids = getattr(config, "eos_token_id", None)
         candidates += ids if isinstance(ids, list) else [ids]
-    ends = tuple(dict.fromkeys(token for token in candidates if token is not None))
+    named = [token for token in candidates if token is not None]
+    if not all(isinstance(token, int) for token in named):
+        raise LorakitError(
+            f"the model {name} names an end token that is no number; mend eos_token_id in its "
+            "config.json or generation_config.json"
+        )
+    ends = tuple(dict.fromkeys(named))
     if not ends:
         raise LorakitError(
             f"the model {name} has no end token; set eos_token in its tokenizer_config.json"

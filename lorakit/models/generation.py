@@ -8,7 +8,7 @@ a record is the same in a batch as alone. Files are read and written in predicti
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import transformers
@@ -16,6 +16,7 @@ import transformers
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.chat import reasons
+from lorakit.models.memory import BatchSize
 from lorakit.models.tokens import Encoder, Example
 from lorakit.records.completions import Completion, completion_in, stopped, with_completions
 from lorakit.records.few_shot import NO_EXAMPLES, FewShot
@@ -38,14 +39,16 @@ def generate(
     *,
     first: int = 0,
     few_shot: FewShot = NO_EXAMPLES,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[Record, Example]]:
     """Yield each record with its `prediction`, and its prompt in tokens, in order.
 
     Examples of `few_shot` come before each prompt. `first` is the number of records before these (a
-    multiple of the window), which seeds sampling. Raises LorakitError naming a record whose prompt
-    leaves no room for the new tokens.
+    multiple of the window), which seeds sampling. Where memory runs out, batches are halved from
+    then on, and `note` gets a line. Raises LorakitError naming a record whose prompt leaves no room
+    for the new tokens.
     """
-    size = window_size(settings)
+    size, batch_size = window_size(settings), BatchSize(settings.batch_size, note)
     iterator = iter(records)
     for number in itertools.count(first // size):
         window = list(itertools.islice(iterator, size))
@@ -55,24 +58,27 @@ def generate(
         prompts = [encoder.prompt(record, room, few_shot.before(record)) for record in window]
         torch.manual_seed(settings.seed * 1_000_003 + number)
         rows = [prompt for prompt in prompts for _ in range(settings.samples)]
-        completions = iter(_complete_window(base, rows, settings))
+        completions = iter(_complete_window(base, rows, settings, batch_size))
         for record, prompt in zip(window, prompts, strict=True):
             samples = list(itertools.islice(completions, settings.samples))
             yield with_completions(record, samples), prompt
 
 
 def _complete_window(
-    base: Base, prompts: Sequence[Example], settings: GenerationSettings
+    base: Base, prompts: Sequence[Example], settings: GenerationSettings, batch_size: BatchSize
 ) -> list[Completion]:
     """Return the completion of each prompt, in their order; batches are cut longest first."""
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
     completions = [Completion("")] * len(prompts)
-    for start in range(0, len(order), settings.batch_size):
-        places = order[start : start + settings.batch_size]
+
+    def complete_batch(places: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
         rows = [prompts[place].ids for place in places]
         opened = [prompts[place].opens_reasoning for place in places]
-        outputs = complete(base, rows, settings, opened)
-        for place, ids, opens in zip(places, outputs, opened, strict=True):
+        return zip(places, complete(base, rows, settings, opened), strict=True)
+
+    for batch in batch_size.over(order, complete_batch):
+        for place, ids in batch:
+            opens = prompts[place].opens_reasoning
             completions[place] = completion_of(base, ids, settings.stop, opened=opens)
     return completions
 

@@ -85,10 +85,11 @@ def default_targets(base: Base) -> tuple[list[str], str | None]:
 def pick_modules(base: Base, targets: Sequence[str], layers: Sequence[int] | None) -> list[str]:
     """Return the names of the projections in `layers` (None: all) that end in one of `targets`.
 
-    `all-linear` is every projection inside a decoder layer. Raises LorakitError for a target or a
-    layer that the model does not have.
+    `all-linear` is every projection inside a decoder layer; where no name tells of layers, every
+    one but the output head. Raises LorakitError for a target or a layer that the model does not
+    have.
     """
-    inside = [name for name in projections(base.model) if layer_of(name) is not None]
+    inside = _projections_inside(base.model)
     if list(targets) == ["all-linear"]:
         chosen = inside
     else:
@@ -111,6 +112,14 @@ def pick_modules(base: Base, targets: Sequence[str], layers: Sequence[int] | Non
     if not within:
         raise LorakitError(f"no layer of --layers has {', '.join(targets)}; choose other layers")
     return within
+
+
+def _projections_inside(model: Model) -> list[str]:
+    """Return the names of the projections inside decoder layers, or of all but the output head."""
+    names = list(projections(model))
+    head = model.get_output_embeddings()
+    within = [name for name in names if layer_of(name) is not None]
+    return within or [name for name in names if model.get_submodule(name) is not head]
 
 
 def _ends_in(name: str, target: str) -> bool:

@@ -56,7 +56,15 @@ def write_predictions(
         skip_done(records, done)
         if done:
             reporter.note(f"going on after {len(done)} records")
-        completed = generate(base, encoder, records, settings, first=len(done), few_shot=few_shot)
+        completed = generate(
+            base,
+            encoder,
+            records,
+            settings,
+            first=len(done),
+            few_shot=few_shot,
+            note=reporter.note,
+        )
         fields = (_tallied(record, prompt, tally) for record, prompt in completed)
         if not write_records(fields, stream) + len(done):
             raise LorakitError(f"{data} holds no records; check what wrote it")

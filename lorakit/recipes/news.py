@@ -30,6 +30,8 @@ _FURNITURE = (
     r"(?:^|[\s_-])(?:nav|menu|bread-?crumbs?|share|social|tags?|related|footer|toc)(?:$|[\s_-])"
 )
 
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+
 
 def news_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterator[Record]:
     """Yield rows with `article`, `summary` (title and highlights, a line each), `title`, `url`.
@@ -85,7 +87,7 @@ def _tree(part: Part) -> HtmlElement:
     text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text)
     parser = html.HTMLParser(no_network=True, huge_tree=False)
     try:
-        return html.document_fromstring(text, parser=parser)
+        return _without_controls_(html.document_fromstring(text, parser=parser))
     except (etree.ParserError, ValueError) as error:
         raise LorakitError(f"{part.name}: no page ({error}); check the file") from error
 
@@ -107,6 +109,16 @@ def _title(tree: HtmlElement) -> str:
     if headings:
         return headings[0]
     return _meta(tree, "og:title") or next((_text(element) for element in tree.iter("title")), "")
+
+
+def _without_controls_(tree: HtmlElement) -> HtmlElement:
+    """Put spaces for control characters in a tree: lxml reads them but moves no text with them."""
+    for element in tree.iter():
+        for place in ("text", "tail"):
+            text = getattr(element, place)
+            if isinstance(text, str) and _CONTROLS.search(text):
+                setattr(element, place, _CONTROLS.sub(" ", text))
+    return tree
 
 
 def _selected_highlights(tree: HtmlElement, selector: str) -> list[HtmlElement]:

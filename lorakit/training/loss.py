@@ -12,7 +12,7 @@ once. `cross_entropy` makes such copies of a few rows at a time and stores only 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any  # torch gives autograd functions an untyped context
+from typing import Any, TypeVar  # torch gives autograd functions an untyped context
 
 import accelerate
 import torch
@@ -30,6 +30,8 @@ from lorakit.models.batches import (
 )
 from lorakit.models.tokens import Example
 
+T = TypeVar("T")
+
 _LOGITS_AT_ONCE = 1 << 20  # converted to float32
 
 
@@ -46,8 +48,9 @@ class BatchLoss:
     """The cross-entropy of a base model on the completion tokens of batches of examples.
 
     `tokens` bounds a micro-batch. `watch` is called with the mask (rows, length) of each
-    micro-batch, None if no row is padded, before its forward pass; `note` with a line when memory
-    has run out.
+    micro-batch, None if no row is padded, before its forward pass. Where memory runs out,
+    micro-batches are halved from then on and all examples go through the model once more: `note` is
+    called with a line about it, and `restart` so that what was collected up to then is dropped.
     """
 
     def __init__(
@@ -65,38 +68,34 @@ class BatchLoss:
         self.packed = base.packs
         self.note: Callable[[str], None] = lambda text: None
         self.watch: Callable[[torch.Tensor | None], None] = lambda mask: None
+        self.restart: Callable[[], None] = lambda: None
 
     def backward(self, batch: Sequence[Example]) -> float:
         """Add up the gradient of the batch's mean loss over its completion tokens; return the loss.
 
-        If memory runs out, micro-batches are halved from then on, and a note says so. Raises
-        LorakitError if a single example is too much.
+        Raises LorakitError if memory does not suffice for a single example.
         """
-        while True:
-            try:
-                loss = self._add_gradients(batch)
-            except torch.OutOfMemoryError as error:
-                self._halve(batch, error)
-            else:
-                self._sum_gradients()
-                return float(self.summed(loss))
+        loss = self._in_memory(batch, lambda: self._add_gradients(batch))
+        self._sum_gradients()
+        return float(self.summed(loss))
 
     @torch.no_grad()
     def mean(self, examples: Sequence[Example]) -> float:
-        """Return the mean loss over all completion tokens of the examples."""
-        total = torch.zeros((), dtype=torch.float64)
-        for rows in self._own(self._cut(examples)):
-            total += self._loss(rows).cpu()
+        """Return the mean loss over all completion tokens of the examples.
+
+        Raises LorakitError if memory does not suffice for a single example.
+        """
+        total = self._in_memory(examples, lambda: self._total(examples))
         summed = self.summed(total.to(torch.float32).to(self.base.device))
         return float(summed) / sum(row.targets for row in examples)
 
     @torch.no_grad()
     def means(self, examples: Sequence[Example]) -> list[float]:
-        """Return the mean loss over the completion tokens of each example, in order."""
-        losses: dict[int, torch.Tensor] = {}
-        for rows in self._cut(examples):
-            for row, loss in zip(rows, self._losses(rows), strict=True):
-                losses[id(row)] = loss / row.targets
+        """Return the mean loss over the completion tokens of each example, in order.
+
+        Raises LorakitError if memory does not suffice for a single example.
+        """
+        losses = self._in_memory(examples, lambda: self._by_example(examples))
         return [float(losses[id(example)]) for example in examples]
 
     def summed(self, value: torch.Tensor) -> torch.Tensor:
@@ -105,6 +104,29 @@ class BatchLoss:
             return value
         summed: torch.Tensor = self.accelerator.reduce(value, reduction="sum")
         return summed
+
+    def _in_memory(self, examples: Sequence[Example], compute: Callable[[], T]) -> T:
+        """Return what `compute` returns, repeated in halved micro-batches while memory runs out."""
+        while True:
+            try:
+                return compute()
+            except torch.OutOfMemoryError as error:
+                self._halve(examples, error)
+
+    def _total(self, examples: Sequence[Example]) -> torch.Tensor:
+        """Return this process's part of the examples' summed loss, () float64."""
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in self._own(self._cut(examples)):
+            total += self._loss(rows).cpu()
+        return total
+
+    def _by_example(self, examples: Sequence[Example]) -> dict[int, torch.Tensor]:
+        """Return the mean loss of each example, by its id in this program."""
+        losses: dict[int, torch.Tensor] = {}
+        for rows in self._cut(examples):
+            for row, loss in zip(rows, self._losses(rows), strict=True):
+                losses[id(row)] = loss / row.targets
+        return losses
 
     def _add_gradients(self, batch: Sequence[Example]) -> torch.Tensor:
         """Add this process's part of the gradient of the batch's mean loss; return its loss."""
@@ -117,7 +139,7 @@ class BatchLoss:
         return total
 
     def _halve(self, batch: Sequence[Example], error: torch.OutOfMemoryError) -> None:
-        """Drop the gradients and halve the micro-batches, or raise LorakitError if impossible."""
+        """Halve the micro-batches and drop what is half done, or raise LorakitError."""
         for parameter in self.parameters:
             parameter.grad = None
         if self.tokens <= max(len(row.ids) for row in batch) or self.accelerator.num_processes > 1:
@@ -125,6 +147,7 @@ class BatchLoss:
                 "memory does not suffice; give --gradient-checkpointing, a smaller "
                 "--micro-batch-tokens or --max-length"
             ) from error
+        self.restart()
         self.tokens //= 2
         self.note(f"out of memory: micro-batches of {self.tokens} tokens, bytes may differ")
 

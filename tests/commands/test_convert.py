@@ -29,6 +29,19 @@ def convert(source: str | Path, output: str | Path) -> Result:
     )
 
 
+@pytest.mark.parametrize("length", [0x10280, 0x10380, 0x10480])  # bytes, more than are needed
+def test_a_header_length_that_reads_as_a_pickle_s_first_bytes_is_none(
+    length: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_adapter(tiny(), str(path))
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes(length.to_bytes(8, "little") + content[8:end].ljust(length) + content[end:])
+    assert convert(path, tmp_path / "y.safetensors").exit_code == 0
+    assert load_adapter(str(tmp_path / "y.safetensors")).sha256 == load_adapter(str(path)).sha256
+
+
 def test_a_single_file_becomes_a_folder_and_the_same_file_again(tmp_path: Path) -> None:
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     save_adapter(tiny(dtype="BF16"), str(one))

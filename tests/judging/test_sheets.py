@@ -355,6 +355,9 @@ def changed(key: dict[str, Any], **fields: object) -> str:
         pytest.param(lambda key: changed(key, against="b.jsonl"), id="items of another kind"),
         pytest.param(lambda key: changed(key, items=[{"item": "i1"}]), id="half an item"),
         pytest.param(lambda key: changed(key, more=1), id="a field of another version"),
+        pytest.param(
+            lambda key: changed(key, items=[{**key["items"][0], "item": []}]), id="a list as a name"
+        ),
     ],
 )
 def test_what_is_no_key_is_refused(
