@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
@@ -14,6 +15,8 @@ import click
 from lorakit.errors import LorakitError
 from lorakit.files import explain
 from lorakit.foreign_text import printable, printable_lines
+from lorakit.processes import is_first_process, leave_others, process_count
+from lorakit.signals import Terminated, terminating
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -55,6 +58,10 @@ COMMANDS = {
         "Print the script that a shell sources to complete commands, options, files and names."
     ),
 }
+
+
+# Commands whose work is shared out over the processes of a launcher; others run in the first alone.
+SHARED_OUT = ("train-adapter", "merge")
 
 
 def load_command(name: str) -> click.Command:
@@ -116,11 +123,18 @@ def _suggestion(name: str) -> str:
 
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="lorakit", message="%(version)s")
-def lorakit() -> None:
+@click.pass_context
+def lorakit(ctx: click.Context) -> None:
     """Merge, prune and trim LoRA adapters where target data is scarce.
 
     Every command reads and writes safetensors or JSONL; `-` is a pipe.
     """
+    if process_count() == 1 or ctx.invoked_subcommand in SHARED_OUT:
+        return
+    if not is_first_process():
+        _say(f"Note: {ctx.invoked_subcommand} runs in the first process alone; this one ends")
+        ctx.exit()
+    leave_others()
 
 
 def main() -> None:
@@ -128,8 +142,9 @@ def main() -> None:
     _open_closed_streams()
     stdout = sys.stdout
     try:
-        code = lorakit.main(standalone_mode=False)
-        sys.stdout.flush()
+        with terminating():
+            code = lorakit.main(standalone_mode=False)
+            sys.stdout.flush()
     except LorakitError as error:
         _say(f"Error: {error}")
         code = 1
@@ -139,6 +154,10 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         _say("Aborted!")
         code = EXIT_INTERRUPTED
+    except Terminated as stop:
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            _say("Terminated!")
+        code = 128 + stop.number
     except BrokenPipeError:
         code = EXIT_PIPE_CLOSED
     except SystemExit as stop:  # where a pipe was closed, click wraps stdout and exits with 1

@@ -9,12 +9,14 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from lorakit.errors import LorakitError
+from lorakit.locks import still_stands, try_lock
 
 STDIO = "-"
 
@@ -60,7 +62,8 @@ def is_stream(path: str) -> bool:
 def check_output(path: str) -> None:
     """Raise LorakitError, before the work begins, if no file could be written at `path`."""
     if not is_stream(path):
-        _new_side_file(path).unlink()
+        with _side_file(path):
+            pass
 
 
 def refuse_terminal(what: str) -> None:
@@ -109,31 +112,102 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Until then the old file stays as it was, so a half-written file never has the final name. Links
     are followed: what `path` points to is replaced. An existing file keeps its permissions.
     """
-    side, final = _new_side_file(path), Path(os.path.realpath(path))
-    try:
-        os.chmod(side, _mode_of(final))
-        yield side
-        sync(side)
-        os.replace(side, final)
-        sync(final.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        side.unlink(missing_ok=True)
+    final = Path(os.path.realpath(path))
+    with _side_file(path) as side:
+        try:
+            os.chmod(side, mode_of(final))
+            yield side
+            sync(side)
+            os.replace(side, final)
+            sync(final.parent)
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
 
-def _new_side_file(path: str | Path) -> Path:
-    """Create an empty temporary file in the folder of what `path` is, or links to."""
+@contextlib.contextmanager
+def _side_file(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary file in the folder of what `path` is, or links to; then delete it.
+
+    It is locked meanwhile, so that those that a killed run left can be told, and are deleted here.
+    """
     import tempfile
 
     final = Path(os.path.realpath(path))
     try:
         refuse_directory(final)
-        handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
+        _delete_abandoned(final)
+        while True:
+            prefix = f".{final.name}."
+            descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=final.parent)
+            if os.name == "nt":  # which renames no file that is open
+                os.close(descriptor)
+                break
+            if try_lock(descriptor) is not False and still_stands(descriptor, name):
+                break
+            os.close(descriptor)  # taken for abandoned before it was locked
     except OSError as error:
         raise cannot_write(path, error) from error
-    os.close(handle)
-    return Path(name)
+    side = Path(name)
+    try:
+        yield side
+    finally:
+        side.unlink(missing_ok=True)
+        if os.name != "nt":
+            os.close(descriptor)
+
+
+def _delete_abandoned(final: Path) -> None:
+    """Delete the temporary files of `final` whose writers have ended."""
+    if os.name == "nt":
+        return
+    for path in _siblings(final, "[a-z0-9_]{8}[.]part"):
+        with contextlib.suppress(OSError):  # another's, or gone by now
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                if try_lock(descriptor):
+                    path.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+
+
+def delete_siblings(output: str, pattern: str) -> None:
+    """Delete the hidden files beside `output`, named after it, whose suffixes match a pattern."""
+    for path in _siblings(Path(os.path.realpath(output)), pattern):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _siblings(final: Path, pattern: str) -> list[Path]:
+    """Return the paths `.NAME.SUFFIX` beside a file whose suffixes match a pattern."""
+    matches = re.compile(rf"{re.escape(f'.{final.name}.')}({pattern})").fullmatch
+    with os.scandir(final.parent) as entries:
+        return [Path(entry.path) for entry in entries if matches(entry.name)]
+
+
+def hidden_path_beside(output: str, suffix: str) -> Path:
+    """Return the path of a hidden file beside the file that `output` is or links to."""
+    final = Path(os.path.realpath(output))
+    return final.with_name(f".{final.name}.{suffix}")
+
+
+@contextlib.contextmanager
+def made_folders(folder: Path, output: str | Path) -> Iterator[None]:
+    """Make a folder, with those above it, for the block; those that stay empty go with an error.
+
+    Raises LorakitError naming `output` where that is not possible.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(output, error) from error
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+        raise
 
 
 def refuse_directory(path: Path) -> None:
@@ -148,7 +222,7 @@ def cannot_write(path: str | Path, error: OSError) -> LorakitError:
     return LorakitError(f"cannot write {name}: {explain(error)}; choose another -o")
 
 
-def _mode_of(path: Path) -> int:
+def mode_of(path: Path) -> int:
     """Return the permissions of an existing file, or those that a new file would get."""
     if path.exists():
         return path.stat().st_mode & 0o777

@@ -1,8 +1,9 @@
 """What a killed run needs to resume: files beside its output that are deleted once it is complete.
 
-Training saves a checkpoint (training/checkpoint.py), generation the finished lines of its output,
-judging and searching the values they have computed. All are named after the output, and are used
-only by a run with the same settings, data and adapters, all of which `run_key` hashes.
+Training saves a checkpoint (training/checkpoint.py), as measuring importance does; generation and
+data sets the finished lines of their output; judging, searching and BERTScore the values they have
+computed. All are named after the output, and are used only by a run with the same settings, data
+and adapters, all of which `run_key` hashes. One run at a time writes an output (sole_writer.py).
 """
 
 from __future__ import annotations
@@ -11,13 +12,24 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TypeVar
 
 from lorakit.errors import LorakitError
-from lorakit.files import cannot_write, is_stream, open_text_output, refuse_directory, sync
+from lorakit.files import (
+    cannot_write,
+    delete_siblings,
+    hidden_path_beside,
+    is_stream,
+    mode_of,
+    open_text_output,
+    refuse_directory,
+    sync,
+)
+from lorakit.sole_writer import sole_writer
 
 T = TypeVar("T")
 
@@ -32,12 +44,6 @@ def path_beside(output: str, suffix: str) -> Path | None:
     return None if is_stream(output) else Path(f"{output.rstrip('/')}.{suffix}")
 
 
-def hidden_path_beside(output: str, suffix: str) -> Path:
-    """Return the path of a hidden file beside the file that `output` is or links to."""
-    final = Path(os.path.realpath(output))
-    return final.with_name(f".{final.name}.{suffix}")
-
-
 class OutputLines:
     """A text output written under a temporary name, which a resumed run can continue.
 
@@ -45,11 +51,15 @@ class OutputLines:
     the complete lines that an earlier run left; one that was cut short is dropped.
     """
 
-    def __init__(self, output: str, key: str, *, resume: bool) -> None:
+    def __init__(self, output: str, key: str, *, resume: bool, writer: str = "generate") -> None:
         self.final = Path(os.path.realpath(output))
         self._side = hidden_path_beside(output, f"{key[:12]}.part")
-        whole = _whole_lines(self._side, "generate") if resume else ""
+        whole = _whole_lines(self._side, writer) if resume else ""
         self.lines = [f"{line}\n" for line in whole.split("\n")[:-1]]
+
+    def drop(self) -> None:
+        """Delete the side file."""
+        self._side.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def writing(self, keep: int) -> Iterator[IO[str]]:
@@ -64,6 +74,7 @@ class OutputLines:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
+            os.chmod(self._side, mode_of(self.final))
             os.replace(self._side, self.final)
             sync(self.final.parent)
         except OSError as error:
@@ -72,20 +83,35 @@ class OutputLines:
 
 @contextlib.contextmanager
 def continuing(
-    output: str, key: str, *, resume: bool, multiple: int = 1
+    output: str,
+    key: str,
+    *,
+    resume: bool,
+    multiple: int = 1,
+    writer: str = "generate",
+    survives_errors: bool = True,
 ) -> Iterator[tuple[IO[str], list[str]]]:
     """Yield an output's stream and the lines that an earlier run left, a multiple of so many.
 
-    A pipe or a device keeps none.
+    A pipe or a device keeps none. Without `resume`, what earlier runs left is dropped. A killed run
+    leaves its lines; one that ends with a LorakitError does if they `survives_errors`.
     """
     if is_stream(output):
         with open_text_output(output) as stream:
             yield stream, []
         return
-    part = OutputLines(output, key, resume=resume)
-    keep = len(part.lines) - len(part.lines) % multiple
-    with part.writing(keep) as stream:
-        yield stream, part.lines[:keep]
+    with sole_writer(output):
+        if not resume:
+            delete_siblings(output, "[0-9a-f]{12}[.]part")
+        part = OutputLines(output, key, resume=resume, writer=writer)
+        keep = len(part.lines) - len(part.lines) % multiple
+        try:
+            with part.writing(keep) as stream:
+                yield stream, part.lines[:keep]
+        except LorakitError:
+            if not survives_errors:
+                part.drop()
+            raise
 
 
 class SavedValues:
@@ -95,7 +121,8 @@ class SavedValues:
     for a resumed run otherwise. With `resume` it starts with the values of an earlier run; without,
     it drops them. Without a `path` nothing is saved; of several processes only the one that
     `writes` saves. `find` prefixes names with `key`, so that other runs' values are not used.
-    `writer` is the command, for the message about a file that something else wrote.
+    `writer` is the command, for the message about a file that something else wrote. Values outlast
+    a killed process at once, a crash of the machine after a second.
     """
 
     def __init__(
@@ -113,6 +140,7 @@ class SavedValues:
         self._writer = writer
         self._stream: IO[bytes] | None = None
         self._size = 0
+        self._synced = 0.0  # when, in seconds of time.monotonic
         self.values: dict[str, object] = {}
         if path is not None and resume:
             whole = _whole_lines(path, writer)
@@ -132,9 +160,17 @@ class SavedValues:
                 self._stream.truncate(self._size)
             self._stream.write(json.dumps([name, value]).encode() + b"\n")
             self._stream.flush()
-            os.fsync(self._stream.fileno())
+            if time.monotonic() > self._synced + 1:
+                os.fsync(self._stream.fileno())
+                self._synced = time.monotonic()
         except OSError as error:
             raise cannot_write(self._path, error) from None
+
+    def get(self, name: str, kind: type[T]) -> list[T] | None:
+        """Return the list saved under `name`, as `find` would; None if there is none."""
+        if f"{self._key}{name}" not in self.values:
+            return None
+        return self.find(name, kind, list)
 
     def find(self, name: str, kind: type[T], compute: Callable[[], list[T]]) -> list[T]:
         """Return the list saved under `name`; if there is none, compute and save it.
@@ -148,6 +184,10 @@ class SavedValues:
         if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
             raise _foreign(self._path, self._writer)
         return values
+
+    def __len__(self) -> int:
+        """Return how many values of this run there are."""
+        return sum(name.startswith(self._key) for name in self.values)
 
     def __enter__(self) -> SavedValues:
         return self
@@ -189,3 +229,8 @@ def _whole_lines(path: Path, writer: str) -> str:
 def _foreign(path: Path | None, writer: str) -> LorakitError:
     """Return the error for a file that `writer` did not write."""
     return LorakitError(f"{path} is not what {writer} wrote; run without --resume")
+
+
+def nothing_saved() -> SavedValues:
+    """Return values of a run that neither saves nor resumes."""
+    return SavedValues(None, resume=False, writer="")

@@ -34,9 +34,13 @@ def _without_defaults(fields: Mapping[str, object], kind: type) -> dict[str, obj
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a training run reports and resumes; `log` is the path of its log, None without one."""
+    """How a training run reports and resumes; `log` is the path of its log, None without one.
+
+    `checkpoint_every` is in optimiser steps; None: a checkpoint after every epoch alone.
+    """
 
     resume: bool = False
+    checkpoint_every: int | None = None
     log: str | None = None
     quiet: bool = False
 

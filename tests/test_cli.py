@@ -158,13 +158,14 @@ def test_ctrl_c_exits_with_130_and_leaves_the_old_file(tmp_path: Path) -> None:
         child.stdin.write(ROW.encode())
         child.stdin.flush()
         # a record that has reached the side file: the command is in the middle of its work
-        wait_for(lambda: any(path.stat().st_size for path in tmp_path.glob(".out.*")))
+        wait_for(lambda: any(path.stat().st_size for path in tmp_path.glob(".out.*.part")))
         child.send_signal(signal.SIGINT)
         assert child.wait(30) == 130
         assert child.stderr is not None
         assert b"Traceback" not in child.stderr.read()
     assert (tmp_path / "out").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    left = sorted(path.suffix for path in tmp_path.iterdir())
+    assert left == ["", ".part"]  # what --resume goes on from
 
 
 # — wrong usage: 2 —

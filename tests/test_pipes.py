@@ -156,7 +156,7 @@ def test_a_killed_command_leaves_no_half_file_under_the_final_name(
         # the first record must reach the side file, so that the kill comes in the middle of it
         def is_written() -> bool:
             assert child.poll() is None
-            return any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*"))
+            return any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*.part"))
 
         wait_for(is_written)
         child.send_signal(signal.SIGKILL)

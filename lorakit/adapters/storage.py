@@ -31,6 +31,7 @@ from lorakit.files import (
     cannot_write,
     explain,
     is_stream,
+    made_folders,
     names_folder,
     open_input,
     refuse_terminal,
@@ -221,14 +222,10 @@ def _write_stream(adapter: Adapter, output: str) -> None:
 
 
 def _save_folder(adapter: Adapter, folder: Path, late: Callable[[], Adapter] | None) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LorakitError(f"cannot write {folder}: {explain(error)}; choose another -o") from error
     config = folder / CONFIG_FILE
     text = (config_text(adapter.config) + "\n").encode()
     complete: Callable[[], Adapter] = functools.cache(late) if late else lambda: adapter
-    with contextlib.ExitStack() as sides:
+    with made_folders(folder, folder), contextlib.ExitStack() as sides:
         card_side = _enter_card(folder / CARD_FILE, sides)
         config_side = sides.enter_context(atomic_path(config))
         tensor_side = sides.enter_context(atomic_path(folder / TENSOR_FILE))

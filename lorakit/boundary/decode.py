@@ -29,7 +29,7 @@ gates.py.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,6 +101,9 @@ class Output(NamedTuple):
     tokens: list[int]
 
 
+Done = Mapping[tuple[Cut, int], list[int]]  # tokens written, by cut and prompt
+
+
 class Pool:
     """Decodes tokenised prompts under several cuts, with the adapter gated on the base."""
 
@@ -120,27 +123,33 @@ class Pool:
         self._rows: list[_Row] = []  # the row at place i of the list has the slots of row i
 
     @torch.inference_mode()
-    def run(self, cuts: Sequence[Cut]) -> Iterator[Output]:
+    def run(self, cuts: Sequence[Cut], done: Done | None = None) -> Iterator[Output]:
         """Yield the output of every prompt under every cut as soon as it is done.
 
         A prompt begins with the highest cut. When the lowest cut of a fan is done, its output is
-        the draft for the next fan.
+        the draft for the next fan. What is `done` already is not decoded, but where a fan is done
+        in part.
         """
+        done = done or {}
         highest, *others = sorted(cuts, reverse=True)
         fans = self._fans(others)
         below = dict(zip([highest, *(fan[-1] for fan in fans)], fans, strict=False))
-        waiting = sorted(range(len(self._prompts)), key=lambda n: len(self._prompts[n]))
-        drafts: deque[Output] = deque()
+        numbers = sorted(range(len(self._prompts)), key=lambda n: len(self._prompts[n]))
+        waiting = [number for number in numbers if (highest, number) not in done]
+        begun = [number for number in numbers if (highest, number) in done]
+        drafts = deque(filter(None, (_last_draft(n, highest, below, done) for n in begun)))
         while waiting or drafts or self._rows:
             free = self._size - len(self._rows)
             if waiting and free >= min(len(waiting), max(1, self._size // 2)):
-                done = self._join([waiting.pop() for _ in range(min(free, len(waiting)))], highest)
+                outputs = self._join(
+                    [waiting.pop() for _ in range(min(free, len(waiting)))], highest
+                )
             elif drafts and free >= len(below[drafts[0].cut]):
                 draft = drafts.popleft()
-                done = self._fan_out(draft, below[draft.cut])
+                outputs = self._fan_out(draft, below[draft.cut])
             else:
-                done = self._step()
-            for output in done:
+                outputs = self._step()
+            for output in outputs:
                 if output.cut in below:
                     drafts.append(output)
                 yield output
@@ -217,6 +226,19 @@ class Pool:
             if place < len(row.guess) and row.guess[place] != token:
                 return False
         return False
+
+
+def _last_draft(
+    number: int, highest: Cut, below: Mapping[Cut, Sequence[Cut]], done: Done
+) -> Output | None:
+    """Return the output from which a prompt goes on, under the lowest cut of its last done fan.
+
+    `below` has the fan that each draft is for. None if the prompt is done.
+    """
+    cut = highest
+    while cut in below and all((other, number) in done for other in below[cut]):
+        cut = below[cut][-1]
+    return Output(number, cut, list(done[cut, number])) if cut in below else None
 
 
 def _fan_order(cuts: Sequence[Cut]) -> list[Cut]:

@@ -7,8 +7,11 @@ decode.py; models that it cannot handle are decoded one boundary after the other
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TypeVar
 
 import torch
@@ -17,7 +20,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import layer_of
 from lorakit.boundary.choice import Sweep, check_rule
 from lorakit.boundary.cuts import Cut, Point, cut_at, layer_order, search_points
-from lorakit.boundary.decode import Output, Pool, can_pool
+from lorakit.boundary.decode import Done, Output, Pool, can_pool
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.strip import check_layers_are_named
 from lorakit.files import open_text_output
@@ -30,6 +33,7 @@ from lorakit.models.tokens import Example, encode_all
 from lorakit.records.jsonl import load_records, write_records
 from lorakit.records.record import Record
 from lorakit.reporting import Reporter
+from lorakit.resume import SavedValues, nothing_saved, run_key
 from lorakit.scoring.cautions import find_cautions
 from lorakit.scoring.metrics import compute_statistics
 from lorakit.scoring.texts import references_of
@@ -59,10 +63,12 @@ def evaluate(
     generation: GenerationSettings,
     reporter: Reporter,
     predictions: str | None = None,
+    saved: SavedValues | None = None,
 ) -> Sweep:
     """Decode a sample of `data` at every boundary, and every factor, and score it.
 
-    The outputs of all boundaries are written to the file `predictions`, if that is set.
+    The outputs of all boundaries are written to the file `predictions`, if that is set. Each is
+    added to `saved`, and not decoded if it is there.
     Raises LorakitError naming file and line for a record that cannot be used, and for an adapter or
     a boundary that does not fit the base.
     """
@@ -77,7 +83,7 @@ def evaluate(
     encoder, new = encoder_of(base, adapter, generation), generation.max_new_tokens
     prompts = encode_all(records, lambda record: encoder.prompt(record, new), reporter.note)
     cuts = {point: cut_at(point, order) for point in points}
-    outputs = decode(base, adapter, prompts, cuts, generation, reporter)
+    outputs = decode(base, adapter, prompts, cuts, generation, reporter, saved)
     statistics = {
         point: compute_statistics(texts, references, metric=settings.metric, lang=settings.lang)
         for point, texts in outputs.items()
@@ -109,25 +115,40 @@ def decode(
     cuts: Mapping[K, Cut],
     settings: GenerationSettings,
     reporter: Reporter,
+    saved: SavedValues | None = None,
 ) -> dict[K, list[str]]:
     """Return, by the keys of `cuts`, the greedy output for every prompt, in their order.
 
-    Cuts that leave the same LoRA are decoded once.
+    Cuts that leave the same LoRA are decoded once, and those in `saved` not again. Half precision
+    decodes all again: other batches would round otherwise.
     """
     layers = attach(base, adapter)
     places = {layer_of(name) for name in layers}
     left = {key: cut.on(places) for key, cut in cuts.items()}
     distinct, rows = sorted(set(left.values()), reverse=True), [prompt.ids for prompt in prompts]
-    texts: dict[Cut, list[str]] = {cut: [""] * len(prompts) for cut in distinct}
-    written: dict[tuple[Cut, int], list[int]] = {}
+    saved = saved if saved is not None and base.dtype == torch.float32 else nothing_saved()
+    names = _names(prompts, distinct)
+    saved_tokens = {place: saved.get(name, int) for place, name in names.items()}
+    written = {place: tokens for place, tokens in saved_tokens.items() if tokens is not None}
+    done = dict(written)
     with Gates(layers).standing() as gates:
-        outputs = _outputs(base, gates, rows, distinct, settings, reporter)
-        for output in reporter.timed(outputs, "decoding", len(distinct) * len(prompts)):
-            texts[output.cut][output.prompt] = text_of(base, output.tokens)
-            written[output.cut, output.prompt] = output.tokens
+        outputs = _outputs(base, gates, rows, distinct, settings, reporter, done)
+        new = (output for output in outputs if (output.cut, output.prompt) not in done)
+        for output in reporter.timed(new, "decoding", len(names) - len(done)):
+            place = output.cut, output.prompt
+            written[place] = saved.find(names[place], int, functools.partial(list, output.tokens))
         if base.dtype != torch.float32:
             reporter.note(_rounding_note(base, gates, rows, settings, written, reporter))
-    return {key: texts[cut] for key, cut in left.items()}
+    texts = {place: text_of(base, tokens) for place, tokens in written.items()}
+    by_cut = {cut: [texts[cut, number] for number in range(len(prompts))] for cut in distinct}
+    return {key: by_cut[cut] for key, cut in left.items()}
+
+
+def _names(prompts: Sequence[Example], cuts: Sequence[Cut]) -> dict[tuple[Cut, int], str]:
+    """Return the names under which the outputs for prompts under cuts are saved."""
+    sample = run_key([list(prompt.ids) for prompt in prompts], [asdict(cut) for cut in cuts])
+    places = itertools.product(enumerate(cuts), range(len(prompts)))
+    return {(cut, n): f"{sample[:12]} output {number} {n}" for (number, cut), n in places}
 
 
 def _outputs(
@@ -137,14 +158,22 @@ def _outputs(
     cuts: Sequence[Cut],
     settings: GenerationSettings,
     reporter: Reporter,
+    done: Done,
 ) -> Iterator[Output]:
-    """Yield the outputs under every cut, decoded together if the model allows it."""
+    """Yield the outputs under every cut, decoded together if the model allows it.
+
+    Those that are `done` are left out, but where others were decoded with them.
+    """
+    if len(done) == len(prompts) * len(cuts):
+        return
     batch_size = BatchSize(settings.batch_size, reporter.note)
     if can_pool(base, gates, prompts[0]):
-        yield from _pooled(base, gates, prompts, cuts, settings.max_new_tokens, batch_size)
+        yield from _pooled(base, gates, prompts, cuts, settings.max_new_tokens, batch_size, done)
         return
     reporter.note(f"{base.name} cannot decode boundaries together: one after the other")
     for cut in cuts:
+        if all((cut, number) in done for number in range(len(prompts))):
+            continue
         for number, tokens in _decode_alone(base, gates, prompts, cut, settings, batch_size):
             yield Output(number, cut, tokens)
 
@@ -156,17 +185,25 @@ def _pooled(
     cuts: Sequence[Cut],
     max_new_tokens: int,
     batch_size: BatchSize,
+    done: Done,
 ) -> Iterator[Output]:
     """Yield the outputs of a Pool; where memory runs out, a smaller one decodes what is left."""
-    done: set[tuple[Cut, int]] = set()
+    written = dict(done)
     while True:
-        left = [n for n in range(len(prompts)) if any((cut, n) not in done for cut in cuts)]
+        left = [n for n in range(len(prompts)) if any((cut, n) not in written for cut in cuts)]
         waiting = [prompts[number] for number in left]
+        known = {
+            (cut, place): written[cut, number]
+            for place, number in enumerate(left)
+            for cut in cuts
+            if (cut, number) in written
+        }
         try:
-            for output in Pool(base, gates, waiting, max_new_tokens, batch_size.rows).run(cuts):
+            pool = Pool(base, gates, waiting, max_new_tokens, batch_size.rows)
+            for output in pool.run(cuts, known):
                 number = left[output.prompt]
-                if (output.cut, number) not in done:
-                    done.add((output.cut, number))
+                if (output.cut, number) not in written:
+                    written[output.cut, number] = output.tokens
                     yield output._replace(prompt=number)
             return
         except torch.OutOfMemoryError as error:

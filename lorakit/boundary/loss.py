@@ -9,6 +9,7 @@ one takes a whole pass for each cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.adapters.adapter import Adapter
@@ -26,6 +27,7 @@ from lorakit.models.memory import BatchSize
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
+from lorakit.resume import SavedValues, nothing_saved, run_key
 from lorakit.scoring.statistics import Row, Statistics
 from lorakit.settings import BoundarySettings, GenerationSettings
 from lorakit.versions import version_of
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from lorakit.scoring.statistics import Array
 
 K = TypeVar("K", bound=Hashable)
+Read = Callable[[Sequence[Example], Sequence[Cut]], Iterator[Losses]]
 TOKENS_PER_ROW = (
     128  # --batch-size rows of so many tokens bound what goes through the model at once
 )
@@ -47,9 +50,11 @@ def evaluate_loss(
     settings: BoundarySettings,
     generation: GenerationSettings,
     reporter: Reporter,
+    saved: SavedValues | None = None,
 ) -> Sweep:
     """Measure the loss on a sample of `data` at every boundary, and every factor.
 
+    The losses of each batch are added to `saved`, and not computed if they are there.
     Raises LorakitError naming file and line for a record that cannot be used, such as one without a
     completion, and for an adapter or a boundary that does not fit the base.
     """
@@ -63,7 +68,7 @@ def evaluate_loss(
     encoder = encoder_of(base, adapter, generation)
     examples = encode_all(records, encoder.example, reporter.note)
     cuts = {point: cut_at(point, order) for point in points}
-    losses = losses_under(base, adapter, examples, cuts, generation.batch_size, reporter)
+    losses = losses_under(base, adapter, examples, cuts, generation.batch_size, reporter, saved)
     sweep = Sweep(
         {point: loss_statistics(sums, examples) for point, sums in losses.items()}, settings, order
     )
@@ -95,29 +100,34 @@ def losses_under(
     cuts: Mapping[K, Cut],
     batch_size: int,
     reporter: Reporter,
+    saved: SavedValues | None = None,
 ) -> dict[K, list[float]]:
     """Return, by the keys of `cuts`, the summed loss of each example's completion, in nats.
 
-    Cuts that leave the same LoRA are computed once.
+    Cuts that leave the same LoRA are computed once, and batches in `saved` not again.
     """
+    saved = nothing_saved() if saved is None else saved
     layers = attach(base, adapter)
     places = {layer_of(name) for name in layers}
     left = {key: cut.on(places) for key, cut in cuts.items()}
     distinct = sorted(set(left.values()), reverse=True)
     numbers = {id(example): number for number, example in enumerate(examples)}
-    total = len(_micro_batches(examples, batch_size)) * len(distinct)
+    batches = _micro_batches(examples, batch_size)
+    size = BatchSize(batch_size, reporter.note)
+    run = run_key([list(example.ids) for example in examples], [asdict(cut) for cut in distinct])
     sums: dict[Cut, list[float]] = {cut: [0.0] * len(examples) for cut in distinct}
     with Gates(layers).standing() as gates:
         read = _reader(base, gates, examples, distinct, reporter)
-
-        def read_batch(rows: Sequence[Example]) -> list[tuple[Sequence[Example], Losses]]:
-            return [(rows, losses) for losses in read(rows, distinct)]
-
-        batches = BatchSize(batch_size, reporter.note).over(examples, read_batch, _micro_batches)
-        steps = (step for batch in batches for step in batch)
-        for rows, losses in reporter.timed(steps, "reading", total):
-            for row, loss in zip(rows, losses.sums.tolist(), strict=True):
-                sums[losses.cut][numbers[id(row)]] = loss
+        steps = (
+            (rows, cut, totals)
+            for number, rows in enumerate(batches)
+            for cut, totals in _totals(
+                rows, distinct, read, saved, f"{run[:12]} loss {number}", size
+            )
+        )
+        for rows, cut, totals in reporter.timed(steps, "reading", len(batches) * len(distinct)):
+            for row, total in zip(rows, totals, strict=True):
+                sums[cut][numbers[id(row)]] = total
     return {key: sums[cut] for key, cut in left.items()}
 
 
@@ -126,13 +136,39 @@ def _micro_batches(examples: Sequence[Example], rows: int) -> list[list[Example]
     return micro_batches(examples, TOKENS_PER_ROW * rows)
 
 
+def _totals(
+    rows: Sequence[Example],
+    cuts: Sequence[Cut],
+    read: Read,
+    saved: SavedValues,
+    name: str,
+    size: BatchSize,
+) -> Iterator[tuple[Cut, Sequence[float]]]:
+    """Yield the summed losses of rows under each cut: those saved under a name, or read now."""
+
+    def measure() -> list[float]:
+        totals: dict[tuple[Cut, int], float] = {}
+
+        def read_part(part: Sequence[Example]) -> None:
+            for losses in read(part, cuts):
+                for row, total in zip(part, losses.sums.tolist(), strict=True):
+                    totals[losses.cut, id(row)] = total
+
+        for _ in size.over(rows, read_part, _micro_batches):
+            pass
+        return [totals[cut, id(row)] for cut in cuts for row in rows]
+
+    values, count = saved.find(name, float, measure), len(rows)
+    yield from ((cut, values[n * count : (n + 1) * count]) for n, cut in enumerate(cuts))
+
+
 def _reader(
     base: Base,
     gates: Gates,
     examples: Sequence[Example],
     cuts: Sequence[Cut],
     reporter: Reporter,
-) -> Callable[[Sequence[Example], Sequence[Cut]], Iterator[Losses]]:
+) -> Read:
     """Return what reads rows under many cuts: layer by layer if the model allows it."""
     layerwise = layerwise_for(base, gates, examples, cuts)
     if layerwise is not None:

@@ -9,6 +9,7 @@ the knee of the curve.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from lorakit.models.memory import BatchSize, in_batches
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
+from lorakit.resume import SavedValues, nothing_saved, run_key
 from lorakit.settings import BoundarySettings, GenerationSettings
 
 
@@ -45,6 +47,17 @@ class _Sums(NamedTuple):
     def plus(self, other: _Sums) -> _Sums:
         """Return the sums over the rows of both."""
         return _Sums(*(mine + more for mine, more in zip(self, other, strict=True)))
+
+    def as_list(self) -> list[float]:
+        """Return all values in a row, for `from_list`."""
+        return torch.cat([part.flatten() for part in self]).tolist()
+
+    @classmethod
+    def from_list(cls, values: Sequence[float], tokens: int) -> _Sums:
+        """Return the sums, of so many positions, that `as_list` wrote."""
+        gold, likeliest = torch.tensor(values[:-tokens], dtype=torch.float64).chunk(2)
+        rows = torch.tensor(values[-tokens:], dtype=torch.float64)
+        return cls(gold.view(-1, tokens), likeliest.view(-1, tokens), rows)
 
     def means(self) -> _Curves:
         """Return the means, at the positions that any row has."""
@@ -75,13 +88,15 @@ def read_probabilities(
     settings: BoundarySettings,
     generation: GenerationSettings,
     reporter: Reporter,
+    saved: SavedValues | None = None,
 ) -> list[ProbabilityRecord]:
     """Return a record for each boundary k: the probabilities after k layers, by position.
 
     `score` is the mean of `probabilities` (of the gold token) over the positions; the knee of the
     scores is marked best; where there is none, the last boundary, with a note. `compared` has the
     same curves for the adapter stripped at each boundary of `settings.compare`, with the
-    differences of `probabilities` from the whole adapter's. Raises LorakitError for records that
+    differences of `probabilities` from the whole adapter's. The sums of each batch are added to
+    `saved`, and not computed if they are there. Raises LorakitError for records that
     cannot be used, and for an adapter or a boundary that does not fit the base.
     """
     check_layers_are_named(adapter)
@@ -90,18 +105,26 @@ def read_probabilities(
     sample = draw_sample(data, "prompt", "completion", sample=settings.sample, seed=generation.seed)
     encoder = encoder_of(base, adapter, generation)
     examples = encode_all(sample, encoder.example, reporter.note)
-    ordered = sorted(examples, key=lambda example: -len(example.ids))
-    read = (base.layers, *compared)
+    batches = in_batches(
+        sorted(examples, key=lambda example: -len(example.ids)), generation.batch_size
+    )
+    batch_size = BatchSize(generation.batch_size, reporter.note)
+    saved = nothing_saved() if saved is None else saved
+    run = run_key([list(example.ids) for example in examples], settings.tokens)
     sums: dict[int, _Sums] = {}
     with Gates(attach(base, adapter)).standing() as gates:
+        places = [(k, number) for k in (base.layers, *compared) for number in range(len(batches))]
+        for k, number in reporter.timed(places, "reading", len(places)):
 
-        def read_batch(rows: Sequence[Example]) -> list[tuple[int, _Sums]]:
-            return [(k, _sums_under(base, gates, k, rows, settings.tokens)) for k in read]
+            def measure(k: int = k, number: int = number) -> list[float]:
+                def read(rows: Sequence[Example]) -> _Sums:
+                    return _sums_under(base, gates, k, rows, settings.tokens)
 
-        batches = BatchSize(generation.batch_size, reporter.note).over(ordered, read_batch)
-        steps = (step for batch in batches for step in batch)
-        total = len(in_batches(ordered, generation.batch_size)) * len(read)
-        for k, part in reporter.timed(steps, "reading", total):
+                parts = batch_size.over(batches[number], read)
+                return functools.reduce(_Sums.plus, parts).as_list()
+
+            values = saved.find(f"{run[:12]} sums {k} {number}", float, measure)
+            part = _Sums.from_list(values, settings.tokens)
             sums[k] = sums[k].plus(part) if k in sums else part
     curves = {k: total.means() for k, total in sums.items()}
     records = _records(curves, boundaries, compared, whole=base.layers, count=len(examples))

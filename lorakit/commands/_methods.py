@@ -50,6 +50,7 @@ _EVERY_METHOD = ("method", "output", "portable", "quiet")
 _LORAHUB = (
     "data",
     "log",
+    "resume",
     "model",
     "revision",
     "trust_remote_code",

@@ -6,7 +6,6 @@ This file imports torch, so commands import it when they run, not before.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 from lorakit.adapters.adapter import Adapter
@@ -16,7 +15,9 @@ from lorakit.commands._progress import TerminalReporter
 from lorakit.files import check_adapter_output
 from lorakit.models.base import Base, load_base
 from lorakit.models.devices import keep_freed_memory, pick_device, pick_dtype
+from lorakit.processes import is_first_process
 from lorakit.settings import ModelSettings, RunSettings
+from lorakit.sole_writer import refuse_second_writer
 
 
 def open_base(
@@ -56,12 +57,8 @@ def reporting(run: RunSettings, output: str) -> Iterator[TerminalReporter]:
     """
     check_resume(run.resume, output)
     check_adapter_output(output)
-    quiet, log = (run.quiet, run.log) if _is_main_process() else (True, None)
+    refuse_second_writer(output, writes=is_first_process())
+    quiet, log = (run.quiet, run.log) if is_first_process() else (True, None)
     with TerminalReporter(quiet=quiet, log=log, append=run.resume) as reporter:
         yield reporter
         reporter.note(f"wrote {output}")
-
-
-def _is_main_process() -> bool:
-    """Return whether this is the first process that torchrun or `accelerate launch` started."""
-    return os.environ.get("RANK", "0") == "0"

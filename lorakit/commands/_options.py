@@ -20,6 +20,7 @@ import click
 
 from lorakit.commands._types import NamedValue, ParamType, Real, Whole
 from lorakit.files import STDIO
+from lorakit.processes import process_count
 from lorakit.settings import AskingSettings, GenerationSettings, SelectionSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def check_stdin(*paths: str | None) -> None:
 
     Either several are `-`, or several processes (torchrun) would read the same pipe.
     """
-    if "-" in paths and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "-" in paths and process_count() > 1:
         raise click.UsageError("Several processes cannot share stdin: give files, not '-'.")
     if paths.count("-") > 1:
         raise click.UsageError("Only one input can be '-', since there is one stdin.")

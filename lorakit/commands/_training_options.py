@@ -79,6 +79,12 @@ run = _options.together(
     click.option(
         "--resume", is_flag=True, help="Go on where a killed run of the same command stopped."
     ),
+    click.option(
+        "--checkpoint-every",
+        type=Whole(1),
+        metavar="N",
+        help="Save what --resume needs every N steps too. [default: every epoch, and when stopped]",
+    ),
     click.option("--log", metavar="FILE", help="Write a line of JSON for every step and epoch."),
     _options.quiet,
 )

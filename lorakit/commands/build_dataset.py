@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
 from lorakit.commands import _options, _recipe_options
-from lorakit.files import STDIO
+from lorakit.errors import LorakitError
+from lorakit.files import STDIO, input_name
 from lorakit.recipes.request import SPLITS, Request, plain_split
 from lorakit.recipes.table import RECIPES
 
@@ -23,6 +26,7 @@ from lorakit.recipes.table import RECIPES
 )
 @click.option("--show", is_flag=True, help="Print one record; without SOURCE of a sample row.")
 @_options.output(STDIO, "the records")
+@_options.resume
 @_options.quiet
 @_options.settings(request=Request)
 def build_dataset(
@@ -31,6 +35,7 @@ def build_dataset(
     on_error: str,
     show: bool,
     output: str,
+    resume: bool,
     quiet: bool,
     request: Request,
 ) -> None:
@@ -48,6 +53,7 @@ def build_dataset(
     lorakit build-dataset mimic --show
     """
     _options.check_stdin(*sources, *request.overlap, *request.drop_overlap)
+    _options.check_resume(resume, output)
     if recipe.startswith(_recipe_options.HUB):
         recipe, sources = "hf", (recipe, *sources)
     if plain_split(request.split) not in SPLITS and not RECIPES[recipe].any_split:
@@ -58,21 +64,40 @@ def build_dataset(
     from itertools import islice
 
     from lorakit.commands._progress import TerminalReporter
-    from lorakit.files import open_text_output
     from lorakit.recipes import table
     from lorakit.recipes.request import Tally
-    from lorakit.records.jsonl import write_records
+    from lorakit.records.jsonl import skip_written, write_records
+    from lorakit.resume import continuing, run_key
 
     reporter = TerminalReporter(quiet=quiet)
-    with reporter.bytes_read(sources) as advance, open_text_output(output) as stream:
+    key = run_key(recipe, sources, asdict(request), on_error, show)
+    with (
+        reporter.bytes_read(sources) as advance,
+        continuing(output, key, resume=resume, writer="build-dataset", survives_errors=False) as (
+            stream,
+            done,
+        ),
+    ):
         tally = Tally(skip=on_error == "skip", say=reporter.note, advance=advance)
         records = table.build_dataset(recipe, sources, request, tally)
         if show:
             records = (
                 islice(records, 1) if sources else iter([table.sample_record(recipe, request)])
             )
-        count = write_records(records, stream)
-    for line in tally.lines() if not show else ():
-        reporter.note(line)
+        if done:
+            reporter.note(f"going on after {len(done)} records; the source is read again")
+        fields = skip_written(records, done)
+        count = len(done) + write_records(fields, stream)
+        for line in tally.lines() if not show else ():
+            reporter.note(line)
+        if not count:
+            raise LorakitError(
+                f"{_names(sources)} gave no records; check the recipe, --split and the filters"
+            )
     if request.sample is not None and count < request.sample:
         reporter.note(f"only {count} records for --sample {request.sample}.")
+
+
+def _names(sources: tuple[str, ...]) -> str:
+    """Return how a message names the sources."""
+    return ", ".join(map(input_name, sources or (STDIO,)))

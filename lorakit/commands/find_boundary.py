@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @_options.seed
 @_options.plot("the score or the probabilities by boundary")
 @_options.output(STDIO, "the records")
+@_options.resume
 @_options.quiet
 @_options.settings(model=ModelSettings, boundary=BoundarySettings, generation=GenerationSettings)
 def find_boundary(
@@ -38,6 +40,7 @@ def find_boundary(
     predictions: str | None,
     plot: str | None,
     output: str,
+    resume: bool,
     quiet: bool,
     model: ModelSettings,
     boundary: BoundarySettings,
@@ -58,6 +61,7 @@ def find_boundary(
         lorakit strip-layers merged.safetensors --boundary - -o final.safetensors
     """
     _options.check_stdin(adapter, data)
+    _options.check_resume(resume, output)
     _boundary_options.check_options(boundary, predictions)
     from lorakit.commands._plots import check_plot, plot_boundaries, plot_probabilities
 
@@ -72,37 +76,61 @@ def find_boundary(
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import open_text_output
     from lorakit.records.jsonl import write_records
+    from lorakit.resume import SavedValues, path_beside, run_key
+    from lorakit.sole_writer import refuse_second_writer, sole_writer
 
     reporter = TerminalReporter(quiet=quiet)
+    refuse_second_writer(output)
     loaded = load_adapter(adapter)
     base = open_base(
         model, [loaded], generation.device, generation.dtype, reporter.note, training=False
     )
-    rows: Sequence[BoundaryRecord]
-    if boundary.by == "evaluation" and boundary.metric == LOSS:
-        rows = evaluate_loss(
-            base, loaded, data, settings=boundary, generation=generation, reporter=reporter
-        ).as_records()
-    elif boundary.by == "evaluation":
-        rows = evaluate(
-            base,
-            loaded,
-            data,
-            settings=boundary,
-            generation=generation,
-            reporter=reporter,
-            predictions=predictions,
-        ).as_records()
-    else:
-        rows = read_probabilities(
-            base, loaded, data, settings=boundary, generation=generation, reporter=reporter
-        )
-    if plot:
-        draw = plot_boundaries if boundary.by == "evaluation" else plot_probabilities
-        draw(rows, output=plot)
-    _sketch(rows, reporter)
-    with open_text_output(output) as stream:
-        write_records(rows, stream)
+    key = run_key(asdict(boundary), asdict(generation), base.record, loaded.sha256)
+    side = path_beside(output, "resume")
+    with (
+        sole_writer(output),
+        SavedValues(side, resume=resume, writer="find-boundary", key=key) as saved,
+    ):
+        if len(saved):
+            reporter.note("going on with what the killed run has computed")
+        rows: Sequence[BoundaryRecord]
+        if boundary.by == "evaluation" and boundary.metric == LOSS:
+            rows = evaluate_loss(
+                base,
+                loaded,
+                data,
+                settings=boundary,
+                generation=generation,
+                reporter=reporter,
+                saved=saved,
+            ).as_records()
+        elif boundary.by == "evaluation":
+            rows = evaluate(
+                base,
+                loaded,
+                data,
+                settings=boundary,
+                generation=generation,
+                reporter=reporter,
+                predictions=predictions,
+                saved=saved,
+            ).as_records()
+        else:
+            rows = read_probabilities(
+                base,
+                loaded,
+                data,
+                settings=boundary,
+                generation=generation,
+                reporter=reporter,
+                saved=saved,
+            )
+        if plot:
+            draw = plot_boundaries if boundary.by == "evaluation" else plot_probabilities
+            draw(rows, output=plot)
+        _sketch(rows, reporter)
+        with open_text_output(output) as stream:
+            write_records(rows, stream)
 
 
 def _sketch(rows: Sequence[BoundaryRecord], reporter: TerminalReporter) -> None:

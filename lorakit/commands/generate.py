@@ -156,8 +156,11 @@ def generate(
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base
     from lorakit.models.predictions import write_predictions, write_predictions_of_each
+    from lorakit.sole_writer import refuse_second_writer
 
     examples = load_few_shot(few_shot, generation.shots, generation.seed)
+    if NAME not in output:
+        refuse_second_writer(output)
     loaded = [load_adapter(adapter) for adapter in adapters]
     if not loaded:
         reporter.note("no ADAPTER: the base model answers zero-shot")

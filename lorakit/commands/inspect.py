@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from lorakit.commands import _options
+from lorakit.files import STDIO
 from lorakit.reach import check_model
 from lorakit.settings import ModelSettings, TrainingSettings
 
@@ -18,6 +19,10 @@ from lorakit.settings import ModelSettings, TrainingSettings
 @click.option("--data", metavar="FILE", help="Records (JSONL) for --importance; `-` is stdin.")
 @_options.plot("the importance by layer and module")
 @_options.model
+@_options.output(STDIO, "the description")
+@click.option(
+    "--resume", is_flag=True, help="Go on where a killed run of --importance stopped; needs -o."
+)
 @_options.quiet
 @_options.settings(model=ModelSettings, training=TrainingSettings)
 def inspect(
@@ -26,6 +31,8 @@ def inspect(
     importance: bool,
     data: str | None,
     plot: str | None,
+    output: str,
+    resume: bool,
     quiet: bool,
     model: ModelSettings,
     training: TrainingSettings,
@@ -43,22 +50,27 @@ def inspect(
             "--importance needs --data, and --data and --plot need --importance."
         )
     _options.check_stdin(adapter, data)
+    _options.check_resume(resume, output)
+    if resume and not importance:
+        raise click.UsageError("--resume is for --importance; all else is done at once.")
     if data is None:
-        _describe(adapter, layout)
-    else:
-        _measure(adapter, data, plot, quiet=quiet, model=model, training=training)
+        _describe(adapter, layout, output)
+        return
+    _measure(
+        adapter, data, plot, output, resume=resume, quiet=quiet, model=model, training=training
+    )
 
 
-def _describe(source: str, layout: str) -> None:
-    """Write the description of an adapter to stdout."""
+def _describe(source: str, layout: str, output: str) -> None:
+    """Write the description of an adapter."""
     from lorakit.adapters.describe import inspect_adapter, write_table
     from lorakit.adapters.storage import load_adapter
-    from lorakit.files import STDIO, open_text_output
+    from lorakit.files import open_text_output
     from lorakit.records.jsonl import write_records
 
     record = inspect_adapter(load_adapter(source))
-    with open_text_output(STDIO) as stream:
-        if _options.wants_table(layout, STDIO):
+    with open_text_output(output) as stream:
+        if _options.wants_table(layout, output):
             write_table(record, stream)
         else:
             write_records([record], stream)
@@ -68,12 +80,14 @@ def _measure(
     source: str,
     data: str,
     plot: str | None,
+    output: str,
     *,
+    resume: bool,
     quiet: bool,
     model: ModelSettings,
     training: TrainingSettings,
 ) -> None:
-    """Write the importance of an adapter's modules on the records to stdout, and draw it."""
+    """Write the importance of an adapter's modules on the records, and draw it."""
     from lorakit.commands._plots import check_plot, plot_importance
 
     if plot:
@@ -82,15 +96,22 @@ def _measure(
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base
     from lorakit.commands._progress import TerminalReporter
-    from lorakit.files import STDIO, open_text_output
+    from lorakit.files import open_text_output
     from lorakit.merging.importance import measure_importance
     from lorakit.records.jsonl import write_records
+    from lorakit.resume import path_beside
+    from lorakit.sole_writer import sole_writer
 
     adapter = load_adapter(source)
     note = TerminalReporter(quiet=quiet).note
     base = open_base(model, [adapter], training.device, training.dtype, note, training=False)
-    rows = measure_importance(base, adapter, data, settings=training)
-    if plot:
-        plot_importance(rows, output=plot)
-    with open_text_output(STDIO) as stream:
-        write_records(rows, stream)
+    with sole_writer(output):
+        rows = measure_importance(
+            base, adapter, data, settings=training, output=output, resume=resume
+        )
+        if plot:
+            plot_importance(rows, output=plot)
+        with open_text_output(output) as stream:
+            write_records(rows, stream)
+        if (side := path_beside(output, "resume")) is not None:
+            side.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import click
 
 from lorakit.commands import _methods, _options, _training_options
 from lorakit.merging.methods import METHODS
+from lorakit.processes import is_first_process
 from lorakit.reach import check_model
 from lorakit.settings import (
     ModelSettings,
@@ -108,6 +109,7 @@ def merge(
                 settings=training,
                 output=output,
                 reporter=reporter,
+                resume=run.resume,
                 portable=portable,
             )
             return
@@ -122,6 +124,7 @@ def merge(
                 output=output,
                 reporter=reporter,
                 resume=run.resume,
+                checkpoint_every=run.checkpoint_every,
                 portable=portable,
             )
             return
@@ -137,10 +140,11 @@ def merge(
             output=output,
             reporter=reporter,
             resume=run.resume,
+            checkpoint_every=run.checkpoint_every,
             portable=portable,
             intervals=bool(plot),
         )
-        if plot:
+        if plot and is_first_process():
             plot_search(rows, metric=selection.search_metric, output=plot)
 
 
@@ -159,6 +163,8 @@ def _merge_statically(
     from lorakit.files import check_adapter_output
     from lorakit.merging.static import merge_statically
 
+    if not is_first_process():
+        return
     reporter = TerminalReporter(quiet=quiet)
     check_adapter_output(output)
     merge_statically(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @bertscore_options
 @_options.layout("JSON lines or a table; auto: a table on a terminal.")
 @_options.output(STDIO, "the scores")
+@_options.resume
 @_options.quiet
 @_options.settings(significance=SignificanceSettings)
 def score(
@@ -40,6 +41,7 @@ def score(
     bertscore_layer: int | None,
     layout: str,
     output: str,
+    resume: bool,
     quiet: bool,
     significance: SignificanceSettings,
 ) -> None:
@@ -56,26 +58,32 @@ def score(
     an example in all runs of a system at once, run 1 with run 1 of the baseline and so on, or each
     with the only one.
     """
+    from lorakit.resume import SavedValues, path_beside
     from lorakit.scoring.systems import score_systems
+    from lorakit.sole_writer import sole_writer
 
+    _options.check_resume(resume, output)
     if baseline is None and any(METRICS[name].needs == "baseline" for name in metric):
         raise click.UsageError("--metric contains-baseline… needs --baseline.")
     systems = _scoring_options.systems_of(predictions, system, baseline)
     resamples = baseline is not None or sum(len(system.files) for system in systems) > 1
     needs_model = any(METRICS[name].needs == "model" for name in metric)
-    rows = score_systems(
-        systems,
-        metrics=metric,
-        lang=lang,
-        baseline=baseline,
-        settings=significance if resamples else None,
-        embedder=open_embedder(lang, bertscore_model, bertscore_layer) if needs_model else None,
-        group_by=group_by,
-    )
-    if not quiet:
-        for line in dict.fromkeys(line for row in rows for line in row.cautions):
-            click.echo(f"Warning: {printable(line)}", err=True)
-    _write_scores(rows, layout, output)
+    side = path_beside(output, "resume") if needs_model else None
+    with sole_writer(output), SavedValues(side, resume=resume, writer="score") as saved:
+        rows = score_systems(
+            systems,
+            metrics=metric,
+            lang=lang,
+            baseline=baseline,
+            settings=significance if resamples else None,
+            embedder=open_embedder(lang, bertscore_model, bertscore_layer) if needs_model else None,
+            group_by=group_by,
+            saved=saved,
+        )
+        if not quiet:
+            for line in dict.fromkeys(line for row in rows for line in row.cautions):
+                click.echo(f"Warning: {printable(line)}", err=True)
+        _write_scores(rows, layout, output)
 
 
 def _write_scores(rows: Sequence[SystemScores], layout: str, output: str) -> None:

@@ -76,5 +76,6 @@ def train_adapter(
             output=output,
             reporter=reporter,
             resume=run.resume,
+            checkpoint_every=run.checkpoint_every,
             selection=selection,
         )

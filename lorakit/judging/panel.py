@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.files import check_output, is_stream, open_text_output
+from lorakit.files import check_output, hidden_path_beside, is_stream, open_text_output
 from lorakit.judging.asking import ask_all
 from lorakit.judging.opening import open_endpoint
 from lorakit.judging.questions import (
@@ -23,8 +23,9 @@ from lorakit.judging.questions import (
 )
 from lorakit.records.jsonl import load_records, write_records
 from lorakit.reporting import Reporter
-from lorakit.resume import SavedValues, hidden_path_beside, run_key
+from lorakit.resume import SavedValues, run_key
 from lorakit.settings import JudgeSettings
+from lorakit.sole_writer import sole_writer
 from lorakit.versions import version_of
 
 if TYPE_CHECKING:  # it imports the SDK
@@ -89,7 +90,10 @@ def write_judgements(
     name, text = choose_template(template, preference=against is not None)
     files = _items(paths, against, text)
     answers_path = None if is_stream(output) else hidden_path_beside(output, "answers.part")
-    with SavedValues(answers_path, resume=resume, writer="judge") as answers:
+    with (
+        sole_writer(output),
+        SavedValues(answers_path, resume=resume, writer="judge") as answers,
+    ):
         _ask(files, panel, settings, answers, reporter)
 
         def answer(judge: str, prompt: str) -> str:

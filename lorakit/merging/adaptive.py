@@ -37,6 +37,7 @@ from lorakit.settings import (
     SignificanceSettings,
     TrainingSettings,
 )
+from lorakit.sole_writer import sole_writer
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.lora_step import switch_dropout
 from lorakit.training.train import train_and_save, trained_factors
@@ -60,6 +61,7 @@ def merge_adaptively(
     output: str,
     reporter: Reporter,
     resume: bool = False,
+    checkpoint_every: int | None = None,
     values: Values = (),
     selection: SelectionSettings | None = None,
     portable: bool = False,
@@ -90,6 +92,7 @@ def merge_adaptively(
             output=output,
             reporter=reporter,
             resume=resume,
+            checkpoint_every=checkpoint_every,
             intervals=intervals,
         )
     pruning = pruning.at(values[0]) if values else pruning
@@ -101,6 +104,7 @@ def merge_adaptively(
         reporter,
         checkpoint=checkpoint_of(output, entry, base.record),
         resume=resume,
+        checkpoint_every=checkpoint_every,
         export=lambda best: merge.export(trained_factors(best), entry, shares_reset(trainer)),
         output=output,
     )
@@ -115,6 +119,7 @@ def _search_and_write(
     output: str,
     reporter: Reporter,
     resume: bool,
+    checkpoint_every: int | None,
     intervals: bool,
 ) -> list[dict[str, object]]:
     """Try several pruning settings, report each, and write the adapter of the best."""
@@ -123,7 +128,10 @@ def _search_and_write(
     is_main = merge.accelerator.is_main_process
     key = run_key(merge.entry(pruning), [str(value) for value in values], merge.base.record)
     side = path_beside(output, "search.resume")
-    with SavedValues(side, resume=resume, writer="merge", writes=is_main, key=key) as saved:
+    with (
+        sole_writer(output, writes=is_main, adapter=True),
+        SavedValues(side, resume=resume, writer="merge", writes=is_main, key=key) as saved,
+    ):
         search = Search(
             merge.trainer,
             validation.value,
@@ -134,6 +142,7 @@ def _search_and_write(
             checkpoint_of=lambda setting: _candidate_checkpoint(merge, setting, output),
             saved=saved,
             resume=resume,
+            checkpoint_every=checkpoint_every,
         )
         _run_search(search, pruning, values, saved, reporter)
         best = search.best()

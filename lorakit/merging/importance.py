@@ -7,12 +7,14 @@ times the scale of the block's adapter, over the root of the number of tokens: w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TypedDict
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.blocks import read_blocks
 from lorakit.adapters.names import last_part, layer_of
+from lorakit.files import STDIO
 from lorakit.merging.input_norms import InputNorms
 from lorakit.merging.joint import attach_stack
 from lorakit.merging.pair_scores import PairScores
@@ -23,7 +25,11 @@ from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example
 from lorakit.records.jsonl import load_records
 from lorakit.settings import TrainingSettings
+from lorakit.signals import STOPPED, deferred
+from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.loss import BatchLoss, new_accelerator
+
+_SECONDS = 30  # between two checkpoints
 
 
 class ModuleImportance(TypedDict):
@@ -40,24 +46,41 @@ class ModuleImportance(TypedDict):
 
 
 def measure_importance(
-    base: Base, adapter: Adapter, data: str, *, settings: TrainingSettings
+    base: Base,
+    adapter: Adapter,
+    data: str,
+    *,
+    settings: TrainingSettings,
+    output: str = STDIO,
+    resume: bool = False,
 ) -> list[ModuleImportance]:
     """Return the mean importance of every block at every projection.
 
-    Raises LorakitError for records that cannot be used, or if the adapter does not fit the base.
+    What a run that is killed has summed up stays beside `output`, for `resume`. Raises LorakitError
+    for records that cannot be used, or if the adapter does not fit the base.
     """
     encoder = encoder_of(base, adapter, settings)
     records, _ = load_records(data, "prompt", "completion")
     examples = [encoder.example(record) for record in records]
-    return importance_on(base, adapter, examples, settings=settings)
+    shaping = [list(example.ids) for example in examples], settings.micro_batch_tokens
+    checkpoint = checkpoint_of(output, "importance", base.record, adapter.sha256, *shaping)
+    if not resume:
+        checkpoint.remove()
+    return importance_on(base, adapter, examples, settings=settings, checkpoint=checkpoint)
 
 
 def importance_on(
-    base: Base, adapter: Adapter, examples: Sequence[Example], *, settings: TrainingSettings
+    base: Base,
+    adapter: Adapter,
+    examples: Sequence[Example],
+    *,
+    settings: TrainingSettings,
+    checkpoint: Checkpoint | None = None,
 ) -> list[ModuleImportance]:
     """Return the mean importance of every block at every projection on some examples.
 
-    Raises LorakitError if the adapter does not fit the base.
+    With a checkpoint it goes on from what that holds. Raises LorakitError if the adapter does not
+    fit the base.
     """
     check_fits(base, adapter)
     stacked = unstack(adapter)
@@ -67,7 +90,7 @@ def importance_on(
         base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
     )
     with norms.around_validation(losses):
-        losses.mean(examples)
+        _read_all(losses, examples, norms, checkpoint or Checkpoint(None, ""))
     means = PairScores(stacked.blocks, layers, "input", norms=norms).means()
     return [
         {
@@ -79,6 +102,30 @@ def importance_on(
         }
         for (block, module), value in means.items()
     ]
+
+
+def _read_all(
+    losses: BatchLoss, examples: Sequence[Example], norms: InputNorms, checkpoint: Checkpoint
+) -> None:
+    """Run all micro-batches through the model, from the first that is not in the checkpoint on.
+
+    One is saved every _SECONDS and where Ctrl-C, SIGTERM or SIGHUP ends the run.
+    """
+    sums, done = checkpoint.saved_sums()
+    if done:
+        norms.restore_(sums)
+    saved_at = time.monotonic()
+    try:
+        for rows in losses.own_micro_batches(examples)[done:]:
+            with deferred():
+                losses.read(rows)
+                done += 1
+            if time.monotonic() > saved_at + _SECONDS:
+                checkpoint.save_sums(norms.state(), done)
+                saved_at = time.monotonic()
+    except STOPPED:
+        checkpoint.save_sums(norms.state(), done)
+        raise
 
 
 def unstack(adapter: Adapter) -> Stack:

@@ -59,7 +59,11 @@ class InputNorms(StepHook):
 
     @contextlib.contextmanager
     def around_validation(self, losses: BatchLoss) -> Iterator[None]:
-        """Collect from every forward pass inside the block; then sum over all processes."""
+        """Collect from every forward pass inside the block; then sum over all processes.
+
+        Where the block ends with an error, the norms stay those of the pass before.
+        """
+        before = self._sums
         self._clear()
         losses.watch, losses.restart = self._take_mask, self._clear
         handles = [
@@ -68,12 +72,18 @@ class InputNorms(StepHook):
         ]
         try:
             yield
+            collected, self._sums = self._sums, before
+        except BaseException:
+            self._sums = before
+            raise
         finally:
             losses.restart = lambda: None
             for handle in handles:
                 handle.remove()
-        for name, sums in self._sums.items():
-            self._sums[name] = _Sums(*(losses.summed(value) for value in sums))
+        self._sums = {
+            name: _Sums(*(losses.summed(value) for value in sums))
+            for name, sums in collected.items()
+        }
         self.version += 1
 
     def state(self) -> State:

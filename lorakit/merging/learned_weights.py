@@ -42,6 +42,7 @@ def merge_with_learned_weights(
     output: str,
     reporter: Reporter,
     resume: bool = False,
+    checkpoint_every: int | None = None,
     selection: SelectionSettings | None = None,
     portable: bool = False,
 ) -> None:
@@ -68,6 +69,7 @@ def merge_with_learned_weights(
         reporter,
         checkpoint=checkpoint_of(output, entry, base.record),
         resume=resume,
+        checkpoint_every=checkpoint_every,
         export=lambda best: export_weighted(merge, by_block(merge.stacked, best), entry),
         output=output,
     )

@@ -8,6 +8,7 @@ published optimiser, nevergrad's NGOpt, resolves to COBYLA for these problems; h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -26,7 +27,9 @@ from lorakit.models.lora import attach, set_factors
 from lorakit.models.tokens import encode_all
 from lorakit.records.jsonl import load_records
 from lorakit.reporting import Reporter
+from lorakit.resume import SavedValues, path_beside, run_key
 from lorakit.settings import TrainingSettings
+from lorakit.sole_writer import sole_writer
 from lorakit.training.loss import BatchLoss, new_accelerator
 from lorakit.training.train import resolve_auto, trained_header, versions
 
@@ -34,6 +37,7 @@ EVALUATIONS = 40
 BOUND = 1.5  # of every |w|
 PENALTY = 0.05  # of the mean |w|, in nats
 _SETTINGS_READ = ("max_length", "truncate", "micro_batch_tokens", "chat", "dtype")
+_SHAPING = (*_SETTINGS_READ, "cut", "system", "chat_args", "device")  # what losses depend on
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,14 @@ def merge_lorahub(
     settings: TrainingSettings,
     output: str,
     reporter: Reporter,
+    resume: bool = False,
     portable: bool = False,
 ) -> None:
     """Fit the weights to the records of `data` and write the composed adapter to `output`.
 
-    Raises LorakitError naming the module in which the adapters' shapes differ, and for records that
-    cannot be used.
+    The losses are saved as they are measured: with `resume`, the search takes its steps again by
+    those of a killed run. Raises LorakitError naming the module in which the adapters' shapes
+    differ, and for records that cannot be used.
     """
     settings = resolve_auto(settings, adapters, base)
     check_alike(adapters, reporter.note)
@@ -69,25 +75,38 @@ def merge_lorahub(
     losses = BatchLoss(
         base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
     )
+    is_main = losses.accelerator.is_main_process
+    key = run_key([getattr(settings, name) for name in _SHAPING], digest, base.record)
+    key = run_key(key, [adapter.sha256 for adapter in adapters])
+    side = path_beside(output, "search.resume")
     reporter.start(EVALUATIONS, 1, 0)
 
     def loss_at(weights: Sequence[float]) -> float:
-        for name, (a, b) in compose(adapters, weights).items():
-            set_factors(layers[name], a, b)
-        return float(np.mean(losses.means(examples)))
+        def measure() -> list[float]:
+            for name, (a, b) in compose(adapters, weights).items():
+                set_factors(layers[name], a, b)
+            return [float(np.mean(losses.means(examples)))]
+
+        return saved.find(json.dumps(list(weights)), float, measure)[0]
 
     def report(number: int, point: Point) -> None:
         shown = ", ".join(f"{weight:.3f}" for weight in point.weights)
         text = f"evaluation {number}: weights {shown}, loss {point.loss:.4f}"
         reporter.event({"evaluation": number, **asdict(point)}, text)
 
-    points = search_weights(loss_at, len(adapters), report)
-    best = min(points, key=lambda point: point.objective)
-    if not any(best.weights):
-        reporter.note("the best weights are all 0: these adapters do not help the base model here")
-    if losses.accelerator.is_main_process:
-        merged = _export(adapters, base, settings, digest, points, best)
-        save_adapter(make_portable(merged) if portable else merged, output)
+    with (
+        sole_writer(output, writes=is_main, adapter=True),
+        SavedValues(side, resume=resume, writer="merge", writes=is_main, key=key) as saved,
+    ):
+        points = search_weights(loss_at, len(adapters), report)
+        best = min(points, key=lambda point: point.objective)
+        if not any(best.weights):
+            reporter.note(
+                "the best weights are all 0: these adapters do not help the base model here"
+            )
+        if is_main:
+            merged = _export(adapters, base, settings, digest, points, best)
+            save_adapter(make_portable(merged) if portable else merged, output)
 
 
 def compose(adapters: Sequence[Adapter], weights: Sequence[float]) -> Factors:

@@ -56,7 +56,8 @@ class Search:
 
     `evaluate` returns the value, higher is better, of a candidate's best weights; `by_epochs` says
     that trainers compare their epochs by the same value; `merges` bounds the cost in whole merges,
-    for the progress bar. `saved` stores measured values for a resumed search.
+    for the progress bar. `saved` stores measured values for a resumed search, in which candidates
+    go on from their checkpoints: of epochs, and of every `checkpoint_every` steps.
     """
 
     def __init__(
@@ -71,10 +72,12 @@ class Search:
         checkpoint_of: Callable[[PruningSettings], Checkpoint],
         saved: SavedValues,
         resume: bool,
+        checkpoint_every: int | None = None,
     ) -> None:
         self._new_trainer, self._evaluate, self._by_epochs = new_trainer, evaluate, by_epochs
         self._corpus, self._reporter, self._merges = corpus, reporter, merges
         self._checkpoint_of, self._saved, self._resume = checkpoint_of, saved, resume
+        self._checkpoint_every = checkpoint_every
         self._start: Weights = {}
         self._start_states: dict[str, State] = {}  # of the hooks, at the common start
         self.candidates: list[Candidate] = []
@@ -107,10 +110,11 @@ class Search:
         if not _has_to_train(candidate.trainer, epoch):
             return
         _unpark(candidate)
-        while _has_to_train(candidate.trainer, epoch):
-            candidate.trainer.advance()
-            if candidate.trainer.accelerator.is_main_process:
-                candidate.checkpoint.save(candidate.trainer)
+        trainer, checkpoint = candidate.trainer, candidate.checkpoint
+        with checkpoint.saving_at_end_of(trainer):
+            while _has_to_train(trainer, epoch):
+                trainer.advance(trainer.next_multiple(self._checkpoint_every))
+                checkpoint.save(trainer)
         _park(candidate)
 
     def judge(self, candidate: Candidate, epoch: int | None = None) -> None:

@@ -40,10 +40,12 @@ class Turnover:
     def count(self, masks: Masks, weights: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Count what masks reset of the pairs of one shape; `weights` are those after the reset."""
         before = self._before[len(self._now)] if self._before else masks
-        new = (masks[0] & ~before[0]).sum() + (masks[1] & ~before[1]).sum()
+        new_a, new_b = (
+            (now & ~old.to(now.device)).sum() for now, old in zip(masks, before, strict=True)
+        )
         alive = weights[0].flatten(1).any(1) | weights[1].flatten(1).any(1)
         reset = masks[0].sum() + masks[1].sum()
-        self._counts.append(torch.stack([reset, new, (~alive).sum()]))
+        self._counts.append(torch.stack([reset, new_a + new_b, (~alive).sum()]))
         self._now.append(masks)
         self._parameters += sum(mask.numel() for mask in masks)
 
@@ -60,7 +62,7 @@ class Turnover:
         """Return what the log says about the last step.
 
         `share_pruned`: the share of all LoRA parameters that it reset; `turnover`: the share of
-        those that the pruning before did not reset, None at the first one, also of a resumed run;
+        those that the pruning before did not reset, None at the first one;
         `dead_pairs`: how many A/B pairs had A = B = 0 at the last pruning, which leaves them no
         gradient.
         """
@@ -85,12 +87,25 @@ class Turnover:
         return notes
 
     def state(self) -> State:
-        """Return the sum of the turnovers and their number; masks are not saved."""
+        """Return the sum of the turnovers, their number, and what the last pruning left."""
+        masks = {
+            f"turnover_mask.{number}.{factor}": of_factor
+            for number, of_shape in enumerate(self._before)
+            for factor, of_factor in zip("AB", of_shape, strict=True)
+        }
         return {
             "turnover_sum": torch.tensor(self._sum),
             "turnover_steps": torch.tensor(float(self._steps)),
+            "turnover_dead": torch.tensor(float(self._dead)),
+            **masks,
         }
 
     def restore_(self, state: State) -> None:
         """Restore what `state` returned."""
         self._sum, self._steps = float(state["turnover_sum"]), int(state["turnover_steps"])
+        self._dead = int(state["turnover_dead"])
+        shapes = sum(name.startswith("turnover_mask.") for name in state) // 2
+        self._before = [
+            (state[f"turnover_mask.{number}.A"].bool(), state[f"turnover_mask.{number}.B"].bool())
+            for number in range(shapes)
+        ]

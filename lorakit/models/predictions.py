@@ -13,7 +13,7 @@ from typing import Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.errors import LorakitError
-from lorakit.files import cannot_write, check_output
+from lorakit.files import cannot_write, check_output, delete_siblings, hidden_path_beside
 from lorakit.models.base import Base
 from lorakit.models.chat import S, following
 from lorakit.models.generation import generate, window_size
@@ -24,7 +24,7 @@ from lorakit.records.few_shot import NO_EXAMPLES, FewShot
 from lorakit.records.jsonl import read_records, write_records
 from lorakit.records.record import Record
 from lorakit.reporting import Reporter
-from lorakit.resume import continuing, hidden_path_beside, run_key
+from lorakit.resume import continuing, run_key
 from lorakit.settings import GenerationSettings
 
 
@@ -90,6 +90,8 @@ def write_predictions_of_each(
     """
     for output in outputs:
         check_output(output)
+        if not resume:
+            delete_siblings(output, "[0-9a-f]{12}[.]done")
     keys = [_key(base, each, _settings_for(each, settings), few_shot) for each in adapters]
     marks = [hidden_path_beside(*pair) for pair in zip(outputs, map(_mark, keys), strict=True)]
     for adapter, output, mark in zip(adapters, outputs, marks, strict=True):

@@ -165,6 +165,24 @@ def write_records(records: Iterable[Mapping[str, object]], stream: IO[str]) -> i
     return count
 
 
+def skip_written(
+    records: Iterable[Mapping[str, object]], lines: Sequence[str]
+) -> Iterator[Mapping[str, object]]:
+    """Yield the records after those that an earlier run wrote as `lines`.
+
+    Raises LorakitError where the records are not those that it wrote.
+    """
+    ours = iter(records)
+    for number, line in enumerate(lines, 1):
+        record = next(ours, None)
+        if record is None or _dumps(dict(record)) != line.rstrip("\n"):
+            raise LorakitError(
+                f"record {number} is not the one that the killed run wrote; start afresh without "
+                "--resume"
+            )
+    yield from ours
+
+
 def _dumps(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     try:

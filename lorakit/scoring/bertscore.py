@@ -11,6 +11,7 @@ Source: Zhang et al. 2020, BERTScore: Evaluating text generation with BERT.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import check_packages
+from lorakit.resume import SavedValues, nothing_saved, run_key
 
 _EXAMPLES_AT_ONCE = 64
 
@@ -84,15 +86,33 @@ def greedy_f1(ours: EmbeddedText, theirs: EmbeddedText) -> float:
 
 
 def best_f1s(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], embedder: Embedder
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    embedder: Embedder,
+    saved: SavedValues | None = None,
 ) -> list[float]:
-    """Return each prediction's highest F1 over its references, embedding 64 examples at a time."""
-    best = []
+    """Return each prediction's highest F1 over its references, embedding 64 examples at a time.
+
+    The values of the 64 are added to `saved`, and not computed if they are there.
+    """
+    saved = nothing_saved() if saved is None else saved
+    best: list[float] = []
     for start in range(0, len(predictions), _EXAMPLES_AT_ONCE):
         group = slice(start, start + _EXAMPLES_AT_ONCE)
-        texts = itertools.chain(predictions[group], *references[group])
-        distinct = list(dict.fromkeys(texts))
-        embedded = dict(zip(distinct, embedder.embed(distinct), strict=True))
-        for text, alternatives in zip(predictions[group], references[group], strict=True):
-            best.append(max(greedy_f1(embedded[text], embedded[other]) for other in alternatives))
+        ours, theirs = predictions[group], references[group]
+        name = f"bertscore {run_key(embedder.signature, list(ours), [list(r) for r in theirs])}"
+        measure = functools.partial(_best_of_group, ours, theirs, embedder)
+        best += saved.find(name, float, measure)
     return best
+
+
+def _best_of_group(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], embedder: Embedder
+) -> list[float]:
+    """Return each prediction's highest F1 over its references, all texts embedded at once."""
+    distinct = list(dict.fromkeys(itertools.chain(predictions, *references)))
+    embedded = dict(zip(distinct, embedder.embed(distinct), strict=True))
+    return [
+        max(greedy_f1(embedded[text], embedded[other]) for other in alternatives)
+        for text, alternatives in zip(predictions, references, strict=True)
+    ]

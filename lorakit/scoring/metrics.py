@@ -24,6 +24,7 @@ from lorakit.scoring.statistics import (
 )
 
 if TYPE_CHECKING:
+    from lorakit.resume import SavedValues
     from lorakit.scoring.bertscore import Embedder
 
 Reads = Literal["words", "ascii", "characters", "numbers"]
@@ -159,12 +160,14 @@ def compute_statistics(
     lang: str = "en",
     embedder: Embedder | None = None,
     baseline_predictions: Sequence[str] | None = None,
+    saved: SavedValues | None = None,
 ) -> Statistics:
     """Return the rows, value and signature of one metric; `references` lists texts per example.
 
     `embedder` is read by metrics that need a model, `baseline_predictions` by those that need a
-    baseline, and neither by any other. Raises LorakitError for an unknown metric or language, for
-    no examples, where an example has no reference, and where the metric lacks what it needs.
+    baseline, and neither by any other; slow metrics add to `saved` what they compute. Raises
+    LorakitError for an unknown metric or language, for no examples, where an example has no
+    reference, and where the metric lacks what it needs.
     """
     if metric not in METRICS:
         raise LorakitError(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}")
@@ -174,7 +177,7 @@ def compute_statistics(
             "give each of one or more predictions one or more references"
         )
     language(lang)  # an unknown one is an error for every metric
-    examples = Examples(predictions, references, lang, embedder, baseline_predictions)
+    examples = Examples(predictions, references, lang, embedder, baseline_predictions, saved)
     return METRICS[metric].function(examples)
 
 

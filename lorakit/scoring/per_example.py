@@ -194,5 +194,5 @@ def bertscore(examples: Examples) -> Statistics:
         f"nrefs:{examples.reference_count}|refs:max|measure:f1|idf:no|rescaled:no"
         f"|{embedder.signature}|version:lorakit-{version_of('lorakit')}"
     )
-    best = best_f1s(examples.predictions, examples.references, embedder)
+    best = best_f1s(examples.predictions, examples.references, embedder, examples.saved)
     return mean_over_examples(best, signature)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from lorakit.resume import SavedValues
     from lorakit.scoring.bertscore import Embedder
 
     Array = NDArray[np.float64]
@@ -28,7 +29,8 @@ class Examples:
     """Predictions, the references of each, and the language they are in.
 
     `embedder` serves metrics that embed tokens; `baseline_predictions`, another system's outputs
-    for the same examples, serve those that compare with them. Each is None where it is not needed.
+    for the same examples, serve those that compare with them. `saved` holds what slow metrics have
+    computed. Each is None where it is not needed.
     """
 
     predictions: Sequence[str]
@@ -36,6 +38,7 @@ class Examples:
     lang: str
     embedder: Embedder | None = None
     baseline_predictions: Sequence[str] | None = None
+    saved: SavedValues | None = None
 
     @property
     def reference_count(self) -> str:

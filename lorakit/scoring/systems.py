@@ -20,6 +20,7 @@ from lorakit.scoring.texts import Texts, check_aligned, load_texts
 from lorakit.settings import SignificanceSettings
 
 if TYPE_CHECKING:  # imports numpy
+    from lorakit.resume import SavedValues
     from lorakit.scoring.bertscore import Embedder
     from lorakit.scoring.significance import Comparison, Interval
 
@@ -133,6 +134,7 @@ class _Request:
     lang: str
     embedder: Embedder | None
     group_by: str | None
+    saved: SavedValues | None = None
 
     @property
     def needs_baseline(self) -> bool:
@@ -151,6 +153,7 @@ def score_systems(
     settings: SignificanceSettings | None = None,
     embedder: Embedder | None = None,
     group_by: str | None = None,
+    saved: SavedValues | None = None,
 ) -> list[SystemScores]:
     """Return the scores of each system under each metric, in order.
 
@@ -162,7 +165,7 @@ def score_systems(
     order, as the files of one system always must. At most two files' texts are in memory at a time.
     Raises LorakitError naming file and line.
     """
-    request = _Request(metrics, lang, embedder, group_by)
+    request = _Request(metrics, lang, embedder, group_by, saved)
     baseline_runs = [] if baseline is None else _load_baseline(systems, baseline, request)
     scored, groups = [], []
     for system in systems:
@@ -242,6 +245,7 @@ def _statistics(
             metric=name,
             lang=request.lang,
             embedder=request.embedder,
+            saved=request.saved,
             baseline_predictions=None if baseline_run is None else baseline_run.predictions,
         )
         for name in request.metrics

@@ -1,12 +1,15 @@
 """Checkpoints: what a killed training run needs to resume and end in the same bytes.
 
-One safetensors file beside the output, replaced atomically after every epoch: the weights, the best
-weights, AdamW's moments, the state of the trainer's hooks, and how far training has come. Its key
-is a hash of everything that shapes the run, so that only the same run resumes from it.
+One safetensors file beside the output, replaced atomically after every epoch, every so many steps,
+and where Ctrl-C or SIGTERM ends the run: the weights, the best weights, AdamW's moments, the state
+of the trainer's hooks, and how far training has come, the losses of a begun epoch included. Data
+order and dropout follow from the seed and the step. Its key is a hash of everything that shapes the
+run, so that only the same run resumes from it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -20,6 +23,7 @@ from lorakit.errors import LorakitError
 from lorakit.files import atomic_path
 from lorakit.models.lora import trained
 from lorakit.resume import path_beside, run_key
+from lorakit.signals import STOPPED, deferred
 from lorakit.training.trainer import Progress, Trainer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -34,13 +38,48 @@ class Checkpoint:
     key: str
 
     def save(self, trainer: Trainer) -> None:
-        """Write the state of `trainer`, which has just finished an epoch."""
+        """Write the state of `trainer`, which is between two steps; before the first there is none.
+
+        Of several processes only the main one writes.
+        """
+        is_main = trainer.accelerator.is_main_process
+        if self.path is None or not is_main or not trainer.progress.step:
+            return
+        self._write(dict(_named_tensors(trainer)), json.dumps(dataclasses.asdict(trainer.progress)))
+
+    def _write(self, tensors: Mapping[str, torch.Tensor], progress: str) -> None:
+        """Replace the file, if there is a path."""
         if self.path is None:
             return
-        progress = json.dumps(dataclasses.asdict(trainer.progress))
-        tensors = {name: _tensor(value) for name, value in _named_tensors(trainer)}
-        with atomic_path(self.path) as side, open(side, "wb") as stream:
-            write_tensors(tensors, {"key": self.key, "progress": progress}, stream)
+        plain = {name: _tensor(value) for name, value in tensors.items()}
+        with deferred(), atomic_path(self.path) as side, open(side, "wb") as stream:
+            write_tensors(plain, {"key": self.key, "progress": progress}, stream)
+
+    def save_sums(self, sums: Mapping[str, torch.Tensor], done: int) -> None:
+        """Write what has been summed up over so many micro-batches."""
+        self._write(sums, json.dumps(done))
+
+    def saved_sums(self) -> tuple[dict[str, torch.Tensor], int]:
+        """Return what `save_sums` wrote; nothing over none if there is no file.
+
+        Raises LorakitError as `restore_` does.
+        """
+        if self.path is None or not self.path.exists():
+            return {}, 0
+        tensors, metadata = self._read(self.path)
+        return tensors, int(json.loads(metadata["progress"]))
+
+    @contextlib.contextmanager
+    def saving_at_end_of(self, trainer: Trainer) -> Iterator[None]:
+        """Save the state where Ctrl-C, SIGTERM or SIGHUP ends the block, in which `trainer` trains.
+
+        It has to be within `Trainer.train` or `advance`, which such a signal ends between steps.
+        """
+        try:
+            yield
+        except STOPPED:
+            self.save(trainer)
+            raise
 
     def restore_(self, trainer: Trainer) -> bool:
         """Bring `trainer` to where the run stopped; return False if there is no checkpoint.
@@ -49,15 +88,20 @@ class Checkpoint:
         """
         if self.path is None or not self.path.exists():
             return False
-        tensors, metadata = read_tensors(self.path, str(self.path))
-        if metadata.get("key") != self.key:
-            raise LorakitError(
-                f"{self.path} is of a run with other settings, data or adapters; repeat those, or "
-                "start afresh without --resume"
-            )
-        _restore_(trainer, {name: torch.tensor(t.array()) for name, t in tensors.items()})
+        tensors, metadata = self._read(self.path)
+        _restore_(trainer, tensors)
         trainer.progress = Progress(**json.loads(metadata["progress"]))
         return True
+
+    def _read(self, path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+        """Return the tensors and metadata of the file; LorakitError if another run's key is in."""
+        tensors, metadata = read_tensors(path, str(path))
+        if metadata.get("key") != self.key:
+            raise LorakitError(
+                f"{path} is of a run with other settings, data or adapters; repeat those, or "
+                "start afresh without --resume"
+            )
+        return {name: torch.tensor(t.array()) for name, t in tensors.items()}, metadata
 
     def remove(self) -> None:
         """Delete the file, once the run is done."""

@@ -98,6 +98,15 @@ class BatchLoss:
         losses = self._in_memory(examples, lambda: self._by_example(examples))
         return [float(losses[id(example)]) for example in examples]
 
+    def own_micro_batches(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Return the micro-batches that this process reads in `mean`, in order."""
+        return self._own(self._cut(examples))
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[Example]) -> None:
+        """Run a micro-batch through the model for what watches it."""
+        self._loss(rows)
+
     def summed(self, value: torch.Tensor) -> torch.Tensor:
         """Return the sum of a value over all processes."""
         if self.accelerator.num_processes == 1:

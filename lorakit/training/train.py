@@ -26,10 +26,11 @@ from lorakit.records.jsonl import load_records
 from lorakit.records.record import Record
 from lorakit.reporting import Reporter
 from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, TrainingSettings
+from lorakit.sole_writer import sole_writer
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.loss import new_accelerator
 from lorakit.training.selection import measure_of
-from lorakit.training.trainer import Trainer, Weights
+from lorakit.training.trainer import Progress, Trainer, Weights
 from lorakit.versions import version_of
 
 _PACKAGES = ("lorakit", "torch", "transformers", "peft")
@@ -93,22 +94,32 @@ def train_and_save(
     resume: bool,
     export: Callable[[Weights], Adapter],
     output: str,
+    checkpoint_every: int | None = None,
 ) -> None:
     """Train, saving a checkpoint after every epoch; write the best epoch's adapter to `output`.
 
-    Of several processes only the main one writes.
+    A checkpoint is also saved after every `checkpoint_every` steps, and where Ctrl-C, SIGTERM or
+    SIGHUP ends the run. Of several processes only the main one writes. Raises LorakitError where
+    another run writes `output`.
     """
     main = trainer.accelerator.is_main_process
-    if main and not resume:
-        checkpoint.remove()  # another run's, which --resume is not to take for this one's
-    if resume and checkpoint.restore_(trainer):
-        reporter.note(f"going on after epoch {trainer.progress.epoch}")
-    for _ in trainer.train(corpus.train, corpus.validation, reporter):
+    with sole_writer(output, writes=main, adapter=True):
+        if main and not resume:
+            checkpoint.remove()  # another run's, which --resume is not to take for this one's
+        if resume and checkpoint.restore_(trainer):
+            reporter.note(f"going on after {_place(trainer.progress)}")
+        steps = trainer.train(corpus.train, corpus.validation, reporter, every=checkpoint_every)
+        with checkpoint.saving_at_end_of(trainer):
+            for _ in steps:
+                checkpoint.save(trainer)
         if main:
-            checkpoint.save(trainer)
-    if main:
-        save_adapter(export(trainer.best), output)
-        checkpoint.remove()
+            save_adapter(export(trainer.best), output)
+            checkpoint.remove()
+
+
+def _place(progress: Progress) -> str:
+    """Return how a note names where a run had stopped."""
+    return f"step {progress.step}" if progress.targets else f"epoch {progress.epoch}"
 
 
 def trained_factors(weights: Weights) -> Factors:
@@ -126,6 +137,7 @@ def train_adapter(
     output: str,
     reporter: Reporter,
     resume: bool = False,
+    checkpoint_every: int | None = None,
     selection: SelectionSettings | None = None,
 ) -> None:
     """Train a new adapter on records and write it to `output`, in float32.
@@ -168,6 +180,7 @@ def train_adapter(
         reporter,
         checkpoint=checkpoint_of(output, entry, base.record),
         resume=resume,
+        checkpoint_every=checkpoint_every,
         export=lambda best: Adapter(
             tensors_of(trained_factors(best)), config, trained_header(base, settings, entry)
         ),

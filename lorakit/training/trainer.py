@@ -25,6 +25,7 @@ from lorakit.models.lora import PeftLayer, trained
 from lorakit.models.tokens import Example
 from lorakit.reporting import EpochReport, Reporter, StepReport
 from lorakit.settings import TrainingSettings
+from lorakit.signals import deferred
 from lorakit.training.lora_step import fused_forward, switch_dropout
 from lorakit.training.loss import BatchLoss
 from lorakit.training.schedule import learning_rate_factor
@@ -42,7 +43,8 @@ class Progress:
     `epoch` counts finished epochs. `best_epoch` is the one whose weights are the run's result so
     far: with `--keep last`, the last one. `best_value`, higher is better, is its metric of
     --select-by (the negative loss where that is `loss`); `best_loss` breaks ties. `highest_value`
-    is that of any epoch. `loss_sum` and `targets` belong to the current epoch.
+    is that of any epoch. `loss_sum` and `targets` belong to the current epoch. `validation_due`
+    says that a hook waits for a validation pass before the next step.
     """
 
     epoch: int = 0
@@ -53,6 +55,7 @@ class Progress:
     highest_value: float = -math.inf
     loss_sum: float = 0.0
     targets: int = 0
+    validation_due: bool = False
 
     @property
     def stale(self) -> int:
@@ -96,6 +99,7 @@ class Trainer:
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay
         )
         self.best = self.weights()
+        self._seconds = 0.0  # spent on the steps of the current epoch
 
     def weights(self) -> Weights:
         """Return a copy of what is trained, by module, on the CPU."""
@@ -130,20 +134,26 @@ class Trainer:
             hook.begin(self._steps_an_epoch)
         self.losses.note = reporter.note
         reporter.start(self.steps, self.settings.epochs, self.progress.step)
-        self._validate_if_due(0)
+        self.progress.validation_due |= self._asks_for_validation(0)
+        self._validate_if_due()
 
     def train(
-        self, examples: Sequence[Example], validation: Sequence[Example], reporter: Reporter
+        self,
+        examples: Sequence[Example],
+        validation: Sequence[Example],
+        reporter: Reporter,
+        *,
+        every: int | None = None,
     ) -> Iterator[Progress]:
         """Train to the last epoch, or until `patience` epochs in a row were no better.
 
-        Yields after every epoch, so that the caller can save a checkpoint. At the end `best` holds
-        the weights of the epoch that `--keep` asks for. Raises LorakitError if a loss is not
-        finite.
+        Yields after every epoch, and after every `every` steps, so that the caller can save a
+        checkpoint. At the end `best` holds the weights of the epoch that `--keep` asks for. Raises
+        LorakitError if a loss is not finite.
         """
         self.begin(examples, validation, reporter)
         while not self.is_done:
-            self.advance()
+            self.advance(self.next_multiple(every))
             yield self.progress
         self.check_best()
         for note in self.notes():
@@ -196,28 +206,50 @@ class Trainer:
         return progress.epoch >= settings.epochs or is_stale
 
     def advance(self, until: int | None = None) -> None:
-        """Train to the end of the current epoch and validate, or only to step `until`."""
-        progress, started = self.progress, time.perf_counter()
+        """Train to the end of the current epoch and validate, or only to step `until`.
+
+        Ctrl-C and SIGTERM end it between two steps, never within one, so that `progress` is always
+        what has been done.
+        """
+        progress = self.progress
         order = list(self._batches(progress.epoch + 1))
         with self._training_mode():
             for batch in order[progress.step - progress.epoch * len(order) :]:
                 if progress.step == until:
                     return
-                self._reporter.step(self._step(batch, self.steps))
-                self._validate_if_due(progress.step)
+                with deferred():
+                    self._take(batch)
+                self._validate_if_due()
         if progress.step < (progress.epoch + 1) * len(order):
             return
-        self._end_epoch(time.perf_counter() - started)
+        self._end_epoch()
+
+    def next_multiple(self, every: int | None) -> int | None:
+        """Return the next step that is a multiple of `every`; None for None."""
+        return None if every is None else (self.progress.step // every + 1) * every
+
+    def _take(self, batch: Sequence[Example]) -> None:
+        """Take an optimiser step on a batch, report it, and ask the hooks what they wait for."""
+        started, step = time.perf_counter(), self.progress.step + 1
+        report = self._step(batch, self.steps)
+        self.progress.validation_due = self._asks_for_validation(step)
+        self._reporter.step(report)
+        self._seconds += time.perf_counter() - started
 
     def _batches(self, epoch: int) -> Iterator[list[Example]]:
         return epoch_batches(self._examples, self.settings.batch_size, self.settings.seed, epoch)
 
-    def _end_epoch(self, seconds: float) -> None:
+    def _end_epoch(self) -> None:
         """Validate, keep the weights if `--keep` asks for them so far, and report the epoch."""
-        progress = self.progress
-        progress.epoch += 1
         loss = self.validate(self._validation)
         value = -loss if self.measure is None else self.value()
+        with deferred():
+            self._close_epoch(value, loss)
+
+    def _close_epoch(self, value: float, loss: float) -> None:
+        """Count the epoch with its value and validation loss, keep its weights, and report it."""
+        progress = self.progress
+        progress.epoch += 1
         is_best = self._is_best(value, loss)
         if is_best or (self._keeps_last and math.isfinite(loss)):
             self._keep_weights(value, loss)
@@ -228,10 +260,10 @@ class Trainer:
             train_loss=progress.loss_sum / progress.targets,
             validation_loss=loss,
             best=is_best,
-            seconds=round(seconds, 3),
+            seconds=round(self._seconds, 3),
             validation_score=None if self.measure is None else value,
         )
-        progress.loss_sum, progress.targets = 0.0, 0
+        progress.loss_sum, progress.targets, self._seconds = 0.0, 0, 0.0
         self._reporter.epoch(report)
 
     def value(self, measure: Measure | None = None) -> float:
@@ -247,9 +279,13 @@ class Trainer:
         total = self.losses.summed(torch.tensor(value, device=self.base.device))
         return float(total / self.accelerator.num_processes)
 
-    def _validate_if_due(self, step: int) -> None:
-        if any(hook.is_validation_due(step) for hook in self.hooks):
+    def _asks_for_validation(self, step: int) -> bool:
+        return any(hook.is_validation_due(step) for hook in self.hooks)
+
+    def _validate_if_due(self) -> None:
+        if self.progress.validation_due:
             self.validate(self._validation)
+            self.progress.validation_due = False
 
     def _is_best(self, value: float, loss: float) -> bool:
         """Return whether the epoch just finished beats all before it."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -311,6 +313,20 @@ def test_a_kill_leaves_the_old_file_or_none(place: int, old: bool, tmp_path: Pat
     assert output.exists() == old
     if old:
         assert output.read_bytes() == before
+
+
+def test_a_full_disk_leaves_no_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "old").mkdir()
+    monkeypatch.setattr("lorakit.adapters.storage.write_tensors", fill)
+    for folder in ("new/deep", "old"):
+        with pytest.raises(LorakitError, match="no space left"):
+            save_adapter(tiny(), f"{tmp_path / folder}/")
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
 
 
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["while writing", "before both", "between"])

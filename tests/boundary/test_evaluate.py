@@ -24,6 +24,7 @@ from lorakit.models.lora import attach
 from lorakit.models.tokens import Example
 from lorakit.records.jsonl import load_records
 from lorakit.records.record import Record
+from lorakit.resume import nothing_saved
 from lorakit.scoring.systems import System, score_systems
 from lorakit.settings import BoundarySettings
 from tests.support.boundary_models import SETTINGS, Notes, alone, random_adapter
@@ -117,9 +118,9 @@ def test_boundaries_with_the_same_layers_on_are_decoded_once(
     asked: list[tuple[float, ...]] = []
     whole = Pool.run
 
-    def counted(self: Pool, cuts: Any) -> Any:
+    def counted(self: Pool, cuts: Any, done: Any) -> Any:
         asked.extend(cut.factors for cut in cuts)
-        return whole(self, cuts)
+        return whole(self, cuts, done)
 
     monkeypatch.setattr(Pool, "run", counted)
     adapter = random_adapter(base, layers=[1])
@@ -127,6 +128,19 @@ def test_boundaries_with_the_same_layers_on_are_decoded_once(
     assert sorted(asked) == [(0.0, 0.0, 0.0), (0.0, 1.0, 0.0)]
     assert outputs[0] == outputs[1] != outputs[2] == outputs[3]
     assert [outputs[k] for k in EVERY] == naive(llama, base.end_tokens, sample, layers=[1])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
+def test_outputs_that_are_saved_already_change_none(llama: str, share: float) -> None:
+    base, sample = open_base(llama), records(5)
+    adapter, saved = random_adapter(base), nothing_saved()
+    whole = decode(base, adapter, prompts(base, sample), CUTS, SETTINGS, Notes(), saved)
+    count = len(saved.values)
+    assert count == len(CUTS) * len(sample)
+    for name in random.Random(share).sample(sorted(saved.values), count - int(share * count)):
+        del saved.values[name]
+    assert decode(base, adapter, prompts(base, sample), CUTS, SETTINGS, Notes(), saved) == whole
+    assert len(saved.values) == count
 
 
 @pytest.mark.parametrize("keep", ["top", "random"])

@@ -187,7 +187,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         command = [PROGRAM, "generate", "--data", "data.jsonl", *options, "-o", "out.jsonl"]
         with subprocess.Popen(command, env=ENV, cwd=tmp_path) as child:
             wait_for(lambda: len(server.bodies) == 8)
-            wait_for(lambda: sum(p.read_text().count("\n") for p in tmp_path.glob(".out*")) == 3)
+            wait_for(
+                lambda: sum(p.read_text().count("\n") for p in tmp_path.glob(".out*.part")) == 3
+            )
             child.send_signal(signal.SIGKILL)
         stuck.set()
         assert not (tmp_path / "out.jsonl").exists()
