@@ -53,13 +53,13 @@ class OutputLines:
 
     def __init__(self, output: str, key: str, *, resume: bool, writer: str = "generate") -> None:
         self.final = Path(os.path.realpath(output))
-        self._side = hidden_path_beside(output, f"{key[:12]}.part")
-        whole = _whole_lines(self._side, writer) if resume else ""
+        self.side = hidden_path_beside(output, f"{key[:12]}.part")
+        whole = _whole_lines(self.side, writer) if resume else ""
         self.lines = [f"{line}\n" for line in whole.split("\n")[:-1]]
 
     def drop(self) -> None:
         """Delete the side file."""
-        self._side.unlink(missing_ok=True)
+        self.side.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def writing(self, keep: int) -> Iterator[IO[str]]:
@@ -69,13 +69,13 @@ class OutputLines:
         """
         try:
             refuse_directory(self.final)
-            with open(self._side, "a", encoding="utf-8", newline="\n") as stream:
+            with open(self.side, "a", encoding="utf-8", newline="\n") as stream:
                 stream.truncate(len("".join(self.lines[:keep]).encode()))
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(self._side, mode_of(self.final))
-            os.replace(self._side, self.final)
+            os.chmod(self.side, mode_of(self.final))
+            os.replace(self.side, self.final)
             sync(self.final.parent)
         except OSError as error:
             raise cannot_write(self.final, error) from error
@@ -94,7 +94,8 @@ def continuing(
     """Yield an output's stream and the lines that an earlier run left, a multiple of so many.
 
     A pipe or a device keeps none. Without `resume`, what earlier runs left is dropped. A killed run
-    leaves its lines; one that ends with a LorakitError does if they `survives_errors`.
+    leaves its lines; one that ends with a LorakitError does if they `survives_errors`. Raises
+    LorakitError for a side file of anything but records.
     """
     if is_stream(output):
         with open_text_output(output) as stream:
@@ -104,6 +105,8 @@ def continuing(
         if not resume:
             delete_siblings(output, "[0-9a-f]{12}[.]part")
         part = OutputLines(output, key, resume=resume, writer=writer)
+        if not all(map(_is_object, part.lines)):
+            raise _foreign(part.side, writer)
         keep = len(part.lines) - len(part.lines) % multiple
         try:
             with part.writing(keep) as stream:
@@ -224,6 +227,14 @@ def _whole_lines(path: Path, writer: str) -> str:
         raise cannot_write(path, error) from None
     except UnicodeDecodeError:
         raise _foreign(path, writer) from None
+
+
+def _is_object(line: str) -> bool:
+    """Return whether a line is a JSON object, as those of records are."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _foreign(path: Path | None, writer: str) -> LorakitError:

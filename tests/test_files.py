@@ -18,13 +18,14 @@ from lorakit.errors import LorakitError
 from lorakit.files import (
     atomic_path,
     check_output,
+    hidden_path_beside,
     is_stream,
     open_input,
     open_text_output,
     reading,
     refuse_terminal,
 )
-from lorakit.resume import OutputLines
+from lorakit.resume import OutputLines, continuing
 
 KEY = "0123456789abcdef"
 
@@ -321,6 +322,34 @@ def test_a_killed_run_is_gone_on_from_after_its_last_whole_line(tmp_path: Path) 
         stream.write("again\n")
     assert target.read_text(encoding="utf-8") == "é 1\nline 2\nagain\n"
     assert names_in(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe\n",
+        b"PK\x03\x04\n",
+        b"[[[[\n",
+        b"1\n",
+        b"null\n",
+        b"[" * 100_000 + b"\n",
+        b'{"a": ' + b"9" * 5000 + b"}\n",
+        b'{"prompt": "x"}\n[]\n',
+    ],
+    ids=["not UTF-8", "zip", "cut", "number", "null", "deep", "digits", "a list among records"],
+)
+def test_a_side_file_of_anything_but_records_is_left_and_refused(
+    tmp_path: Path, content: bytes
+) -> None:
+    output = str(tmp_path / "out")
+    side = hidden_path_beside(output, f"{KEY[:12]}.part")
+    side.write_bytes(content)
+    with (
+        pytest.raises(LorakitError, match=r"\.part is not what generate wrote; run without --resu"),
+        continuing(output, KEY, resume=True),
+    ):
+        pytest.fail("the run went on")
+    assert side.read_bytes() == content
 
 
 def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:

@@ -21,9 +21,7 @@ import pytest
 from lorakit.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-UNPUBLISHED = shutil.ignore_patterns(
-    ".*", "__pycache__", "*.egg-info", "build", "dist", "boundary", "quickstart", "runs"
-)
+UNPUBLISHED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
 # Nothing of this environment's own lorakit may be seen.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 BUILD = "from setuptools import build_meta; build_meta.build_{}({!r})"

@@ -6,15 +6,15 @@ PEFT without importing it; the tests compare the two.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from lorakit.adapters.config_keys import FORMER, HARMLESS_INITS, KEPT, PLAIN, REFUSED, TRAINING_ONLY
+from lorakit.adapters.patterns import check_patterns, is_name, peft_regex, table_of
+from lorakit.adapters.regexes import UnboundedError, compiled
 from lorakit.errors import LorakitError
 from lorakit.foreign_text import parse_json, quote
 
@@ -107,8 +107,11 @@ def _check_meaning(config: Config, name: str) -> None:
         )
     _check_targets(config, name)
     for key in _PATTERNS:
-        for pattern in config.get(key) or {}:
-            _check_regex(f"(.*\\.)?({pattern})$", pattern, f"{name}: {key}")
+        patterns = list(config.get(key) or {})
+        _check_count(patterns, f"{name}: {key}")
+        for pattern in patterns:
+            if not is_name(pattern):
+                _check_regex(peft_regex(pattern), pattern, f"{name}: {key}")
 
 
 def _check_targets(config: Config, name: str) -> None:
@@ -122,25 +125,33 @@ def _check_targets(config: Config, name: str) -> None:
     for key in ("target_modules", "exclude_modules"):
         if isinstance(config.get(key), str):
             _check_regex(config[key], config[key], f"{name}: {key}")
-    for part, regex in layer_regexes(config).items():
+    regexes = layer_regexes(config)
+    _check_count(list(regexes.values()), f"{name}: layers_pattern")
+    for part, regex in regexes.items():
         _check_regex(regex, part, f"{name}: layers_pattern")
 
 
 def _check_regex(regex: str, shown: str, where: str) -> None:
     try:
-        compile_regex(regex)
-    except (re.error, OverflowError, RecursionError) as error:
+        compiled(regex)
+    except UnboundedError as error:
+        raise cannot_match(f"{where} holds {quote(shown)}", error) from None
+    except (re.error, OverflowError, RecursionError, ValueError) as error:
         raise LorakitError(
             f"{where} holds {quote(shown)}, which is no regular expression ({error}); mend it"
         ) from None
 
 
-@functools.cache
-def compile_regex(regex: str) -> re.Pattern[str]:
-    """Return the compiled regular expression of a config, without Python's warnings about it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return re.compile(regex)
+def _check_count(expressions: list[str], where: str) -> None:
+    try:
+        check_patterns(expressions)
+    except UnboundedError as error:
+        raise cannot_match(f"{where} holds too much", error) from None
+
+
+def cannot_match(what: str, error: UnboundedError) -> LorakitError:
+    """Return the error for an expression that cannot be matched in bounded time."""
+    return LorakitError(f"{what}, which lorakit cannot match: {error}; write the names out")
 
 
 def rank_of(config: Config, module: str) -> int:
@@ -167,9 +178,9 @@ def _by_pattern(config: Config, key: str, module: str, default: float) -> float:
 
 def pattern_of(config: Config, key: str, module: str) -> str | None:
     """Return the pattern of `key` (rank_pattern or alpha_pattern) that applies to `module`."""
-    patterns: Mapping[str, float] = config.get(key) or {}
-    matches = (part for part in patterns if compile_regex(f"(.*\\.)?({part})$").match(module))
-    return next(matches, None)
+    patterns = tuple(config.get(key) or ())
+    number, _ = table_of(patterns).first(module) if patterns else (None, 0)
+    return None if number is None else patterns[number]
 
 
 def layer_regexes(config: Config) -> dict[str, str]:

@@ -21,7 +21,9 @@ from lorakit.files import explain
 from lorakit.foreign_text import parse_json, quote
 
 _ALIGNMENT = 8
-_LARGEST_HEADER = 100_000_000  # safetensors' own limit
+_LARGEST_HEADER = 1 << 24  # bytes; safetensors' own limit, 100 MB, takes JSON to 2 GB of memory
+_MOST_DIMENSIONS = 32
+_LARGEST_NUMBER = 1 << 63  # of bytes, or of values along a dimension
 
 
 def read_tensors(source: bytes | Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -80,7 +82,7 @@ def _read_header(data: memoryview, name: str) -> tuple[dict[str, object], int]:
         _refuse(name, f"only {len(data)} bytes")
     length = int.from_bytes(data[:8], "little")
     if length > _LARGEST_HEADER:
-        _refuse(name, "its first 8 bytes are no header length")
+        _refuse(name, f"its first 8 bytes are no header length up to {_LARGEST_HEADER}")
     if 8 + length > len(data):
         _refuse(name, f"cut short: {len(data)} bytes, the header alone needs {8 + length}")
     try:
@@ -112,6 +114,8 @@ def _check_entry(key: str, entry: object, name: str) -> _TensorInfo:
         )
     if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2:
         _refuse(name, f"shape or offsets of tensor {quote(key)} are not natural numbers")
+    if len(shape) > _MOST_DIMENSIONS:
+        _refuse(name, f"tensor {quote(key)} has {len(shape)} dimensions")
     first, last = offsets
     if last - first != math.prod(shape) * ITEM_SIZES[dtype]:
         _refuse(name, f"shape and length of tensor {quote(key)} disagree")
@@ -119,7 +123,10 @@ def _check_entry(key: str, entry: object, name: str) -> _TensorInfo:
 
 
 def _are_naturals(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
+    """Return whether a value is a list of integers that a file's sizes can be."""
+    return isinstance(value, list) and all(
+        type(x) is int and 0 <= x < _LARGEST_NUMBER for x in value
+    )
 
 
 def _check_layout(infos: Mapping[str, _TensorInfo], size: int, name: str) -> None:

@@ -22,7 +22,7 @@ from lorakit.adapters.foreign import SAFETENSORS_FILE, refuse_folder, refuse_ten
 from lorakit.adapters.history import header_text, parse_header
 from lorakit.adapters.names import Factor, lora_name, lora_parts, module_names
 from lorakit.adapters.safetensors import read_tensors, write_tensors
-from lorakit.adapters.targets import is_targeted
+from lorakit.adapters.targets import check_matching, targeting
 from lorakit.adapters.tensors import FLOATS, Tensor
 from lorakit.errors import LorakitError
 from lorakit.files import (
@@ -41,6 +41,7 @@ from lorakit.foreign_text import quote
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = SAFETENSORS_FILE
 HUB = "hf://"
+_LONGEST_NAME = 500  # characters of a tensor's
 
 
 def load_adapter(source: str, *, check_values: bool = True) -> Adapter:
@@ -121,6 +122,11 @@ def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
     if not tensors:
         raise LorakitError(f"{name} holds no tensors; check what wrote it")
     for key in sorted(tensors):
+        if len(key) > _LONGEST_NAME:
+            raise LorakitError(
+                f"{name}: tensor {quote(key)} has a name of {len(key)} characters, which no model "
+                "gives a module; check what wrote it"
+            )
         parts = lora_parts(key)
         if parts is None:
             refuse_tensor(key, name)
@@ -133,8 +139,16 @@ def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
 def _check_tensors(tensors: Mapping[str, Tensor], config: Config, name: str) -> None:
     for key in sorted(tensors):
         _check_tensor(tensors[key], f"{name}: tensor {quote(key)}")
-    for module in module_names(tensors):
+    modules = module_names(tensors)
+    check_matching(config, modules, name)
+    is_target = targeting(config)
+    for module in modules:
         _check_module(module, tensors, config, name)
+        if not is_target(module):
+            raise LorakitError(
+                f"{name}: tensor {quote(lora_name(module, 'A'))} is not targeted by the config, "
+                "and PEFT would drop it; mend target_modules"
+            )
 
 
 def _check_tensor(tensor: Tensor, where: str) -> None:
@@ -157,11 +171,6 @@ def _check_module(module: str, tensors: Mapping[str, Tensor], config: Config, na
         )
     if 0 in a + b:
         raise LorakitError(f"{name}: {quote(module)} has A of shape {a}, B of {b}; check them")
-    if not is_targeted(config, module):
-        raise LorakitError(
-            f"{name}: tensor {quote(key_a)} is not targeted by the config, and PEFT would drop it; "
-            "mend target_modules"
-        )
 
 
 def save_adapter(

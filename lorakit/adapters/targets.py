@@ -7,15 +7,20 @@ short as they can be without selecting another module.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from lorakit.adapters.config import Config, compile_regex, layer_regexes, pattern_of
+from lorakit.adapters.config import Config, cannot_match, layer_regexes, pattern_of
 from lorakit.adapters.names import last_part, layer_of, natural_key
+from lorakit.adapters.patterns import table_of
+from lorakit.adapters.regexes import UnboundedError, match, matched
 
 ALL_LINEAR = "all-linear"
 SELECTION = ("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules")
 _CARRIED_OVER = ("auto_mapping", "revision", "task_type")  # by a merge, if its adapters agree
+MOST_STEPS = 2_000_000  # of matching one config to all modules: some seconds
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."  # PEFT's, for a config without layers_pattern
 
 
@@ -30,28 +35,43 @@ def is_targeted(config: Config, module: str) -> bool:
     PEFT leaves them at their initialisation, which is harmless unless init_lora_weights is false
     and it is random.
     """
-    if _is_excluded(config, module):
-        return False
+    return targeting(config)(module)
+
+
+def targeting(config: Config) -> Callable[[str], bool]:
+    """Return `is_targeted` for one config and many modules: lists of names become sets once."""
     targets = config.get("target_modules")
-    if targets is None:
-        return True
-    if isinstance(targets, str):
-        return targets.lower() == ALL_LINEAR or bool(compile_regex(targets).fullmatch(module))
-    if module in targets:  # a full name is matched whatever layers_to_transform says
-        return True
-    return _ends_in_part(module, targets) and _in_layers(config, module)
+    is_excluded = _naming(config.get("exclude_modules") or [])
+    depends = targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR)
+    is_named = _naming(None if depends else targets)
+    names = frozenset(targets) if isinstance(targets, list) else None
+
+    def is_target(module: str) -> bool:
+        if is_excluded(module) or not is_named(module):
+            return False
+        # a full name is matched whatever layers_to_transform says
+        return names is None or module in names or _in_layers(config, module)
+
+    return is_target
 
 
-def _is_excluded(config: Config, module: str) -> bool:
-    excluded = config.get("exclude_modules") or []
-    if isinstance(excluded, str):
-        return bool(compile_regex(excluded).fullmatch(module))
-    return module in excluded or _ends_in_part(module, excluded)
+def _naming(value: str | Sequence[str] | None) -> Callable[[str], bool]:
+    """Return the test of whether an expression, or a list of names, names a module; None: all."""
+    if value is None:
+        return lambda module: True
+    if isinstance(value, str):
+        return functools.partial(_matches_fully, value)
+    names = frozenset(value)
+    return lambda module: module in names or any(end in names for end in _ends(module))
 
 
-def _ends_in_part(module: str, parts: Iterable[str]) -> bool:
-    """Return whether the name of a module ends in one of `parts`, after a dot."""
-    return module.endswith(tuple(f".{part}" for part in parts))
+def _matches_fully(regex: str, module: str) -> bool:
+    return match(regex, module, full=True) is not None
+
+
+def _ends(module: str) -> Iterator[str]:
+    """Yield what follows each dot of a module's name."""
+    return (module[dot.end() :] for dot in re.finditer(r"\.", module))
 
 
 def _in_layers(config: Config, module: str) -> bool:
@@ -66,9 +86,29 @@ def _in_layers(config: Config, module: str) -> bool:
 def _peft_layer(config: Config, module: str) -> int | None:
     """Return the layer that PEFT takes `module` to be in, by the config's layers_pattern."""
     for regex in layer_regexes(config).values() or [_ANY_LAYER]:
-        if match := compile_regex(regex).match(module):
-            return int(match["idx"]) if match["idx"] else None
+        if (place := match(regex, module)) is not None:
+            return int(place.layer) if place.layer else None
     return None
+
+
+def check_matching(config: Config, modules: Iterable[str], name: str) -> None:
+    """Raise LorakitError where matching the config to the modules takes too long.
+
+    All of its expressions are matched, once, so that what comes later only looks results up.
+    """
+    steps = 0
+    keys = ("target_modules", "exclude_modules")
+    expressions = [config[key] for key in keys if isinstance(config.get(key), str)]
+    tables = [tuple(config.get(key) or ()) for key in ("rank_pattern", "alpha_pattern")]
+    try:
+        for module in modules:
+            steps += sum(matched(regex, module, True)[1] for regex in expressions)
+            steps += sum(matched(r, module, False)[1] for r in layer_regexes(config).values())
+            steps += sum(table_of(patterns).first(module)[1] for patterns in tables if patterns)
+            if steps > MOST_STEPS:
+                raise UnboundedError(f"it takes more than {MOST_STEPS} steps")
+    except UnboundedError as error:
+        raise cannot_match(f"{name}: its config has regular expressions", error) from None
 
 
 # — The config of a new adapter —
@@ -149,7 +189,7 @@ def stripped_config(config: Config, modules: Collection[str], remaining: Collect
     config = {**config, **_used_patterns(config, remaining)}
     short = _short_form(config, remaining)
     if short is not None:
-        selected = {name for name in modules if is_targeted(short, name)}
+        selected = set(filter(targeting(short), modules))
         if selected == set(remaining):
             return short
     return {

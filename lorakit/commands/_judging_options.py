@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from lorakit.commands import _options
+from lorakit.commands._types import ServerUrl
 from lorakit.settings import JudgeSettings
 
 
@@ -28,6 +29,7 @@ def _parse_request(
 panel = _options.together(
     click.option(
         "--endpoint",
+        type=ServerUrl(),
         multiple=True,
         metavar="URL",
         help="Server up to and with /v1: one for all judges, or one for each, in order.",

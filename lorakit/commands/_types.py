@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from lorakit.errors import LorakitError
 from lorakit.settings import PruningValues
 
 if TYPE_CHECKING:
@@ -307,3 +308,17 @@ class MetricName(ParamType):
 
         texts = (name for name, metric in METRICS.items() if metric.decides)
         return [*self._others, *texts]
+
+
+class ServerUrl(ParamType):
+    """An http(s) URL, without a slash at its end."""
+
+    name = "url"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from lorakit.judging.opening import check_url
+
+        try:
+            return check_url(value)
+        except LorakitError as error:
+            self.fail(str(error), param, ctx)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import Real, StopText, Whole
+from lorakit.commands._types import Real, ServerUrl, StopText, Whole
 from lorakit.files import STDIO
 from lorakit.reach import check_model
 from lorakit.settings import AskingSettings, GenerationSettings, ModelSettings
@@ -66,6 +66,7 @@ few_shot_examples = _options.together(
 server = _options.together(
     click.option(
         "--endpoint",
+        type=ServerUrl(),
         metavar="URL",
         help="OpenAI-compatible server, up to and with /v1, that completes the records.",
     ),

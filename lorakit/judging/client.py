@@ -227,25 +227,6 @@ class _BoundedStream(httpx2.SyncByteStream):
         self.stream.close()
 
 
-def check_url(url: str) -> str:
-    """Return an endpoint's URL without a slash at its end; LorakitError where it is not a URL.
-
-    A name and password in it would show in messages, and are refused.
-    """
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = (parts.hostname or "").encode("idna")
-    except ValueError:  # brackets that do not close, labels of a host that are empty or too long
-        host = b""
-    if not host or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
-        raise LorakitError(
-            "--endpoint is no http(s) URL; give one such as http://localhost:8000/v1"
-        )
-    if parts.username is not None:
-        raise LorakitError("--endpoint holds a name or password; use --key-variable instead")
-    return url.rstrip("/")
-
-
 def check_key(key: str | None, variable: str) -> str | None:
     """Return a variable's key, None where it is empty; LorakitError where it cannot be one."""
     key = (key or "").strip()

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,8 @@ class Base:
 
     def encoder_for(self, settings: GenerationSettings | TrainingSettings) -> Encoder:
         """Return the encoder that the settings ask for, limited to the model's context."""
-        return _new_encoder(self.tokenizer, self.end_tokens, self.context, self.name, settings)
+        encoder = _new_encoder(self.tokenizer, self.end_tokens, self.context, self.name, settings)
+        return replace(encoder, embedded=len(self.model.get_input_embeddings().weight))
 
     def encoder(
         self, *, chat: str, max_length: int | None = None, truncate: bool = False
@@ -158,7 +159,7 @@ def _new_encoder(
         )
     chat = Chat(tokenizer, settings.system, dict(settings.chat_args)) if uses_chat else None
     limit = min(context, settings.max_length or context)
-    return Encoder(tokenizer, end_tokens, limit, chat, settings.truncate, settings.cut)
+    return Encoder(tokenizer, end_tokens, limit, chat, settings.truncate, settings.cut, model=name)
 
 
 def load_encoder(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lorakit.adapters.history import Header
 from lorakit.errors import LorakitError
+from lorakit.models.templates import render
 from lorakit.records.completions import CLOSE, OPEN
 from lorakit.records.record import Turn
 from lorakit.settings import GenerationSettings, TrainingSettings
@@ -115,24 +116,22 @@ class Chat:
 
     def _render(self, turns: Sequence[Turn], answer: str | None, where: str) -> str:
         """Apply the template; without an answer, up to where the answer begins."""
-        import jinja2
-
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         if self.system is not None and not any(turn.role == "system" for turn in turns):
             messages.insert(0, {"role": "system", "content": self.system})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
+        variables = {
+            "tools": None,
+            "documents": None,
+            **self.tokenizer.special_tokens_map,
+            **self.arguments,
+            "messages": messages,
+            "add_generation_prompt": answer is None,
+        }
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=_DATED + self.tokenizer.get_chat_template(),
-                    tokenize=False,
-                    add_generation_prompt=answer is None,
-                    **self.arguments,
-                )
-            )
-        except (ValueError, TypeError, ImportError, jinja2.TemplateError) as error:
+            return render(_DATED + self.tokenizer.get_chat_template(), variables)
+        except ValueError as error:  # also transformers', for several templates without a default
             raise LorakitError(
                 f"{where}: the model's chat template cannot be applied ({error}); use --chat off"
             ) from error

@@ -7,11 +7,12 @@ text by chat.py.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lorakit.errors import LorakitError
-from lorakit.foreign_text import check_encodable
+from lorakit.foreign_text import check_encodable, quote
 from lorakit.models.chat import Chat, Tokenizer
 from lorakit.records.completions import OPEN
 from lorakit.records.few_shot import SEPARATOR, shown_turns
@@ -45,6 +46,7 @@ class Encoder:
     `ends` are the ids of the end tokens, the tokenizer's own first, `limit` the longest sequence in
     tokens; `chat` applies the tokenizer's template, None joins the texts as written. `cut` says
     what `truncate` shortens: `auto` the record's document, and of a record without one the middle.
+    `embedded` is how many tokens the model, which messages call `model`, has an embedding for.
     """
 
     tokenizer: Tokenizer
@@ -53,6 +55,8 @@ class Encoder:
     chat: Chat | None = None
     truncate: bool = False
     cut: str = "auto"
+    embedded: int = sys.maxsize
+    model: str = "the model"
 
     def example(self, record: Record) -> Example:
         """Encode prompt, completion and end token, together at most `limit` tokens.
@@ -75,6 +79,7 @@ class Encoder:
     ) -> Example:
         """Encode a record, its prompt shortened until it fits with `room` more tokens."""
         whole = encode(record)
+        self._check_embedded(whole)
         example, over = whole, len(whole.ids) + room - self.limit
         if over <= 0:
             return whole
@@ -90,6 +95,15 @@ class Encoder:
         if over > 0:
             raise self._too_long(record, len(whole.ids), room, first_remedy)
         return replace(example, cut=len(whole.ids) - len(example.ids))
+
+    def _check_embedded(self, example: Example) -> None:
+        """Raise LorakitError naming the model where a token is beyond its embedding."""
+        if (token := max(example.ids)) >= self.embedded:
+            text = quote(str(self.tokenizer.convert_ids_to_tokens(token)))
+            raise LorakitError(
+                f"{example.where}: the tokenizer of {self.model} gives token {token}, {text}, and "
+                f"the model embeds {self.embedded}; give the model its own tokenizer"
+            )
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         """Return where each token of a text begins and ends."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -25,18 +25,24 @@ from lorakit.records.record import Record
 _TITLES = {"ja": ("jtitle", "title"), "en": ("etitle", "title")}
 _ABSTRACTS = {"ja": ("jabstract", "abstract"), "en": ("eabstract", "abstract")}
 _COMMENT = r"(?<!\\)((?:\\\\)*)%[^\n]*(?:\n[ \t]*|$)"
+# Runs are possessive (`*+`): one that was tried at every length would take quadratic time.
 _DEFINITION = (
-    r"\\(?:(?:re)?newcommand|providecommand|DeclareRobustCommand)\*?\s*\{?\s*\\([A-Za-z@]+)\s*\}?"
-    r"\s*(?:\[([0-9])\])?\s*(?:\[([^\]]*)\])?\s*(?=\{)"
-    r"|\\[gex]?def\s*\\([A-Za-z@]+)\s*((?:#[1-9])*)\s*(?=\{)"
+    r"\\(?:(?:re)?newcommand|providecommand|DeclareRobustCommand)\*?\s*+\{?\s*+\\([A-Za-z@]++)"
+    r"\s*+\}?\s*+(?:\[([0-9])\])?\s*+(?:\[([^\]]{0,4096}+)\])?\s*+(?=\{)"
+    r"|\\[gex]?def\s*+\\([A-Za-z@]++)\s*+((?:#[1-9])*+)\s*+(?=\{)"
 )
 _GLUE = (
-    r"\\(?:[vh]skip|[vh]glue|kern)\s*[-+]?[\d.]*\s*(?:true)?(?:\\[A-Za-z@]+|[A-Za-z]{1,2})"
-    r"(?:\s*(?:plus|minus)\s*[-+]?[\d.]+\s*(?:true)?[A-Za-z]{1,4})*"
+    r"\\(?:[vh]skip|[vh]glue|kern)\s*+[-+]?[\d.]*+\s*+(?:true)?(?:\\[A-Za-z@]++|[A-Za-z]{1,2})"
+    r"(?:\s*+(?:plus|minus)\s*+[-+]?[\d.]++\s*+(?:true)?[A-Za-z]{1,4})*"
 )
 _WIDE = "\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
-_LARGEST = 1 << 20  # characters of an expanded field: macros that double themselves end here
+_LARGEST = 1 << 18  # characters of an expanded field: macros that double themselves end here
+_LARGEST_MACROS = 1 << 22  # characters of all bodies: definitions can lie within one another
+_LARGEST_PAPER = 1 << 22
 _PASSES = 20
+_MACRO_USE = re.compile(r"\\([A-Za-z@]+)(?![A-Za-z@])[ \t]*")
+_OPTION = re.compile(r"\s*+\[([^\]]{0,4096}+)\]")
+_ARGUMENT = re.compile(r"\s*+(\\[A-Za-z@]+|\\.|[^\s])", re.S)
 # What pylatexenc raises at LaTeX that it cannot read.
 _PARSER_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
@@ -84,8 +90,10 @@ def latex_rows(sources: Sequence[str], request: Request, tally: Tally) -> Iterat
 def _paper(part: Part, lang: str | None, _: Record) -> Record:
     """Return the row of one file; UnwantedError if it lacks a field or is in another language."""
     source = decoded(part.whole(), part.name).replace("\r\n", "\n").replace("\r", "\n")
+    if len(source) > _LARGEST_PAPER:
+        raise LorakitError(f"{part.name}: more than 4 Mi characters; this is no single paper")
     source = re.sub(_COMMENT, r"\1", source)
-    macros = macros_of(source)
+    macros = macros_of(source, part.name)
     language = lang if lang in _TITLES else "ja"
     title = _first_field(source, _TITLES[language], macros, part.name)
     abstract = _first_field(source, _ABSTRACTS[language], macros, part.name)
@@ -103,8 +111,12 @@ def _check_language(text: str, lang: str | None) -> None:
 
 def _first_field(source: str, names: Sequence[str], macros: dict[str, Macro], where: str) -> str:
     """Return the text of the first of these fields that has any, macro or environment."""
+    size = 0
     for name in names:
         for content in _contents(source, name, where):
+            size += len(content)
+            if size > _LARGEST:
+                raise LorakitError(f"{where}: \\{name} of more than 256 Ki characters; cut it")
             text = to_text(expanded(content, macros, where), where)
             if text:
                 return text
@@ -113,12 +125,19 @@ def _first_field(source: str, names: Sequence[str], macros: dict[str, Macro], wh
 
 def _contents(source: str, name: str, where: str) -> Iterator[str]:
     """Yield the LaTeX in every macro, then in every environment, with this name."""
-    for match in re.finditer(rf"\\{name}(?![A-Za-z@])\s*(?:\[[^\]]*\]\s*)?(?=\{{)", source):
+    for match in re.finditer(
+        rf"\\{name}(?![A-Za-z@])\s*+(?:\[[^\]]{{0,4096}}+\]\s*)?(?=\{{)", source
+    ):
         end = group_end(source, match.end())
         if end < 0:
             raise LorakitError(f"{where}: the braces of \\{name} do not close; mend the file")
         yield source[match.end() + 1 : end - 1]
-    yield from re.findall(rf"\\begin\{{{name}\}}(.*?)\\end\{{{name}\}}", source, re.S)
+    begin, finish, position = f"\\begin{{{name}}}", f"\\end{{{name}}}", 0
+    while (start := source.find(begin, position)) >= 0:
+        position = source.find(finish, start)
+        if position < 0:
+            return
+        yield source[start + len(begin) : position]
 
 
 def group_end(text: str, start: int) -> int:
@@ -131,14 +150,33 @@ def group_end(text: str, start: int) -> int:
     return -1
 
 
-def macros_of(source: str) -> dict[str, Macro]:
-    r"""Return the macros that a paper defines by \newcommand and its variants or by \def."""
+def _group_ends(text: str) -> dict[int, int]:
+    """Return the position after each group, by the one where it opens, of those that close."""
+    ends: dict[int, int] = {}
+    opened: list[int] = []
+    for match in re.finditer(r"\\.|[{}]", text, re.S):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            ends[opened.pop()] = match.end()
+    return ends
+
+
+def macros_of(source: str, where: str) -> dict[str, Macro]:
+    r"""Return the macros that a paper defines by \newcommand and its variants or by \def.
+
+    Raises LorakitError for bodies that are too long together, as nested ones can be.
+    """
     macros: dict[str, Macro] = {}
+    ends, size = _group_ends(source), 0
     for match in re.finditer(_DEFINITION, source):
-        end = group_end(source, match.end())
-        if end < 0:
+        end = ends.get(match.end())
+        if end is None:
             continue
         body = source[match.end() + 1 : end - 1]
+        size += len(body)
+        if size > _LARGEST_MACROS:
+            raise LorakitError(f"{where}: macros of more than 4 Mi characters; define them plainly")
         if match[4]:
             macros[match[4]] = Macro(len(match[5]) // 2, None, body)
         else:
@@ -157,10 +195,8 @@ def expanded(text: str, macros: dict[str, Macro], where: str) -> str:
     """Return a text with the user's macros expanded; LorakitError if they grow without end."""
     if not macros:
         return text
-    names = "|".join(sorted(map(re.escape, macros), key=len, reverse=True))
-    macro_use = re.compile(rf"\\({names})(?![A-Za-z@])[ \t]*")
     for _ in range(_PASSES):
-        before, text = text, _expanded_once(text, macro_use, macros)
+        before, text = text, _expanded_once(text, macros)
         if len(text) > _LARGEST:
             raise LorakitError(f"{where}: macros that grow without end; define them plainly")
         if text == before:
@@ -168,43 +204,56 @@ def expanded(text: str, macros: dict[str, Macro], where: str) -> str:
     return text
 
 
-def _expanded_once(text: str, macro_use: re.Pattern[str], macros: dict[str, Macro]) -> str:
-    """Return a text with every macro replaced by its body; macros in the bodies stay."""
+def _expanded_once(text: str, macros: dict[str, Macro]) -> str:
+    """Return a text with every macro replaced by its body; macros in the bodies stay.
+
+    It ends early where the result is longer than _LARGEST.
+    """
+    ends = _group_ends(text)
     pieces: list[str] = []
-    position = size = 0
-    while size <= _LARGEST and (match := macro_use.search(text, position)):
-        body, end = _applied(macros[match[1]], text, match.end())
-        pieces += [text[position : match.start()], body]
-        size += len(pieces[-2]) + len(body)
-        position = end
+    position = size = following = 0
+    while size <= _LARGEST and (match := _MACRO_USE.search(text, following)):
+        following = match.end()
+        if match[1] in macros:
+            body, following = _applied(macros[match[1]], text, following, ends)
+            pieces += [text[position : match.start()], body]
+            size += len(pieces[-2]) + len(body)
+            position = following
     return "".join([*pieces, text[position:]])
 
 
-def _applied(macro: Macro, text: str, position: int) -> tuple[str, int]:
-    """Return the body of a macro with its arguments, read from `position`, and where they end."""
+def _applied(macro: Macro, text: str, position: int, ends: Mapping[int, int]) -> tuple[str, int]:
+    """Return the body of a macro with its arguments, read from `position`, and where they end.
+
+    `ends` are those of the text's groups. A body that would be longer than _LARGEST is cut there.
+    """
     arguments: list[str] = []
     if macro.default is not None:
-        option = re.compile(r"\s*\[([^\]]*)\]").match(text, position)
+        option = _OPTION.match(text, position)
         arguments.append(option[1] if option else macro.default)
         position = option.end() if option else position
     while len(arguments) < macro.arguments:
-        argument, position = _argument(text, position)
+        argument, position = _argument(text, position, ends)
         arguments.append(argument)
+    pieces: list[str] = []
+    size = 0
+    for index, text_or_number in enumerate(re.split(r"#([1-9])", macro.body)):
+        if index % 2 == 0:
+            pieces.append(text_or_number)
+        else:
+            pieces += arguments[int(text_or_number) - 1 :][:1]
+        size += len(pieces[-1]) if pieces else 0
+        if size > _LARGEST:
+            break
+    return "".join(pieces), position
 
-    def argument_for(match: re.Match[str]) -> str:
-        number = int(match[1])
-        return arguments[number - 1] if number <= len(arguments) else ""
 
-    return re.sub(r"#([1-9])", argument_for, macro.body), position
-
-
-def _argument(text: str, position: int) -> tuple[str, int]:
+def _argument(text: str, position: int, ends: Mapping[int, int]) -> tuple[str, int]:
     """Return the group, macro or character at a position, and where it ends."""
-    match = re.compile(r"\s*(\\[A-Za-z@]+|\\.|[^\s])", re.S).match(text, position)
+    match = _ARGUMENT.match(text, position)
     if match is None:
         return "", len(text)
-    end = group_end(text, match.start(1)) if match[1] == "{" else match.end()
-    if match[1] == "{" and end > 0:
+    if match[1] == "{" and (end := ends.get(match.start(1))) is not None:
         return text[match.start(1) + 1 : end - 1], end
     return match[1], match.end()
 

@@ -1,14 +1,16 @@
 """WikiLingua: how-to guides and the headings of their steps (Ladhak et al., 2020).
 
 The original files are pickles. A pickle can name any Python function and have it called, so the
-unpickler here resolves no names at all: what remains is lists, dicts and texts.
+unpickler here resolves no names at all: what remains is lists, dicts and texts. It is Python's own
+in Python, since the one in C takes memory for whatever a pickle claims to hold.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 from lorakit.errors import LorakitError
 from lorakit.recipes.readers.rows import (
@@ -25,6 +27,9 @@ from lorakit.records.record import Record
 
 _NAMES = split_names("*{}*.jsonl", "*{}*.json")
 _PICKLES = ("*.pkl", "*.pickle")
+_MOST_OPERATIONS = 4_000_000  # of a pickle; those of WikiLingua's English guides are some millions
+_LONGEST_TEXT = 1 << 24  # bytes
+_LARGEST_METHOD = 1 << 24  # characters of its texts: one text can stand in it many times
 _OTHER_LANGUAGE = "a guide in another language than --lang"
 _UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
@@ -81,6 +86,8 @@ def _gem(row: Record, lang: str | None) -> Record:
 def _joined(value: object, what: str) -> str:
     """Return a text, or a list of texts (steps or their headings) joined by spaces."""
     if isinstance(value, list | tuple):
+        if sum(len(text) for text in value if isinstance(text, str)) > _LARGEST_METHOD:
+            raise LorakitError(f"{what} is of more than 16 Mi characters; cut it")
         return " ".join(stripped(text, what) for text in value)
     return " ".join(stripped(value, what).split())
 
@@ -106,8 +113,38 @@ def _method(row: Record) -> Record:
     return Record(fields, row.where)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, texts and numbers, and refuses all imports that a pickle asks for."""
+class _Bounded(io.RawIOBase):
+    """A pickle's bytes, of which no more than a text's are read at once."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream = stream
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _LONGEST_TEXT:
+            raise pickle.UnpicklingError("it claims a text of more than 16 MiB")
+        return self._stream.read(size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._stream.readline(_LONGEST_TEXT)
+
+
+def _counted(operation: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return an operation of the unpickler's that counts itself."""
+
+    def count(self: _PlainUnpickler) -> None:
+        self.operations += 1
+        if self.operations > _MOST_OPERATIONS:
+            raise pickle.UnpicklingError(f"it has more than {_MOST_OPERATIONS} operations")
+        operation(self)
+
+    return count
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads lists, dicts, texts and numbers, and refuses all imports that a pickle asks for."""
+
+    dispatch = {code: _counted(run) for code, run in pickle._Unpickler.dispatch.items()}  # noqa: RUF012
+    operations = 0
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -116,7 +153,7 @@ class _PlainUnpickler(pickle.Unpickler):
 def _pickled(part: Part) -> Iterator[Record]:
     """Yield the methods in one of the original pickles."""
     try:
-        guides = _PlainUnpickler(part.stream, encoding="utf-8").load()
+        guides = _PlainUnpickler(_Bounded(part.stream), encoding="utf-8").load()
     except _UNPICKLING_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise LorakitError(

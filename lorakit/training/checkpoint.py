@@ -28,6 +28,8 @@ from lorakit.training.trainer import Progress, Trainer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _HOOK = "hook"
+# What reading a checkpoint that was changed, or is another program's, can raise.
+_DAMAGE = (KeyError, TypeError, ValueError, RuntimeError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,10 @@ class Checkpoint:
         if self.path is None or not self.path.exists():
             return {}, 0
         tensors, metadata = self._read(self.path)
-        return tensors, int(json.loads(metadata["progress"]))
+        try:
+            return tensors, int(json.loads(metadata["progress"]))
+        except _DAMAGE as error:
+            raise self._foreign() from error
 
     @contextlib.contextmanager
     def saving_at_end_of(self, trainer: Trainer) -> Iterator[None]:
@@ -84,24 +89,37 @@ class Checkpoint:
     def restore_(self, trainer: Trainer) -> bool:
         """Bring `trainer` to where the run stopped; return False if there is no checkpoint.
 
-        Raises LorakitError if the checkpoint is of a run with other settings or other data.
+        Raises LorakitError if the checkpoint is of a run with other settings or other data, and for
+        a file that holds anything but a checkpoint.
         """
         if self.path is None or not self.path.exists():
             return False
         tensors, metadata = self._read(self.path)
-        _restore_(trainer, tensors)
-        trainer.progress = Progress(**json.loads(metadata["progress"]))
+        try:
+            progress = Progress(**json.loads(metadata["progress"]))
+            _check_progress(progress)
+            _restore_(trainer, tensors)
+        except _DAMAGE as error:
+            raise self._foreign() from error
+        trainer.progress = progress
         return True
 
     def _read(self, path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         """Return the tensors and metadata of the file; LorakitError if another run's key is in."""
-        tensors, metadata = read_tensors(path, str(path))
+        try:
+            tensors, metadata = read_tensors(path, str(path))
+        except LorakitError as error:
+            raise self._foreign() from error
         if metadata.get("key") != self.key:
             raise LorakitError(
                 f"{path} is of a run with other settings, data or adapters; repeat those, or "
                 "start afresh without --resume"
             )
         return {name: torch.tensor(t.array()) for name, t in tensors.items()}, metadata
+
+    def _foreign(self) -> LorakitError:
+        """Return the error for a file that training did not write, or that was changed since."""
+        return LorakitError(f"{self.path} is not what training wrote; run without --resume")
 
     def remove(self) -> None:
         """Delete the file, once the run is done."""
@@ -130,9 +148,27 @@ def _named_tensors(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((f"{_HOOK}.{hook}.{name}", value) for name, value in state.items())
 
 
+def _check_progress(progress: Progress) -> None:
+    """Raise TypeError for a field of another type than its default's."""
+    for field in dataclasses.fields(progress):
+        if type(getattr(progress, field.name)) is not type(field.default):
+            raise TypeError(field.name)
+
+
+def _check_shapes(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError for weights or moments of another shape than the parameters they are of."""
+    for name, layer in trainer.layers.items():
+        for part, parameter in trained(layer).items():
+            for kind in ("weight", "best", *_MOMENTS):
+                shape = () if kind == "step" else tuple(parameter.shape)
+                if tuple(saved[f"{kind}.{name}.{part}"].shape) != shape:
+                    raise ValueError(f"{kind}.{name}.{part}")
+
+
 def _restore_(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
     """Put the tensors of a checkpoint into the trainer: weights, moments, best, hooks."""
     device = trainer.base.device
+    _check_shapes(trainer, saved)
     for name, layer in trainer.layers.items():
         for part, parameter in trained(layer).items():
             with torch.no_grad():

@@ -108,10 +108,18 @@ class BatchLoss:
         self._loss(rows)
 
     def summed(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a value over all processes."""
+        """Return the sum of a value over all processes; LorakitError where one has ended."""
         if self.accelerator.num_processes == 1:
             return value
-        summed: torch.Tensor = self.accelerator.reduce(value, reduction="sum")
+        try:
+            summed: torch.Tensor = self.accelerator.reduce(value, reduction="sum")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # gloo's and NCCL's, of several lines
+            raise LorakitError(
+                "another process of this run has ended; see its message, then start all of them "
+                "again, with --resume if there is a checkpoint"
+            ) from error
         return summed
 
     def _in_memory(self, examples: Sequence[Example], compute: Callable[[], T]) -> T:

@@ -11,7 +11,8 @@ import pytest
 
 from lorakit.errors import LorakitError
 from lorakit.judging import client
-from lorakit.judging.client import Endpoint, check_key, check_url, retry_after
+from lorakit.judging.client import Endpoint, check_key, retry_after
+from lorakit.judging.opening import check_url
 from tests.support.endpoints import completion, serving
 
 KEY = "sk-secret-0123456789"
@@ -266,11 +267,26 @@ def test_an_endpoint_does_not_show_its_key() -> None:
         "",
         "http://[::1/v1",
         "http://a..b/v1",
+        "http://[::1",
+        "http://x:abc/v1",
+        "http://x:0/v1",
+        "http://x:65536/v1",
+        "http://x y/v1",
+        "http://x\ny/v1",
+        f"http://{'a' * 300}/v1",
+        f"http://{'.'.join(['a' * 60] * 5)}/v1",
+        "http://☃.net/v1",
+        "http://x/\ud800",
     ],
 )
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(LorakitError, match=r"^--endpoint "):
         check_url(url)
+
+
+@pytest.mark.parametrize("url", ["http://bücher.example/v1", "http://[::1]:8000/v1"])
+def test_names_in_any_script_and_addresses_are_hosts(url: str) -> None:
+    assert check_url(url) == url
 
 
 def test_a_slash_at_the_end_of_a_url_does_not_matter() -> None:

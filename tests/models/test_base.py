@@ -91,6 +91,12 @@ def test_default_targets_are_query_and_value_as_the_family_names_them(
     assert (note is not None) == fused
 
 
+def test_the_encoder_knows_how_many_tokens_the_base_embeds_and_its_name(base: Base) -> None:
+    encoder = base.encoder(chat="off")
+    assert encoder.embedded == base.model.config.vocab_size
+    assert encoder.model == base.name
+
+
 def test_modules_are_picked_by_target_and_layer(base: Base) -> None:
     assert pick_modules(base, ["q_proj"], [0, 2]) == [
         "model.layers.0.self_attn.q_proj",

@@ -76,6 +76,18 @@ def test_a_token_across_the_border_is_learnt() -> None:
     assert (example.ids, example.start) == ((1, 2, 3), 1)
 
 
+def test_a_token_beyond_the_embedding_is_an_error_that_names_the_model(tokenizer: Any) -> None:
+    token = max(tokenizer("z", add_special_tokens=False)["input_ids"])
+    small = Encoder(tokenizer, (END,), 99, embedded=token, model="small")
+    for encode in (small.example, lambda record: small.prompt(record, 0)):
+        with pytest.raises(
+            LorakitError, match=rf"^data.jsonl:7: the tokenizer of small gives token {token}, '.*z'"
+        ):
+            encode(record("z"))
+    whole = Encoder(tokenizer, (END,), 99, embedded=token + 1)
+    assert token in whole.example(record("z")).ids
+
+
 def test_a_record_that_is_too_long_is_named(tokenizer: Any) -> None:
     with pytest.raises(LorakitError, match=r"data.jsonl:7: 23 tokens exceed the 20 .*--truncate"):
         Encoder(tokenizer, (END,), 20).example(record("0123456789:", " abcdefghi"))

@@ -116,7 +116,8 @@ def test_what_the_parser_trips_over_is_one_error_and_prints_nothing(capfd: Any) 
 def test_macros_are_expanded_with_their_arguments() -> None:
     macros = macros_of(
         r"\newcommand\a{A}\renewcommand{\b}[2][x]{#1-#2}\def\c#1{<#1>}\newcommand{\cite}{no}"
-        r"\newcommand{\jtitle}[1]{no}\newcommand{\open}{"
+        r"\newcommand{\jtitle}[1]{no}\newcommand{\open}{",
+        "x",
     )
     assert set(macros) == {"a", "b", "c"}
     assert expanded(r"\a \b{y} \b[z]{\a} \c w \ab \c", macros, "x") == r"Ax-y z-A<w> \ab <>"
@@ -136,11 +137,11 @@ def test_macros_are_expanded_with_their_arguments() -> None:
 )
 def test_macros_without_end_are_an_error_soon(definitions: str) -> None:
     with pytest.raises(LorakitError, match=r"p\.tex: macros that grow without end; "):
-        expanded(r"\x" * 3, macros_of(definitions), "p.tex")
+        expanded(r"\x" * 3, macros_of(definitions, "p.tex"), "p.tex")
 
 
 def test_a_macro_that_is_itself_ends() -> None:
-    assert expanded(r"\x", macros_of(r"\def\x{\x}"), "p") == r"\x"
+    assert expanded(r"\x", macros_of(r"\def\x{\x}", "p"), "p") == r"\x"
 
 
 def test_braces_that_do_not_close_or_nest_too_deeply_are_errors(tmp_path: Path) -> None:

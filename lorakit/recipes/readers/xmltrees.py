@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 16
 _DEEPEST = 200
 _LONGEST = 1 << 24  # characters of one element
+_TAG = 64  # characters that a tag within an element counts as: it takes memory too
 
 
 def elements(
@@ -108,6 +109,7 @@ class _Builder:
     def __init__(self, name: str, wanted: frozenset[str], ignored: frozenset[str]) -> None:
         self._name, self._wanted, self._ignored = name, wanted, ignored
         self._open: list[Element] = []
+        self._pieces: list[str] = []  # of the text since the last tag
         self._skipping = self._depth = self._size = self._line = 0
         self._finished: list[tuple[int, Element]] = []
 
@@ -126,6 +128,8 @@ class _Builder:
         if self._skipping or (self._open and local in self._ignored):
             self._skipping += 1
         elif self._open:
+            self._grow(_TAG + sum(_TAG + len(k) + len(v) for k, v in attributes.items()))
+            self._put_text()
             self._open.append(SubElement(self._open[-1], local, attributes))
         elif local in self._wanted:
             self._open, self._line, self._size = [Element(local, attributes)], line, 0
@@ -135,6 +139,7 @@ class _Builder:
         if self._skipping:
             self._skipping -= 1
         elif self._open:
+            self._put_text()
             element = self._open.pop()
             if not self._open:
                 self._finished.append((self._line, element))
@@ -142,10 +147,21 @@ class _Builder:
     def text(self, text: str) -> None:
         if self._skipping or not self._open:
             return
-        self._size += len(text)
+        self._grow(len(text))
+        self._pieces.append(text)
+
+    def _grow(self, size: int) -> None:
+        """Count what the open element takes; LorakitError where it is too much."""
+        self._size += size
         if self._size > _LONGEST:
             raise LorakitError(f"{self._name}:{self._line}: an element of more than 16 MiB; cut it")
+
+    def _put_text(self) -> None:
+        """Put the text since the last tag into the tree."""
+        text, self._pieces = "".join(self._pieces), []
         element = self._open[-1]
+        if not text:
+            return
         if len(element):
             element[-1].tail = (element[-1].tail or "") + text
         else:
