@@ -143,7 +143,7 @@ DOCUMENTS: dict[str, tuple[str, str, Build, str]] = {
         "wikilingua",
         "a.pkl",
         lambda: b"\x80\x04" + b"}\x94" * 20_000_000 + b".",
-        "more than 4000000 operations",
+        "more than 8000000 operations",
     ),
     "a pickle of one text many times": (
         "wikilingua",

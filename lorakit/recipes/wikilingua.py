@@ -27,7 +27,7 @@ from lorakit.records.record import Record
 
 _NAMES = split_names("*{}*.jsonl", "*{}*.json")
 _PICKLES = ("*.pkl", "*.pickle")
-_MOST_OPERATIONS = 10_000_000  # of a pickle; 141,000 sections of English guides have some 3,000,000
+_MOST_OPERATIONS = 8_000_000  # of a pickle; a section of a guide takes about 14
 _LONGEST_TEXT = 1 << 24  # bytes
 _LARGEST_METHOD = 1 << 24  # characters of its texts: one text can stand in it many times
 _OTHER_LANGUAGE = "a guide in another language than --lang"
