@@ -238,7 +238,8 @@ figures() { # 4: the search over seeds; 5: importance by module, first seed; 6 i
         "$out/$target/figure4.svg" $curves
     at "$target" "${seeds%% *}"
     [ ! -e "$folder/xs+wl+tgt.0.safetensors" ] || (cd "$folder" && lorakit inspect xs+wl+tgt.0.safetensors \
-        --importance --data val.jsonl --plot ../figure5.svg --format json > importance.jsonl)
+        --importance --data val.jsonl --max-length "$length" --truncate --plot ../figure5.svg -q \
+        -o importance.jsonl)
 }
 each_target scores
 each_target figures

@@ -19,6 +19,8 @@ from lorakit.settings import ModelSettings, TrainingSettings
 @click.option("--data", metavar="FILE", help="Records (JSONL) for --importance; `-` is stdin.")
 @_options.plot("the importance by layer and module")
 @_options.model
+@_options.max_length
+@_options.truncate
 @_options.output(STDIO, "the description")
 @click.option(
     "--resume", is_flag=True, help="Go on where a killed run of --importance stopped; needs -o."
@@ -103,11 +105,19 @@ def _measure(
     from lorakit.sole_writer import sole_writer
 
     adapter = load_adapter(source)
-    note = TerminalReporter(quiet=quiet).note
-    base = open_base(model, [adapter], training.device, training.dtype, note, training=False)
+    reporter = TerminalReporter(quiet=quiet)
+    base = open_base(
+        model, [adapter], training.device, training.dtype, reporter.note, training=False
+    )
     with sole_writer(output):
         rows = measure_importance(
-            base, adapter, data, settings=training, output=output, resume=resume
+            base,
+            adapter,
+            data,
+            settings=training,
+            output=output,
+            resume=resume,
+            reporter=reporter,
         )
         if plot:
             plot_importance(rows, output=plot)

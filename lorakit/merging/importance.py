@@ -22,8 +22,9 @@ from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import check_fits
 from lorakit.models.predictions import encoder_of
-from lorakit.models.tokens import Example
+from lorakit.models.tokens import Example, encode_all
 from lorakit.records.jsonl import load_records
+from lorakit.reporting import Reporter, Silent
 from lorakit.settings import TrainingSettings
 from lorakit.signals import STOPPED, deferred
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
@@ -53,15 +54,17 @@ def measure_importance(
     settings: TrainingSettings,
     output: str = STDIO,
     resume: bool = False,
+    reporter: Reporter | None = None,
 ) -> list[ModuleImportance]:
     """Return the mean importance of every block at every projection.
 
-    What a run that is killed has summed up stays beside `output`, for `resume`. Raises LorakitError
-    for records that cannot be used, or if the adapter does not fit the base.
+    What a run that is killed has summed up stays beside `output`, for `resume`; the share of the
+    records that was cut is reported. Raises LorakitError for records that cannot be used, or if the
+    adapter does not fit the base.
     """
     encoder = encoder_of(base, adapter, settings)
     records, _ = load_records(data, "prompt", "completion")
-    examples = [encoder.example(record) for record in records]
+    examples = encode_all(records, encoder.example, (reporter or Silent()).note)
     shaping = [list(example.ids) for example in examples], settings.micro_batch_tokens
     checkpoint = checkpoint_of(output, "importance", base.record, adapter.sha256, *shaping)
     if not resume:
