@@ -102,20 +102,34 @@ def _hold(path: Path, output: str) -> int:
     try:
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            holder = _holder(descriptor)
-            locked = try_lock(descriptor)
-            if locked is False or (locked is None and holder is not None and holder.may_live):
+            try:
+                if _take(descriptor, path, output):
+                    return descriptor
+            except BaseException:
                 os.close(descriptor)
-                raise _held(output, holder, path if locked is None else None)
-            if still_stands(descriptor, path):
-                break
+                raise
             os.close(descriptor)  # its holder has just deleted it
+    except OSError as error:
+        raise cannot_write(output, error) from error
+
+
+def _take(descriptor: int, path: Path, output: str) -> bool:
+    """Lock the open file and write this process into it; return whether it still stands there.
+
+    Where there are locks, a disk without room for the record is left to the output's own writing to
+    report. Raises LorakitError where another run holds the file.
+    """
+    holder = _holder(descriptor)
+    locked = try_lock(descriptor)
+    if locked is False or (locked is None and holder is not None and holder.may_live):
+        raise _held(output, holder, path if locked is None else None)
+    if not still_stands(descriptor, path):
+        return False
+    with contextlib.suppress(OSError) if locked else contextlib.nullcontext():
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, json.dumps(Holder.here()).encode() + b"\n")
-    except OSError as error:
-        raise cannot_write(output, error) from error
-    return descriptor
+    return True
 
 
 def _holder(descriptor: int) -> Holder | None:

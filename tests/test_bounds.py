@@ -161,7 +161,7 @@ DOCUMENTS: dict[str, tuple[str, str, Build, str]] = {
         "jstage",
         "a.xml",
         lambda: b"<article><p>" + b"a&amp;" * 3_000_000 + b"</p></article>",
-        "",
+        "gave no records",
     ),
     "hskip and spaces": ("latex", "a.tex", lambda: tex("\\hskip" + " " * 200_000 + "x"), ""),
     "many hskips": ("latex", "a.tex", lambda: tex("\\hskip " * 30_000 + "x"), ""),
@@ -169,7 +169,7 @@ DOCUMENTS: dict[str, tuple[str, str, Build, str]] = {
         "latex",
         "a.tex",
         lambda: b"\\newcommand" + b" " * 1_000_000 + tex("x"),
-        "",
+        "gave no records",
     ),
     "options that do not close": (
         "latex",
@@ -193,7 +193,7 @@ DOCUMENTS: dict[str, tuple[str, str, Build, str]] = {
         "latex",
         "a.tex",
         lambda: tex("x").replace(b"\\abstract{y}", b"\\begin{abstract}" * 200_000),
-        "",
+        "gave no records",
     ),
     "arguments that do not close": (
         "latex",

@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import TypedDict
 
+import torch
+
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.blocks import read_blocks
 from lorakit.adapters.names import last_part, layer_of
@@ -108,6 +110,21 @@ def importance_on(
 
 
 def _read_all(
+    losses: BatchLoss, examples: Sequence[Example], norms: InputNorms, checkpoint: Checkpoint
+) -> None:
+    """Run all micro-batches through the model, in halved ones from the start if memory runs out.
+
+    What is saved counts in whole ones, so halved ones are not saved.
+    """
+    try:
+        _read_rest(losses, examples, norms, checkpoint)
+    except torch.OutOfMemoryError as error:
+        checkpoint.remove()
+        losses.halve_(examples, error)
+        _read_all(losses, examples, norms, Checkpoint(None, ""))
+
+
+def _read_rest(
     losses: BatchLoss, examples: Sequence[Example], norms: InputNorms, checkpoint: Checkpoint
 ) -> None:
     """Run all micro-batches through the model, from the first that is not in the checkpoint on.

@@ -126,7 +126,11 @@ class Base:
     def encoder_for(self, settings: GenerationSettings | TrainingSettings) -> Encoder:
         """Return the encoder that the settings ask for, limited to the model's context."""
         encoder = _new_encoder(self.tokenizer, self.end_tokens, self.context, self.name, settings)
-        return replace(encoder, embedded=len(self.model.get_input_embeddings().weight))
+        try:
+            embeddings = self.model.get_input_embeddings()
+        except NotImplementedError:  # a family that transformers does not know
+            return encoder
+        return replace(encoder, embedded=len(embeddings.weight))
 
     def encoder(
         self, *, chat: str, max_length: int | None = None, truncate: bool = False

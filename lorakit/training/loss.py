@@ -128,7 +128,7 @@ class BatchLoss:
             try:
                 return compute()
             except torch.OutOfMemoryError as error:
-                self._halve(examples, error)
+                self.halve_(examples, error)
 
     def _total(self, examples: Sequence[Example]) -> torch.Tensor:
         """Return this process's part of the examples' summed loss, () float64."""
@@ -155,7 +155,7 @@ class BatchLoss:
             total += loss.detach()
         return total
 
-    def _halve(self, batch: Sequence[Example], error: torch.OutOfMemoryError) -> None:
+    def halve_(self, batch: Sequence[Example], error: torch.OutOfMemoryError) -> None:
         """Halve the micro-batches and drop what is half done, or raise LorakitError."""
         for parameter in self.parameters:
             parameter.grad = None

@@ -380,7 +380,7 @@ def test_what_is_no_key_is_refused(
             "--import-sheet does not read PREDICTIONS.",
         ),
         (
-            ("a", "--export-sheet", "s", "--endpoint", "u"),
+            ("a", "--export-sheet", "s", "--endpoint", "http://u"),
             "--export-sheet does not read --endpoint.",
         ),
         (("a", "--export-sheet", "s", "-o", "x"), "--export-sheet does not read --output."),

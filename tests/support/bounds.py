@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import resource
+import json
 import subprocess
-import tempfile
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,22 +22,26 @@ class Measured(NamedTuple):
     memory: int
 
 
+# Run in a process of its own, since a child's memory counts that of the process it was forked from.
+_RUN = """
+import json, os, resource, subprocess, sys
+process = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+resource.prlimit(process.pid, resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1])))
+_, status, usage = os.wait4(process.pid, 0)
+code = os.waitstatus_to_exitcode(status)
+print(json.dumps([code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024]))
+"""
+
+
 def measured(*arguments: str, cwd: Path) -> Measured:
     """Run `lorakit` with these arguments; a run that does not end is ended."""
-    with tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(
-            [PROGRAM, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            env=ENVIRONMENT,
-            cwd=cwd,
-        )
-        resource.prlimit(process.pid, resource.RLIMIT_CPU, (_LONGEST, _LONGEST))
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        stderr.seek(0)
-        text = stderr.read().decode()
-    return Measured(
-        process.returncode, text, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _RUN, str(_LONGEST), PROGRAM, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env=ENVIRONMENT,
+        cwd=cwd,
+        check=False,
     )
+    code, seconds, memory = json.loads(done.stdout)
+    return Measured(code, done.stderr, seconds, memory)

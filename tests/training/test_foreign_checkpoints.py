@@ -42,6 +42,7 @@ def saved(llama: str, path: Path) -> Checkpoint:
     for parameter in trainer.parameters:
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()
+    trainer.progress.step = 1
     checkpoint = Checkpoint(path, "key")
     checkpoint.save(trainer)
     return checkpoint
