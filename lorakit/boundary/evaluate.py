@@ -245,10 +245,8 @@ def _rounding_note(
     """
     cuts = sorted({cut for cut, _ in written})
     few = cuts[:: max(1, len(cuts) // 4)][:4]
-    first, batch_size = (
-        prompts[: settings.batch_size],
-        BatchSize(settings.batch_size, reporter.note),
-    )
+    first = prompts[: settings.batch_size]
+    batch_size = BatchSize(settings.batch_size, reporter.note)
     differ = sum(
         tokens != written[cut, number]
         for cut in few

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import layer_of
@@ -28,18 +28,13 @@ from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
 from lorakit.resume import SavedValues, nothing_saved, run_key
-from lorakit.scoring.statistics import Row, Statistics
+from lorakit.scoring.statistics import Statistics, weighted_mean
 from lorakit.settings import BoundarySettings, GenerationSettings
 from lorakit.versions import version_of
 
-if TYPE_CHECKING:
-    from lorakit.scoring.statistics import Array
-
 K = TypeVar("K", bound=Hashable)
 Read = Callable[[Sequence[Example], Sequence[Cut]], Iterator[Losses]]
-TOKENS_PER_ROW = (
-    128  # --batch-size rows of so many tokens bound what goes through the model at once
-)
+TOKENS_PER_ROW = 128  # --batch-size rows of so many tokens bound what is read at once
 
 
 def evaluate_loss(
@@ -79,18 +74,8 @@ def evaluate_loss(
 
 def loss_statistics(sums: Sequence[float], examples: Sequence[Example]) -> Statistics:
     """Return the statistics of a mean loss in nats a token, from the summed losses of examples."""
-    rows = [[total, float(row.targets)] for total, row in zip(sums, examples, strict=True)]
     signature = f"tokens:completion+end|unit:nats|version:lorakit-{version_of('lorakit')}"
-    return Statistics(rows, _mean, _means, signature)
-
-
-def _mean(total: Row, count: int) -> float:
-    return total[0] / total[1]
-
-
-def _means(totals: Array, count: int) -> Array:
-    means: Array = totals[:, 0] / totals[:, 1]
-    return means
+    return weighted_mean(sums, [float(row.targets) for row in examples], signature)
 
 
 def losses_under(

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lorakit.merging.search import Candidate
 from lorakit.scoring.significance import bootstrap, interval_of, p_values
-from lorakit.scoring.statistics import Row, Statistics
+from lorakit.scoring.statistics import Statistics, weighted_mean
 from lorakit.settings import LOSS, SignificanceSettings
-
-if TYPE_CHECKING:
-    from lorakit.scoring.statistics import Array
 
 SIGNIFICANT = 0.05
 StatisticsOf = Callable[[Candidate], Statistics]  # over the validation records, at its best epoch
@@ -150,14 +146,5 @@ def loss_statistics(means: Sequence[float], targets: Sequence[int]) -> Statistic
     `means` are the mean losses of the records, `targets` their numbers of tokens. A test swaps
     records, and a longer one weighs more, as it does in the loss that decides.
     """
-    rows = [(mean * count, float(count)) for mean, count in zip(means, targets, strict=True)]
-    return Statistics(rows, _mean_loss, _mean_losses, "loss|mean:tokens")
-
-
-def _mean_loss(total: Row, count: int) -> float:
-    return total[0] / total[1]
-
-
-def _mean_losses(totals: Array, count: int) -> Array:
-    means: Array = totals[:, 0] / totals[:, 1]
-    return means
+    totals = [mean * count for mean, count in zip(means, targets, strict=True)]
+    return weighted_mean(totals, list(map(float, targets)), "loss|mean:tokens")

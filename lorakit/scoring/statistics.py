@@ -68,5 +68,20 @@ class Statistics:
         return self.value_of(total, len(self.rows))
 
 
+def weighted_mean(totals: Sequence[float], weights: Sequence[float], signature: str) -> Statistics:
+    """Return the statistics of Σ totals / Σ weights, such as a mean loss over tokens by example."""
+    rows = list(zip(totals, weights, strict=True))
+    return Statistics(rows, _ratio, _ratios, signature)
+
+
+def _ratio(total: Row, count: int) -> float:
+    return total[0] / total[1]
+
+
+def _ratios(totals: Array, count: int) -> Array:
+    ratios: Array = totals[:, 0] / totals[:, 1]
+    return ratios
+
+
 MetricFunction = Callable[[Examples], Statistics]
 TextComparison = Callable[[str, str, str], float]  # (prediction, reference, lang) -> 0..1
