@@ -41,7 +41,10 @@ raw_of() { # raw_of TASK train|test: the recipe and its raw file
         hotpotqa.*) echo "hotpotqa $raw"/hotpotqa/hotpot*.json ;; # a subset, in one file
     esac
 }
-at() { task=$1 folder=$out/$1 metric=$(metric_of "$1") longest=$(words_of "$1"); }
+at() { # at TASK; `room` is the longest sequence in tokens
+    task=$1 folder=$out/$1 metric=$(metric_of "$1") longest=$(words_of "$1")
+    room=$((length > 2 * longest ? length : 512))
+}
 each() { for task in $tasks; do at "$task"; "$@"; done; }
 lines() { # lines FILE FIRST LAST OUTPUT: some records of a file
     [ -e "$folder/$4" ] || sed -n "$2,$3p" "$folder/$1" > "$folder/$4"
@@ -77,18 +80,18 @@ train() { # train NAME [OPTION…]
     name=$1
     shift
     make "$name.safetensors" train-adapter --data train.jsonl --val val.jsonl --lr 1e-3 --epochs "$epochs" \
-        --max-length $((length > 2 * longest ? length : 512)) --truncate --resume -q "$@"
+        --max-length "$room" --truncate --resume -q "$@"
 }
 search() { # search NAME BY ADAPTER [OPTION…]: the records of find-boundary, NAME.BY.jsonl
     name=$1 by=$2 adapter=$3
     shift 3
     make "$name.$by.jsonl" find-boundary "$adapter.safetensors" --data val.jsonl \
-        --max-length $((length > 2 * longest ? length : 512)) --truncate --dtype "$dtype" -q "$@"
+        --max-length "$room" --truncate --dtype "$dtype" -q "$@"
 }
 answers() { # answers NAME…: outputs for the test records
     for name in "$@"; do
         make "$name.jsonl" generate "$name.safetensors" --data test.jsonl --max-new-tokens "$longest" \
-            --max-length $((length > 2 * longest ? length : 512)) --truncate --batch-size "$batch" \
+            --max-length "$room" --truncate --batch-size "$batch" \
             --dtype "$dtype" -q
     done
 }
@@ -112,7 +115,7 @@ neighbours() { # as many layers as the rule 1se keeps, by LoRA-drop's output and
     for by in output importance; do
         make tuned.$by.safetensors strip-layers tuned.safetensors --by $by \
             --share "$(python -c "print(round($kept / $layers, 4))")" --data val.jsonl \
-            --max-length $((length > 2 * longest ? length : 512)) --truncate -q
+            --max-length "$room" --truncate -q
     done
 }
 
@@ -125,7 +128,7 @@ trained() {
     train tuned --keep last
     train partial --keep last --layers "$bottom"
     make zero-shot.jsonl generate --data test.jsonl --max-new-tokens "$longest" --truncate \
-        --max-length $((length > 2 * longest ? length : 512)) --batch-size "$batch" --dtype "$dtype" -q
+        --max-length "$room" --batch-size "$batch" --dtype "$dtype" -q
     answers tuned partial
     sweeps tuned
     search tuned probability tuned --by probability --plot tuned.probability.svg \
