@@ -15,8 +15,8 @@ import click
 from lorakit.errors import LorakitError
 from lorakit.files import explain
 from lorakit.foreign_text import printable, printable_lines
-from lorakit.processes import is_first_process, leave_others, process_count
-from lorakit.signals import Terminated, terminating
+from lorakit.runs.processes import is_first_process, leave_others, process_count
+from lorakit.runs.signals import Terminated, terminating
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem

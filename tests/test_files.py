@@ -25,7 +25,7 @@ from lorakit.files import (
     reading,
     refuse_terminal,
 )
-from lorakit.resume import OutputLines, continuing
+from lorakit.runs.resume import OutputLines, continuing
 
 KEY = "0123456789abcdef"
 

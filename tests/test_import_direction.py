@@ -22,7 +22,7 @@ FILES = {
 # one beside it. A module that stands in no folder is on the ground, but for the program itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("ground",),
-    ("records",),
+    ("records", "runs"),
     ("adapters", "recipes", "scoring", "judging"),
     ("models",),
     ("training", "boundary"),

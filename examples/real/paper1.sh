@@ -17,7 +17,7 @@ targets=${TARGETS:-scitldr dialogsum}
 parts=${PARTS:-core search baselines pruned far ablation sizes}
 sizes=${SIZES:-10 200}
 [ ! "$smoke" ] || sizes=2
-fit="--lr 1e-3 --max-length $length --truncate --resume -q"
+fit="--lr 1e-3 --max-length $length --truncate --dtype $dtype --resume -q"
 titles="--template 'Write the title of the paper with this abstract.\nAbstract: {{article}}\nTitle:'"
 titles="$titles --completion ' {{title}}'"
 
@@ -150,7 +150,7 @@ by_weights() {
     combine learned xs+wl+tgt --epochs "$epochs" --method learned-weights
     for set in xs+wl xs+wl+tgt; do
         make lorahub.$set.safetensors merge $(adapters_of $set) --data train.jsonl --method lorahub \
-            --max-length "$length" --truncate -q
+            --max-length "$length" --truncate --dtype "$dtype" -q
     done
     outputs learned lorahub.xs+wl lorahub.xs+wl+tgt
 }

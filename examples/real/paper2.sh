@@ -80,7 +80,7 @@ train() { # train NAME [OPTION…]
     name=$1
     shift
     make "$name.safetensors" train-adapter --data train.jsonl --val val.jsonl --lr 1e-3 --epochs "$epochs" \
-        --max-length "$room" --truncate --resume -q "$@"
+        --max-length "$room" --truncate --dtype "$dtype" --resume -q "$@"
 }
 search() { # search NAME BY ADAPTER [OPTION…]: the records of find-boundary, NAME.BY.jsonl
     name=$1 by=$2 adapter=$3
@@ -115,7 +115,7 @@ neighbours() { # as many layers as the rule 1se keeps, by LoRA-drop's output and
     for by in output importance; do
         make tuned.$by.safetensors strip-layers tuned.safetensors --by $by \
             --share "$(python -c "print(round($kept / $layers, 4))")" --data val.jsonl \
-            --max-length "$room" --truncate -q
+            --max-length "$room" --truncate --dtype "$dtype" -q
     done
 }
 

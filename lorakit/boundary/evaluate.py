@@ -33,7 +33,7 @@ from lorakit.models.tokens import Example, encode_all
 from lorakit.records.jsonl import load_records, write_records
 from lorakit.records.record import Record
 from lorakit.reporting import Reporter
-from lorakit.resume import SavedValues, nothing_saved, run_key
+from lorakit.runs.resume import SavedValues, nothing_saved, run_key
 from lorakit.scoring.cautions import find_cautions
 from lorakit.scoring.metrics import compute_statistics
 from lorakit.scoring.texts import references_of

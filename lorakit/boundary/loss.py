@@ -27,7 +27,7 @@ from lorakit.models.memory import BatchSize
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
-from lorakit.resume import SavedValues, nothing_saved, run_key
+from lorakit.runs.resume import SavedValues, nothing_saved, run_key
 from lorakit.scoring.statistics import Statistics, weighted_mean
 from lorakit.settings import BoundarySettings, GenerationSettings
 from lorakit.versions import version_of

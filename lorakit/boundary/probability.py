@@ -30,7 +30,7 @@ from lorakit.models.memory import BatchSize, in_batches
 from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
-from lorakit.resume import SavedValues, nothing_saved, run_key
+from lorakit.runs.resume import SavedValues, nothing_saved, run_key
 from lorakit.settings import BoundarySettings, GenerationSettings
 
 

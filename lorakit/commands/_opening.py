@@ -15,9 +15,9 @@ from lorakit.commands._progress import TerminalReporter
 from lorakit.files import check_adapter_output
 from lorakit.models.base import Base, load_base
 from lorakit.models.devices import keep_freed_memory, pick_device, pick_dtype
-from lorakit.processes import is_first_process
+from lorakit.runs.processes import is_first_process
+from lorakit.runs.sole_writer import refuse_second_writer
 from lorakit.settings import ModelSettings, RunSettings
-from lorakit.sole_writer import refuse_second_writer
 
 
 def open_base(

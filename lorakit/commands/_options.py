@@ -20,7 +20,7 @@ import click
 
 from lorakit.commands._types import NamedValue, ParamType, Real, Whole
 from lorakit.files import STDIO
-from lorakit.processes import process_count
+from lorakit.runs.processes import process_count
 from lorakit.settings import AskingSettings, GenerationSettings, SelectionSettings, TrainingSettings
 
 if TYPE_CHECKING:

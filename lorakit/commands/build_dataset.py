@@ -67,7 +67,7 @@ def build_dataset(
     from lorakit.recipes import table
     from lorakit.recipes.request import Tally
     from lorakit.records.jsonl import skip_written, write_records
-    from lorakit.resume import continuing, run_key
+    from lorakit.runs.resume import continuing, run_key
 
     reporter = TerminalReporter(quiet=quiet)
     key = run_key(recipe, sources, asdict(request), on_error, show)

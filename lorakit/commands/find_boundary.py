@@ -76,8 +76,8 @@ def find_boundary(
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import open_text_output
     from lorakit.records.jsonl import write_records
-    from lorakit.resume import SavedValues, path_beside, run_key
-    from lorakit.sole_writer import refuse_second_writer, sole_writer
+    from lorakit.runs.resume import SavedValues, path_beside, run_key
+    from lorakit.runs.sole_writer import refuse_second_writer, sole_writer
 
     reporter = TerminalReporter(quiet=quiet)
     refuse_second_writer(output)

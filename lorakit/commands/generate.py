@@ -157,7 +157,7 @@ def generate(
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base
     from lorakit.models.predictions import write_predictions, write_predictions_of_each
-    from lorakit.sole_writer import refuse_second_writer
+    from lorakit.runs.sole_writer import refuse_second_writer
 
     examples = load_few_shot(few_shot, generation.shots, generation.seed)
     if NAME not in output:

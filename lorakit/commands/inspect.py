@@ -101,8 +101,8 @@ def _measure(
     from lorakit.files import open_text_output
     from lorakit.merging.importance import measure_importance
     from lorakit.records.jsonl import write_records
-    from lorakit.resume import path_beside
-    from lorakit.sole_writer import sole_writer
+    from lorakit.runs.resume import path_beside
+    from lorakit.runs.sole_writer import sole_writer
 
     adapter = load_adapter(source)
     reporter = TerminalReporter(quiet=quiet)

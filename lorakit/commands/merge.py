@@ -6,8 +6,8 @@ import click
 
 from lorakit.commands import _methods, _options, _training_options
 from lorakit.merging.methods import METHODS
-from lorakit.processes import is_first_process
 from lorakit.reach import check_model
+from lorakit.runs.processes import is_first_process
 from lorakit.settings import (
     ModelSettings,
     PruningSettings,

@@ -58,9 +58,9 @@ def score(
     an example in all runs of a system at once, run 1 with run 1 of the baseline and so on, or each
     with the only one.
     """
-    from lorakit.resume import SavedValues, path_beside
+    from lorakit.runs.resume import SavedValues, path_beside
+    from lorakit.runs.sole_writer import sole_writer
     from lorakit.scoring.systems import score_systems
-    from lorakit.sole_writer import sole_writer
 
     _options.check_resume(resume, output)
     if baseline is None and any(METRICS[name].needs == "baseline" for name in metric):

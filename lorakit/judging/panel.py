@@ -23,9 +23,9 @@ from lorakit.judging.questions import (
 )
 from lorakit.records.jsonl import load_records, write_records
 from lorakit.reporting import Reporter
-from lorakit.resume import SavedValues, run_key
+from lorakit.runs.resume import SavedValues, run_key
+from lorakit.runs.sole_writer import sole_writer
 from lorakit.settings import JudgeSettings
-from lorakit.sole_writer import sole_writer
 from lorakit.versions import version_of
 
 if TYPE_CHECKING:  # it imports the SDK

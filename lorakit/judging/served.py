@@ -18,7 +18,7 @@ from lorakit.records.few_shot import NO_EXAMPLES, FewShot, shown_turns
 from lorakit.records.jsonl import read_records, write_records
 from lorakit.records.record import Record, Turn
 from lorakit.reporting import Reporter
-from lorakit.resume import continuing, run_key
+from lorakit.runs.resume import continuing, run_key
 from lorakit.settings import AskingSettings, GenerationSettings
 
 if TYPE_CHECKING:  # it imports the SDK

@@ -20,7 +20,7 @@ from lorakit.foreign_text import parse_json
 from lorakit.judging.questions import paired_records, reference_of
 from lorakit.records.jsonl import load_records
 from lorakit.records.record import Record
-from lorakit.resume import run_key
+from lorakit.runs.resume import run_key
 from lorakit.settings import SheetSettings
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")

@@ -29,7 +29,8 @@ from lorakit.merging.pruner import Pruner, shares_reset
 from lorakit.merging.search import BUDGET, Candidate, Search, search_by_ladder, search_grid
 from lorakit.models.base import Base
 from lorakit.reporting import Reporter
-from lorakit.resume import SavedValues, path_beside, run_key
+from lorakit.runs.resume import SavedValues, path_beside, run_key
+from lorakit.runs.sole_writer import sole_writer
 from lorakit.scoring.statistics import Statistics
 from lorakit.settings import (
     PruningSettings,
@@ -37,7 +38,6 @@ from lorakit.settings import (
     SignificanceSettings,
     TrainingSettings,
 )
-from lorakit.sole_writer import sole_writer
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.lora_step import switch_dropout
 from lorakit.training.train import train_and_save, trained_factors

@@ -27,8 +27,8 @@ from lorakit.models.predictions import encoder_of
 from lorakit.models.tokens import Example, encode_all
 from lorakit.records.jsonl import load_records
 from lorakit.reporting import Reporter, Silent
+from lorakit.runs.signals import STOPPED, deferred
 from lorakit.settings import TrainingSettings
-from lorakit.signals import STOPPED, deferred
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.loss import BatchLoss, new_accelerator
 

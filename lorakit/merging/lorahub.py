@@ -27,9 +27,9 @@ from lorakit.models.lora import attach, set_factors
 from lorakit.models.tokens import encode_all
 from lorakit.records.jsonl import load_records
 from lorakit.reporting import Reporter
-from lorakit.resume import SavedValues, path_beside, run_key
+from lorakit.runs.resume import SavedValues, path_beside, run_key
+from lorakit.runs.sole_writer import sole_writer
 from lorakit.settings import TrainingSettings
-from lorakit.sole_writer import sole_writer
 from lorakit.training.loss import BatchLoss, new_accelerator
 from lorakit.training.train import resolve_auto, trained_header, versions
 

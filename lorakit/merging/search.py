@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorakit.reporting import EpochReport, Reporter, StepReport
-from lorakit.resume import SavedValues
+from lorakit.runs.resume import SavedValues
 from lorakit.settings import PruningSettings
 from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.step_hook import State

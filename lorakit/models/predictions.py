@@ -24,7 +24,7 @@ from lorakit.records.few_shot import NO_EXAMPLES, FewShot
 from lorakit.records.jsonl import read_records, write_records
 from lorakit.records.record import Record
 from lorakit.reporting import Reporter
-from lorakit.resume import continuing, run_key
+from lorakit.runs.resume import continuing, run_key
 from lorakit.settings import GenerationSettings
 
 

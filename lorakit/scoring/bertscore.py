@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import check_packages
-from lorakit.resume import SavedValues, nothing_saved, run_key
+from lorakit.runs.resume import SavedValues, nothing_saved, run_key
 
 _EXAMPLES_AT_ONCE = 64
 

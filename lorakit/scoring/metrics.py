@@ -24,7 +24,7 @@ from lorakit.scoring.statistics import (
 )
 
 if TYPE_CHECKING:
-    from lorakit.resume import SavedValues
+    from lorakit.runs.resume import SavedValues
     from lorakit.scoring.bertscore import Embedder
 
 Reads = Literal["words", "ascii", "characters", "numbers"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lorakit.resume import SavedValues
+    from lorakit.runs.resume import SavedValues
     from lorakit.scoring.bertscore import Embedder
 
     Array = NDArray[np.float64]

@@ -20,7 +20,7 @@ from lorakit.scoring.texts import Texts, check_aligned, load_texts
 from lorakit.settings import SignificanceSettings
 
 if TYPE_CHECKING:  # imports numpy
-    from lorakit.resume import SavedValues
+    from lorakit.runs.resume import SavedValues
     from lorakit.scoring.bertscore import Embedder
     from lorakit.scoring.significance import Comparison, Interval
 

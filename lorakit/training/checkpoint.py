@@ -22,8 +22,8 @@ from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from lorakit.files import atomic_path
 from lorakit.models.lora import trained
-from lorakit.resume import path_beside, run_key
-from lorakit.signals import STOPPED, deferred
+from lorakit.runs.resume import path_beside, run_key
+from lorakit.runs.signals import STOPPED, deferred
 from lorakit.training.trainer import Progress, Trainer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")

@@ -25,8 +25,8 @@ from lorakit.models.tokens import Encoder, Example, encode_all
 from lorakit.records.jsonl import load_records
 from lorakit.records.record import Record
 from lorakit.reporting import Reporter
+from lorakit.runs.sole_writer import sole_writer
 from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, TrainingSettings
-from lorakit.sole_writer import sole_writer
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
 from lorakit.training.loss import new_accelerator
 from lorakit.training.selection import measure_of

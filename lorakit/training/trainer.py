@@ -24,8 +24,8 @@ from lorakit.models.batches import epoch_batches
 from lorakit.models.lora import PeftLayer, trained
 from lorakit.models.tokens import Example
 from lorakit.reporting import EpochReport, Reporter, StepReport
+from lorakit.runs.signals import deferred
 from lorakit.settings import TrainingSettings
-from lorakit.signals import deferred
 from lorakit.training.lora_step import fused_forward, switch_dropout
 from lorakit.training.loss import BatchLoss
 from lorakit.training.schedule import learning_rate_factor

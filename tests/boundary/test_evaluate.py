@@ -24,7 +24,7 @@ from lorakit.models.lora import attach
 from lorakit.models.tokens import Example
 from lorakit.records.jsonl import load_records
 from lorakit.records.record import Record
-from lorakit.resume import nothing_saved
+from lorakit.runs.resume import nothing_saved
 from lorakit.scoring.systems import System, score_systems
 from lorakit.settings import BoundarySettings
 from tests.support.boundary_models import SETTINGS, Notes, alone, random_adapter

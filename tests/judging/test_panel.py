@@ -18,7 +18,7 @@ import pytest
 from lorakit.errors import LorakitError
 from lorakit.files import hidden_path_beside
 from lorakit.judging.asking import ask_all
-from lorakit.resume import SavedValues
+from lorakit.runs.resume import SavedValues
 from tests.support.endpoints import Reply, serving
 from tests.support.program import ENVIRONMENT, PROGRAM, wait_for
 from tests.support.tiny_server import serving_tiny

@@ -14,7 +14,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter
 from lorakit.merging.adaptive import merge_adaptively
 from lorakit.merging.search import search_by_ladder
-from lorakit.resume import SavedValues
+from lorakit.runs.resume import SavedValues
 from lorakit.settings import LoraSettings, PruningSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.train import train_adapter

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from lorakit import sole_writer as module
 from lorakit.cli import lorakit
 from lorakit.errors import LorakitError
 from lorakit.files import atomic_path, hidden_path_beside
-from lorakit.signals import Terminated, deferred, terminating
-from lorakit.sole_writer import Holder, refuse_second_writer, sole_writer
+from lorakit.runs import sole_writer as module
+from lorakit.runs.signals import Terminated, deferred, terminating
+from lorakit.runs.sole_writer import Holder, refuse_second_writer, sole_writer
 from tests.support.program import ENVIRONMENT, PROGRAM, run, wait_for
 
 TEMPLATES = ["--template", "{{text}} =", "--completion", " {{text}}"]

@@ -17,8 +17,8 @@ import click
 import pytest
 
 from lorakit.cli import lorakit
-from lorakit.resume import SavedValues
-from lorakit.signals import Terminated, terminating
+from lorakit.runs.resume import SavedValues
+from lorakit.runs.signals import Terminated, terminating
 from tests.support.training_data import rows, save_rows
 
 TRAINING = "--data train.jsonl --val val.jsonl --epochs 3 --batch-size 4 --device cpu --dropout 0.1"

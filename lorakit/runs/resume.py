@@ -29,7 +29,7 @@ from lorakit.files import (
     refuse_directory,
     sync,
 )
-from lorakit.sole_writer import sole_writer
+from lorakit.runs.sole_writer import sole_writer
 
 T = TypeVar("T")
 
