@@ -211,6 +211,7 @@ compare() { # compare TABLE BASELINE SYSTEM…: scores of systems with seeds, an
             *) systems="$systems $(system "$name")" ;;
         esac
     done
+    [ "$systems" != " $(system "$baseline")" ] || return 0 # nothing to compare it with
     (cd "$out/$target" && lorakit score $systems --baseline "$baseline" --metric rougeL,length \
         --format json -q -o "$table.scores.jsonl")
 }
