@@ -46,6 +46,18 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class DryRunSettings:
+    """Whether a command only says what it would do; `measure` loads the base and times a step.
+
+    `layout` is that of what it says: `json`, `table`, or `auto`, a table on a terminal.
+    """
+
+    dry_run: bool = False
+    measure: bool = False
+    layout: str = "auto"
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """Which base model is loaded; no `model` means the adapter's own, else the default."""
 

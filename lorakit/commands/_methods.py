@@ -63,6 +63,7 @@ _LORAHUB = (
     "max_length",
     "truncate",
     "micro_batch_tokens",
+    *("dry_run", "measure", "layout"),
 )
 
 method = click.option(

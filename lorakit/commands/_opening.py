@@ -14,7 +14,14 @@ from lorakit.commands._options import check_resume
 from lorakit.commands._progress import TerminalReporter
 from lorakit.files import check_adapter_output
 from lorakit.models.base import Base, load_base
-from lorakit.models.devices import keep_freed_memory, pick_device, pick_dtype
+from lorakit.models.devices import (
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+    plan_device,
+    plan_dtype,
+)
+from lorakit.models.skeleton import Skeleton, load_skeleton
 from lorakit.runs.processes import is_first_process
 from lorakit.runs.sole_writer import refuse_second_writer
 from lorakit.settings import ModelSettings, RunSettings
@@ -46,6 +53,31 @@ def open_base(
     if warning := check_fingerprint(adapters, name, base.fingerprint):
         note(warning)
     return base
+
+
+def open_skeleton(
+    model: ModelSettings,
+    adapters: Sequence[Adapter],
+    device: str,
+    dtype: str,
+    note: Callable[[str], None],
+    *,
+    training: bool,
+) -> Skeleton:
+    """Open the base that `open_base` would load, without its weights, for a device here or not."""
+    name, remark = choose_model(model.model, adapters)
+    if remark:
+        note(remark)
+    planned = plan_device(device)
+    base = load_skeleton(
+        name,
+        dtype=plan_dtype(dtype, planned, training=training),
+        revision=model.revision or base_revision(adapters, name),
+        trust_remote_code=model.trust_remote_code,
+    )
+    if warning := check_fingerprint(adapters, name, base.fingerprint):
+        note(warning)
+    return Skeleton(base, planned)
 
 
 @contextlib.contextmanager

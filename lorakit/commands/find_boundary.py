@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lorakit.commands import _boundary_options, _options
+from lorakit.commands import _boundary_options, _dry_run, _options
 from lorakit.files import STDIO
 from lorakit.reach import check_model
-from lorakit.settings import LOSS, BoundarySettings, GenerationSettings, ModelSettings
+from lorakit.settings import (
+    LOSS,
+    BoundarySettings,
+    DryRunSettings,
+    GenerationSettings,
+    ModelSettings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +39,13 @@ if TYPE_CHECKING:
 @_options.output(STDIO, "the records")
 @_options.resume
 @_options.quiet
-@_options.settings(model=ModelSettings, boundary=BoundarySettings, generation=GenerationSettings)
+@_dry_run.options
+@_options.settings(
+    model=ModelSettings,
+    boundary=BoundarySettings,
+    generation=GenerationSettings,
+    dry_run=DryRunSettings,
+)
 def find_boundary(
     adapter: str,
     data: str,
@@ -45,6 +57,7 @@ def find_boundary(
     model: ModelSettings,
     boundary: BoundarySettings,
     generation: GenerationSettings,
+    dry_run: DryRunSettings,
 ) -> None:
     """Find the layer above which an adapter's LoRA can be dropped.
 
@@ -63,11 +76,15 @@ def find_boundary(
     _options.check_stdin(adapter, data)
     _options.check_resume(resume, output)
     _boundary_options.check_options(boundary, predictions)
+    _dry_run.check_options(dry_run)
     from lorakit.commands._plots import check_plot, plot_boundaries, plot_probabilities
 
     if plot:
         check_plot(plot)
     check_model(model.model, model.revision)
+    if dry_run.dry_run:
+        _plan(adapter, data, model, boundary, generation, quiet, dry_run)
+        return
     from lorakit.adapters.storage import load_adapter
     from lorakit.boundary.evaluate import evaluate
     from lorakit.boundary.loss import evaluate_loss
@@ -131,6 +148,29 @@ def find_boundary(
         _sketch(rows, reporter)
         with open_text_output(output) as stream:
             write_records(rows, stream)
+
+
+def _plan(
+    source: str,
+    data: str,
+    model: ModelSettings,
+    boundary: BoundarySettings,
+    generation: GenerationSettings,
+    quiet: bool,
+    dry_run: DryRunSettings,
+) -> None:
+    """Say what the search would do."""
+    from lorakit.adapters.storage import load_adapter
+    from lorakit.boundary.plan import plan_boundary
+    from lorakit.commands._progress import TerminalReporter
+
+    reporter = TerminalReporter(quiet=quiet)
+    adapter = load_adapter(source)
+    skeleton, load = _dry_run.open_bases(dry_run, model, [adapter], generation, reporter.note)
+    rows = plan_boundary(
+        skeleton, adapter, data, settings=boundary, generation=generation, load=load
+    )
+    _dry_run.show(rows, dry_run.layout)
 
 
 def _sketch(rows: Sequence[BoundaryRecord], reporter: TerminalReporter) -> None:

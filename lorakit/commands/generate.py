@@ -7,21 +7,28 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lorakit.commands import _options
+from lorakit.commands import _dry_run, _options
 from lorakit.commands._types import Real, ServerUrl, StopText, Whole
 from lorakit.files import STDIO
 from lorakit.reach import check_model
-from lorakit.settings import AskingSettings, GenerationSettings, ModelSettings
+from lorakit.settings import (
+    AskingSettings,
+    DryRunSettings,
+    GenerationSettings,
+    ModelSettings,
+)
 
 if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
+    from lorakit.commands._progress import TerminalReporter
+    from lorakit.records.few_shot import FewShot
 
 NAME = "{name}"  # in -o: the adapter's
 ZERO_SHOT = "zero-shot"
 _OF_A_SERVER = ("served_model", "key_variable", "concurrency", "timeout", "retries")
 _OF_A_LOADED_BASE = (
     *("model", "revision", "trust_remote_code", "device", "dtype", "chat"),
-    *("batch_size", "max_length", "truncate", "cut"),
+    *("batch_size", "max_length", "truncate", "cut", "dry_run"),
 )
 
 sampling = _options.together(
@@ -103,7 +110,13 @@ server = _options.together(
 @_options.output(STDIO, f"the records (with {NAME}, the adapter's name)")
 @_options.resume
 @_options.quiet
-@_options.settings(model=ModelSettings, generation=GenerationSettings, asking=AskingSettings)
+@_dry_run.options
+@_options.settings(
+    model=ModelSettings,
+    generation=GenerationSettings,
+    asking=AskingSettings,
+    dry_run=DryRunSettings,
+)
 def generate(
     adapters: tuple[str, ...],
     data: str,
@@ -117,6 +130,7 @@ def generate(
     model: ModelSettings,
     generation: GenerationSettings,
     asking: AskingSettings,
+    dry_run: DryRunSettings,
 ) -> None:
     """Write a completion for every record, greedily by default, as its field `prediction`.
 
@@ -133,6 +147,7 @@ def generate(
     _check_samples(generation, few_shot)
     _check_adapters(adapters, data, output)
     _check_server(endpoint, served_model, adapters)
+    _dry_run.check_options(dry_run)
     from lorakit.commands._progress import TerminalReporter
     from lorakit.records.few_shot import load_few_shot
 
@@ -154,6 +169,10 @@ def generate(
         )
         return
     check_model(model.model, model.revision)
+    if dry_run.dry_run:
+        examples = load_few_shot(few_shot, generation.shots, generation.seed)
+        _plan(adapters, data, model, generation, examples, reporter, dry_run)
+        return
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base
     from lorakit.models.predictions import write_predictions, write_predictions_of_each
@@ -191,6 +210,27 @@ def generate(
         reporter=reporter,
         few_shot=examples,
     )
+
+
+def _plan(
+    adapters: Sequence[str],
+    data: str,
+    model: ModelSettings,
+    generation: GenerationSettings,
+    examples: FewShot,
+    reporter: TerminalReporter,
+    dry_run: DryRunSettings,
+) -> None:
+    """Say what would be generated, by a model that is loaded."""
+    from lorakit.adapters.storage import load_adapter
+    from lorakit.models.plan import plan_generation
+
+    loaded = [load_adapter(adapter) for adapter in adapters]
+    skeleton, load = _dry_run.open_bases(dry_run, model, loaded, generation, reporter.note)
+    rows = plan_generation(
+        skeleton, loaded, data, settings=generation, few_shot=examples, load=load
+    )
+    _dry_run.show(rows, dry_run.layout)
 
 
 def _outputs(output: str, adapters: Sequence[Adapter]) -> list[str]:

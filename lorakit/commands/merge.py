@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
-from lorakit.commands import _methods, _options, _training_options
+from lorakit.commands import _dry_run, _methods, _options, _training_options
 from lorakit.merging.methods import METHODS
 from lorakit.reach import check_model
 from lorakit.runs.processes import is_first_process
 from lorakit.settings import (
+    DryRunSettings,
     ModelSettings,
     PruningSettings,
     PruningValues,
@@ -34,6 +35,7 @@ from lorakit.settings import (
 @_options.plot("the score of every ratio or threshold tried, with 95 % intervals")
 @_options.output("merged.safetensors", "the merged adapter")
 @_training_options.run
+@_dry_run.options
 @_options.settings(
     static=StaticSettings,
     pruning=PruningSettings,
@@ -41,6 +43,7 @@ from lorakit.settings import (
     training=TrainingSettings,
     selection=SelectionSettings,
     run=RunSettings,
+    dry_run=DryRunSettings,
 )
 def merge(
     adapters: tuple[str, ...],
@@ -58,6 +61,7 @@ def merge(
     training: TrainingSettings,
     selection: SelectionSettings,
     run: RunSettings,
+    dry_run: DryRunSettings,
 ) -> None:
     """Merge adapters into one: trained jointly on a few target examples, or from the files alone.
 
@@ -78,6 +82,7 @@ def merge(
     _methods.check_weights(static.weights, adapters)
     _options.check_stdin(*adapters, data, val)
     _training_options.check_keep(training.keep)
+    _dry_run.check_options(dry_run)
     if method in METHODS:
         _merge_statically(
             adapters, method, static, output=output, portable=portable, quiet=run.quiet
@@ -90,6 +95,21 @@ def merge(
     if plot:
         check_plot(plot)
     check_model(model.model, model.revision)
+    if dry_run.dry_run:
+        _plan(
+            adapters,
+            str(data),
+            val,
+            method,
+            model,
+            _methods.with_own_learning_rate(method, training),
+            selection,
+            pruning,
+            values,
+            run,
+            dry_run,
+        )
+        return
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base, reporting
     from lorakit.merging.adaptive import merge_adaptively
@@ -146,6 +166,45 @@ def merge(
         )
         if plot and is_first_process():
             plot_search(rows, metric=selection.search_metric, output=plot)
+
+
+def _plan(
+    adapters: tuple[str, ...],
+    data: str,
+    val: str | None,
+    method: str,
+    model: ModelSettings,
+    training: TrainingSettings,
+    selection: SelectionSettings,
+    pruning: PruningSettings,
+    values: PruningValues,
+    run: RunSettings,
+    dry_run: DryRunSettings,
+) -> None:
+    """Say what a merge that trains would do."""
+    from lorakit.adapters.storage import load_adapter
+    from lorakit.commands._progress import TerminalReporter
+    from lorakit.merging.plan import plan_lorahub, plan_merge
+
+    reporter = TerminalReporter(quiet=run.quiet)
+    loaded = [load_adapter(source) for source in adapters]
+    skeleton, load = _dry_run.open_bases(dry_run, model, loaded, training, reporter.note)
+    if method == "lorahub":
+        rows = plan_lorahub(skeleton, loaded, data, settings=training, reporter=reporter, load=load)
+    else:
+        rows = plan_merge(
+            skeleton,
+            loaded,
+            data,
+            val,
+            settings=training,
+            selection=selection,
+            reporter=reporter,
+            pruning=pruning if method == "adaptive" else None,
+            values=values,
+            load=load,
+        )
+    _dry_run.show(rows, dry_run.layout)
 
 
 def _merge_statically(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
-from lorakit.commands import _options, _training_options
+from lorakit.commands import _dry_run, _options, _training_options
 from lorakit.commands._types import RANK, Layers, Names, Whole
 from lorakit.reach import check_model
 from lorakit.settings import (
+    DryRunSettings,
     LoraSettings,
     ModelSettings,
     RunSettings,
@@ -37,12 +38,14 @@ from lorakit.settings import (
 @_training_options.selection
 @_options.output("adapter.safetensors", "the adapter")
 @_training_options.run
+@_dry_run.options
 @_options.settings(
     model=ModelSettings,
     lora=LoraSettings,
     training=TrainingSettings,
     selection=SelectionSettings,
     run=RunSettings,
+    dry_run=DryRunSettings,
 )
 def train_adapter(
     data: str,
@@ -53,6 +56,7 @@ def train_adapter(
     training: TrainingSettings,
     selection: SelectionSettings,
     run: RunSettings,
+    dry_run: DryRunSettings,
 ) -> None:
     """Train a LoRA adapter on records; the best epoch on the validation set is kept.
 
@@ -61,7 +65,11 @@ def train_adapter(
     """
     _options.check_stdin(data, val)
     _training_options.check_keep(training.keep)
+    _dry_run.check_options(dry_run)
     check_model(model.model, model.revision)
+    if dry_run.dry_run:
+        _plan(data, val, model, lora, training, selection, run, dry_run)
+        return
     from lorakit.commands._opening import open_base, reporting
     from lorakit.training import train
 
@@ -79,3 +87,32 @@ def train_adapter(
             checkpoint_every=run.checkpoint_every,
             selection=selection,
         )
+
+
+def _plan(
+    data: str,
+    val: str | None,
+    model: ModelSettings,
+    lora: LoraSettings,
+    training: TrainingSettings,
+    selection: SelectionSettings,
+    run: RunSettings,
+    dry_run: DryRunSettings,
+) -> None:
+    """Say what the run would do."""
+    from lorakit.commands._progress import TerminalReporter
+    from lorakit.training.plan import plan_adapter
+
+    reporter = TerminalReporter(quiet=run.quiet)
+    skeleton, load = _dry_run.open_bases(dry_run, model, (), training, reporter.note)
+    rows = plan_adapter(
+        skeleton,
+        data,
+        val,
+        settings=training,
+        lora=lora,
+        selection=selection,
+        reporter=reporter,
+        load=load,
+    )
+    _dry_run.show(rows, dry_run.layout)

@@ -142,6 +142,30 @@ def prepare(
         check_fits(base, adapter)
     stacked = stack(adapters)
     corpus = load_corpus(data, val, encoder, seed=settings.seed, reporter=reporter)
+    return assemble(
+        adapters,
+        base,
+        stacked,
+        corpus,
+        settings=settings,
+        selection=selection,
+        encoder=encoder,
+        portable=portable,
+    )
+
+
+def assemble(
+    adapters: Sequence[Adapter],
+    base: Base,
+    stacked: Stack,
+    corpus: Corpus,
+    *,
+    settings: TrainingSettings,
+    selection: SelectionSettings,
+    encoder: Encoder,
+    portable: bool = False,
+) -> Merge:
+    """Put stacked adapters on their base, for runs on a corpus; `auto` in settings is resolved."""
     config = peft_config(
         stacked.ranks,
         base=base.name,

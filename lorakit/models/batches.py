@@ -29,7 +29,7 @@ from lorakit.models.attention import BY_ROW, packed
 from lorakit.models.tokens import Example
 
 IGNORED = -100
-_NEEDED_TO_PACK = {"position_ids", "logits_to_keep"}
+NEEDED_TO_PACK = {"position_ids", "logits_to_keep"}
 # What a model raises whose code cannot read packed rows.
 _REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -201,7 +201,7 @@ def can_pack(model: Model) -> bool:
     """
     if text_config(model)._attn_implementation != BY_ROW:
         return False
-    if not set(forward_parameters(model)) >= _NEEDED_TO_PACK:
+    if not set(forward_parameters(model)) >= NEEDED_TO_PACK:
         return False
     row = _trial_row(model, 5, 1)
     try:

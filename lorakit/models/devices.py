@@ -58,6 +58,36 @@ def pick_device(choice: str) -> torch.device:
     return torch.device(choice)
 
 
+def is_here(device: torch.device) -> bool:
+    """Return whether the machine has a device of this type."""
+    present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    return present.get(device.type, lambda: True)()
+
+
+def plan_device(choice: str) -> torch.device:
+    """Return the device named `choice`, here or not; `auto` is the fastest of this machine."""
+    return torch.device(choice) if choice != "auto" else pick_device(choice)
+
+
+def plan_dtype(choice: str, device: torch.device, *, training: bool) -> torch.dtype:
+    """Return the base's number format on a device that may be another machine's.
+
+    For a GPU that is not here `auto` is bfloat16, which all recent ones multiply fast. Raises
+    LorakitError as `pick_dtype` does.
+    """
+    absent = device.type == "cuda" and not is_here(device)
+    return pick_dtype(
+        "bfloat16" if absent and choice == "auto" else choice, device, training=training
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a reader knows a device by: a GPU's name, or the number of a CPU's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type if device.type != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+
+
 def pick_dtype(choice: str, device: torch.device, *, training: bool) -> torch.dtype:
     """Return the base's number format.
 

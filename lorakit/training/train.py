@@ -54,6 +54,19 @@ def load_corpus(
     Without `val`, a seeded 20 % of the data, but at least one record, is held out, and a note says
     so. Raises LorakitError if there is only one record.
     """
+    training, validation, hashes = load_split(data, val, seed=seed, reporter=reporter)
+    encoded = encode_all([*training, *validation], encoder.example, reporter.note)
+    count = len(training)
+    return Corpus(encoded[:count], encoded[count:], validation, hashes)
+
+
+def load_split(
+    data: str, val: str | None, *, seed: int, reporter: Reporter
+) -> tuple[list[Record], list[Record], dict[str, str]]:
+    """Read the records to train on, those to validate on, and the SHA-256 of their files.
+
+    They are shared out as in `load_corpus`.
+    """
     records, digest = load_records(data, "prompt", "completion")
     hashes = {"data": digest}
     if val is None:
@@ -64,9 +77,7 @@ def load_corpus(
     else:
         training = records
         validation, hashes["val"] = load_records(val, "prompt", "completion")
-    encoded = encode_all([*training, *validation], encoder.example, reporter.note)
-    count = len(training)
-    return Corpus(encoded[:count], encoded[count:], validation, hashes)
+    return training, validation, hashes
 
 
 def hold_out(records: Sequence[Record], seed: int) -> tuple[list[Record], list[Record]]:
@@ -147,7 +158,7 @@ def train_adapter(
     selection = selection or SelectionSettings()
     settings = resolve_auto(settings, (), base)
     encoder = base.encoder_for(settings)
-    targets = _targets(base, lora, reporter)
+    targets = targets_of(base, lora, reporter)
     modules = pick_modules(base, targets, lora.layers)
     corpus = load_corpus(data, val, encoder, seed=settings.seed, reporter=reporter)
     lora_fields = {**asdict(lora), "target_modules": targets}
@@ -188,7 +199,7 @@ def train_adapter(
     )
 
 
-def _targets(base: Base, lora: LoraSettings, reporter: Reporter) -> list[str]:
+def targets_of(base: Base, lora: LoraSettings, reporter: Reporter) -> list[str]:
     """Return the requested target modules, else the family's query and value projections."""
     if lora.target_modules is not None:
         return sorted(lora.target_modules)
