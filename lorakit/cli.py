@@ -50,10 +50,9 @@ COMMANDS = {
         "Let language models rate predictions from 0 to 10 (GPT-Score), or choose (--against)."
     ),
     "inspect": "Show what is in an adapter: config, layers, blocks and history.",
-    "convert": (
-        "Write an adapter as a single file or as a PEFT folder; tensors and header stay as they "
-        "are."
-    ),
+    "convert": ("Write an adapter as a single file or as a folder, of PEFT's or of MLX's."),
+    "fuse": "Fuse an adapter into its base: a model folder that needs no adapter.",
+    "extract": "Extract a LoRA adapter from the difference of a base model and one tuned from it.",
     "completion": (
         "Print the script that a shell sources to complete commands, options, files and names."
     ),

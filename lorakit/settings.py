@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, NamedTuple
 
 SCHEDULES = ("linear", "cosine", "constant")
 LEARNED_WEIGHTS_LR = 3e-2  # of `merge --method learned-weights`, whose weights move by tenths
@@ -210,17 +210,54 @@ class PruningSettings:
         return _without_defaults(fields, PruningSettings)
 
 
+class LayerRun(NamedTuple):
+    """The weight of the layers `first` to `last` (None: the top one) in a merge without data.
+
+    It is `start` at the first and `end` at the last layer, and on a line in between.
+    """
+
+    first: int
+    last: int | None
+    start: float
+    end: float
+
+
 @dataclass(frozen=True)
 class StaticSettings:
     """How adapters are merged without data; `density` is an exact decimal.
 
-    No `weights` means 1 each, no `rank` the largest of the adapters'.
+    No `weights` means 1 each, no `rank` the largest of the adapters'. `layer_weights` multiply the
+    weights by layer, by the names of the adapters. `keep_energy`, an exact decimal, is the share of
+    ‖ΔW‖² that is kept, in each module, at the lowest rank that does, up to `max_rank`.
     """
 
     weights: tuple[float, ...] | None = None
+    layer_weights: tuple[tuple[str, tuple[LayerRun, ...]], ...] = ()
     density: Decimal = Decimal(1)
     rank: int | None = None
+    keep_energy: Decimal | None = None
+    max_rank: int | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """Which modules' differences become LoRA, and at which rank; no `layers` means all.
+
+    Either `rank` or `keep_energy`, an exact decimal, is set; the latter up to `max_rank`.
+    """
+
+    rank: int | None = None
+    keep_energy: Decimal | None = None
+    max_rank: int | None = None
+    target_modules: tuple[str, ...] = ("all-linear",)
+    layers: tuple[int, ...] | None = None
+
+    def history_fields(self) -> dict[str, object]:
+        """Return the settings that an adapter's history records, without those that are unset."""
+        energy = self.keep_energy
+        fields = {**asdict(self), "keep_energy": None if energy is None else float(energy)}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("records", "runs"),
     ("adapters", "recipes", "scoring", "judging"),
     ("models",),
-    ("training", "boundary"),
+    ("training", "boundary", "export"),
     ("merging",),
     ("commands",),
     ("program",),
@@ -35,9 +35,9 @@ PROGRAM = ("cli", "__main__")
 
 # Packages that only some rooms, or modules, may import, wherever in the file.
 ONLY: dict[str, tuple[str, ...]] = {
-    "transformers": ("models",),
+    "transformers": ("models", "export"),
     "peft": ("models",),
-    "torch": ("models", "training", "boundary", "merging"),
+    "torch": ("models", "training", "boundary", "merging", "export"),
     "accelerate": ("training", "merging.joint"),
     "scipy": ("merging.lorahub",),
     "numpy": ("adapters", "scoring", "models", "training", "boundary", "merging"),
@@ -45,7 +45,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "rouge_score": ("scoring",),
     "fugashi": ("scoring.languages",),
     "httpx2": ("judging.client",),
-    "huggingface_hub": ("hub", "reach", "models.base", "recipes.readers"),
+    "huggingface_hub": ("hub", "reach", "models.base", "recipes.readers", "export.model_folder"),
     "lxml": ("recipes.news",),
     "openai": ("judging.client",),
     "pyarrow": ("recipes.readers",),
@@ -54,14 +54,26 @@ ONLY: dict[str, tuple[str, ...]] = {
     "zstandard": ("recipes.readers",),
     "matplotlib": ("commands",),
     "click": ("commands", "cli"),
-    "rich": ("commands", "scoring.table", "scoring.contrast_table", "adapters.describe"),
+    "rich": (
+        "commands",
+        "scoring.table",
+        "scoring.contrast_table",
+        "adapters.describe",
+        "merging.spectrum",
+    ),
     "jsonlines": ("records.jsonl",),
 }
 # What a static merge or strip-layers runs through must do without torch: it takes seconds to load.
 NO_TORCH = (
     *("merging.methods", "merging.static", "merging.stack", "merging.low_rank"),
     *("merging.task_vectors", "merging.criteria", "boundary.strip", "boundary.records"),
-    *("merging.module_merges", "boundary.layer_choice", "boundary.scale"),
+    *(
+        "merging.module_merges",
+        "merging.layer_weights",
+        "merging.spectrum",
+        "boundary.layer_choice",
+        "boundary.scale",
+    ),
 )
 
 

@@ -47,6 +47,21 @@ def card_text(adapter: Adapter) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def model_card_text(adapter: Adapter) -> str:
+    """Return the card of a model that an adapter was fused into, with the adapter's history."""
+    base = _shown_base(adapter)
+    matter = _front_matter(adapter).replace("library_name: peft", "library_name: transformers")
+    title = f"# {base} with a LoRA adapter fused into it" if base else "# A model with fused LoRA"
+    summary = _summary(adapter).partition("\n\n")[2]
+    parts = [matter, f"{title}\n\n{summary}\n- adapter: SHA-256 {_code(adapter.sha256)}"]
+    header: Header = json.loads(header_text(adapter.header))
+    history = [entry for entry in header.get("history") or [] if entry]
+    if history:
+        steps = "\n\n".join(map(_step, history))
+        parts.append(f"## How the adapter was made\n\n{steps}")
+    return "\n\n".join(parts) + "\n"
+
+
 def is_adapter_card(text: str) -> bool:
     """Return whether a README.md is the card of an adapter, by lorakit or by PEFT."""
     return _PEFTS.match(text) is not None

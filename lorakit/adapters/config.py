@@ -64,7 +64,7 @@ def check_config(config: Mapping[str, object], name: str) -> Config:
 def _check_kind(config: Mapping[str, object], name: str) -> None:
     """Raise LorakitError for a config that is not of a LoRA in PEFT's format."""
     if "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config):
-        raise LorakitError(f"{name} is an MLX adapter's; export the adapter to PEFT's format")
+        raise LorakitError(f"{name} is an MLX adapter's; run lorakit convert on its folder")
     kind = config.get("peft_type")
     if kind is None:
         raise LorakitError(f"{name} has no peft_type; give PEFT's adapter_config.json")

@@ -38,7 +38,7 @@ TENSORS: Mapping[str, str] = {
     r"lora_embedding_[AB]": "is LoRA on an embedding; train without it in target_modules",
     r"lora_[AB]\.bias$": "is a bias (lora_bias); train with lora_bias=False",
     r"lora_[AB]\.[^.]+\.weight$": "has the adapter's name in its own; write it by save_pretrained",
-    r"(^|\.)lora_[ab]$": "is MLX's (transposed); export the adapter to PEFT's format",
+    r"(^|\.)lora_[ab]$": "is MLX's (transposed); run lorakit convert on its folder",
     r"lora_(up|down|unet|te\d*)": "is named as kohya's are; convert the adapter to PEFT's format",
     r"^(unet\.|text_encoder|transformer\.(single_)?transformer_blocks)": (
         "is named as diffusers' are; lorakit reads adapters of language models"

@@ -12,7 +12,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn, TypedDict, TypeGuard
+from typing import BinaryIO, NamedTuple, NoReturn, Protocol, TypedDict, TypeGuard
 
 from lorakit.adapters.foreign import refuse_other_bytes
 from lorakit.adapters.tensors import ITEM_SIZES, Tensor
@@ -142,8 +142,20 @@ def _check_layout(infos: Mapping[str, _TensorInfo], size: int, name: str) -> Non
         _refuse(name, f"{size - position} bytes too many at its end")
 
 
+class Stored(Protocol):
+    """What write_tensors writes: a number format, a shape, and the bytes in pieces."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def pieces(self) -> Iterator[memoryview]: ...
+
+
 def write_tensors(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Stored],
     metadata: Mapping[str, str],
     stream: BinaryIO,
     *,
@@ -171,7 +183,7 @@ def write_tensors(
 
 
 def _head(
-    tensors: Mapping[str, Tensor], order: Sequence[str], metadata: Mapping[str, str]
+    tensors: Mapping[str, Stored], order: Sequence[str], metadata: Mapping[str, str]
 ) -> bytes:
     """Return the bytes before the tensors: the length of the header and the header."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -189,12 +201,12 @@ class _Entry(TypedDict):
     data_offsets: list[int]
 
 
-def _entries(tensors: Mapping[str, Tensor], order: Sequence[str]) -> Iterator[tuple[str, _Entry]]:
+def _entries(tensors: Mapping[str, Stored], order: Sequence[str]) -> Iterator[tuple[str, _Entry]]:
     """Yield the header's entry for each tensor, laying the tensors one after the other."""
     position = 0
     for key in order:
         tensor = tensors[key]
-        last = position + len(tensor.data)
+        last = position + math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype]
         yield (
             key,
             {

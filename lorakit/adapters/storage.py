@@ -104,13 +104,24 @@ def build_adapter(
 
     Values are not looked at. Raises LorakitError for what could not be written again exactly.
     """
-    _check_names(tensors, name)
+    _check_names(tensors, name)  # its errors are more telling than the config's
     if config_file is not None:
         config = parse_config(_read(config_file), str(config_file))
     elif "adapter_config" in metadata:
         config = parse_config(metadata["adapter_config"], f"{name}: its adapter_config")
     else:
         raise LorakitError(f"{name} has no config; put PEFT's {CONFIG_FILE} beside it")
+    return check_adapter(tensors, config, metadata, name)
+
+
+def check_adapter(
+    tensors: Mapping[str, Tensor], config: Config, metadata: Mapping[str, str], name: str
+) -> Adapter:
+    """Return an adapter with this config and the header in the metadata; tensors are checked.
+
+    Raises LorakitError for what could not be written again exactly.
+    """
+    _check_names(tensors, name)
     _check_tensors(tensors, config, name)
     ranks = {module: tensors[lora_name(module, "A")].shape[0] for module in module_names(tensors)}
     header = parse_header(metadata.get("lorakit", "{}"), ranks, name)

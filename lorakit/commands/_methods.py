@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from decimal import Decimal
+from typing import Any  # click gives options' values untyped
 
 import click
 
@@ -18,8 +19,8 @@ from lorakit.commands._types import (
     Amounts,
     Density,
     MetricName,
-    Numbers,
     StepsOrEpoch,
+    Weights,
     Whole,
 )
 from lorakit.merging.criteria import CRITERIA, VALUES
@@ -44,7 +45,7 @@ EPILOG = "\b\nMethods:\n" + "\n".join(f"  {name:<15}  {text}" for name, text in 
 
 # Options by the methods that read them; adaptive reads all but those of _STATIC, learned-weights
 # also not those of _PRUNING.
-_STATIC = ("density", "rank", "weights")
+_STATIC = ("density", "rank", "keep_energy", "max_rank", "weights", "weights_by_layer")
 _PRUNING = (*(field.name for field in fields(PruningSettings)), "metric", "plot")
 _EVERY_METHOD = ("method", "output", "portable", "quiet")
 _LORAHUB = (
@@ -69,15 +70,23 @@ _LORAHUB = (
 method = click.option(
     "--method",
     type=click.Choice(list(HELP)),
-    help="How to merge, see below. [default: adaptive with --data; svd for one adapter and --rank]",
+    help="How to merge, see below. [default: adaptive with --data; svd with --keep-energy, or for "
+    "one adapter and --rank]",
 )
 
 static = _options.together(
     click.option(
         "--weights",
-        type=Numbers(),
-        metavar="W,…",
-        help="A factor for each adapter's change ΔW; may be negative. [default: 1 each]",
+        type=Weights(),
+        multiple=True,
+        metavar="W,…|NAME=LAYERS:W,…",
+        help="A factor for each adapter's change ΔW; may be negative. Or, repeatable, an adapter's "
+        "by layer: xs=0-9:1,10-:0.5; 0-29:0..1 is on a line. [default: 1]",
+    ),
+    click.option(
+        "--weights-by-layer",
+        metavar="FILE",
+        help='Factors by layer, as lines {"adapter": "xs", "layers": "0-9", "weight": 0.5}.',
     ),
     click.option(
         "--density",
@@ -93,6 +102,16 @@ static = _options.together(
         type=Whole(1, most=RANK),
         metavar="R",
         help="Rank of the result, in each module. [default: the adapters' largest]",
+    ),
+    click.option(
+        "--keep-energy",
+        type=Density("energy"),
+        metavar="E",
+        help="In place of --rank: the lowest rank, in each module, that keeps this share of ‖ΔW‖²; "
+        "a note a layer says the ranks and the error.",
+    ),
+    click.option(
+        "--max-rank", type=Whole(1, most=RANK), metavar="R", help="Highest rank of --keep-energy."
     ),
 )
 
@@ -168,13 +187,15 @@ metric = click.option(
 
 
 def choose_method(
-    method: str | None, data: str | None, rank: int | None, adapters: Sequence[str]
+    method: str | None, data: str | None, static: StaticSettings, adapters: Sequence[str]
 ) -> str:
-    """Return the method: the one named, adaptive with --data, or svd for one adapter and --rank.
+    """Return the method: the one named, adaptive with --data, or svd by what only it can mean.
 
-    Raises a usage error that lists the methods where none of these applies.
+    That is --keep-energy, or --rank for one adapter. Raises a usage error that lists the methods
+    where none of these applies.
     """
-    if method is None and data is None and rank is not None and len(adapters) == 1:
+    refits = static.keep_energy is not None or (static.rank is not None and len(adapters) == 1)
+    if method is None and data is None and refits:
         return "svd"
     if data is None and (method is None or method in TRAINED):
         methods = ", ".join(f"{name} ({text})" for name, text in HELP.items())
@@ -198,6 +219,7 @@ def _reads(method: str, option: str) -> bool:
     if method in ("adaptive", "learned-weights"):
         return option not in _STATIC and (method == "adaptive" or option not in _PRUNING)
     own = _LORAHUB if method == "lorahub" else METHODS[method].settings
+    option = "weights" if option == "weights_by_layer" else option
     return option in own or option in _EVERY_METHOD
 
 
@@ -208,10 +230,40 @@ def with_own_learning_rate(method: str, training: TrainingSettings) -> TrainingS
     return training
 
 
-def check_weights(weights: Sequence[float] | None, adapters: Sequence[str]) -> None:
-    """Raise a usage error where there is not one weight for each adapter."""
-    if weights is not None and len(weights) != len(adapters):
-        raise click.UsageError(f"--weights has {len(weights)} for {len(adapters)} adapters.")
+def with_weights(
+    static: StaticSettings, values: Sequence[Any], file: str | None, adapters: Sequence[str]
+) -> StaticSettings:
+    """Return the settings with the values of --weights, and with --weights-by-layer's file.
+
+    Raises a usage error where there is not one weight for each adapter, or where both forms, or
+    two weights for one adapter, are given; LorakitError for the file.
+    """
+    lists = [value for value in values if not _is_by_layer(value)]
+    by_layer = [value for value in values if _is_by_layer(value)]
+    if len(lists) + bool(by_layer) + bool(file) > 1:
+        raise click.UsageError("Give one list of --weights, or weights by layer, once.")
+    if lists and len(lists[0]) != len(adapters):
+        raise click.UsageError(f"--weights has {len(lists[0])} for {len(adapters)} adapters.")
+    if len(dict(by_layer)) < len(by_layer):
+        raise click.UsageError("--weights names an adapter twice; join its layers by commas.")
+    if file:
+        from lorakit.merging.layer_weights import read_layer_weights
+
+        by_layer = list(read_layer_weights(file).items())
+    return replace(static, weights=lists[0] if lists else None, layer_weights=tuple(by_layer))
+
+
+def check_rank(static: StaticSettings) -> None:
+    """Raise a usage error for options of the rank that do not go together."""
+    if static.keep_energy is not None and static.rank is not None:
+        raise click.UsageError("Give --rank or --keep-energy; --max-rank bounds the latter.")
+    if static.max_rank is not None and static.keep_energy is None:
+        raise click.UsageError("--max-rank needs --keep-energy; --rank sets the rank itself.")
+
+
+def _is_by_layer(value: Sequence[object]) -> bool:
+    """Return whether a value of --weights is an adapter's name with its runs."""
+    return isinstance(value[0], str)
 
 
 def with_values(

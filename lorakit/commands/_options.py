@@ -172,7 +172,7 @@ max_length = click.option(
     help="Longest sequence in tokens. [default: the model's context]",
 )
 
-model = together(
+base_model = together(
     click.option(
         "--model",
         metavar="NAME",
@@ -182,12 +182,13 @@ model = together(
     click.option(
         "--trust-remote-code", is_flag=True, help="Run the code that comes with the model."
     ),
-    field_option(
-        TrainingSettings,
-        "device",
-        click.Choice(["auto", "cpu", "cuda", "mps"]),
-        "Where to compute.",
-    ),
+)
+device = field_option(
+    TrainingSettings, "device", click.Choice(["auto", "cpu", "cuda", "mps"]), "Where to compute."
+)
+model = together(
+    base_model,
+    device,
     field_option(
         TrainingSettings,
         "dtype",

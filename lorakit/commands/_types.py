@@ -268,6 +268,25 @@ class Numbers(ParamType):
         return number
 
 
+class Weights(Numbers):
+    """A list of weights, one for each adapter, or weights by layer of one (`xs=0-9:1,10-:0.5`)."""
+
+    name = "weights"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:  # numbers, or a name and its runs
+        if isinstance(value, tuple) or "=" not in value:
+            return super().convert(value, param, ctx)
+        from lorakit.merging.layer_weights import parse_runs
+
+        name, _, runs = value.rpartition("=")
+        try:
+            return name, parse_runs(runs)
+        except LorakitError as error:
+            self.fail(str(error), param, ctx)
+
+
 class Factors(Numbers):
     """A list of factors between 0 and 1, sorted, each once."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,22 @@ if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
 
 
+def _save_peft(adapter: Adapter, output: str) -> None:
+    from lorakit.adapters.storage import save_adapter
+
+    save_adapter(adapter, output)
+
+
+def _save_mlx(adapter: Adapter, output: str) -> None:
+    from lorakit.adapters.mlx import save_mlx
+
+    save_mlx(adapter, output)
+
+
+# How an adapter is written, by the program that is to read it.
+FORMS: dict[str, Callable[[Adapter, str], None]] = {"peft": _save_peft, "mlx": _save_mlx}
+
+
 @click.command()
 @click.argument("adapter")
 @click.option(
@@ -22,11 +39,20 @@ if TYPE_CHECKING:
     metavar="OUT",
     help="x.safetensors is a single file, folder/ a PEFT folder with a model card, `-` stdout.",
 )
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(list(FORMS)),
+    default="peft",
+    show_default=True,
+    help="The program that OUT is for; mlx is a folder, with MLX's config.",
+)
 @_options.quiet
-def convert(adapter: str, output: str, quiet: bool) -> None:
-    """Write an adapter as a single file or as a PEFT folder; tensors and header stay as they are.
+def convert(adapter: str, output: str, form: str, quiet: bool) -> None:
+    """Write an adapter as a single file or as a folder, of PEFT's or of MLX's.
 
-    ADAPTER is a file, a PEFT folder, `-` or hf://owner/name[@revision]; or PEFT's old
+    ADAPTER is a file, a PEFT folder, `-` or hf://owner/name[@revision], of which tensors and header
+    stay as they are; an MLX folder, or its tensor file, whose tensors are transposed; or PEFT's old
     adapter_model.bin, beside its adapter_config.json, which becomes safetensors. Nothing in the
     pickle is run.
 
@@ -34,25 +60,36 @@ def convert(adapter: str, output: str, quiet: bool) -> None:
     lorakit convert merged.safetensors -o merged/
     lorakit convert hf://owner/name -o name.safetensors
     lorakit convert old/adapter_model.bin -o old/
+    lorakit convert merged.safetensors --to mlx -o mlx/
+    lorakit convert mlx/ -o peft/
     """
-    from lorakit.adapters.storage import save_adapter
     from lorakit.commands._progress import TerminalReporter
-    from lorakit.errors import LorakitError
-    from lorakit.files import check_adapter_output, is_stream, names_folder
+    from lorakit.files import check_adapter_output
 
+    _check_form(form, output)
+    check_adapter_output(output)
+    FORMS[form](_load(adapter), output)
+    TerminalReporter(quiet=quiet).note(f"wrote {output}")
+
+
+def _check_form(form: str, output: str) -> None:
+    """Raise LorakitError for an output whose name is not one of the form's."""
+    from lorakit.errors import LorakitError
+    from lorakit.files import is_stream, names_folder
+
+    if form == "mlx" and (is_stream(output) or not names_folder(output)):
+        raise LorakitError(f"MLX reads folders, and {output} is none; end -o in /")
     if not (is_stream(output) or names_folder(output) or output.endswith(".safetensors")):
         raise LorakitError(
             f"convert writes no {Path(output).suffix} files; end -o in .safetensors or, for a "
             "folder, in /"
         )
-    check_adapter_output(output)
-    save_adapter(_load(adapter), output)
-    TerminalReporter(quiet=quiet).note(f"wrote {output}")
 
 
 def _load(source: str) -> Adapter:
-    """Return the adapter in any file that lorakit reads, or in a pickle."""
+    """Return the adapter in any file that lorakit reads, of MLX's, or in a pickle."""
     from lorakit.adapters.foreign import find_pickle
+    from lorakit.adapters.mlx import find_mlx, load_mlx
     from lorakit.adapters.storage import HUB, load_adapter
     from lorakit.errors import LorakitError
 
@@ -64,6 +101,8 @@ def _load(source: str) -> Adapter:
             pickle = _fetch_pickle(source)
             if pickle is None:
                 raise
+    elif (mlx := find_mlx(source)) is not None:
+        return load_mlx(mlx, source)
     else:
         pickle = find_pickle(source)
     if pickle is None:

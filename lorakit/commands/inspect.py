@@ -17,7 +17,12 @@ from lorakit.settings import ModelSettings, TrainingSettings
     "--importance", is_flag=True, help="Show how important each module is on --data instead."
 )
 @click.option("--data", metavar="FILE", help="Records (JSONL) for --importance; `-` is stdin.")
-@_options.plot("the importance by layer and module")
+@click.option(
+    "--spectrum",
+    is_flag=True,
+    help="Show each module's singular values, and the ranks that keep shares of ‖ΔW‖², instead.",
+)
+@_options.plot("the importance by layer and module, or the ranks by layer")
 @_options.model
 @_options.max_length
 @_options.truncate
@@ -32,6 +37,7 @@ def inspect(
     layout: str,
     importance: bool,
     data: str | None,
+    spectrum: bool,
     plot: str | None,
     output: str,
     resume: bool,
@@ -46,15 +52,22 @@ def inspect(
     With --importance: for every block at every projection the mean of |weight| · root mean square
     of the input over the tokens of --data, times the adapter's scale, a line each; this runs the
     base model. `reset` is the share of parameters at the value that merge --prune-value set.
+    With --spectrum: for every module the singular values of ΔW, and `ranks`, the lowest that keep
+    0.5, 0.9, 0.95, 0.99 and all of ‖ΔW‖², a line each; no base model is needed.
     """
-    if importance != (data is not None) or (plot and not importance):
-        raise click.UsageError(
-            "--importance needs --data, and --data and --plot need --importance."
-        )
+    if importance and spectrum:
+        raise click.UsageError("Choose one of --importance and --spectrum.")
+    if importance != (data is not None):
+        raise click.UsageError("--importance needs --data, and --data needs --importance.")
+    if plot and not (importance or spectrum):
+        raise click.UsageError("--plot needs --importance or --spectrum.")
     _options.check_stdin(adapter, data)
     _options.check_resume(resume, output)
     if resume and not importance:
         raise click.UsageError("--resume is for --importance; all else is done at once.")
+    if spectrum:
+        _decompose(adapter, layout, plot, output)
+        return
     if data is None:
         _describe(adapter, layout, output)
         return
@@ -76,6 +89,27 @@ def _describe(source: str, layout: str, output: str) -> None:
             write_table(record, stream)
         else:
             write_records([record], stream)
+
+
+def _decompose(source: str, layout: str, plot: str | None, output: str) -> None:
+    """Write the singular values of an adapter's modules, and draw the ranks that they need."""
+    from lorakit.commands._plots import check_plot, plot_lines
+
+    if plot:
+        check_plot(plot)
+    from lorakit.adapters.storage import load_adapter
+    from lorakit.files import open_text_output
+    from lorakit.merging.spectrum import rank_rows, spectrum, write_ranks
+    from lorakit.records.jsonl import write_records
+
+    rows = list(spectrum(load_adapter(source)))
+    if plot:
+        plot_lines(rank_rows(rows), x="layer", y="rank", line="energy", output=plot)
+    with open_text_output(output) as stream:
+        if _options.wants_table(layout, output):
+            write_ranks(rows, stream)
+        else:
+            write_records(rows, stream)
 
 
 def _measure(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any  # click gives options' values untyped
+
 import click
 
 from lorakit.commands import _dry_run, _methods, _options, _training_options
@@ -50,6 +52,8 @@ def merge(
     data: str | None,
     val: str | None,
     method: str | None,
+    weights: tuple[Any, ...],
+    weights_by_layer: str | None,
     prune_ratio: PruningValues | None,
     prune_threshold: PruningValues | None,
     portable: bool,
@@ -75,12 +79,14 @@ def merge(
     lorakit merge xs.safetensors wl.safetensors --data train.jsonl --prune-ratio 0.1
     lorakit merge xs.safetensors wl.safetensors --method ties --density 0.2 --weights 1,0.5
     lorakit merge xs.safetensors wl.safetensors --data few.jsonl --method learned-weights
+    lorakit merge xs.safetensors wl.safetensors --method linear --weights xs=0-3:1,4-:0.5
     lorakit merge xs.safetensors --rank 4
     """
-    method = _methods.choose_method(method, data, static.rank, adapters)
+    method = _methods.choose_method(method, data, static, adapters)
     _methods.check_options(method)
-    _methods.check_weights(static.weights, adapters)
-    _options.check_stdin(*adapters, data, val)
+    _methods.check_rank(static)
+    _options.check_stdin(*adapters, data, val, weights_by_layer)
+    static = _methods.with_weights(static, weights, weights_by_layer, adapters)
     _training_options.check_keep(training.keep)
     _dry_run.check_options(dry_run)
     if method in METHODS:

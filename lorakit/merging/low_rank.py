@@ -7,6 +7,7 @@ the small core suffice. A dense matrix is fitted by a randomised block Krylov me
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 import numpy as np
@@ -51,15 +52,24 @@ def product_svd(a: FloatArray | Matrix, b: FloatArray | Matrix) -> ProductSvd:
     return ProductSvd(q_b, *np.linalg.svd(r_b @ r_a.T), q_a)
 
 
-def refit(a: FloatArray | Matrix, b: FloatArray | Matrix, rank: int | None = None) -> Pair:
+def refit(
+    a: FloatArray | Matrix,
+    b: FloatArray | Matrix,
+    rank: int | None = None,
+    *,
+    energy: Decimal | None = None,
+) -> Pair:
     """Return the factors of the matrix of rank `rank` nearest to B·A, in float32.
 
-    A is (R × d_in), B (d_out × R). Nearest in the Frobenius norm (Eckart and Young, 1936). Without
-    `rank`, it is the lowest whose error float32 cannot tell from zero. Each factor takes the root
-    of every singular value, so that both are of similar size.
+    A is (R × d_in), B (d_out × R). Nearest in the Frobenius norm (Eckart and Young, 1936). With
+    `energy`, it is the lowest rank that keeps that share of ‖B·A‖², and at most `rank`; without
+    both, the lowest whose error float32 cannot tell from zero. Each factor takes the root of every
+    singular value, so that both are of similar size.
     """
     svd = product_svd(a, b)
-    keep = numerical_rank(svd.values) if rank is None else min(rank, len(svd.values))
+    lowest = numerical_rank(svd.values) if energy is None else energy_rank(svd.values, energy)
+    needed = lowest if rank is None or energy is not None else len(svd.values)
+    keep = needed if rank is None else min(rank, needed)
     root = np.sqrt(svd.values[:keep])
     return _pair(root[:, None] * svd.right(keep), svd.left(keep) * root)
 
@@ -96,6 +106,16 @@ def polar_factor(matrix: Matrix) -> Matrix:
 def numerical_rank(values: Matrix) -> int:
     """Return how many of the falling singular values float32 can tell from zero; at least 1."""
     return max(1, int(np.count_nonzero(values > values[0] * _NEGLIGIBLE)))
+
+
+def energy_rank(values: Matrix, energy: Decimal) -> int:
+    """Return the lowest rank whose singular values have the share `energy` of all their squares.
+
+    It is at least 1, and never above the rank that float32 can tell from a lower one.
+    """
+    most = numerical_rank(values)
+    squares = np.cumsum(values[:most] ** 2)
+    return min(most, 1 + int(np.searchsorted(squares, float(energy) * squares[-1])))
 
 
 def fit(matrix: FloatArray, rank: int) -> Pair:

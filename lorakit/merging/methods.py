@@ -51,9 +51,9 @@ METHODS: dict[str, Method] = {
         ("weights",),
     ),
     "svd": Method(
-        "the matrix of --rank nearest to the weighted sum",
+        "the matrix of --rank, or of --keep-energy, nearest to the weighted sum",
         "module_merges.svd",
-        ("weights", "rank"),
+        ("weights", "rank", "keep_energy", "max_rank"),
     ),
     "ties": Method(
         "trim to --density, elect signs, mean of the agreeing",

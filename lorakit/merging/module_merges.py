@@ -45,8 +45,15 @@ def linear(parts: Sequence[Part], settings: StaticSettings) -> Pair:
 
 
 def svd(parts: Sequence[Part], settings: StaticSettings) -> Pair:
-    """Return the matrix of rank `settings.rank` nearest to Σ w_i·ΔW_i, without a dense ΔW."""
-    return refit(*stack_parts(parts), settings.rank)
+    """Return the matrix of rank `settings.rank` nearest to Σ w_i·ΔW_i, without a dense ΔW.
+
+    With `settings.keep_energy`, its rank is the lowest that keeps that share of ‖Σ w_i·ΔW_i‖², up
+    to `settings.max_rank`.
+    """
+    a, b = stack_parts(parts)
+    if settings.keep_energy is None:
+        return refit(a, b, settings.rank)
+    return refit(a, b, settings.max_rank, energy=settings.keep_energy)
 
 
 def magnitude_prune(parts: Sequence[Part], settings: StaticSettings) -> Pair:

@@ -39,7 +39,9 @@ from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.targets import merged_config
 from lorakit.adapters.tensors import FloatArray, Pair, Tensor
 from lorakit.errors import LorakitError
+from lorakit.merging.layer_weights import Runs, runs_by_adapter, runs_text, weight_at
 from lorakit.merging.methods import METHODS
+from lorakit.merging.spectrum import fit_lines, layer_fits
 from lorakit.merging.stack import check_widths
 from lorakit.merging.task_vectors import Part
 from lorakit.reporting import Reporter, Silent
@@ -47,6 +49,7 @@ from lorakit.settings import StaticSettings
 from lorakit.versions import version_of
 
 Parts = Mapping[str, Sequence[Part]]  # by module
+_ONLY_IF_SET = ("rank", "keep_energy", "max_rank")  # settings that the history else leaves out
 
 
 def merge_statically(
@@ -84,7 +87,9 @@ def merge_adapters(
     weights = settings.weights or (1.0,) * len(adapters)
     largest = max(module.rank for adapter in adapters for module in adapter.modules())
     settings = replace(settings, weights=weights, rank=settings.rank or largest)
-    parts = parts_by_module(adapters, weights)
+    names = block_names(adapter.name for adapter in adapters)
+    runs = runs_by_adapter(dict(settings.layer_weights), names)
+    parts = parts_by_module(adapters, weights, runs)
     tensors = _merged_tensors(parts, method, settings, common_format(adapters))
     ranks = {name: tensors[lora_name(name, "A")].shape[0] for name in parts}
     bases = [name for adapter in adapters if (name := base_name(adapter))]
@@ -93,8 +98,12 @@ def merge_adapters(
     merged = Adapter(tensors, config)
     entry = _history_entry(adapters, method, settings, portable)
     blocks = cat_blocks(adapters, parts) if method == "cat" else []
-    header = _merged_header(adapters, entry, _block_fields(blocks, merged), reporter or Silent())
+    reporter = reporter or Silent()
+    header = _merged_header(adapters, entry, _block_fields(blocks, merged), reporter)
     merged = replace(merged, header=header)
+    if settings.keep_energy is not None:
+        for line in fit_lines(layer_fits(merged, parts)):
+            reporter.note(line)
     return make_portable(merged) if portable else merged
 
 
@@ -110,17 +119,22 @@ def _merged_header(
     return new_header(entry, parents=headers, base=base, chat=chat, blocks=blocks)
 
 
-def parts_by_module(adapters: Sequence[Adapter], weights: Sequence[float]) -> Parts:
+def parts_by_module(
+    adapters: Sequence[Adapter], weights: Sequence[float], runs: Sequence[Runs]
+) -> Parts:
     """Return the parts of each module, in the order of the adapters.
 
+    A part's weight is its adapter's, times that of the module's layer in the adapter's runs.
     Raises LorakitError naming the module and both shapes if two adapters disagree on its widths.
     """
     parts: dict[str, list[Part]] = {}
-    for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+    weighted = zip(adapters, weights, runs, strict=True)
+    for number, (adapter, weight, by_layer) in enumerate(weighted):
         for module in adapter.modules():
             earlier = parts.setdefault(module.name, [])
             check_widths([part.module for part in earlier], module, adapter)
-            earlier.append(Part(module, weight, number))
+            factor = weight_at(by_layer, module.layer)
+            earlier.append(Part(module, weight * factor, number))
     return {name: parts[name] for name in sorted(parts, key=natural_key)}
 
 
@@ -210,10 +224,13 @@ def _history_entry(
     adapters: Sequence[Adapter], method: str, settings: StaticSettings, portable: bool
 ) -> HistoryEntry:
     """Return the history entry of the merge, with the settings that the method reads."""
+    runs = {name: runs_text(by_layer) for name, by_layer in settings.layer_weights}
     values: dict[str, object] = {
         "weights": list(settings.weights or ()),
         "density": float(settings.density),
-        "rank": settings.rank,
+        "rank": settings.rank if settings.keep_energy is None else None,
+        "keep_energy": None if settings.keep_energy is None else float(settings.keep_energy),
+        "max_rank": settings.max_rank,
         "seed": settings.seed,
     }
     names = block_names(adapter.name for adapter in adapters)
@@ -222,7 +239,12 @@ def _history_entry(
         versions={package: version_of(package) for package in ("lorakit", "numpy")},
         settings={
             "method": method,
-            **{name: values[name] for name in METHODS[method].settings},
+            **{
+                name: values[name]
+                for name in METHODS[method].settings
+                if values[name] is not None or name not in _ONLY_IF_SET
+            },
+            **({"layer_weights": runs} if runs else {}),
             **({"portable": True} if portable else {}),
         },
         parents=dict(zip(names, (adapter.sha256 for adapter in adapters), strict=True)),

@@ -1,0 +1,1 @@
+"""From adapters to models that others serve: adapters fused into their base."""
