@@ -120,8 +120,7 @@ def _transposed(tensor: Tensor, where: str) -> Tensor:
         )
     numbers = np.frombuffer(tensor.data, f"u{_SIZES[tensor.dtype]}").reshape(tensor.shape)
     rows, columns = tensor.shape
-    data = np.ascontiguousarray(numbers.T).view(np.uint8).reshape(-1)
-    return Tensor(tensor.dtype, (columns, rows), memoryview(data))
+    return Tensor(tensor.dtype, (columns, rows), memoryview(numbers.T.tobytes()))
 
 
 def _config(

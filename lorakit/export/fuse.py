@@ -65,7 +65,7 @@ class Fused:
             stored = values.to(DTYPES[self.dtype])
             if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(values).all()):
                 raise LorakitError(f"{self.key} is beyond {self.dtype}; give --dtype float32")
-            yield memoryview(stored.contiguous().view(torch.uint8).numpy().reshape(-1))
+            yield memoryview(stored.contiguous().view(torch.uint8).numpy().tobytes())
         self.weight.release()
 
     def _change(self) -> Callable[[slice], torch.Tensor] | None:

@@ -65,8 +65,8 @@ def extract(
     for line in fit_lines(_fits(sizes)):
         reporter.note(line)
     rest = {key for key in stored if key not in keys.values()}
-    if line := _rest_line(stored, changed, rest):
-        reporter.note(line)
+    if warning := _rest_line(stored, changed, rest):
+        reporter.note(warning)
     return _adapter(base, pairs, changed, settings)
 
 

@@ -60,8 +60,9 @@ def pick_device(choice: str) -> torch.device:
 
 def is_here(device: torch.device) -> bool:
     """Return whether the machine has a device of this type."""
-    present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    return present.get(device.type, lambda: True)()
+    if device.type == "cuda":
+        return torch.cuda.is_available()
+    return device.type != "mps" or bool(torch.backends.mps.is_available())
 
 
 def plan_device(choice: str) -> torch.device:

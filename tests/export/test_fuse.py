@@ -148,7 +148,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     save_both("plain", tmp_path, shard="10KB")
     whole = fuse_files(tmp_path, "whole")
     shards = sorted(path.name for path in whole.glob("*.safetensors"))
-    real, written = fusing._write_shard, []
+    real = fusing._write_shard
+    written: list[str] = []
 
     def stop_after_two(path: Path, tensors: Any) -> None:
         if len(written) == 2:
@@ -161,7 +162,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         fuse_files(tmp_path)
     assert not (tmp_path / "fused" / "config.json").exists()
     written.clear()
-    monkeypatch.setattr(fusing, "_write_shard", lambda *a: (written.append(a[0].name), real(*a)))
+
+    def count(path: Path, tensors: Any) -> None:
+        written.append(path.name)
+        real(path, tensors)
+
+    monkeypatch.setattr(fusing, "_write_shard", count)
     fuse_files(tmp_path, resume=True)
     assert written == shards[2:]
     for path in whole.iterdir():
@@ -210,7 +216,7 @@ def test_lora_on_a_tied_head_is_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of it too
         model = peft.get_peft_model(base, config)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     with pytest.raises(LorakitError, match=r"lm_head, whose weights .* shares with its"):
         fuse_files(tmp_path)
 
@@ -219,7 +225,7 @@ def test_lora_on_a_head_of_its_own_is_fused(tmp_path: Path) -> None:
     base = random_model("llama")
     base.save_pretrained(tmp_path / "base")
     model = with_lora(copy.deepcopy(base), {"target_modules": ["q_proj", "lm_head"]})
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     fused = stored(fuse_files(tmp_path))
     merged = model.merge_and_unload().state_dict()
     torch.testing.assert_close(fused["lm_head.weight"], merged["lm_head.weight"], rtol=0, atol=1e-6)
@@ -311,7 +317,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    peft.get_peft_model(base, config).save_pretrained(folder)
+    peft.get_peft_model(base, config).save_pretrained(str(folder))
     return folder
 
 

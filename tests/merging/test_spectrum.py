@@ -81,8 +81,8 @@ def test_each_module_gets_the_lowest_rank_that_keeps_the_energy(
         np.testing.assert_allclose(difference, np.linalg.norm(dense[rank:]), atol=1e-5)
         sizes = (difference**2, float(np.sum(dense**2)))
         errors.setdefault(whole.layer, []).append(sizes)
-    for layer, sizes in errors.items():
-        lost, total = map(sum, zip(*sizes, strict=True))
+    for layer, of_layer in errors.items():
+        lost, total = map(sum, zip(*of_layer, strict=True))
         line = next(line for line in notes.splitlines() if f"layer {layer}: " in line)
         assert float(line.rpartition("error ")[2]) == pytest.approx(
             np.sqrt(lost / total), rel=0.06, abs=1e-6
