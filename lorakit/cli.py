@@ -15,7 +15,15 @@ import click
 from lorakit.errors import LorakitError
 from lorakit.files import explain
 from lorakit.foreign_text import printable, printable_lines
-from lorakit.runs.processes import is_first_process, leave_others, process_count
+from lorakit.runs.processes import (
+    LostProcessError,
+    is_first_process,
+    keep_silent,
+    leave_others,
+    own_failure,
+    process_count,
+    start_all_of_accelerate,
+)
 from lorakit.runs.signals import Terminated, terminating
 
 if TYPE_CHECKING:
@@ -61,7 +69,7 @@ COMMANDS = {
 
 
 # Commands whose work is shared out over the processes of a launcher; others run in the first alone.
-SHARED_OUT = ("train-adapter", "merge")
+SHARED_OUT = ("train-adapter", "merge", "generate", "find-boundary", "inspect")
 
 
 def load_command(name: str) -> click.Command:
@@ -132,19 +140,27 @@ def lorakit(ctx: click.Context) -> None:
     if process_count() == 1 or ctx.invoked_subcommand in SHARED_OUT:
         return
     if not is_first_process():
-        _say(f"Note: {ctx.invoked_subcommand} runs in the first process alone; this one ends")
         ctx.exit()
+    _say(f"Note: {ctx.invoked_subcommand} runs in one process; the others have ended")
     leave_others()
 
 
 def main() -> None:
     """Run the program and exit with its code; a LorakitError becomes one line on stderr."""
     _open_closed_streams()
+    if not is_first_process():
+        keep_silent()
     stdout = sys.stdout
     try:
-        with terminating():
+        with terminating() if is_first_process() else contextlib.nullcontext():
+            start_all_of_accelerate()
             code = lorakit.main(standalone_mode=False)
             sys.stdout.flush()
+        _disconnect()
+    except LostProcessError as error:
+        if is_first_process():
+            _say(f"Error: {error}")
+        code = 1
     except LorakitError as error:
         _say(f"Error: {error}")
         code = 1
@@ -199,13 +215,28 @@ def _flush_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _disconnect() -> None:
+    """Take leave of the other processes, where torch has connected them."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _show(error: click.ClickException) -> None:
     """Write click's lines about wrong usage to stderr, as `_say` does."""
+    if not is_first_process():
+        _say(f"Error: {error.format_message()}")
+        return
     lines = io.StringIO()
     error.show(lines)
     click.echo(printable_lines(lines.getvalue()), err=True, nl=False)
 
 
 def _say(line: str) -> None:
-    """Write one line to stderr, of which names from foreign files cannot control the terminal."""
+    """Write one line to stderr, of which names from foreign files cannot control the terminal.
+
+    Of several processes, one that is not the first speaks only if the first has nothing to say.
+    """
+    if not is_first_process():
+        line = own_failure(line)
     click.echo(printable(line), err=True)
