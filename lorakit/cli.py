@@ -20,9 +20,10 @@ from lorakit.runs.processes import (
     is_first_process,
     keep_silent,
     leave_others,
-    own_failure,
     process_count,
+    signed,
     start_all_of_accelerate,
+    wait_for_first,
 )
 from lorakit.runs.signals import Terminated, terminating
 
@@ -70,6 +71,8 @@ COMMANDS = {
 
 # Commands whose work is shared out over the processes of a launcher; others run in the first alone.
 SHARED_OUT = ("train-adapter", "merge", "generate", "find-boundary", "inspect")
+
+_SHARING = "lorakit.models.sharing"  # loaded only by commands that need torch
 
 
 def load_command(name: str) -> click.Command:
@@ -159,7 +162,7 @@ def main() -> None:
         _disconnect()
     except LostProcessError as error:
         if is_first_process():
-            _say(f"Error: {error}")
+            _say(_word_of_others() or f"Error: {error}")
         code = 1
     except LorakitError as error:
         _say(f"Error: {error}")
@@ -171,9 +174,10 @@ def main() -> None:
         _say("Aborted!")
         code = EXIT_INTERRUPTED
     except Terminated as stop:
+        word = _word_of_others()  # by its launcher, where another process has failed
         with contextlib.suppress(OSError):  # the terminal may be what has gone
-            _say("Terminated!")
-        code = 128 + stop.number
+            _say(word or "Terminated!")
+        code = 1 if word else 128 + stop.number
     except BrokenPipeError:
         code = EXIT_PIPE_CLOSED
     except SystemExit as stop:  # where a pipe was closed, click wraps stdout and exits with 1
@@ -217,9 +221,14 @@ def _flush_stdout() -> None:
 
 def _disconnect() -> None:
     """Take leave of the other processes, where torch has connected them."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if (sharing := sys.modules.get(_SHARING)) is not None:
+        sharing.disconnect()
+
+
+def _word_of_others() -> str | None:
+    """Return what another process that has failed left for this one to say."""
+    sharing = sys.modules.get(_SHARING)
+    return None if sharing is None else sharing.word_of_others()
 
 
 def _show(error: click.ClickException) -> None:
@@ -235,8 +244,12 @@ def _show(error: click.ClickException) -> None:
 def _say(line: str) -> None:
     """Write one line to stderr, of which names from foreign files cannot control the terminal.
 
-    Of several processes, one that is not the first speaks only if the first has nothing to say.
+    One of several processes has the first say it: that hears of it, where torch has connected them,
+    or has the same to say. Else it speaks for itself.
     """
     if not is_first_process():
-        line = own_failure(line)
+        line = signed(line)
+        if (sharing := sys.modules.get(_SHARING)) is not None and sharing.leave_word(line):
+            return
+        wait_for_first()
     click.echo(printable(line), err=True)

@@ -13,7 +13,9 @@ on their order. torchrun or `accelerate launch` starts the processes; accelerate
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
+_WORD = f"lorakit/word/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # a key in the store
+_LONGEST_CALL = datetime.timedelta(seconds=5)
 _LONGEST_ROUND = datetime.timedelta(hours=12)  # how long a process waits for the others' results
 
 
@@ -149,3 +153,48 @@ def exchange(value: T) -> list[T]:
             "another process of this run has ended; see its message, then start all of them again, "
             "with --resume if there is a checkpoint"
         ) from error
+
+
+def disconnect() -> None:
+    """Take leave of the other processes at the end of a run, if there are any."""
+    if _connected():
+        torch.distributed.destroy_process_group()
+
+
+def leave_word(line: str) -> bool:
+    """Leave a line for the first process to say, as this one ends; return whether it can hear it.
+
+    It finds the line once it misses this process, or its launcher ends it.
+    """
+    if not _connected():
+        return False
+    with contextlib.suppress(RuntimeError):
+        _meeting_place().set(_WORD, line)
+        return True
+    return False
+
+
+def word_of_others() -> str | None:
+    """Return the line that another process has left; None where there is none."""
+    if _connected():
+        with contextlib.suppress(RuntimeError):
+            place = _meeting_place()
+            if place.check([_WORD]):
+                return place.get(_WORD).decode()
+    return None
+
+
+def _connected() -> bool:
+    """Return whether torch has connected this process with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _meeting_place() -> torch.distributed.Store:
+    """Return a connection to the store at the address at which the processes have met."""
+    return torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=_LONGEST_CALL,
+    )

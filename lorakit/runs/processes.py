@@ -52,14 +52,17 @@ def keep_silent() -> None:
             signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
-def own_failure(line: str) -> str:
-    """Return what a process other than the first says of its failure, if it comes to that.
+def signed(line: str) -> str:
+    """Return a line with the number of this process, counted from 0."""
+    return f"{line} (process {_number('RANK', 0)} of {process_count()})"
 
-    It waits first: where the first process has failed too, that one says why, and the launcher ends
-    this one meanwhile.
+
+def wait_for_first() -> None:
+    """Wait, as a process that has failed, for the first one to say why, if it has failed too.
+
+    The launcher then ends this one. It returns where what went wrong is this process's own.
     """
     time.sleep(_PATIENCE)
-    return f"{line} (process {_number('RANK', 0)} of {process_count()}, counted from 0)"
 
 
 def start_all_of_accelerate() -> None:
