@@ -147,9 +147,10 @@ class Trainer:
         most = max(len(self.losses.micro_batches(batch)) for batch in self._batches(1))
         if most >= processes:
             return None
+        batches = f"batches of at most {most} micro-batch{'es' if most > 1 else ''}"
         return (
-            f"batches have at most {most} micro-batches of {self.losses.tokens} tokens for "
-            f"{processes} processes; a smaller --micro-batch-tokens gives all of them work"
+            f"{processes} processes share {batches}; --micro-batch-tokens below "
+            f"{self.losses.tokens} gives all of them work"
         )
 
     def train(
