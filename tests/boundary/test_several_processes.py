@@ -59,7 +59,7 @@ def test_three_processes_find_what_one_finds(
         return records, saved.values, lines
 
     ((records, values, lines),) = run_as_team(1, lambda team: work(team, {}))
-    assert lines == len(values) > 4
+    assert lines == len(values) > 1
     first, *others = run_as_team(3, lambda team: work(team, {}))
     assert first == (records, values, lines)
     assert others == [(records, values, 0)] * 2
