@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lorakit.errors import LorakitError
+from lorakit.models.devices import pick_device
 from lorakit.models.generation import generate
 from lorakit.models.sharing import ALONE, Team, exchange, new_accelerator, new_team
 from lorakit.records.record import Record
@@ -110,6 +111,26 @@ def test_processes_that_accelerate_has_not_connected_are_an_error(
     monkeypatch.setattr(accelerate, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(LorakitError, match="accelerate has connected 1 of 2 processes; "):
         new_accelerator("cpu")
+
+
+@pytest.mark.parametrize(
+    ("rank", "processes", "device"), [(None, None, 0), (1, 2, 1), (0, 3, None), (2, None, None)]
+)
+def test_every_process_has_a_gpu_of_its_own_or_all_say_how_many_there_are(
+    monkeypatch: pytest.MonkeyPatch, rank: int | None, processes: int | None, device: int | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", processes)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, str(value))
+    if device is None:
+        with pytest.raises(LorakitError, match="fewer GPUs than processes, 2 for 3; start at most"):
+            pick_device("cuda")
+    else:
+        assert pick_device("cuda") == torch.device("cuda", device)
 
 
 # — rows of generate —
