@@ -105,7 +105,7 @@ class InputNorms(StepHook):
         """Begin the sums anew."""
         self._sums = {name: _zeros(layer) for name, layer in self._layers.items()}
 
-    def begin(self, mask: torch.Tensor | None) -> None:
+    def expect(self, mask: torch.Tensor | None) -> None:
         """Take the mask of the next micro-batch."""
         self._mask = mask
         self._parts = {}

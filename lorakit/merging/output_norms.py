@@ -58,7 +58,7 @@ class _SquareSums:
     def restart(self) -> None:
         self.by_module = dict(self._nothing)
 
-    def begin(self, mask: torch.Tensor | None) -> None:
+    def expect(self, mask: torch.Tensor | None) -> None:
         self._mask, self._parts = mask, dict(self._nothing)
 
     def parts(self) -> list[torch.Tensor]:

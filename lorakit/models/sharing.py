@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
+from torch.distributed import TCPStore
 
 from lorakit.errors import LorakitError
 from lorakit.runs.processes import LostProcessError, process_count
@@ -142,7 +143,7 @@ def exchange(value: T) -> list[T]:
         if isinstance(value, torch.Tensor):
             tensors = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather(tensors, value.contiguous())
-            return tensors
+            return cast("list[T]", tensors)
         values = [value] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(values, value)
         return values
@@ -180,7 +181,7 @@ def word_of_others() -> str | None:
         with contextlib.suppress(RuntimeError):
             place = _meeting_place()
             if place.check([_WORD]):
-                return place.get(_WORD).decode()
+                return bytes(place.get(_WORD)).decode()
     return None
 
 
@@ -189,9 +190,9 @@ def _connected() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _meeting_place() -> torch.distributed.Store:
+def _meeting_place() -> TCPStore:
     """Return a connection to the store at the address at which the processes have met."""
-    return torch.distributed.TCPStore(
+    return TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,

@@ -40,7 +40,7 @@ _LOGITS_AT_ONCE = 1 << 20  # converted to float32
 class Watcher(Protocol):
     """Sums something up over the forward passes of a BatchLoss, a micro-batch at a time."""
 
-    def begin(self, mask: torch.Tensor | None) -> None:
+    def expect(self, mask: torch.Tensor | None) -> None:
         """Take the mask (rows, length) of the next micro-batch, None if no row is padded."""
 
     def parts(self) -> list[torch.Tensor]:
@@ -57,7 +57,7 @@ class Watcher(Protocol):
 class Blind:
     """A Watcher that sums up nothing."""
 
-    def begin(self, mask: torch.Tensor | None) -> None:
+    def expect(self, mask: torch.Tensor | None) -> None:
         pass
 
     def parts(self) -> list[torch.Tensor]:
@@ -156,7 +156,7 @@ class BatchLoss:
         """Yield the summed loss of every micro-batch, () float32, once the watcher has seen it."""
 
         def compute(rows: Sequence[Example]) -> list[torch.Tensor]:
-            return [self._losses(rows).sum(), *self.watcher.parts()]
+            return [self._loss(rows), *self.watcher.parts()]
 
         for loss, *parts in self.team.tensors_in_turn(runs, compute):
             self.watcher.add(parts)
@@ -186,7 +186,7 @@ class BatchLoss:
         sums: list[torch.Tensor] = []
 
         def compute(rows: Sequence[Example]) -> list[torch.Tensor]:
-            loss = self._losses(rows).sum() / targets
+            loss = self._loss(rows) / targets
             loss.backward()
             return [loss.detach(), *(self._take_gradients() if self.team.count > 1 else ())]
 
@@ -218,17 +218,21 @@ class BatchLoss:
         self.tokens //= 2
         self.note(f"out of memory: micro-batches of {self.tokens} tokens, bytes may differ")
 
+    def _loss(self, rows: Sequence[Example]) -> torch.Tensor:
+        """Return the summed cross-entropy of the rows' completion tokens, in float32."""
+        return self._losses(rows).sum()
+
     def _losses(self, rows: Sequence[Example]) -> torch.Tensor:
         """Return the summed cross-entropy of each row's completion tokens: (rows,) float32."""
         if self.packed:
             packed = pack(rows, self.base.device)
-            self.watcher.begin(None)
+            self.watcher.expect(None)
             logits = target_logits(self.base.model, packed)
             losses = cross_entropy(logits, packed.labels, ignored=IGNORED)
             by_row = losses.split([row.targets for row in rows])
             return torch.stack([of_row.sum() for of_row in by_row])
         batch = lay_out(rows, self.base.device)
-        self.watcher.begin(batch.mask)
+        self.watcher.expect(batch.mask)
         logits = completion_logits(self.base.model, batch).flatten(0, 1)
         losses = cross_entropy(logits, batch.labels.flatten(), ignored=IGNORED)
         return losses.view_as(batch.labels).sum(1)

@@ -170,15 +170,19 @@ def test_several_processes_generate_what_one_generates_in_order(
     assert len(read) == len(sample)
 
 
-def test_a_window_is_yielded_before_the_next_is_read(llama: str) -> None:
+def test_no_more_than_a_window_is_read_ahead(llama: str) -> None:
     taken: list[int] = []
+
+    def records() -> Iterator[Record]:
+        for row in rows(80):
+            taken.append(1)
+            yield Record(row, "data")
 
     def work(team: Team) -> int:
         base = open_base(llama)
-        source = (Record(row, str(taken.append(1))) for row in rows(80))
+        source = records() if team.is_first else ()
         completed = generate(base, base.encoder(chat="off"), source, SETTINGS, team=team)
-        next(completed)
-        return len(list(itertools.islice(completed, 31)))
+        return len(list(itertools.islice(completed, 32)))
 
-    assert run_as_team(2, work) == [31, 31]
-    assert len(taken) <= 2 * 32
+    assert run_as_team(2, work) == [32, 32]
+    assert len(taken) == 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
@@ -123,7 +124,7 @@ def test_three_processes_write_the_bytes_of_one(
 ) -> None:
     outputs = {count: str(tmp_path / f"{count}.safetensors") for count in (1, 3)}
     for count, output in outputs.items():
-        run_launched(count, lambda output=output: work(llama, data, files, output))
+        run_launched(count, functools.partial(work, llama, data, files, output))
     one, three = (Path(output).read_bytes() for output in outputs.values())
     assert one == three
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.safetensors", "3.safetensors"]
