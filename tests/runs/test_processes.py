@@ -146,7 +146,11 @@ def test_a_process_that_the_launcher_ends_meanwhile_says_nothing(tmp_path: Path)
 
 @pytest.mark.parametrize("signalled", [True, False])
 def test_a_signal_to_all_processes_explains_the_end_of_another(signalled: bool) -> None:
-    with pytest.raises(Terminated if signalled else LostProcessError), terminating(), deferred():
-        if signalled:
-            signal.raise_signal(signal.SIGTERM)
-        raise LostProcessError("another process has ended")
+    def lose(signalled: bool) -> None:
+        with terminating(), deferred():
+            if signalled:
+                signal.raise_signal(signal.SIGTERM)
+            raise LostProcessError("another process has ended")
+
+    with pytest.raises(Terminated if signalled else LostProcessError):
+        lose(signalled)
