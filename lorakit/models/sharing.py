@@ -27,7 +27,7 @@ from lorakit.runs.processes import LostProcessError, process_count
 
 if TYPE_CHECKING:
     import accelerate
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -192,7 +192,8 @@ def _connected() -> bool:
 
 def _meeting_place() -> TCPStore:
     """Return a connection to the store at the address at which the processes have met."""
-    from torch.distributed import TCPStore  # which not every torch has
+    # not at the top: not every build of torch has it
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     return TCPStore(
         os.environ["MASTER_ADDR"],
