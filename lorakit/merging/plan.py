@@ -36,11 +36,12 @@ from lorakit.models.plan import (
     time_row,
     timed,
 )
+from lorakit.models.sharing import new_accelerator
 from lorakit.models.skeleton import Skeleton
 from lorakit.records.jsonl import load_records
 from lorakit.reporting import Reporter, Silent
 from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings
-from lorakit.training.loss import BatchLoss, new_accelerator
+from lorakit.training.loss import BatchLoss
 from lorakit.training.plan import (
     corpus_rows,
     example_rows,

@@ -31,6 +31,7 @@ from lorakit.models.plan import (
     time_row,
     timed,
 )
+from lorakit.models.sharing import new_accelerator
 from lorakit.models.skeleton import Skeleton
 from lorakit.models.tokens import Encoder, Example
 from lorakit.reporting import Reporter, Silent, StepReport
@@ -41,7 +42,6 @@ from lorakit.settings import (
     SelectionSettings,
     TrainingSettings,
 )
-from lorakit.training.loss import new_accelerator
 from lorakit.training.train import Corpus, load_split, resolve_auto, targets_of
 from lorakit.training.trainer import Trainer
 

@@ -274,10 +274,7 @@ class Trainer:
         measure = measure or self.measure
         with switch_dropout(self.layers, on=False):
             value = float(measure() if measure else -self.losses.mean(self._validation))
-        if measure is None or self.accelerator.num_processes == 1:
-            return value
-        total = self.losses.summed(torch.tensor(value, device=self.base.device))
-        return float(total / self.accelerator.num_processes)
+        return self.losses.team.from_first(value)
 
     def _asks_for_validation(self, step: int) -> bool:
         return any(hook.is_validation_due(step) for hook in self.hooks)

@@ -41,11 +41,11 @@ from lorakit.merging.stack import stack
 from lorakit.models.base import load_base
 from lorakit.models.batches import epoch_batches
 from lorakit.models.lora import pick_modules
+from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import Example
 from lorakit.recipes.table import build_dataset
 from lorakit.records.record import Record
 from lorakit.settings import PruningSettings, TrainingSettings
-from lorakit.training.loss import new_accelerator
 from lorakit.training.step_hook import StepHook
 from lorakit.training.trainer import Trainer
 

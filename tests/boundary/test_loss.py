@@ -19,10 +19,11 @@ from lorakit.boundary.loss import evaluate_loss, losses_under
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.lora import attach
+from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import Example
 from lorakit.records.record import Record
 from lorakit.settings import BoundarySettings, TrainingSettings
-from lorakit.training.loss import BatchLoss, new_accelerator
+from lorakit.training.loss import BatchLoss
 from tests.support.boundary_models import SETTINGS, Notes, random_adapter
 from tests.support.models import LAYERS, open_base
 from tests.support.program import run
