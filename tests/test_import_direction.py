@@ -45,7 +45,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "rouge_score": ("scoring",),
     "fugashi": ("scoring.languages",),
     "httpx2": ("judging.client",),
-    "huggingface_hub": ("hub", "reach", "models.base", "recipes.readers"),
+    "huggingface_hub": ("hub", "reach", "models.loading", "recipes.readers"),
     "lxml": ("recipes.news",),
     "openai": ("judging.client",),
     "pyarrow": ("recipes.readers",),

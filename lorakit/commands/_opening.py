@@ -13,11 +13,13 @@ from lorakit.adapters.base_model import base_revision, check_fingerprint, choose
 from lorakit.commands._options import check_resume
 from lorakit.commands._progress import TerminalReporter
 from lorakit.files import check_adapter_output
-from lorakit.models.base import Base, load_base
+from lorakit.models.base import Base
 from lorakit.models.devices import keep_freed_memory, pick_device, pick_dtype
+from lorakit.models.loading import load_base
 from lorakit.runs.processes import is_first_process
 from lorakit.runs.sole_writer import refuse_second_writer
 from lorakit.settings import ModelSettings, RunSettings
+from lorakit.training.loss import new_accelerator
 
 
 def open_base(
@@ -36,12 +38,16 @@ def open_base(
     torch_device = pick_device(device)
     if torch_device.type == "cpu":
         keep_freed_memory()
+    if model.shard:
+        new_accelerator(torch_device.type)  # opens torch's process group
     base = load_base(
         name,
         device=torch_device,
         dtype=pick_dtype(dtype, torch_device, training=training),
         revision=model.revision or base_revision(adapters, name),
         trust_remote_code=model.trust_remote_code,
+        load_in=model.load_in,
+        shard=model.shard,
     )
     if warning := check_fingerprint(adapters, name, base.fingerprint):
         note(warning)

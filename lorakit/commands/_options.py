@@ -182,6 +182,11 @@ model = together(
     click.option(
         "--trust-remote-code", is_flag=True, help="Run the code that comes with the model."
     ),
+    click.option(
+        "--load-in",
+        type=click.Choice(["4bit", "8bit"]),
+        help="Quantise the base's weights as they are loaded; needs bitsandbytes (lorakit[quant]).",
+    ),
     field_option(
         TrainingSettings,
         "device",

@@ -78,6 +78,7 @@ def merge(
     _methods.check_weights(static.weights, adapters)
     _options.check_stdin(*adapters, data, val)
     _training_options.check_keep(training.keep)
+    _training_options.check_shard(model)
     if method in METHODS:
         _merge_statically(
             adapters, method, static, output=output, portable=portable, quiet=run.quiet

@@ -61,6 +61,7 @@ def train_adapter(
     """
     _options.check_stdin(data, val)
     _training_options.check_keep(training.keep)
+    _training_options.check_shard(model)
     check_model(model.model, model.revision)
     from lorakit.commands._opening import open_base, reporting
     from lorakit.training import train

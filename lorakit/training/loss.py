@@ -135,6 +135,7 @@ class BatchLoss:
         total = torch.zeros((), dtype=torch.float64)
         for rows in self._own(self._cut(examples)):
             total += self._loss(rows).cpu()
+        self._keep_pace(self._cut(examples))
         return total
 
     def _by_example(self, examples: Sequence[Example]) -> dict[int, torch.Tensor]:
@@ -153,7 +154,25 @@ class BatchLoss:
             loss = self._loss(rows) / targets
             loss.backward()
             total += loss.detach()
+        self._keep_pace(self._cut(batch))
         return total
+
+    def _keep_pace(self, runs: list[list[Example]]) -> None:
+        """Run a sharded base as often as the process that has the most of the micro-batches.
+
+        What is computed counts for nothing: no token of it is watched, and its gradient is zero.
+        """
+        if not self.base.sharded:
+            return
+        most = -(-len(runs) // self.accelerator.num_processes)
+        row, watch = runs[0][:1], self.watch
+        hidden = torch.zeros(len(row[0].ids) - 1, dtype=torch.bool, device=self.base.device)
+        self.watch = lambda mask: watch(hidden)
+        for _ in range(most - len(self._own(runs))):
+            loss = self._loss(row)
+            if loss.requires_grad:
+                (0 * loss).backward()  # type: ignore[no-untyped-call]
+        self.watch = watch
 
     def halve_(self, batch: Sequence[Example], error: torch.OutOfMemoryError) -> None:
         """Halve the micro-batches and drop what is half done, or raise LorakitError."""
