@@ -7,7 +7,6 @@ as they are without it. How LoRA is put on such layers is up to PEFT.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +14,11 @@ from typing import Any
 import torch
 import transformers
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, check_packages
 from lorakit.models.architecture import Model, ModelConfig
 
 _PACKAGE = "bitsandbytes"
 _DEVICES = ("cpu", "cuda", "xpu")  # on which lorakit asks it to compute
-_INSTALL = "pip install 'lorakit[quant]'"
 
 
 def quantising(load_in: str | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -31,7 +29,7 @@ def quantising(load_in: str | None, device: torch.device, dtype: torch.dtype) ->
     """
     if load_in is None:
         return {}
-    _check_package(f"--load-in {load_in}")
+    _require_bitsandbytes(f"--load-in {load_in}")
     if device.type not in _DEVICES:
         raise LorakitError(
             f"--load-in {load_in} cannot compute on {device.type}; give --device cpu, or leave "
@@ -63,7 +61,7 @@ def check_quantised(config: ModelConfig, name: str, load_in: str | None, *, shar
             f"the weights of {name} are quantised already ({method}); leave {option} out"
         )
     if method == _PACKAGE:
-        _check_package(f"the model {name}")
+        _require_bitsandbytes(f"the model {name}")
 
 
 def _method(config: ModelConfig) -> str | None:
@@ -76,10 +74,9 @@ def _method(config: ModelConfig) -> str | None:
     return _PACKAGE if text.startswith(_PACKAGE) else text
 
 
-def _check_package(what: str) -> None:
+def _require_bitsandbytes(what: str) -> None:
     """Raise LorakitError if bitsandbytes is not installed, and silence its warnings if it is."""
-    if importlib.util.find_spec(_PACKAGE) is None:
-        raise LorakitError(f"{what} needs bitsandbytes; {_INSTALL}")
+    check_packages(what, _PACKAGE, extra="quant")
     logging.getLogger(_PACKAGE).setLevel(logging.ERROR)
 
 

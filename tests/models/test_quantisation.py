@@ -186,9 +186,14 @@ def test_without_bitsandbytes_the_extra_is_named(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *_: None if "bitsand" in name else there(name)
     )
-    with pytest.raises(LorakitError, match=r"--load-in 4bit needs bitsandbytes; pip install"):
+    with pytest.raises(
+        LorakitError,
+        match=r"--load-in 4bit needs bitsandbytes; run: pip install '?lorakit\[quant\]",
+    ):
         open_in("4bit", llama)
-    with pytest.raises(LorakitError, match=r"the model .* needs bitsandbytes; pip install"):
+    with pytest.raises(
+        LorakitError, match=r"the model .* needs bitsandbytes; run: pip install '?lorakit\[quant\]"
+    ):
         open_base(str(tmp_path))
 
 
