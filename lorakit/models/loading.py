@@ -201,7 +201,8 @@ def quieten_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()  # the hub's with its own
     if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
         enable_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for library in ("accelerate", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _make_contiguous(

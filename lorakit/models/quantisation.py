@@ -7,7 +7,6 @@ as they are without it. How LoRA is put on such layers is up to PEFT.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ def quantising(load_in: str | None, device: torch.device, dtype: torch.dtype) ->
     """
     if load_in is None:
         return {}
-    _require_bitsandbytes(f"--load-in {load_in}")
+    check_packages(f"--load-in {load_in}", _PACKAGE, extra="quant")
     if device.type not in _DEVICES:
         raise LorakitError(
             f"--load-in {load_in} cannot compute on {device.type}; give --device cpu, or leave "
@@ -61,7 +60,7 @@ def check_quantised(config: ModelConfig, name: str, load_in: str | None, *, shar
             f"the weights of {name} are quantised already ({method}); leave {option} out"
         )
     if method == _PACKAGE:
-        _require_bitsandbytes(f"the model {name}")
+        check_packages(f"the model {name}", _PACKAGE, extra="quant")
 
 
 def _method(config: ModelConfig) -> str | None:
@@ -72,12 +71,6 @@ def _method(config: ModelConfig) -> str | None:
     method = fields.get("quant_method") if isinstance(fields, Mapping) else fields.quant_method
     text = str(getattr(method, "value", method) or _PACKAGE)  # old configs name none
     return _PACKAGE if text.startswith(_PACKAGE) else text
-
-
-def _require_bitsandbytes(what: str) -> None:
-    """Raise LorakitError if bitsandbytes is not installed, and silence its warnings if it is."""
-    check_packages(what, _PACKAGE, extra="quant")
-    logging.getLogger(_PACKAGE).setLevel(logging.ERROR)
 
 
 def keep_gradients(model: Model) -> None:
