@@ -28,6 +28,7 @@ from lorakit.models.lora import attach, factors, inject, pick_modules, projectio
 from lorakit.training.lora_step import fused_forward
 from tests.support.in_process import run_here
 from tests.support.models import open_base, save_model
+from tests.support.program import run
 from tests.support.training_data import rows, save_rows
 
 CPU = torch.device("cpu")
@@ -213,12 +214,10 @@ def test_generation_on_a_quantised_base_is_that_of_transformers(tmp_path: Path) 
     ids = torch.tensor([base.tokenizer(prompt)["input_ids"]])
     with torch.inference_mode():
         new = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
-    (line,) = done(
-        "generate",
-        *("--data", data, "--model", "tiny", "--load-in", "8bit", "--device", "cpu"),
+    ended = run(
+        *("generate", "--data", data, "--model", "tiny", "--load-in", "8bit", "--device", "cpu"),
         *("--max-new-tokens", "8", "-q"),
     )
-    assert (
-        json.loads(line)["prediction"]
-        == base.tokenizer.decode(new, skip_special_tokens=True).strip()
-    )
+    assert ended.stderr == ""
+    expected = base.tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert json.loads(ended.stdout)["prediction"] == expected
