@@ -15,7 +15,16 @@ import click
 from lorakit.errors import LorakitError
 from lorakit.files import explain
 from lorakit.foreign_text import printable, printable_lines
-from lorakit.runs.processes import is_first_process, leave_others, process_count
+from lorakit.runs.processes import (
+    LostProcessError,
+    is_first_process,
+    keep_silent,
+    leave_others,
+    process_count,
+    signed,
+    start_all_of_accelerate,
+    wait_for_first,
+)
 from lorakit.runs.signals import Terminated, terminating
 
 if TYPE_CHECKING:
@@ -61,7 +70,9 @@ COMMANDS = {
 
 
 # Commands whose work is shared out over the processes of a launcher; others run in the first alone.
-SHARED_OUT = ("train-adapter", "merge")
+SHARED_OUT = ("train-adapter", "merge", "generate", "find-boundary", "inspect")
+
+_SHARING = "lorakit.models.sharing"  # loaded only by commands that need torch
 
 
 def load_command(name: str) -> click.Command:
@@ -132,19 +143,27 @@ def lorakit(ctx: click.Context) -> None:
     if process_count() == 1 or ctx.invoked_subcommand in SHARED_OUT:
         return
     if not is_first_process():
-        _say(f"Note: {ctx.invoked_subcommand} runs in the first process alone; this one ends")
         ctx.exit()
+    _say(f"Note: {ctx.invoked_subcommand} runs in one process; the others have ended")
     leave_others()
 
 
 def main() -> None:
     """Run the program and exit with its code; a LorakitError becomes one line on stderr."""
     _open_closed_streams()
+    if not is_first_process():
+        keep_silent()
     stdout = sys.stdout
     try:
-        with terminating():
+        with terminating() if is_first_process() else contextlib.nullcontext():
+            start_all_of_accelerate()
             code = lorakit.main(standalone_mode=False)
             sys.stdout.flush()
+        _disconnect()
+    except LostProcessError as error:
+        if is_first_process():
+            _say(_word_of_others() or f"Error: {error}")
+        code = 1
     except LorakitError as error:
         _say(f"Error: {error}")
         code = 1
@@ -155,9 +174,10 @@ def main() -> None:
         _say("Aborted!")
         code = EXIT_INTERRUPTED
     except Terminated as stop:
+        word = _word_of_others()  # by its launcher, where another process has failed
         with contextlib.suppress(OSError):  # the terminal may be what has gone
-            _say("Terminated!")
-        code = 128 + stop.number
+            _say(word or "Terminated!")
+        code = 1 if word else 128 + stop.number
     except BrokenPipeError:
         code = EXIT_PIPE_CLOSED
     except SystemExit as stop:  # where a pipe was closed, click wraps stdout and exits with 1
@@ -199,13 +219,37 @@ def _flush_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _disconnect() -> None:
+    """Take leave of the other processes, where torch has connected them."""
+    if (sharing := sys.modules.get(_SHARING)) is not None:
+        sharing.disconnect()
+
+
+def _word_of_others() -> str | None:
+    """Return what another process that has failed left for this one to say."""
+    sharing = sys.modules.get(_SHARING)
+    return None if sharing is None else sharing.word_of_others()
+
+
 def _show(error: click.ClickException) -> None:
     """Write click's lines about wrong usage to stderr, as `_say` does."""
+    if not is_first_process():
+        _say(f"Error: {error.format_message()}")
+        return
     lines = io.StringIO()
     error.show(lines)
     click.echo(printable_lines(lines.getvalue()), err=True, nl=False)
 
 
 def _say(line: str) -> None:
-    """Write one line to stderr, of which names from foreign files cannot control the terminal."""
+    """Write one line to stderr, of which names from foreign files cannot control the terminal.
+
+    One of several processes has the first say it: that hears of it, where torch has connected them,
+    or has the same to say. Else it speaks for itself.
+    """
+    if not is_first_process():
+        line = signed(line)
+        if (sharing := sys.modules.get(_SHARING)) is not None and sharing.leave_word(line):
+            return
+        wait_for_first()
     click.echo(printable(line), err=True)

@@ -30,16 +30,22 @@ RUN_AFTER_THE_FRONT_PAGE = [
     "lorakit/commands/README.md",
     "lorakit/merging/README.md",
     "lorakit/recipes/README.md",
+    "lorakit/runs/README.md",
     "lorakit/scoring/README.md",
 ]
+SLOW = ["lorakit/runs/README.md"]  # it starts launchers
 LONGEST_FRONT_PAGE, LONGEST_ROOM_PAGE = 150, 60  # lines
-OPTIONS_OF_OTHERS = {  # sacrebleu's, train_step.py's and make_tiny.py's
+OPTIONS_OF_OTHERS = {  # sacrebleu's, train_step.py's and make_tiny.py's; the launchers', up to "_"
     "--paired-ar",
     "--paired-bs",
     "--scitldr",
     "--out",
     "--steps",
     "--threads",
+    "--nproc-per-node",
+    "--cpu",
+    "--num",
+    "--multi",
 }
 
 
@@ -137,7 +143,13 @@ def test_the_front_page_runs_on_the_shipped_model(front_page: tuple[Path, str]) 
     assert (folder / "final.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", RUN_AFTER_THE_FRONT_PAGE)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page in SLOW else ())
+        for page in RUN_AFTER_THE_FRONT_PAGE
+    ],
+)
 def test_the_examples_of_a_room_run(
     page: str, front_page: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -147,6 +159,11 @@ def test_the_examples_of_a_room_run(
     assert done.returncode == 0, done.stderr
     if page == "lorakit/adapters/README.md":
         assert (folder / "folder" / "adapter_config.json").is_file()
+    if page == "lorakit/runs/README.md":
+        assert done.stderr.count("wrote") == 2
+        assert len((folder / "out.jsonl").read_text().splitlines()) == len(
+            (folder / "same.jsonl").read_text().splitlines()
+        )
 
 
 @pytest.mark.slow

@@ -27,8 +27,9 @@ from lorakit.files import open_text_output
 from lorakit.models.base import Base
 from lorakit.models.generation import complete, text_of
 from lorakit.models.lora import attach
-from lorakit.models.memory import BatchSize
+from lorakit.models.memory import BatchSize, in_batches
 from lorakit.models.predictions import encoder_of
+from lorakit.models.sharing import ALONE, Team
 from lorakit.models.tokens import Example, encode_all
 from lorakit.records.jsonl import load_records, write_records
 from lorakit.records.record import Record
@@ -40,6 +41,7 @@ from lorakit.scoring.texts import references_of
 from lorakit.settings import BoundarySettings, GenerationSettings
 
 K = TypeVar("K")
+_BATCHES_A_ROUND = 2  # of prompts for each process: more keep a Pool full, fewer save earlier
 PromptTokens = Sequence[int]
 
 
@@ -64,13 +66,14 @@ def evaluate(
     reporter: Reporter,
     predictions: str | None = None,
     saved: SavedValues | None = None,
+    team: Team = ALONE,
 ) -> Sweep:
     """Decode a sample of `data` at every boundary, and every factor, and score it.
 
-    The outputs of all boundaries are written to the file `predictions`, if that is set. Each is
-    added to `saved`, and not decoded if it is there.
-    Raises LorakitError naming file and line for a record that cannot be used, and for an adapter or
-    a boundary that does not fit the base.
+    The outputs of all boundaries are written to the file `predictions`, if that is set, by the
+    first process of a team. Each is added to `saved`, and not decoded if it is there. Raises
+    LorakitError naming file and line for a record that cannot be used, and for an adapter or a
+    boundary that does not fit the base.
     """
     check_layers_are_named(adapter)
     points = search_points(settings, base.layers)
@@ -83,13 +86,13 @@ def evaluate(
     encoder, new = encoder_of(base, adapter, generation), generation.max_new_tokens
     prompts = encode_all(records, lambda record: encoder.prompt(record, new), reporter.note)
     cuts = {point: cut_at(point, order) for point in points}
-    outputs = decode(base, adapter, prompts, cuts, generation, reporter, saved)
+    outputs = decode(base, adapter, prompts, cuts, generation, reporter, saved, team)
     statistics = {
         point: compute_statistics(texts, references, metric=settings.metric, lang=settings.lang)
         for point, texts in outputs.items()
     }
     sweep = Sweep(statistics, settings, order)
-    if predictions:
+    if predictions and team.is_first:
         with open_text_output(predictions) as stream:
             write_records(_predictions(records, outputs, settings), stream)
     for line in sweep.notes:
@@ -116,11 +119,12 @@ def decode(
     settings: GenerationSettings,
     reporter: Reporter,
     saved: SavedValues | None = None,
+    team: Team = ALONE,
 ) -> dict[K, list[str]]:
     """Return, by the keys of `cuts`, the greedy output for every prompt, in their order.
 
     Cuts that leave the same LoRA are decoded once, and those in `saved` not again. Half precision
-    decodes all again: other batches would round otherwise.
+    decodes all again: other batches would round otherwise. Processes of a team share the prompts.
     """
     layers = attach(base, adapter)
     places = {layer_of(name) for name in layers}
@@ -132,12 +136,12 @@ def decode(
     written = {place: tokens for place, tokens in saved_tokens.items() if tokens is not None}
     done = dict(written)
     with Gates(layers).standing() as gates:
-        outputs = _outputs(base, gates, rows, distinct, settings, reporter, done)
+        outputs = _shared_outputs(base, gates, rows, distinct, settings, reporter, done, team)
         new = (output for output in outputs if (output.cut, output.prompt) not in done)
         for output in reporter.timed(new, "decoding", len(names) - len(done)):
             place = output.cut, output.prompt
             written[place] = saved.find(names[place], int, functools.partial(list, output.tokens))
-        if base.dtype != torch.float32:
+        if base.dtype != torch.float32 and team.is_first:
             reporter.note(_rounding_note(base, gates, rows, settings, written, reporter))
     texts = {place: text_of(base, tokens) for place, tokens in written.items()}
     by_cut = {cut: [texts[cut, number] for number in range(len(prompts))] for cut in distinct}
@@ -149,6 +153,42 @@ def _names(prompts: Sequence[Example], cuts: Sequence[Cut]) -> dict[tuple[Cut, i
     sample = run_key([list(prompt.ids) for prompt in prompts], [asdict(cut) for cut in cuts])
     places = itertools.product(enumerate(cuts), range(len(prompts)))
     return {(cut, n): f"{sample[:12]} output {number} {n}" for (number, cut), n in places}
+
+
+def _shared_outputs(
+    base: Base,
+    gates: Gates,
+    prompts: Sequence[PromptTokens],
+    cuts: Sequence[Cut],
+    settings: GenerationSettings,
+    reporter: Reporter,
+    done: Done,
+    team: Team,
+) -> Iterator[Output]:
+    """Yield the outputs of `_outputs`; of several processes each decodes a share of the prompts.
+
+    They exchange outputs after every few batches, so that the first can save them.
+    """
+    if team.count == 1:
+        yield from _outputs(base, gates, prompts, cuts, settings, reporter, done)
+        return
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+
+    def decode_share(numbers: Sequence[int]) -> list[Output]:
+        places = {number: place for place, number in enumerate(numbers)}
+        known = {
+            (cut, places[number]): tokens
+            for (cut, number), tokens in done.items()
+            if number in places
+        }
+        own = [prompts[number] for number in numbers]
+        outputs = _outputs(base, gates, own, cuts, settings, reporter, known)
+        return [output._replace(prompt=numbers[output.prompt]) for output in outputs]
+
+    for numbers in in_batches(order, _BATCHES_A_ROUND * settings.batch_size * team.count):
+        shares = [numbers[first :: team.count] for first in range(team.count)]
+        for outputs in team.in_turn([share for share in shares if share], decode_share):
+            yield from outputs
 
 
 def _outputs(

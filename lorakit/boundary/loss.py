@@ -20,11 +20,13 @@ from lorakit.boundary.evaluate import draw_sample
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.layerwise import Losses, layerwise_for, read_alone
 from lorakit.boundary.strip import check_layers_are_named
+from lorakit.boundary.turns import values_in_turn
 from lorakit.models.base import Base
 from lorakit.models.batches import micro_batches
 from lorakit.models.lora import attach
 from lorakit.models.memory import BatchSize
 from lorakit.models.predictions import encoder_of
+from lorakit.models.sharing import ALONE, Team
 from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
 from lorakit.runs.resume import SavedValues, nothing_saved, run_key
@@ -46,10 +48,12 @@ def evaluate_loss(
     generation: GenerationSettings,
     reporter: Reporter,
     saved: SavedValues | None = None,
+    team: Team = ALONE,
 ) -> Sweep:
     """Measure the loss on a sample of `data` at every boundary, and every factor.
 
-    The losses of each batch are added to `saved`, and not computed if they are there.
+    The losses of each batch are added to `saved`, and not computed if they are there; processes of
+    a team take the batches in turn.
     Raises LorakitError naming file and line for a record that cannot be used, such as one without a
     completion, and for an adapter or a boundary that does not fit the base.
     """
@@ -63,7 +67,8 @@ def evaluate_loss(
     encoder = encoder_of(base, adapter, generation)
     examples = encode_all(records, encoder.example, reporter.note)
     cuts = {point: cut_at(point, order) for point in points}
-    losses = losses_under(base, adapter, examples, cuts, generation.batch_size, reporter, saved)
+    rows = generation.batch_size
+    losses = losses_under(base, adapter, examples, cuts, rows, reporter, saved, team)
     sweep = Sweep(
         {point: loss_statistics(sums, examples) for point, sums in losses.items()}, settings, order
     )
@@ -86,6 +91,7 @@ def losses_under(
     batch_size: int,
     reporter: Reporter,
     saved: SavedValues | None = None,
+    team: Team = ALONE,
 ) -> dict[K, list[float]]:
     """Return, by the keys of `cuts`, the summed loss of each example's completion, in nats.
 
@@ -103,12 +109,14 @@ def losses_under(
     sums: dict[Cut, list[float]] = {cut: [0.0] * len(examples) for cut in distinct}
     with Gates(layers).standing() as gates:
         read = _reader(base, gates, examples, distinct, reporter)
+        names = [f"{run[:12]} loss {number}" for number in range(len(batches))]
+        values = values_in_turn(
+            names, lambda n: _totals(batches[n], distinct, read, size), saved, team
+        )
         steps = (
-            (rows, cut, totals)
-            for number, rows in enumerate(batches)
-            for cut, totals in _totals(
-                rows, distinct, read, saved, f"{run[:12]} loss {number}", size
-            )
+            (rows, cut, totals[n * len(rows) : (n + 1) * len(rows)])
+            for rows, totals in zip(batches, values, strict=True)
+            for n, cut in enumerate(distinct)
         )
         for rows, cut, totals in reporter.timed(steps, "reading", len(batches) * len(distinct)):
             for row, total in zip(rows, totals, strict=True):
@@ -122,29 +130,19 @@ def _micro_batches(examples: Sequence[Example], rows: int) -> list[list[Example]
 
 
 def _totals(
-    rows: Sequence[Example],
-    cuts: Sequence[Cut],
-    read: Read,
-    saved: SavedValues,
-    name: str,
-    size: BatchSize,
-) -> Iterator[tuple[Cut, Sequence[float]]]:
-    """Yield the summed losses of rows under each cut: those saved under a name, or read now."""
+    rows: Sequence[Example], cuts: Sequence[Cut], read: Read, size: BatchSize
+) -> list[float]:
+    """Return the summed loss of every row under the first cut, then under the next, and so on."""
+    totals: dict[tuple[Cut, int], float] = {}
 
-    def measure() -> list[float]:
-        totals: dict[tuple[Cut, int], float] = {}
+    def read_part(part: Sequence[Example]) -> None:
+        for losses in read(part, cuts):
+            for row, total in zip(part, losses.sums.tolist(), strict=True):
+                totals[losses.cut, id(row)] = total
 
-        def read_part(part: Sequence[Example]) -> None:
-            for losses in read(part, cuts):
-                for row, total in zip(part, losses.sums.tolist(), strict=True):
-                    totals[losses.cut, id(row)] = total
-
-        for _ in size.over(rows, read_part, _micro_batches):
-            pass
-        return [totals[cut, id(row)] for cut in cuts for row in rows]
-
-    values, count = saved.find(name, float, measure), len(rows)
-    yield from ((cut, values[n * count : (n + 1) * count]) for n, cut in enumerate(cuts))
+    for _ in size.over(rows, read_part, _micro_batches):
+        pass
+    return [totals[cut, id(row)] for cut in cuts for row in rows]
 
 
 def _reader(

@@ -22,12 +22,14 @@ from lorakit.boundary.gates import Gates
 from lorakit.boundary.records import ComparedCurve, Comparison, Curve, ProbabilityRecord
 from lorakit.boundary.strip import check_layers_are_named
 from lorakit.boundary.tail import Tail, TailWatch
+from lorakit.boundary.turns import values_in_turn
 from lorakit.models.architecture import Model, decoder_layers
 from lorakit.models.base import Base
 from lorakit.models.batches import IGNORED, MicroBatch, completion_logits, lay_out
 from lorakit.models.lora import attach
 from lorakit.models.memory import BatchSize, in_batches
 from lorakit.models.predictions import encoder_of
+from lorakit.models.sharing import ALONE, Team
 from lorakit.models.tokens import Example, encode_all
 from lorakit.reporting import Reporter
 from lorakit.runs.resume import SavedValues, nothing_saved, run_key
@@ -89,6 +91,7 @@ def read_probabilities(
     generation: GenerationSettings,
     reporter: Reporter,
     saved: SavedValues | None = None,
+    team: Team = ALONE,
 ) -> list[ProbabilityRecord]:
     """Return a record for each boundary k: the probabilities after k layers, by position.
 
@@ -96,8 +99,9 @@ def read_probabilities(
     scores is marked best; where there is none, the last boundary, with a note. `compared` has the
     same curves for the adapter stripped at each boundary of `settings.compare`, with the
     differences of `probabilities` from the whole adapter's. The sums of each batch are added to
-    `saved`, and not computed if they are there. Raises LorakitError for records that
-    cannot be used, and for an adapter or a boundary that does not fit the base.
+    `saved`, and not computed if they are there; processes of a team take the batches in turn.
+    Raises LorakitError for records that cannot be used, and for an adapter or a boundary that does
+    not fit the base.
     """
     check_layers_are_named(adapter)
     boundaries = pick_boundaries(settings.boundaries, base.layers)
@@ -114,16 +118,19 @@ def read_probabilities(
     sums: dict[int, _Sums] = {}
     with Gates(attach(base, adapter)).standing() as gates:
         places = [(k, number) for k in (base.layers, *compared) for number in range(len(batches))]
-        for k, number in reporter.timed(places, "reading", len(places)):
 
-            def measure(k: int = k, number: int = number) -> list[float]:
-                def read(rows: Sequence[Example]) -> _Sums:
-                    return _sums_under(base, gates, k, rows, settings.tokens)
+        def measure(place: int) -> list[float]:
+            k, number = places[place]
 
-                parts = batch_size.over(batches[number], read)
-                return functools.reduce(_Sums.plus, parts).as_list()
+            def read(rows: Sequence[Example]) -> _Sums:
+                return _sums_under(base, gates, k, rows, settings.tokens)
 
-            values = saved.find(f"{run[:12]} sums {k} {number}", float, measure)
+            parts = batch_size.over(batches[number], read)
+            return functools.reduce(_Sums.plus, parts).as_list()
+
+        names = [f"{run[:12]} sums {k} {number}" for k, number in places]
+        read_places = zip(places, values_in_turn(names, measure, saved, team), strict=True)
+        for (k, _), values in reporter.timed(read_places, "reading", len(places)):
             part = _Sums.from_list(values, settings.tokens)
             sums[k] = sums[k].plus(part) if k in sums else part
     curves = {k: total.means() for k, total in sums.items()}

@@ -21,6 +21,7 @@ from lorakit.errors import LorakitError
 from lorakit.files import explain
 from lorakit.foreign_text import printable
 from lorakit.reporting import EpochReport, StepReport
+from lorakit.runs.processes import is_first_process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,12 +32,13 @@ T = TypeVar("T")
 class TerminalReporter:
     """Reports on stderr, unless it is quiet, and in a log, if there is one.
 
-    As a context manager it ends the bar and closes the log of a training run.
+    Of several processes only the first reports. As a context manager it ends the bar and closes the
+    log of a training run.
     """
 
     def __init__(self, *, quiet: bool, log: str | None = None, append: bool = False) -> None:
-        self._quiet = quiet
-        self._log_path, self._append = log, append
+        self._quiet = quiet or not is_first_process()
+        self._log_path, self._append = log if is_first_process() else None, append
         self._log: IO[str] | None = None
         self._epochs = 0
         self._advance_bar: Callable[[str], None] | None = None

@@ -10,6 +10,7 @@ import click
 from lorakit.commands import _boundary_options, _options
 from lorakit.files import STDIO
 from lorakit.reach import check_model
+from lorakit.runs.processes import is_first_process
 from lorakit.settings import LOSS, BoundarySettings, GenerationSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -75,22 +76,27 @@ def find_boundary(
     from lorakit.commands._opening import open_base
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import open_text_output
+    from lorakit.models.sharing import new_team
     from lorakit.records.jsonl import write_records
     from lorakit.runs.resume import SavedValues, path_beside, run_key
     from lorakit.runs.sole_writer import refuse_second_writer, sole_writer
 
     reporter = TerminalReporter(quiet=quiet)
-    refuse_second_writer(output)
+    refuse_second_writer(output, writes=is_first_process())
     loaded = load_adapter(adapter)
     base = open_base(
         model, [loaded], generation.device, generation.dtype, reporter.note, training=False
     )
+    team = new_team(base.device.type)
     key = run_key(asdict(boundary), asdict(generation), base.record, loaded.sha256)
     side = path_beside(output, "resume")
     with (
-        sole_writer(output),
-        SavedValues(side, resume=resume, writer="find-boundary", key=key) as saved,
+        sole_writer(output, writes=team.is_first),
+        SavedValues(
+            side, resume=resume, writer="find-boundary", writes=team.is_first, key=key
+        ) as saved,
     ):
+        saved.values = team.from_first(saved.values)
         if len(saved):
             reporter.note("going on with what the killed run has computed")
         rows: Sequence[BoundaryRecord]
@@ -103,6 +109,7 @@ def find_boundary(
                 generation=generation,
                 reporter=reporter,
                 saved=saved,
+                team=team,
             ).as_records()
         elif boundary.by == "evaluation":
             rows = evaluate(
@@ -114,6 +121,7 @@ def find_boundary(
                 reporter=reporter,
                 predictions=predictions,
                 saved=saved,
+                team=team,
             ).as_records()
         else:
             rows = read_probabilities(
@@ -124,7 +132,10 @@ def find_boundary(
                 generation=generation,
                 reporter=reporter,
                 saved=saved,
+                team=team,
             )
+        if not team.is_first:
+            return
         if plot:
             draw = plot_boundaries if boundary.by == "evaluation" else plot_probabilities
             draw(rows, output=plot)

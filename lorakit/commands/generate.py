@@ -11,6 +11,7 @@ from lorakit.commands import _options
 from lorakit.commands._types import Real, ServerUrl, StopText, Whole
 from lorakit.files import STDIO
 from lorakit.reach import check_model
+from lorakit.runs.processes import is_first_process
 from lorakit.settings import AskingSettings, GenerationSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ def generate(
 
     reporter = TerminalReporter(quiet=quiet)
     if endpoint is not None and served_model is not None:
+        if not is_first_process():
+            return
         from lorakit.judging.opening import open_endpoint
         from lorakit.judging.served import write_served_predictions
 
@@ -157,18 +160,19 @@ def generate(
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base
     from lorakit.models.predictions import write_predictions, write_predictions_of_each
+    from lorakit.models.sharing import new_team
     from lorakit.runs.sole_writer import refuse_second_writer
 
     examples = load_few_shot(few_shot, generation.shots, generation.seed)
     if NAME not in output:
-        refuse_second_writer(output)
+        refuse_second_writer(output, writes=is_first_process())
     loaded = [load_adapter(adapter) for adapter in adapters]
     if not loaded:
         reporter.note("no ADAPTER: the base model answers zero-shot")
     base = open_base(
         model, loaded, generation.device, generation.dtype, reporter.note, training=False
     )
-    outputs = _outputs(output, loaded)
+    outputs, team = _outputs(output, loaded), new_team(base.device.type)
     if len(loaded) > 1:
         write_predictions_of_each(
             base,
@@ -179,6 +183,7 @@ def generate(
             resume=resume,
             reporter=reporter,
             few_shot=examples,
+            team=team,
         )
         return
     write_predictions(
@@ -190,6 +195,7 @@ def generate(
         resume=resume,
         reporter=reporter,
         few_shot=examples,
+        team=team,
     )
 
 

@@ -7,6 +7,7 @@ import click
 from lorakit.commands import _options
 from lorakit.files import STDIO
 from lorakit.reach import check_model
+from lorakit.runs.processes import is_first_process
 from lorakit.settings import ModelSettings, TrainingSettings
 
 
@@ -56,7 +57,8 @@ def inspect(
     if resume and not importance:
         raise click.UsageError("--resume is for --importance; all else is done at once.")
     if data is None:
-        _describe(adapter, layout, output)
+        if is_first_process():
+            _describe(adapter, layout, output)
         return
     _measure(
         adapter, data, plot, output, resume=resume, quiet=quiet, model=model, training=training
@@ -109,7 +111,7 @@ def _measure(
     base = open_base(
         model, [adapter], training.device, training.dtype, reporter.note, training=False
     )
-    with sole_writer(output):
+    with sole_writer(output, writes=is_first_process()):
         rows = measure_importance(
             base,
             adapter,
@@ -119,6 +121,8 @@ def _measure(
             resume=resume,
             reporter=reporter,
         )
+        if not is_first_process():
+            return
         if plot:
             plot_importance(rows, output=plot)
         with open_text_output(output) as stream:

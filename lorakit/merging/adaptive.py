@@ -28,6 +28,7 @@ from lorakit.merging.outcome import (
 from lorakit.merging.pruner import Pruner, shares_reset
 from lorakit.merging.search import BUDGET, Candidate, Search, search_by_ladder, search_grid
 from lorakit.models.base import Base
+from lorakit.models.sharing import team_of
 from lorakit.reporting import Reporter
 from lorakit.runs.resume import SavedValues, path_beside, run_key
 from lorakit.runs.sole_writer import sole_writer
@@ -132,6 +133,7 @@ def _search_and_write(
         sole_writer(output, writes=is_main, adapter=True),
         SavedValues(side, resume=resume, writer="merge", writes=is_main, key=key) as saved,
     ):
+        saved.values = team_of(merge.accelerator).from_first(saved.values)
         search = Search(
             merge.trainer,
             validation.value,

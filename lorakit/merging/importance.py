@@ -24,13 +24,15 @@ from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import check_fits
 from lorakit.models.predictions import encoder_of
+from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import Example, encode_all
 from lorakit.records.jsonl import load_records
 from lorakit.reporting import Reporter, Silent
+from lorakit.runs.processes import LostProcessError, is_first_process
 from lorakit.runs.signals import STOPPED, deferred
 from lorakit.settings import TrainingSettings
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
-from lorakit.training.loss import BatchLoss, new_accelerator
+from lorakit.training.loss import BatchLoss
 
 _SECONDS = 30  # between two checkpoints
 
@@ -69,6 +71,8 @@ def measure_importance(
     examples = encode_all(records, encoder.example, (reporter or Silent()).note)
     shaping = [list(example.ids) for example in examples], settings.micro_batch_tokens
     checkpoint = checkpoint_of(output, "importance", base.record, adapter.sha256, *shaping)
+    if not is_first_process():
+        checkpoint = Checkpoint(None, checkpoint.key)
     if not resume:
         checkpoint.remove()
     return importance_on(base, adapter, examples, settings=settings, checkpoint=checkpoint)
@@ -129,21 +133,24 @@ def _read_rest(
 ) -> None:
     """Run all micro-batches through the model, from the first that is not in the checkpoint on.
 
-    One is saved every _SECONDS and where Ctrl-C, SIGTERM or SIGHUP ends the run.
+    One is saved every _SECONDS, and where Ctrl-C, SIGTERM, SIGHUP or the end of another process of
+    the run ends it.
     """
-    sums, done = checkpoint.saved_sums()
+    team = losses.team
+    sums, done = team.from_first(checkpoint.saved_sums())
     if done:
         norms.restore_(sums)
     saved_at = time.monotonic()
+    runs = losses.micro_batches(examples)
     try:
-        for rows in losses.own_micro_batches(examples)[done:]:
+        while done < len(runs):
             with deferred():
-                losses.read(rows)
-                done += 1
+                losses.read(runs[done : done + team.count])
+                done = min(done + team.count, len(runs))
             if time.monotonic() > saved_at + _SECONDS:
                 checkpoint.save_sums(norms.state(), done)
                 saved_at = time.monotonic()
-    except STOPPED:
+    except (*STOPPED, LostProcessError):
         checkpoint.save_sums(norms.state(), done)
         raise
 

@@ -7,13 +7,13 @@ norm; section 3.2), and likewise ‖(A·x)_k‖₂. A hook on PEFT's lora_A sees
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from lorakit.models.lora import ADAPTER, PeftLayer
-from lorakit.training.loss import BatchLoss
+from lorakit.training.loss import BatchLoss, Blind
 from lorakit.training.step_hook import State, StepHook
 
 _KINDS = ("x", "ax", "tokens")  # the names of the sums in a checkpoint
@@ -26,6 +26,10 @@ class _Sums(NamedTuple):
     of_x: torch.Tensor
     of_ax: torch.Tensor
     tokens: torch.Tensor
+
+    def plus(self, other: _Sums) -> _Sums:
+        """Return the sums over the tokens of both."""
+        return _Sums(*(mine + more for mine, more in zip(self, other, strict=True)))
 
 
 class InputNorms(StepHook):
@@ -41,6 +45,7 @@ class InputNorms(StepHook):
         self._layers = layers
         self._every = every
         self._sums: dict[str, _Sums] = {}
+        self._parts: dict[str, _Sums] = {}  # of the current micro-batch
         self._mask: torch.Tensor | None = None  # (rows, length) of the current micro-batch
         self.version = 0
 
@@ -59,31 +64,26 @@ class InputNorms(StepHook):
 
     @contextlib.contextmanager
     def around_validation(self, losses: BatchLoss) -> Iterator[None]:
-        """Collect from every forward pass inside the block; then sum over all processes.
+        """Collect from every forward pass inside the block.
 
         Where the block ends with an error, the norms stay those of the pass before.
         """
         before = self._sums
-        self._clear()
-        losses.watch, losses.restart = self._take_mask, self._clear
+        self.restart()
+        losses.watcher = self
         handles = [
-            layer.lora_A[ADAPTER].register_forward_hook(self._adding_to(name), prepend=True)
+            layer.lora_A[ADAPTER].register_forward_hook(self._noting(name), prepend=True)
             for name, layer in self._layers.items()
         ]
         try:
             yield
-            collected, self._sums = self._sums, before
         except BaseException:
             self._sums = before
             raise
         finally:
-            losses.restart = lambda: None
+            losses.watcher = Blind()
             for handle in handles:
                 handle.remove()
-        self._sums = {
-            name: _Sums(*(losses.summed(value) for value in sums))
-            for name, sums in collected.items()
-        }
         self.version += 1
 
     def state(self) -> State:
@@ -101,30 +101,51 @@ class InputNorms(StepHook):
             self._sums[name] = _Sums(*(state[f"{kind}.{name}"].to(device) for kind in _KINDS))
         self.version += 1
 
-    def _clear(self) -> None:
+    def restart(self) -> None:
+        """Begin the sums anew."""
         self._sums = {name: _zeros(layer) for name, layer in self._layers.items()}
 
-    def _take_mask(self, mask: torch.Tensor | None) -> None:
+    def expect(self, mask: torch.Tensor | None) -> None:
+        """Take the mask of the next micro-batch."""
         self._mask = mask
+        self._parts = {}
 
-    def _adding_to(self, name: str) -> _ForwardHook:
-        """Return the hook that adds the squares of one forward pass to a module's sums."""
+    def parts(self) -> list[torch.Tensor]:
+        """Return the sums of the micro-batch just read, of every module in order."""
+        layers = self._layers.items()
+        by_module = (self._parts.get(name) or _zeros(layer) for name, layer in layers)
+        return [value for sums in by_module for value in sums]
 
-        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            of_x, of_ax, tokens = self._sums[name]
+    def add(self, parts: Sequence[torch.Tensor]) -> None:
+        """Add what `parts` returned to the sums."""
+        values = iter(parts)
+        self._sums = {
+            name: sums.plus(_Sums(next(values), next(values), next(values)))
+            for name, sums in self._sums.items()
+        }
+
+    def _noting(self, name: str) -> _ForwardHook:
+        """Return the hook that notes the squares of one forward pass of a module."""
+
+        def note(
+            module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
+        ) -> None:
             x, ax = self._unpadded(inputs[0]), self._unpadded(output)
-            self._sums[name] = _Sums(
-                of_x + x.float().square().sum(0),
-                of_ax + ax.float().square().sum(0),
-                tokens + len(x),
-            )
+            sums = _Sums(x.float().square().sum(0), ax.float().square().sum(0), _count(x))
+            before = self._parts.get(name)
+            self._parts[name] = sums if before is None else before.plus(sums)
 
-        return add
+        return note
 
     def _unpadded(self, values: torch.Tensor) -> torch.Tensor:
         """Return the features (tokens, features) of the tokens that are not padding."""
         flat = values.detach().flatten(0, -2)
         return flat if self._mask is None else flat[self._mask.flatten()]
+
+
+def _count(rows: torch.Tensor) -> torch.Tensor:
+    """Return the number of rows, () float32."""
+    return rows.new_tensor(float(len(rows)), dtype=torch.float32)
 
 
 def _zeros(layer: PeftLayer) -> _Sums:

@@ -31,10 +31,10 @@ from lorakit.models.lora import (
     set_factors,
     set_rank_scales,
 )
+from lorakit.models.sharing import new_accelerator, team_of
 from lorakit.models.tokens import Encoder
 from lorakit.reporting import Reporter
 from lorakit.settings import PruningSettings, SelectionSettings, TrainingSettings
-from lorakit.training.loss import new_accelerator
 from lorakit.training.selection import MetricMeasure, measure_of
 from lorakit.training.train import Corpus, load_corpus, resolve_auto, trained_header, versions
 from lorakit.training.trainer import Trainer
@@ -104,7 +104,9 @@ class Merge:
 
     def measure(self, metric: str) -> MetricMeasure | None:
         """Return the measure of the model by `metric`, or None if that is the validation loss."""
-        return measure_of(metric, self.base, self.encoder, self.corpus.records, self.selection)
+        team = team_of(self.accelerator)
+        records, selection = self.corpus.records, self.selection
+        return measure_of(metric, self.base, self.encoder, records, selection, team)
 
     def export(
         self, best: Factors, entry: HistoryEntry, reset: Mapping[str, float] | None = None

@@ -24,13 +24,14 @@ from lorakit.adapters.tensors import Pair
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.lora import attach, set_factors
+from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import encode_all
 from lorakit.records.jsonl import load_records
 from lorakit.reporting import Reporter
 from lorakit.runs.resume import SavedValues, path_beside, run_key
 from lorakit.runs.sole_writer import sole_writer
 from lorakit.settings import TrainingSettings
-from lorakit.training.loss import BatchLoss, new_accelerator
+from lorakit.training.loss import BatchLoss
 from lorakit.training.train import resolve_auto, trained_header, versions
 
 EVALUATIONS = 40
@@ -98,6 +99,7 @@ def merge_lorahub(
         sole_writer(output, writes=is_main, adapter=True),
         SavedValues(side, resume=resume, writer="merge", writes=is_main, key=key) as saved,
     ):
+        saved.values = losses.team.from_first(saved.values)
         points = search_weights(loss_at, len(adapters), report)
         best = min(points, key=lambda point: point.objective)
         if not any(best.weights):

@@ -6,16 +6,17 @@ A hook on PEFT's lora_B sees B·A·x; s of ΔW = s·B·A is applied afterwards.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.models.base import Base
 from lorakit.models.lora import ADAPTER, attach
+from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import Example
 from lorakit.settings import TrainingSettings
-from lorakit.training.loss import BatchLoss, new_accelerator
+from lorakit.training.loss import BatchLoss
 
 _ForwardHook = Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], None]
 
@@ -32,8 +33,7 @@ def mean_outputs(
     losses = BatchLoss(
         base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
     )
-    sums = _SquareSums()
-    losses.watch, losses.restart = sums.take_mask, sums.by_module.clear
+    losses.watcher = sums = _SquareSums(layers, base.device)
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
             hook = layer.lora_B[ADAPTER].register_forward_hook(sums.adding_to(name))
@@ -41,7 +41,7 @@ def mean_outputs(
         losses.mean(examples)
     count = sum(len(example.ids) - 1 for example in examples)
     return {
-        name: float(losses.summed(sums.by_module[name])) * layer.scaling[ADAPTER] ** 2 / count
+        name: float(sums.by_module[name]) * layer.scaling[ADAPTER] ** 2 / count
         for name, layer in layers.items()
     }
 
@@ -49,12 +49,24 @@ def mean_outputs(
 class _SquareSums:
     """‖B·A·x‖² by module, summed in float32 over the tokens that are not padding."""
 
-    def __init__(self) -> None:
-        self.by_module: dict[str, torch.Tensor] = {}
+    def __init__(self, modules: Iterable[str], device: torch.device) -> None:
+        self._nothing = dict.fromkeys(modules, torch.zeros((), device=device))
         self._mask: torch.Tensor | None = None  # (rows, length) of the current micro-batch
+        self._parts: dict[str, torch.Tensor] = {}  # its sums
+        self.restart()
 
-    def take_mask(self, mask: torch.Tensor | None) -> None:
-        self._mask = mask
+    def restart(self) -> None:
+        self.by_module = dict(self._nothing)
+
+    def expect(self, mask: torch.Tensor | None) -> None:
+        self._mask, self._parts = mask, dict(self._nothing)
+
+    def parts(self) -> list[torch.Tensor]:
+        return list(self._parts.values())
+
+    def add(self, parts: Sequence[torch.Tensor]) -> None:
+        sums = zip(self.by_module.items(), parts, strict=True)
+        self.by_module = {name: total + part for (name, total), part in sums}
 
     def adding_to(self, name: str) -> _ForwardHook:
         """Return the hook that adds the squares of one forward pass to a module's sum."""
@@ -63,6 +75,6 @@ class _SquareSums:
             squares = output.detach().float().square().sum(-1).flatten()
             if self._mask is not None:
                 squares = squares[self._mask.flatten()]
-            self.by_module[name] = self.by_module.get(name, 0) + squares.sum()
+            self._parts[name] = self._parts[name] + squares.sum()
 
         return add

@@ -20,7 +20,7 @@ from lorakit.runs.resume import SavedValues
 from lorakit.settings import PruningSettings
 from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.step_hook import State
-from lorakit.training.train import Corpus
+from lorakit.training.train import Corpus, check_same_run
 from lorakit.training.trainer import Trainer, Weights
 
 BUDGET = 4.5  # the optimiser steps of a ladder search, as a multiple of its baseline's
@@ -92,6 +92,7 @@ class Search:
         if trainer.accelerator.is_main_process and not self._resume:
             candidate.checkpoint.remove()  # another search's
         restored = self._resume and candidate.checkpoint.restore_(trainer)
+        check_same_run(trainer.losses.team, candidate.checkpoint.key, trainer.progress.step)
         if not restored:
             trainer.restore_hooks_(self._start_states)
         reporter = _CandidateReporter(self._reporter, name)

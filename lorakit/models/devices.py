@@ -49,10 +49,12 @@ def pick_device(choice: str) -> torch.device:
     if not available[choice]:
         raise LorakitError(f"this machine has no {choice} device; use --device auto")
     if choice == "cuda":  # one process per GPU, under torchrun or `accelerate launch`
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if rank >= torch.cuda.device_count():
+        rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        processes = max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if processes > gpus:
             raise LorakitError(
-                f"there is no GPU for process {rank}; start at most {torch.cuda.device_count()}"
+                f"this machine has fewer GPUs than processes, {gpus} for {processes}; start at "
+                f"most {gpus} on it"
             )
         return torch.device("cuda", rank)
     return torch.device(choice)

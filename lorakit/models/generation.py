@@ -2,7 +2,8 @@
 
 Records are taken a window at a time, so that memory holds one window. Within it they are batched by
 length, which leaves little padding, and yielded in their original order. In float32 the output for
-a record is the same in a batch as alone. Files are read and written in predictions.py.
+a record is the same in a batch as alone. Several processes take the batches of a window in turn.
+Files are read and written in predictions.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import transformers
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.chat import reasons
-from lorakit.models.memory import BatchSize
+from lorakit.models.memory import BatchSize, in_batches
+from lorakit.models.sharing import ALONE, Team
 from lorakit.models.tokens import Encoder, Example
 from lorakit.records.completions import Completion, completion_in, stopped, with_completions
 from lorakit.records.few_shot import NO_EXAMPLES, FewShot
@@ -24,6 +26,7 @@ from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
 
 BATCHES_A_WINDOW = 16
+_SEEDS_APART = 0x9E37_79B9_7F4A_7C15  # the seeds of a window's batches: 2^64 over the golden ratio
 
 
 def window_size(settings: GenerationSettings) -> int:
@@ -40,47 +43,62 @@ def generate(
     first: int = 0,
     few_shot: FewShot = NO_EXAMPLES,
     note: Callable[[str], None] = lambda text: None,
+    team: Team = ALONE,
 ) -> Iterator[tuple[Record, Example]]:
     """Yield each record with its `prediction`, and its prompt in tokens, in order.
 
     Examples of `few_shot` come before each prompt. `first` is the number of records before these (a
-    multiple of the window), which seeds sampling. Where memory runs out, batches are halved from
-    then on, and `note` gets a line. Raises LorakitError naming a record whose prompt leaves no room
-    for the new tokens.
+    multiple of the window), which seeds sampling. Every process of the `team` yields all of them;
+    the first one's `records` and `first` count. Where memory runs out, batches are halved from then
+    on, and `note` gets a line. Raises LorakitError naming a record whose prompt leaves no room for
+    the new tokens.
     """
     size, batch_size = window_size(settings), BatchSize(settings.batch_size, note)
-    iterator = iter(records)
-    for number in itertools.count(first // size):
-        window = list(itertools.islice(iterator, size))
+    iterator, number = iter(records), first // size
+    while True:
+        number, window = team.from_first((number, list(itertools.islice(iterator, size))))
         if not window:
             return
         room = settings.max_new_tokens
         prompts = [encoder.prompt(record, room, few_shot.before(record)) for record in window]
-        torch.manual_seed(settings.seed * 1_000_003 + number)
         rows = [prompt for prompt in prompts for _ in range(settings.samples)]
-        completions = iter(_complete_window(base, rows, settings, batch_size))
+        seed = settings.seed * 1_000_003 + number
+        completions = iter(_complete_window(base, rows, settings, batch_size, seed, team))
         for record, prompt in zip(window, prompts, strict=True):
             samples = list(itertools.islice(completions, settings.samples))
             yield with_completions(record, samples), prompt
+        number += 1
 
 
 def _complete_window(
-    base: Base, prompts: Sequence[Example], settings: GenerationSettings, batch_size: BatchSize
+    base: Base,
+    prompts: Sequence[Example],
+    settings: GenerationSettings,
+    batch_size: BatchSize,
+    seed: int,
+    team: Team,
 ) -> list[Completion]:
-    """Return the completion of each prompt, in their order; batches are cut longest first."""
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
-    completions = [Completion("")] * len(prompts)
+    """Return the completion of each prompt, in their order; batches are cut longest first.
 
-    def complete_batch(places: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    Each batch draws from a seed of its own, so that it may be any process's.
+    """
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
+
+    def complete_rows(places: Sequence[int]) -> list[Completion]:
         rows = [prompts[place].ids for place in places]
         opened = [prompts[place].opens_reasoning for place in places]
-        return zip(places, complete(base, rows, settings, opened), strict=True)
+        written = zip(complete(base, rows, settings, opened), opened, strict=True)
+        return [completion_of(base, ids, settings.stop, opened=opens) for ids, opens in written]
 
-    for batch in batch_size.over(order, complete_batch):
-        for place, ids in batch:
-            opens = prompts[place].opens_reasoning
-            completions[place] = completion_of(base, ids, settings.stop, opened=opens)
-    return completions
+    def complete_batch(numbered: tuple[int, Sequence[int]]) -> list[Completion]:
+        index, places = numbered
+        torch.manual_seed((seed + index * _SEEDS_APART) % 2**63)
+        return [row for part in batch_size.over(places, complete_rows) for row in part]
+
+    batches = list(enumerate(in_batches(order, settings.batch_size)))
+    completions = (row for batch in team.in_turn(batches, complete_batch) for row in batch)
+    by_place = dict(zip(order, completions, strict=True))
+    return [by_place[place] for place in range(len(prompts))]
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from lorakit.models.base import Base
 from lorakit.models.chat import S, following
 from lorakit.models.generation import generate, window_size
 from lorakit.models.lora import attach
+from lorakit.models.sharing import ALONE, Team
 from lorakit.models.tokens import CutTally, Encoder, Example
 from lorakit.records.completions import skip_done
 from lorakit.records.few_shot import NO_EXAMPLES, FewShot
@@ -38,16 +39,22 @@ def write_predictions(
     reporter: Reporter,
     resume: bool = False,
     few_shot: FewShot = NO_EXAMPLES,
+    team: Team = ALONE,
 ) -> None:
     """Complete every record of `data`, writing each to `output` as soon as it is done.
 
-    Raises LorakitError naming file and line for a record that cannot be used; what was written up
-    to then stays beside the output for `resume`.
+    Of a team's processes the first alone reads and writes. Raises LorakitError naming file and line
+    for a record that cannot be used; what was written up to then stays beside the output for
+    `resume`.
     """
     settings = _settings_for(adapter, settings)
     encoder = base.encoder_for(settings)
     if adapter is not None:
         attach(base, adapter)
+    if not team.is_first:
+        for _ in generate(base, encoder, (), settings, few_shot=few_shot, team=team):
+            pass
+        return
     records = reporter.track(read_records(data, "prompt"), "generating")
     tally = CutTally()
     key = _key(base, adapter, settings, few_shot)
@@ -64,6 +71,7 @@ def write_predictions(
             first=len(done),
             few_shot=few_shot,
             note=reporter.note,
+            team=team,
         )
         fields = (_tallied(record, prompt, tally) for record, prompt in completed)
         if not write_records(fields, stream) + len(done):
@@ -82,20 +90,21 @@ def write_predictions_of_each(
     reporter: Reporter,
     resume: bool = False,
     few_shot: FewShot = NO_EXAMPLES,
+    team: Team = ALONE,
 ) -> None:
     """Write the predictions of several adapters, one after the other, each to its own output.
 
     A hidden file beside each output that is done lets a resumed run pass over it; they are deleted
     at the end. Raises LorakitError as `write_predictions` does.
     """
-    for output in outputs:
+    for output in outputs if team.is_first else ():
         check_output(output)
         if not resume:
             delete_siblings(output, "[0-9a-f]{12}[.]done")
     keys = [_key(base, each, _settings_for(each, settings), few_shot) for each in adapters]
     marks = [hidden_path_beside(*pair) for pair in zip(outputs, map(_mark, keys), strict=True)]
     for adapter, output, mark in zip(adapters, outputs, marks, strict=True):
-        if resume and mark.exists() and _holds_all(output, data):
+        if team.from_first(resume and mark.exists() and _holds_all(output, data)):
             reporter.note(f"{output} is done already")
             continue
         write_predictions(
@@ -107,9 +116,11 @@ def write_predictions_of_each(
             reporter=reporter,
             resume=resume,
             few_shot=few_shot,
+            team=team,
         )
-        _write_mark(mark)
-    for mark in marks:
+        if team.is_first:
+            _write_mark(mark)
+    for mark in marks if team.is_first else ():
         mark.unlink(missing_ok=True)
 
 

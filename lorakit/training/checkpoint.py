@@ -22,6 +22,7 @@ from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from lorakit.files import atomic_path
 from lorakit.models.lora import trained
+from lorakit.runs.processes import LostProcessError
 from lorakit.runs.resume import path_beside, run_key
 from lorakit.runs.signals import STOPPED, deferred
 from lorakit.training.trainer import Progress, Trainer
@@ -79,10 +80,11 @@ class Checkpoint:
         """Save the state where Ctrl-C, SIGTERM or SIGHUP ends the block, in which `trainer` trains.
 
         It has to be within `Trainer.train` or `advance`, which such a signal ends between steps.
+        So does the end of another process of the run: a step changes nothing before its sums.
         """
         try:
             yield
-        except STOPPED:
+        except (*STOPPED, LostProcessError):
             self.save(trainer)
             raise
 

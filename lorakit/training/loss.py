@@ -11,8 +11,8 @@ once. `cross_entropy` makes such copies of a few rows at a time and stores only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar  # torch gives autograd functions an untyped context
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar  # torch gives autograd functions an untyped context
 
 import accelerate
 import torch
@@ -28,6 +28,8 @@ from lorakit.models.batches import (
     pack,
     target_logits,
 )
+from lorakit.models.sharing import new_accelerator as new_accelerator
+from lorakit.models.sharing import ALONE, team_of
 from lorakit.models.tokens import Example
 
 T = TypeVar("T")
@@ -35,22 +37,46 @@ T = TypeVar("T")
 _LOGITS_AT_ONCE = 1 << 20  # converted to float32
 
 
-def new_accelerator(device: str) -> accelerate.Accelerator:
-    """Return the accelerator of this process, one of several under `accelerate launch` or torchrun.
+class Watcher(Protocol):
+    """Sums something up over the forward passes of a BatchLoss, a micro-batch at a time."""
 
-    `device` is the type of the chosen device, never `auto`. Accelerate has to be told that this is
-    a CPU: otherwise each of several processes believes that it is the only one.
-    """
-    return accelerate.Accelerator(cpu=device == "cpu")
+    def expect(self, mask: torch.Tensor | None) -> None:
+        """Take the mask (rows, length) of the next micro-batch, None if no row is padded."""
+
+    def parts(self) -> list[torch.Tensor]:
+        """Return what the micro-batch just read adds to the sums, of the same shapes for all."""
+        ...
+
+    def add(self, parts: Sequence[torch.Tensor]) -> None:
+        """Add what `parts` returned, on this or another process, to the sums."""
+
+    def restart(self) -> None:
+        """Drop the sums: all micro-batches are read once more."""
+
+
+class Blind:
+    """A Watcher that sums up nothing."""
+
+    def expect(self, mask: torch.Tensor | None) -> None:
+        pass
+
+    def parts(self) -> list[torch.Tensor]:
+        return []
+
+    def add(self, parts: Sequence[torch.Tensor]) -> None:
+        pass
+
+    def restart(self) -> None:
+        pass
 
 
 class BatchLoss:
     """The cross-entropy of a base model on the completion tokens of batches of examples.
 
-    `tokens` bounds a micro-batch. `watch` is called with the mask (rows, length) of each
-    micro-batch, None if no row is padded, before its forward pass. Where memory runs out,
+    `tokens` bounds a micro-batch; `watcher` sees each in `mean` and `read`. Several processes share
+    the micro-batches out, and each gets the sums of one process. Where memory runs out,
     micro-batches are halved from then on and all examples go through the model once more: `note` is
-    called with a line about it, and `restart` so that what was collected up to then is dropped.
+    called with a line about it.
     """
 
     def __init__(
@@ -65,10 +91,10 @@ class BatchLoss:
         self.parameters = parameters
         self.tokens = tokens
         self.accelerator = accelerator
+        self.team = team_of(accelerator)
         self.packed = base.packs
         self.note: Callable[[str], None] = lambda text: None
-        self.watch: Callable[[torch.Tensor | None], None] = lambda mask: None
-        self.restart: Callable[[], None] = lambda: None
+        self.watcher: Watcher = Blind()
 
     def backward(self, batch: Sequence[Example]) -> float:
         """Add up the gradient of the batch's mean loss over its completion tokens; return the loss.
@@ -76,8 +102,10 @@ class BatchLoss:
         Raises LorakitError if memory does not suffice for a single example.
         """
         loss = self._in_memory(batch, lambda: self._add_gradients(batch))
-        self._sum_gradients()
-        return float(self.summed(loss))
+        for parameter in self.parameters:  # those of unused modules
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return float(loss)
 
     @torch.no_grad()
     def mean(self, examples: Sequence[Example]) -> float:
@@ -86,8 +114,7 @@ class BatchLoss:
         Raises LorakitError if memory does not suffice for a single example.
         """
         total = self._in_memory(examples, lambda: self._total(examples))
-        summed = self.summed(total.to(torch.float32).to(self.base.device))
-        return float(summed) / sum(row.targets for row in examples)
+        return float(total.to(torch.float32)) / sum(row.targets for row in examples)
 
     @torch.no_grad()
     def means(self, examples: Sequence[Example]) -> list[float]:
@@ -96,31 +123,19 @@ class BatchLoss:
         Raises LorakitError if memory does not suffice for a single example.
         """
         losses = self._in_memory(examples, lambda: self._by_example(examples))
-        return [float(losses[id(example)]) for example in examples]
+        return [losses[id(example)] for example in examples]
 
-    def own_micro_batches(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """Return the micro-batches that this process reads in `mean`, in order."""
-        return self._own(self._cut(examples))
+    def micro_batches(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Return the micro-batches that examples are read in, which processes take in turn."""
+        if self.packed:
+            return fill_packs(examples, self.tokens)
+        return micro_batches(examples, self.tokens)
 
     @torch.no_grad()
-    def read(self, rows: Sequence[Example]) -> None:
-        """Run a micro-batch through the model for what watches it."""
-        self._loss(rows)
-
-    def summed(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a value over all processes; LorakitError where one has ended."""
-        if self.accelerator.num_processes == 1:
-            return value
-        try:
-            summed: torch.Tensor = self.accelerator.reduce(value, reduction="sum")
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # gloo's and NCCL's, of several lines
-            raise LorakitError(
-                "another process of this run has ended; see its message, then start all of them "
-                "again, with --resume if there is a checkpoint"
-            ) from error
-        return summed
+    def read(self, runs: Sequence[Sequence[Example]]) -> None:
+        """Run micro-batches through the model for what watches it."""
+        for _ in self._losses_of(runs):
+            pass
 
     def _in_memory(self, examples: Sequence[Example], compute: Callable[[], T]) -> T:
         """Return what `compute` returns, repeated in halved micro-batches while memory runs out."""
@@ -131,71 +146,78 @@ class BatchLoss:
                 self.halve_(examples, error)
 
     def _total(self, examples: Sequence[Example]) -> torch.Tensor:
-        """Return this process's part of the examples' summed loss, () float64."""
+        """Return the examples' summed loss, () float64."""
         total = torch.zeros((), dtype=torch.float64)
-        for rows in self._own(self._cut(examples)):
-            total += self._loss(rows).cpu()
-        self._keep_pace(self._cut(examples))
+        for loss in self._losses_of(self.micro_batches(examples)):
+            total += loss.cpu()
         return total
 
-    def _by_example(self, examples: Sequence[Example]) -> dict[int, torch.Tensor]:
+    def _losses_of(self, runs: Sequence[Sequence[Example]]) -> Iterator[torch.Tensor]:
+        """Yield the summed loss of every micro-batch, () float32, once the watcher has seen it."""
+
+        def compute(rows: Sequence[Example]) -> list[torch.Tensor]:
+            return [self._loss(rows), *self.watcher.parts()]
+
+        for loss, *parts in self.team.tensors_in_turn(runs, compute):
+            self.watcher.add(parts)
+            yield loss
+
+    def _by_example(self, examples: Sequence[Example]) -> dict[int, float]:
         """Return the mean loss of each example, by its id in this program."""
-        losses: dict[int, torch.Tensor] = {}
-        for rows in self._cut(examples):
-            for row, loss in zip(rows, self._losses(rows), strict=True):
-                losses[id(row)] = loss / row.targets
-        return losses
+
+        def compute(rows: Sequence[Example]) -> list[float]:
+            losses = self._losses(rows)
+            return [float(loss / row.targets) for row, loss in zip(rows, losses, strict=True)]
+
+        runs = self.micro_batches(examples)
+        team = ALONE if self.base.sharded else self.team  # all have to run the base equally often
+        return {
+            id(row): mean
+            for rows, means in zip(runs, team.in_turn(runs, compute), strict=True)
+            for row, mean in zip(rows, means, strict=True)
+        }
 
     def _add_gradients(self, batch: Sequence[Example]) -> torch.Tensor:
-        """Add this process's part of the gradient of the batch's mean loss; return its loss."""
+        """Add the gradient of the batch's mean loss to the parameters'; return the loss.
+
+        Each process's gradient of a micro-batch is added in its turn, as one process adds them.
+        """
         targets = sum(row.targets for row in batch)
         total = torch.zeros((), device=self.base.device)
-        for rows in self._own(self._cut(batch)):
+        sums: list[torch.Tensor] = []
+
+        def compute(rows: Sequence[Example]) -> list[torch.Tensor]:
             loss = self._loss(rows) / targets
             loss.backward()
-            total += loss.detach()
-        self._keep_pace(self._cut(batch))
+            return [loss.detach(), *(self._take_gradients() if self.team.count > 1 else ())]
+
+        for loss, *gradients in self.team.tensors_in_turn(self.micro_batches(batch), compute):
+            total += loss
+            sums = [a.add_(b) for a, b in zip(sums, gradients, strict=True)] if sums else gradients
+        if self.team.count > 1:
+            for parameter, gradient in zip(self.parameters, sums, strict=True):
+                parameter.grad = gradient
         return total
 
-    def _keep_pace(self, runs: list[list[Example]]) -> None:
-        """Run a sharded base as often as the process that has the most of the micro-batches.
-
-        What is computed counts for nothing: no token of it is watched, and its gradient is zero.
-        """
-        if not self.base.sharded:
-            return
-        most = -(-len(runs) // self.accelerator.num_processes)
-        row, watch = runs[0][:1], self.watch
-        hidden = torch.zeros(len(row[0].ids) - 1, dtype=torch.bool, device=self.base.device)
-        self.watch = lambda mask: watch(hidden)
-        for _ in range(most - len(self._own(runs))):
-            loss = self._loss(row)
-            if loss.requires_grad:
-                (0 * loss).backward()  # type: ignore[no-untyped-call]
-        self.watch = watch
+    def _take_gradients(self) -> Iterator[torch.Tensor]:
+        """Yield the gradients, which the parameters lose: zeros where a module was not used."""
+        for parameter in self.parameters:
+            gradient = parameter.grad
+            parameter.grad = None
+            yield torch.zeros_like(parameter) if gradient is None else gradient
 
     def halve_(self, batch: Sequence[Example], error: torch.OutOfMemoryError) -> None:
         """Halve the micro-batches and drop what is half done, or raise LorakitError."""
         for parameter in self.parameters:
             parameter.grad = None
-        if self.tokens <= max(len(row.ids) for row in batch) or self.accelerator.num_processes > 1:
+        if self.tokens <= max(len(row.ids) for row in batch) or self.team.count > 1:
             raise LorakitError(
                 "memory does not suffice; give --gradient-checkpointing, a smaller "
                 "--micro-batch-tokens or --max-length"
             ) from error
-        self.restart()
+        self.watcher.restart()
         self.tokens //= 2
         self.note(f"out of memory: micro-batches of {self.tokens} tokens, bytes may differ")
-
-    def _cut(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """Return the examples in micro-batches; if packed, at least one for every process."""
-        if self.packed:
-            return fill_packs(examples, self.tokens, at_least=self.accelerator.num_processes)
-        return micro_batches(examples, self.tokens)
-
-    def _own(self, runs: list[list[Example]]) -> list[list[Example]]:
-        """Return this process's share of the micro-batches."""
-        return runs[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _loss(self, rows: Sequence[Example]) -> torch.Tensor:
         """Return the summed cross-entropy of the rows' completion tokens, in float32."""
@@ -205,30 +227,16 @@ class BatchLoss:
         """Return the summed cross-entropy of each row's completion tokens: (rows,) float32."""
         if self.packed:
             packed = pack(rows, self.base.device)
-            self.watch(None)
+            self.watcher.expect(None)
             logits = target_logits(self.base.model, packed)
             losses = cross_entropy(logits, packed.labels, ignored=IGNORED)
             by_row = losses.split([row.targets for row in rows])
             return torch.stack([of_row.sum() for of_row in by_row])
         batch = lay_out(rows, self.base.device)
-        self.watch(batch.mask)
+        self.watcher.expect(batch.mask)
         logits = completion_logits(self.base.model, batch).flatten(0, 1)
         losses = cross_entropy(logits, batch.labels.flatten(), ignored=IGNORED)
         return losses.view_as(batch.labels).sum(1)
-
-    def _sum_gradients(self) -> None:
-        """Sum the gradients of all processes; those of unused modules become zero."""
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        flat = self.summed(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, summed in zip(
-            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
-        ):
-            gradient.copy_(summed.view_as(gradient))
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, *, ignored: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lorakit.models.base import Base
 from lorakit.models.generation import generate
+from lorakit.models.sharing import ALONE, Team
 from lorakit.models.tokens import Encoder
 from lorakit.records.record import Record
 from lorakit.scoring.metrics import METRICS, compute_statistics
@@ -27,7 +28,9 @@ class MetricMeasure:
         *,
         metric: str,
         settings: SelectionSettings,
+        team: Team = ALONE,
     ) -> None:
+        self._team = ALONE if base.sharded else team  # all have to run the base equally often
         self._base, self._encoder, self._records = base, encoder, records
         self._metric, self._lang = metric, settings.lang
         self._settings = GenerationSettings(max_new_tokens=settings.max_new_tokens)
@@ -44,7 +47,9 @@ class MetricMeasure:
 
     def statistics(self) -> Statistics:
         """Generate for every record and return the statistics of the metric."""
-        outputs = generate(self._base, self._encoder, self._records, self._settings)
+        outputs = generate(
+            self._base, self._encoder, self._records, self._settings, team=self._team
+        )
         texts = [record.prediction for record, _ in outputs]
         self.generated += len(texts)
         references = [record.references for record in self._records]
@@ -57,8 +62,9 @@ def measure_of(
     encoder: Encoder,
     records: Sequence[Record],
     settings: SelectionSettings,
+    team: Team = ALONE,
 ) -> MetricMeasure | None:
     """Return the measure of a model by `metric`, or None if that is the validation loss."""
     if metric == LOSS:
         return None
-    return MetricMeasure(base, encoder, records, metric=metric, settings=settings)
+    return MetricMeasure(base, encoder, records, metric=metric, settings=settings, team=team)

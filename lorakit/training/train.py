@@ -21,6 +21,7 @@ from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.chat import CHAT_DATE, following
 from lorakit.models.lora import default_targets, inject, is_transposed, pick_modules, projections
+from lorakit.models.sharing import Team, new_accelerator, team_of
 from lorakit.models.tokens import Encoder, Example, encode_all
 from lorakit.records.jsonl import load_records
 from lorakit.records.record import Record
@@ -28,7 +29,6 @@ from lorakit.reporting import Reporter
 from lorakit.runs.sole_writer import sole_writer
 from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
-from lorakit.training.loss import new_accelerator
 from lorakit.training.selection import measure_of
 from lorakit.training.trainer import Progress, Trainer, Weights
 from lorakit.versions import version_of
@@ -108,6 +108,7 @@ def train_and_save(
             checkpoint.remove()  # another run's, which --resume is not to take for this one's
         if resume and checkpoint.restore_(trainer):
             reporter.note(f"going on after {_place(trainer.progress)}")
+        check_same_run(trainer.losses.team, checkpoint.key, trainer.progress.step)
         steps = trainer.train(corpus.train, corpus.validation, reporter, every=checkpoint_every)
         with checkpoint.saving_at_end_of(trainer):
             for _ in steps:
@@ -115,6 +116,15 @@ def train_and_save(
         if main:
             save_adapter(export(trainer.best), output)
             checkpoint.remove()
+
+
+def check_same_run(team: Team, key: str, step: int) -> None:
+    """Raise LorakitError unless all processes train the same run, from the same step on."""
+    if len(set(team.exchange((key, step)))) > 1:
+        raise LorakitError(
+            "the processes have read different data, adapters or checkpoints; put those, and -o, "
+            "in folders that all machines share"
+        )
 
 
 def _place(progress: Progress) -> str:
@@ -168,13 +178,16 @@ def train_adapter(
     )
     torch.manual_seed(settings.seed)
     layers = inject(base, ranks, alpha=lora.alpha, dropout=settings.dropout)
+    accelerator, metric = new_accelerator(base.device.type), selection.select_by
     train_and_save(
         Trainer(
             base,
             layers,
             settings,
-            accelerator=new_accelerator(base.device.type),
-            measure=measure_of(selection.select_by, base, encoder, corpus.records, selection),
+            accelerator=accelerator,
+            measure=measure_of(
+                metric, base, encoder, corpus.records, selection, team_of(accelerator)
+            ),
         ),
         corpus,
         reporter,

@@ -133,9 +133,25 @@ class Trainer:
         for hook in self.hooks:
             hook.begin(self._steps_an_epoch)
         self.losses.note = reporter.note
+        if note := self._note_on_idle():
+            reporter.note(note)
         reporter.start(self.steps, self.settings.epochs, self.progress.step)
         self.progress.validation_due |= self._asks_for_validation(0)
         self._validate_if_due()
+
+    def _note_on_idle(self) -> str | None:
+        """Return a note where batches have too few micro-batches for all of several processes."""
+        processes = self.losses.team.count
+        if processes == 1:
+            return None
+        most = max(len(self.losses.micro_batches(batch)) for batch in self._batches(1))
+        if most >= processes:
+            return None
+        batches = f"batches of at most {most} micro-batch{'es' if most > 1 else ''}"
+        return (
+            f"{processes} processes share {batches}; --micro-batch-tokens below "
+            f"{self.losses.tokens} gives all of them work"
+        )
 
     def train(
         self,
@@ -274,10 +290,7 @@ class Trainer:
         measure = measure or self.measure
         with switch_dropout(self.layers, on=False):
             value = float(measure() if measure else -self.losses.mean(self._validation))
-        if measure is None or self.accelerator.num_processes == 1:
-            return value
-        total = self.losses.summed(torch.tensor(value, device=self.base.device))
-        return float(total / self.accelerator.num_processes)
+        return self.losses.team.from_first(value)
 
     def _asks_for_validation(self, step: int) -> bool:
         return any(hook.is_validation_due(step) for hook in self.hooks)

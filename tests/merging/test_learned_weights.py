@@ -376,6 +376,7 @@ def test_other_families_are_merged_and_compute_what_was_trained(
         )
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_weights_of_one(
     llama: str, data: str, files: list[str], tmp_path: Path
 ) -> None:
@@ -392,4 +393,4 @@ def test_two_processes_learn_the_weights_of_one(
         assert done.stderr.count("best weights: ") == 1
         by_module = weights_of(load_adapter(output)).values()
         learned.append([weight for weights in by_module for weight in weights.values()])
-    assert learned[0] == pytest.approx(learned[1], abs=1e-4)
+    assert learned[0] == learned[1]

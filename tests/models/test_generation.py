@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lorakit.models import predictions
 from lorakit.models.base import Base
 from lorakit.models.generation import complete, completion_of, generate, window_size
 from lorakit.models.predictions import write_predictions, write_predictions_of_each
+from lorakit.models.sharing import ALONE, Team
 from lorakit.records.completions import CLOSE, OPEN, until_stop
 from lorakit.records.few_shot import FewShot
 from lorakit.records.record import Record
@@ -24,6 +25,7 @@ from lorakit.reporting import Silent
 from lorakit.settings import GenerationSettings
 from tests.support.boundary_models import random_adapter
 from tests.support.models import open_base
+from tests.support.teams import run_as_team
 from tests.support.training_data import rows, save_rows
 
 SETTINGS = GenerationSettings(max_new_tokens=6, batch_size=4, device="cpu", dtype="float32")
@@ -256,7 +258,12 @@ def adapters(llama: str, tmp_path_factory: pytest.TempPathFactory) -> list[Adapt
 
 
 def write_each(
-    base: Base, adapters: list[Adapter], data: str, folder: Path, resume: bool = False
+    base: Base,
+    adapters: list[Adapter],
+    data: str,
+    folder: Path,
+    resume: bool = False,
+    team: Team = ALONE,
 ) -> list[str]:
     notes = Notes()
     write_predictions_of_each(
@@ -267,6 +274,7 @@ def write_each(
         outputs=[str(folder / f"{number}.jsonl") for number in range(len(adapters))],
         reporter=notes,
         resume=resume,
+        team=team,
     )
     return notes.notes
 
@@ -285,6 +293,39 @@ def test_several_adapters_write_what_each_writes_alone(
         )
         assert Path(alone).read_bytes() == output
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_two_processes_write_and_resume_the_files_of_one(
+    llama: str, adapters: list[Adapter], data: str, tmp_path: Path
+) -> None:
+    def work(team: Team, name: str, resume: bool = False) -> list[str]:
+        folder = tmp_path / (name if team.is_first else "another")
+        folder.mkdir(exist_ok=True)
+        return write_each(open_base(llama), adapters, data, folder, resume, team)
+
+    def written(name: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    run_as_team(1, lambda team: work(team, "one"))
+    run_as_team(2, lambda team: work(team, "two"))
+    assert written("one") == written("two")
+    assert written("another") == {}
+    with pytest.MonkeyPatch.context() as patch:  # killed between the two
+        patch.setattr(predictions, "_write_mark", interrupting_after(predictions._write_mark))
+        with pytest.raises(LorakitError, match="the run ends here"):
+            run_as_team(1, lambda team: work(team, "broken"))
+    assert written("broken").keys() != written("one").keys()
+    notes, _ = run_as_team(2, lambda team: work(team, "broken", resume=True))
+    assert notes == [f"{tmp_path / 'broken' / '0.jsonl'} is done already"]
+    assert written("broken") == written("one")
+
+
+def interrupting_after(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    def call(mark: Path) -> None:
+        function(mark)
+        raise LorakitError("the run ends here")
+
+    return call
 
 
 def test_a_resumed_run_of_several_adapters_passes_over_those_that_are_done(

@@ -9,29 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import distributed
-
-from lorakit.errors import LorakitError
-from lorakit.training.loss import BatchLoss, new_accelerator
-from tests.support.models import open_base
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, distributed.DistBackendError])
-def test_a_sum_over_processes_that_fails_is_an_error_in_one_line(
-    llama: str, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
-) -> None:
-    class TwoProcesses:
-        num_processes = 2
-
-        def reduce(self, value: torch.Tensor, reduction: str) -> torch.Tensor:
-            raise kind("[gloo/pair.cc:537]\nConnection closed by peer")
-
-    losses = BatchLoss(open_base(llama), [], tokens=64, accelerator=new_accelerator("cpu"))
-    monkeypatch.setattr(losses, "accelerator", TwoProcesses())
-    with pytest.raises(LorakitError, match=r"^another process of this run has ended; "):
-        losses.summed(torch.zeros(()))
-
 
 _KILLED = """
 import os, signal, sys
