@@ -28,8 +28,8 @@ from lorakit.models.batches import (
     pack,
     target_logits,
 )
-from lorakit.models.sharing import new_accelerator as new_accelerator
 from lorakit.models.sharing import ALONE, team_of
+from lorakit.models.sharing import new_accelerator as new_accelerator
 from lorakit.models.tokens import Example
 
 T = TypeVar("T")
