@@ -171,7 +171,7 @@ class BatchLoss:
         for _ in range(most - len(self._own(runs))):
             loss = self._loss(row)
             if loss.requires_grad:
-                (0 * loss).backward()  # type: ignore[no-untyped-call]
+                (0 * loss).backward()
         self.watch = watch
 
     def halve_(self, batch: Sequence[Example], error: torch.OutOfMemoryError) -> None:
