@@ -4,7 +4,7 @@ A random Llama in bfloat16 (float32 on a CPU), rank-8 LoRA on query and value, a
 sequence. Each side runs in processes of its own, in turns; the fastest step counts (on a CPU its
 processor time), and memory is the least peak above what was held before the steps.
 
-    python tests/benchmarks/checkpointing.py [--device cpu] [--length 1024] [--width 256] [--steps 1]
+    python tests/benchmarks/checkpointing.py [--device cpu] [--length 1024] [--width 256]
 """
 
 from __future__ import annotations
