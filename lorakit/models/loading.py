@@ -104,14 +104,12 @@ def load_base(
     """
     check_model(name, revision)
     quieten_transformers()
-    location, options = (
-        _location(name),
-        {
-            "revision": revision,
-            "trust_remote_code": trust_remote_code,
-            "local_files_only": is_only_cached(name, revision),
-        },
-    )
+    location = _location(name)
+    options: dict[str, Any] = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": is_only_cached(name, revision),
+    }
     with explaining_load_errors("the tokenizer of", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
     with explaining_load_errors("the model", name):

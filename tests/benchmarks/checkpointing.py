@@ -4,7 +4,7 @@ A random Llama in bfloat16 (float32 on a CPU), rank-8 LoRA on query and value, a
 sequence. Each side runs in processes of its own, in turns; the fastest step counts (on a CPU its
 processor time), and memory is the least peak above what was held before the steps.
 
-    python tests/benchmarks/checkpointing.py [--device cpu] [--length 1024] [--width 512]
+    python tests/benchmarks/checkpointing.py [--device cpu] [--length 1024] [--width 256]
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def measured_with(folder: str, *, checkpointing: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--length", type=int, default=1024, help="tokens of the sequence")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

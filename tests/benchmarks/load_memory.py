@@ -59,7 +59,8 @@ def save_random_llama(folder: Path, width: int, layers: int) -> int:
         eos_token_id=2,
         pad_token_id=0,
     )
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="200MB")
     byte_tokenizer().save_pretrained(folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

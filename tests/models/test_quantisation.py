@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -164,7 +165,11 @@ def test_a_base_that_was_quantised_before_is_loaded_as_it_is(llama: str, tmp_pat
     attach(before, adapter := random_adapter(before))
     attach(now, adapter)
     torch.testing.assert_close(logits(before.model), logits(now.model))
-    for option, arguments in {"--load-in": {"load_in": "8bit"}, "--shard": {"shard": True}}.items():
+    asked: dict[str, dict[str, Any]] = {
+        "--load-in": {"load_in": "8bit"},
+        "--shard": {"shard": True},
+    }
+    for option, arguments in asked.items():
         with pytest.raises(LorakitError, match=rf"quantised already \(bitsandbytes\).*{option}"):
             load_base(str(tmp_path), device=CPU, dtype=torch.float32, **arguments)
 
@@ -208,7 +213,7 @@ def test_generation_on_a_quantised_base_is_that_of_transformers(tmp_path: Path) 
     prompt = rows(1)[0]["prompt"]
     config = transformers.BitsAndBytesConfig(load_in_8bit=True)
     base = open_base("tiny")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         base.model.config.name_or_path, quantization_config=config, dtype=torch.float32
     )
     ids = torch.tensor([base.tokenizer(prompt)["input_ids"]])
