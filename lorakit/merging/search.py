@@ -100,6 +100,8 @@ class Search:
         if not restored:
             self._start_states = {**trainer.hook_states(), **self._start_states}
         if not self.candidates:
+            if note := trainer.idle_note(self._corpus.train):
+                self._reporter.note(note)
             steps = int(self._merges * trainer.steps)
             self._reporter.start(steps, trainer.settings.epochs, trainer.progress.step)
         candidate.parked = trainer.weights()

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
-from torch.distributed import TCPStore
 
 from lorakit.errors import LorakitError
 from lorakit.runs.processes import LostProcessError, process_count
 
 if TYPE_CHECKING:
     import accelerate
+    from torch.distributed import TCPStore
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -192,6 +192,8 @@ def _connected() -> bool:
 
 def _meeting_place() -> TCPStore:
     """Return a connection to the store at the address at which the processes have met."""
+    from torch.distributed import TCPStore  # which not every torch has
+
     return TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

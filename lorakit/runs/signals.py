@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from lorakit.runs.processes import LostProcessError
+
 _TERMINATING = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
@@ -58,7 +60,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def deferred() -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and SIGHUP take effect at the end of the block; a second Ctrl-C at once.
 
-    A signal that would end the process without an exception does so, as it does outside.
+    A signal that would end the process without an exception does so, as it does outside. Of several
+    processes that get one, another may end first: then the signal is what ended this one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -72,10 +75,13 @@ def deferred() -> Iterator[None]:
             raise KeyboardInterrupt
         waiting.append(number)
 
+    lost: LostProcessError | None = None
     for number in handlers:
         signal.signal(number, remember)
     try:
         yield
+    except LostProcessError as error:
+        lost = error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -83,3 +89,5 @@ def deferred() -> Iterator[None]:
         handler = handlers[number]
         if callable(handler):
             handler(number, None)
+    if lost is not None:
+        raise lost

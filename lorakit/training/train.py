@@ -109,6 +109,8 @@ def train_and_save(
         if resume and checkpoint.restore_(trainer):
             reporter.note(f"going on after {_place(trainer.progress)}")
         check_same_run(trainer.losses.team, checkpoint.key, trainer.progress.step)
+        if note := trainer.idle_note(corpus.train):
+            reporter.note(note)
         steps = trainer.train(corpus.train, corpus.validation, reporter, every=checkpoint_every)
         with checkpoint.saving_at_end_of(trainer):
             for _ in steps:

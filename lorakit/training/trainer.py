@@ -133,23 +133,22 @@ class Trainer:
         for hook in self.hooks:
             hook.begin(self._steps_an_epoch)
         self.losses.note = reporter.note
-        if note := self._note_on_idle():
-            reporter.note(note)
         reporter.start(self.steps, self.settings.epochs, self.progress.step)
         self.progress.validation_due |= self._asks_for_validation(0)
         self._validate_if_due()
 
-    def _note_on_idle(self) -> str | None:
-        """Return a note where batches have too few micro-batches for all of several processes."""
-        processes = self.losses.team.count
+    def idle_note(self, examples: Sequence[Example]) -> str | None:
+        """Return a note where the batches have too few micro-batches for several processes."""
+        processes, settings = self.losses.team.count, self.settings
         if processes == 1:
             return None
-        most = max(len(self.losses.micro_batches(batch)) for batch in self._batches(1))
+        batches = epoch_batches(examples, settings.batch_size, settings.seed, 1)
+        most = max(len(self.losses.micro_batches(batch)) for batch in batches)
         if most >= processes:
             return None
-        batches = f"batches of at most {most} micro-batch{'es' if most > 1 else ''}"
         return (
-            f"{processes} processes share {batches}; --micro-batch-tokens below "
+            f"{processes} processes share batches of at most {most} "
+            f"micro-batch{'es' if most > 1 else ''}; --micro-batch-tokens below "
             f"{self.losses.tokens} gives all of them work"
         )
 

@@ -13,7 +13,8 @@ import pytest
 
 from lorakit.errors import LorakitError
 from lorakit.runs import processes
-from lorakit.runs.processes import asked_processes, start_all_of_accelerate
+from lorakit.runs.processes import LostProcessError, asked_processes, start_all_of_accelerate
+from lorakit.runs.signals import Terminated, deferred, terminating
 
 _ASKED = {
     "two words": (["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "lorakit"], 2),
@@ -141,3 +142,15 @@ def test_a_process_that_the_launcher_ends_meanwhile_says_nothing(tmp_path: Path)
     process.send_signal(signal.SIGTERM)
     assert process.communicate() == ("", "")
     assert process.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_signal_to_all_processes_explains_the_end_of_another(signalled: bool) -> None:
+    def lose(signalled: bool) -> None:
+        with terminating(), deferred():
+            if signalled:
+                signal.raise_signal(signal.SIGTERM)
+            raise LostProcessError("another process has ended")
+
+    with pytest.raises(Terminated if signalled else LostProcessError):
+        lose(signalled)

@@ -149,3 +149,26 @@ def test_importances_are_those_of_one_process(
 def examples_of(llama: str, data: str) -> list[Example]:
     records, _ = load_records(data, "prompt", "completion")
     return encode_all(records, open_base(llama).encoder(chat="off").example, print)
+
+
+@pytest.mark.parametrize(
+    ("count", "tokens", "note"),
+    [
+        (1, 10_000, None),
+        (2, 10_000, "2 processes share batches of at most 1 micro-batch; "),
+        (3, 90, "3 processes share batches of at most 2 micro-batches; "),
+        (2, 60, None),
+    ],
+)
+def test_a_note_says_where_processes_have_nothing_to_do(
+    llama: str, data: str, tmp_path: Path, count: int, tokens: int, note: str | None
+) -> None:
+    settings = replace(SETTINGS, epochs=1, micro_batch_tokens=tokens)
+
+    def work() -> list[str]:
+        return train(llama, data, str(tmp_path / "a.safetensors"), settings=settings).notes
+
+    for notes in run_launched(count, work):
+        ours = [text for text in notes if "processes" in text]
+        assert ours == [text for text in ours if note and text.startswith(note)]
+        assert len(ours) == (note is not None)
