@@ -16,10 +16,10 @@ from lorakit.files import check_adapter_output
 from lorakit.models.base import Base
 from lorakit.models.devices import keep_freed_memory, pick_device, pick_dtype
 from lorakit.models.loading import load_base
+from lorakit.models.sharing import new_accelerator
 from lorakit.runs.processes import is_first_process
 from lorakit.runs.sole_writer import refuse_second_writer
 from lorakit.settings import ModelSettings, RunSettings
-from lorakit.training.loss import new_accelerator
 
 
 def open_base(
