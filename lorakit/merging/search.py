@@ -20,7 +20,7 @@ from lorakit.runs.resume import SavedValues
 from lorakit.settings import PruningSettings
 from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.step_hook import State
-from lorakit.training.train import Corpus, check_same_run
+from lorakit.training.train import Corpus, check_same_run, idle_note
 from lorakit.training.trainer import Trainer, Weights
 
 BUDGET = 4.5  # the optimiser steps of a ladder search, as a multiple of its baseline's
@@ -100,7 +100,7 @@ class Search:
         if not restored:
             self._start_states = {**trainer.hook_states(), **self._start_states}
         if not self.candidates:
-            if note := trainer.idle_note(self._corpus.train):
+            if note := idle_note(trainer, self._corpus.train):
                 self._reporter.note(note)
             steps = int(self._merges * trainer.steps)
             self._reporter.start(steps, trainer.settings.epochs, trainer.progress.step)

@@ -19,6 +19,7 @@ from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.targets import peft_config
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
+from lorakit.models.batches import epoch_batches
 from lorakit.models.chat import CHAT_DATE, following
 from lorakit.models.lora import default_targets, inject, is_transposed, pick_modules, projections
 from lorakit.models.sharing import Team, new_accelerator, team_of
@@ -109,7 +110,7 @@ def train_and_save(
         if resume and checkpoint.restore_(trainer):
             reporter.note(f"going on after {_place(trainer.progress)}")
         check_same_run(trainer.losses.team, checkpoint.key, trainer.progress.step)
-        if note := trainer.idle_note(corpus.train):
+        if note := idle_note(trainer, corpus.train):
             reporter.note(note)
         steps = trainer.train(corpus.train, corpus.validation, reporter, every=checkpoint_every)
         with checkpoint.saving_at_end_of(trainer):
@@ -127,6 +128,23 @@ def check_same_run(team: Team, key: str, step: int) -> None:
             "the processes have read different data, adapters or checkpoints; put those, and -o, "
             "in folders that all machines share"
         )
+
+
+def idle_note(trainer: Trainer, examples: Sequence[Example]) -> str | None:
+    """Return a note where the batches have too few micro-batches for several processes."""
+    losses, settings = trainer.losses, trainer.settings
+    processes = losses.team.count
+    if processes == 1:
+        return None
+    batches = epoch_batches(examples, settings.batch_size, settings.seed, 1)
+    most = max(len(losses.micro_batches(batch)) for batch in batches)
+    if most >= processes:
+        return None
+    return (
+        f"{processes} processes share batches of at most {most} "
+        f"micro-batch{'es' if most > 1 else ''}; --micro-batch-tokens below {losses.tokens} gives "
+        "all of them work"
+    )
 
 
 def _place(progress: Progress) -> str:

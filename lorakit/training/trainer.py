@@ -137,21 +137,6 @@ class Trainer:
         self.progress.validation_due |= self._asks_for_validation(0)
         self._validate_if_due()
 
-    def idle_note(self, examples: Sequence[Example]) -> str | None:
-        """Return a note where the batches have too few micro-batches for several processes."""
-        processes, settings = self.losses.team.count, self.settings
-        if processes == 1:
-            return None
-        batches = epoch_batches(examples, settings.batch_size, settings.seed, 1)
-        most = max(len(self.losses.micro_batches(batch)) for batch in batches)
-        if most >= processes:
-            return None
-        return (
-            f"{processes} processes share batches of at most {most} "
-            f"micro-batch{'es' if most > 1 else ''}; --micro-batch-tokens below "
-            f"{self.losses.tokens} gives all of them work"
-        )
-
     def train(
         self,
         examples: Sequence[Example],
