@@ -59,11 +59,17 @@ class DryRunSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which base model is loaded; no `model` means the adapter's own, else the default."""
+    """Which base model is loaded, and how; no `model` means the adapter's own, else the default.
+
+    `load_in` quantises its weights, to `4bit` or `8bit`; `shard` shares them out over the processes
+    of a launcher.
+    """
 
     model: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    load_in: str | None = None
+    shard: bool = False
 
 
 @dataclass(frozen=True)

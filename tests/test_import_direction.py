@@ -46,7 +46,9 @@ ONLY: dict[str, tuple[str, ...]] = {
     "rouge_score": ("scoring",),
     "fugashi": ("scoring.languages",),
     "httpx2": ("judging.client",),
-    "huggingface_hub": ("hub", "reach", "models.base", "recipes.readers", "export.model_folder"),
+    "huggingface_hub": (
+        *("hub", "reach", "models.loading", "recipes.readers", "export.model_folder"),
+    ),
     "lxml": ("recipes.news",),
     "openai": ("judging.client",),
     "pyarrow": ("recipes.readers",),

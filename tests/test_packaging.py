@@ -110,7 +110,7 @@ def test_the_wheel_names_its_pages_and_extras(wheel: Path) -> None:
     metadata = metadata_of(wheel)
     pages = {url.split(",")[0] for url in metadata.get_all("Project-URL", [])}
     assert pages == {"Homepage", "Repository", "Changelog", "Issues"}
-    extras = {"endpoint", "html", "hub", "latex", "parquet", "plot", "test", "zst"}
+    extras = {"endpoint", "html", "hub", "latex", "parquet", "plot", "quant", "test", "zst"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 

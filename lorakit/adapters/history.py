@@ -23,13 +23,15 @@ FORMAT = 1
 class BaseFields(TypedDict, total=False):
     """The base model of an adapter; `local` says that its name is a folder.
 
-    `fingerprint` is a SHA-256 of what determines the shapes of its weights.
+    `fingerprint` is a SHA-256 of what determines the shapes of its weights; `load_in`, 4bit or
+    8bit, says how they were quantised for training.
     """
 
     name: str
     fingerprint: str
     revision: str
     local: bool
+    load_in: str
 
 
 class HistoryEntry(TypedDict, total=False):
@@ -79,7 +81,7 @@ Kind = type | list["Kind"] | dict[str, "Kind | None"]
 
 FIELDS: dict[str, Kind | None] = {
     "format": int,
-    "base": {"name": str, "fingerprint": str, "revision": str, "local": bool},
+    "base": {"name": str, "fingerprint": str, "revision": str, "local": bool, "load_in": str},
     "chat": str,
     "chat_date": str,
     "system": str,

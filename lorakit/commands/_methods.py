@@ -55,6 +55,7 @@ _LORAHUB = (
     "model",
     "revision",
     "trust_remote_code",
+    "load_in",
     "device",
     "dtype",
     "chat",

@@ -13,7 +13,7 @@ from lorakit.adapters.base_model import base_revision, check_fingerprint, choose
 from lorakit.commands._options import check_resume
 from lorakit.commands._progress import TerminalReporter
 from lorakit.files import check_adapter_output
-from lorakit.models.base import Base, load_base
+from lorakit.models.base import Base
 from lorakit.models.devices import (
     keep_freed_memory,
     pick_device,
@@ -21,6 +21,9 @@ from lorakit.models.devices import (
     plan_device,
     plan_dtype,
 )
+from lorakit.models.estimate import QUANTISED
+from lorakit.models.loading import load_base
+from lorakit.models.sharing import new_accelerator
 from lorakit.models.skeleton import Skeleton, load_skeleton
 from lorakit.runs.processes import is_first_process
 from lorakit.runs.sole_writer import refuse_second_writer
@@ -43,12 +46,16 @@ def open_base(
     torch_device = pick_device(device)
     if torch_device.type == "cpu":
         keep_freed_memory()
+    if model.shard:
+        new_accelerator(torch_device.type)  # opens torch's process group
     base = load_base(
         name,
         device=torch_device,
         dtype=pick_dtype(dtype, torch_device, training=training),
         revision=model.revision or base_revision(adapters, name),
         trust_remote_code=model.trust_remote_code,
+        load_in=model.load_in,
+        shard=model.shard,
     )
     if warning := check_fingerprint(adapters, name, base.fingerprint):
         note(warning)
@@ -77,7 +84,7 @@ def open_skeleton(
     )
     if warning := check_fingerprint(adapters, name, base.fingerprint):
         note(warning)
-    return Skeleton(base, planned)
+    return Skeleton(base, planned, QUANTISED.get(model.load_in or ""))
 
 
 @contextlib.contextmanager

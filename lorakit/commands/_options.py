@@ -188,6 +188,11 @@ device = field_option(
 )
 model = together(
     base_model,
+    click.option(
+        "--load-in",
+        type=click.Choice(["4bit", "8bit"]),
+        help="Quantise the base's weights as they are loaded; needs bitsandbytes (lorakit[quant]).",
+    ),
     device,
     field_option(
         TrainingSettings,

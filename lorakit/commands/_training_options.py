@@ -9,7 +9,8 @@ import click
 from lorakit.commands import _options
 from lorakit.commands._options import F
 from lorakit.commands._types import MetricName, ParamType, Real, Whole
-from lorakit.settings import LOSS, SCHEDULES, SelectionSettings, TrainingSettings
+from lorakit.runs.processes import process_count
+from lorakit.settings import LOSS, SCHEDULES, ModelSettings, SelectionSettings, TrainingSettings
 
 POSITIVE = Real(min=0, min_open=True)
 _SHARE = Real(min=0, max=1, max_open=True)
@@ -46,10 +47,25 @@ training = _options.together(
     click.option(
         "--gradient-checkpointing", is_flag=True, help="Compute activations twice to save memory."
     ),
+    click.option(
+        "--shard",
+        is_flag=True,
+        help="Give each of several processes a part of the base, for one too large for a device.",
+    ),
     _options.max_length,
     _options.truncate,
     _options.seed,
 )
+
+
+def check_shard(model: ModelSettings) -> None:
+    """Raise a usage error for --shard in a single process, or of weights that it cannot shard."""
+    if model.shard and process_count() == 1:
+        raise click.UsageError(
+            "--shard needs several processes: torchrun --nproc-per-node N -m lorakit …"
+        )
+    if model.shard and model.load_in is not None:
+        raise click.UsageError("--shard and --load-in do not go together: leave one out.")
 
 
 def check_keep(keep: str) -> None:

@@ -28,7 +28,7 @@ NAME = "{name}"  # in -o: the adapter's
 ZERO_SHOT = "zero-shot"
 _OF_A_SERVER = ("served_model", "key_variable", "concurrency", "timeout", "retries")
 _OF_A_LOADED_BASE = (
-    *("model", "revision", "trust_remote_code", "device", "dtype", "chat"),
+    *("model", "revision", "trust_remote_code", "load_in", "device", "dtype", "chat"),
     *("batch_size", "max_length", "truncate", "cut", "dry_run"),
 )
 

@@ -89,6 +89,7 @@ def merge(
     static = _methods.with_weights(static, weights, weights_by_layer, adapters)
     _training_options.check_keep(training.keep)
     _dry_run.check_options(dry_run)
+    _training_options.check_shard(model)
     if method in METHODS:
         _merge_statically(
             adapters, method, static, output=output, portable=portable, quiet=run.quiet

@@ -45,7 +45,7 @@ def show(records: str, n: int, model: ModelSettings, encoding: GenerationSetting
     import sys
 
     from lorakit.adapters.base_model import choose_model
-    from lorakit.models.base import load_encoder
+    from lorakit.models.loading import load_encoder
     from lorakit.records.jsonl import read_records
 
     name, _ = choose_model(model.model, ())

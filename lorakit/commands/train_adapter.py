@@ -66,6 +66,7 @@ def train_adapter(
     _options.check_stdin(data, val)
     _training_options.check_keep(training.keep)
     _dry_run.check_options(dry_run)
+    _training_options.check_shard(model)
     check_model(model.model, model.revision)
     if dry_run.dry_run:
         _plan(data, val, model, lora, training, selection, run, dry_run)

@@ -9,7 +9,8 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.errors import LorakitError
-from lorakit.models.base import Base, load_base
+from lorakit.models.base import Base
+from lorakit.models.loading import load_base
 from lorakit.models.lora import attach
 from lorakit.settings import ModelSettings
 

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.errors import LorakitError
 from lorakit.hub import hub_errors_explained
 from lorakit.models.architecture import Model
-from lorakit.models.base import Base, explaining_load_errors, quieten_transformers
+from lorakit.models.base import Base
+from lorakit.models.loading import explaining_load_errors, quieten_transformers
 from lorakit.reach import TINY, check_model
 from lorakit.settings import ModelSettings
 

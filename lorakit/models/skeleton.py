@@ -13,14 +13,7 @@ import transformers
 
 from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model, forward_parameters, text_config
-from lorakit.models.base import (
-    Base,
-    _end_tokens,
-    _location,
-    _prepare_tokenizer_,
-    explaining_load_errors,
-    quieten_transformers,
-)
+from lorakit.models.base import Base
 from lorakit.models.batches import NEEDED_TO_PACK
 from lorakit.models.estimate import (
     Decoder,
@@ -31,6 +24,13 @@ from lorakit.models.estimate import (
     decoder_of,
     quantised_bytes,
     weight_bytes,
+)
+from lorakit.models.loading import (
+    end_tokens_of,
+    explaining_load_errors,
+    location_of,
+    prepare_tokenizer_,
+    quieten_transformers,
 )
 from lorakit.models.lora import projections
 from lorakit.reach import check_model, is_only_cached
@@ -50,7 +50,7 @@ def load_skeleton(
     check_model(name, revision)
     quieten_transformers()
     location, options = (
-        _location(name),
+        location_of(name),
         {
             "revision": revision,
             "trust_remote_code": trust_remote_code,
@@ -65,8 +65,8 @@ def load_skeleton(
             model: Model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
-    _prepare_tokenizer_(tokenizer, name)
-    end_tokens = _end_tokens([model.generation_config, text_config(model)], tokenizer, name)
+    prepare_tokenizer_(tokenizer, name)
+    end_tokens = end_tokens_of([model.generation_config, text_config(model)], tokenizer, name)
     model.requires_grad_(False).eval()
     return Base(model, tokenizer, name, end_tokens, dtype, revision)
 

@@ -15,9 +15,10 @@ import transformers
 from lorakit.errors import LorakitError
 from lorakit.foreign_text import check_encodable, quote
 from lorakit.models.architecture import Model
-from lorakit.models.base import UNLIMITED, explaining_load_errors, quieten_transformers
+from lorakit.models.base import UNLIMITED
 from lorakit.models.chat import Tokenizer
 from lorakit.models.devices import pick_device
+from lorakit.models.loading import explaining_load_errors, quieten_transformers
 from lorakit.reach import check_model
 from lorakit.scoring.bertscore import DEFAULT_MODELS, OTHER_MODEL, TUNED_LAYERS, EmbeddedText
 

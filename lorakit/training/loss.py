@@ -28,7 +28,7 @@ from lorakit.models.batches import (
     pack,
     target_logits,
 )
-from lorakit.models.sharing import team_of
+from lorakit.models.sharing import ALONE, team_of
 from lorakit.models.tokens import Example
 
 T = TypeVar("T")
@@ -169,9 +169,10 @@ class BatchLoss:
             return [float(loss / row.targets) for row, loss in zip(rows, losses, strict=True)]
 
         runs = self.micro_batches(examples)
+        team = ALONE if self.base.sharded else self.team  # all have to run the base equally often
         return {
             id(row): mean
-            for rows, means in zip(runs, self.team.in_turn(runs, compute), strict=True)
+            for rows, means in zip(runs, team.in_turn(runs, compute), strict=True)
             for row, mean in zip(rows, means, strict=True)
         }
 

@@ -30,7 +30,7 @@ class MetricMeasure:
         settings: SelectionSettings,
         team: Team = ALONE,
     ) -> None:
-        self._team = team
+        self._team = ALONE if base.sharded else team  # all have to run the base equally often
         self._base, self._encoder, self._records = base, encoder, records
         self._metric, self._lang = metric, settings.lang
         self._settings = GenerationSettings(max_new_tokens=settings.max_new_tokens)

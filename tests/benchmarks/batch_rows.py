@@ -14,9 +14,9 @@ from dataclasses import replace
 
 import torch
 
-from lorakit.models.base import load_base
 from lorakit.models.devices import pick_device
 from lorakit.models.generation import generate
+from lorakit.models.loading import load_base
 from lorakit.recipes.microworld.world import microworld
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings

@@ -27,8 +27,9 @@ from lorakit.boundary.cuts import Cut, bottom
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.layerwise import Losses, layerwise_for, read_alone
 from lorakit.boundary.loss import TOKENS_PER_ROW
-from lorakit.models.base import Base, load_base
+from lorakit.models.base import Base
 from lorakit.models.batches import micro_batches
+from lorakit.models.loading import load_base
 from lorakit.models.lora import attach
 from lorakit.models.tokens import Example
 from lorakit.records.jsonl import load_records

@@ -32,7 +32,8 @@ from lorakit.adapters.targets import peft_config
 from lorakit.boundary.cuts import bottom
 from lorakit.boundary.decode import Pool
 from lorakit.boundary.gates import Gates
-from lorakit.models.base import Base, load_base
+from lorakit.models.base import Base
+from lorakit.models.loading import load_base
 from lorakit.models.lora import attach, pick_modules, projections
 from lorakit.recipes.microworld.world import microworld
 from lorakit.records.jsonl import write_records

@@ -38,8 +38,8 @@ from lorakit.merging.input_norms import InputNorms
 from lorakit.merging.joint import attach_stack
 from lorakit.merging.pruner import Pruner
 from lorakit.merging.stack import stack
-from lorakit.models.base import load_base
 from lorakit.models.batches import epoch_batches
+from lorakit.models.loading import load_base
 from lorakit.models.lora import pick_modules
 from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import Example

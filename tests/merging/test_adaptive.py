@@ -24,10 +24,10 @@ from lorakit.merging.stack import stack
 from lorakit.models.batches import epoch_batches
 from lorakit.models.generation import complete
 from lorakit.models.lora import attach, factors
+from lorakit.models.sharing import new_accelerator
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings, LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint
-from lorakit.training.loss import new_accelerator
 from lorakit.training.train import train_adapter
 from lorakit.training.trainer import Trainer
 from tests.support.models import FAMILIES, open_base, save_model

@@ -22,11 +22,11 @@ from lorakit.merging.pruner import Pruner, pruning_hooks
 from lorakit.merging.stack import Stack, fold, stack
 from lorakit.models.base import Base
 from lorakit.models.lora import factors
+from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import Example
 from lorakit.records.record import Record
 from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint
-from lorakit.training.loss import new_accelerator
 from lorakit.training.train import train_adapter
 from lorakit.training.trainer import Trainer
 from tests.support.models import open_base

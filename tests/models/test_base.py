@@ -15,8 +15,9 @@ from lorakit.adapters.base_model import check_fingerprint, choose_model
 from lorakit.adapters.history import BaseFields
 from lorakit.commands import _opening
 from lorakit.errors import LorakitError
-from lorakit.models.base import Base, load_base
+from lorakit.models.base import Base
 from lorakit.models.devices import pick_device, pick_dtype
+from lorakit.models.loading import load_base
 from lorakit.models.lora import default_targets, inject, pick_modules, projections
 from lorakit.settings import ModelSettings
 from tests.support.models import save_model

@@ -12,9 +12,10 @@ import transformers
 from lorakit.models.base import Base
 from lorakit.models.batches import can_pack, fill_packs, lay_out, pack, target_logits
 from lorakit.models.lora import default_targets, factors, inject, pick_modules
+from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import Example
 from lorakit.records.record import Record
-from lorakit.training.loss import BatchLoss, new_accelerator
+from lorakit.training.loss import BatchLoss
 from tests.support import models
 from tests.support.models import FAMILIES, open_base, save_model
 from tests.support.training_data import rows

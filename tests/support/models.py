@@ -10,7 +10,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from lorakit.models.base import Base, load_base
+from lorakit.models.base import Base
+from lorakit.models.loading import load_base
 
 VOCABULARY = 300
 CONTEXT = 128

@@ -47,6 +47,25 @@ def run_over(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
+def run_script_over(processes: int, script: Path, *arguments: str) -> list[str]:
+    """Run a Python file in several processes by torchrun, on the CPU; return the lines it prints.
+
+    Fails where one of them does.
+    """
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--nproc-per-node", str(processes), str(script), *arguments),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until a condition holds; fail if it does not within the time."""
     end = time.monotonic() + seconds

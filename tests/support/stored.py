@@ -10,9 +10,10 @@ import torch
 from lorakit.models.architecture import activation_checkpointing
 from lorakit.models.base import Base
 from lorakit.models.lora import PeftLayer, factors
+from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import Example
 from lorakit.training.lora_step import fused_forward, switch_dropout
-from lorakit.training.loss import BatchLoss, new_accelerator
+from lorakit.training.loss import BatchLoss
 
 
 def stored_bytes(

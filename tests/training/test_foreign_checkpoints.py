@@ -20,9 +20,9 @@ from lorakit.adapters.safetensors import read_tensors, write_tensors
 from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from lorakit.models.lora import inject, pick_modules
+from lorakit.models.sharing import new_accelerator
 from lorakit.settings import TrainingSettings
 from lorakit.training.checkpoint import Checkpoint
-from lorakit.training.loss import new_accelerator
 from lorakit.training.trainer import Trainer
 from tests.support.models import open_base
 

@@ -16,9 +16,10 @@ from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.batches import completion_logits, lay_out, micro_batches
 from lorakit.models.lora import factors, inject, pick_modules
+from lorakit.models.sharing import new_accelerator
 from lorakit.records.record import Record
 from lorakit.settings import LoraSettings, TrainingSettings
-from lorakit.training.loss import BatchLoss, new_accelerator
+from lorakit.training.loss import BatchLoss
 from lorakit.training.schedule import learning_rate_factor
 from lorakit.training.train import hold_out, train_adapter
 from lorakit.training.trainer import Trainer
