@@ -50,6 +50,7 @@ _EVERY_METHOD = ("method", "output", "portable", "quiet")
 _LORAHUB = (
     "data",
     "log",
+    "track",
     "resume",
     "model",
     "revision",

@@ -58,7 +58,11 @@ def reporting(run: RunSettings, output: str) -> Iterator[TerminalReporter]:
     check_resume(run.resume, output)
     check_adapter_output(output)
     refuse_second_writer(output, writes=is_first_process())
-    quiet, log = (run.quiet, run.log) if is_first_process() else (True, None)
-    with TerminalReporter(quiet=quiet, log=log, append=run.resume) as reporter:
+    quiet, log, track = True, None, None
+    if is_first_process():
+        quiet, log, track = run.quiet, run.log, run.track
+    with TerminalReporter(
+        quiet=quiet, log=log, append=run.resume, track=track, output=output
+    ) as reporter:
         yield reporter
         reporter.note(f"wrote {output}")

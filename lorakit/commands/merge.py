@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from lorakit.commands import _methods, _options, _training_options
+from lorakit.commands._trackers import check_tracker
 from lorakit.merging.methods import METHODS
 from lorakit.reach import check_model
 from lorakit.runs.processes import is_first_process
@@ -89,6 +90,7 @@ def merge(
 
     if plot:
         check_plot(plot)
+    check_tracker(run.track)
     check_model(model.model, model.revision)
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_base, reporting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from lorakit.commands import _options, _training_options
+from lorakit.commands._trackers import check_tracker
 from lorakit.commands._types import RANK, Layers, Names, Whole
 from lorakit.reach import check_model
 from lorakit.settings import (
@@ -61,6 +62,7 @@ def train_adapter(
     """
     _options.check_stdin(data, val)
     _training_options.check_keep(training.keep)
+    check_tracker(run.track)
     check_model(model.model, model.revision)
     from lorakit.commands._opening import open_base, reporting
     from lorakit.training import train
