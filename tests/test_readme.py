@@ -33,7 +33,11 @@ RUN_AFTER_THE_FRONT_PAGE = [
     "lorakit/scoring/README.md",
 ]
 LONGEST_FRONT_PAGE, LONGEST_ROOM_PAGE = 150, 60  # lines
-OPTIONS_OF_OTHERS = {  # sacrebleu's, train_step.py's and make_tiny.py's
+OPTIONS_OF_OTHERS = {  # sacrebleu's, train_step.py's, make_tiny.py's and Snakemake's
+    "--configfile",
+    "--cores",
+    "--unlock",
+    "--workflow-profile",
     "--paired-ar",
     "--paired-bs",
     "--scitldr",

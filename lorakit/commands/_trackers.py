@@ -269,7 +269,8 @@ def _wandb(run: TrackedRun) -> Iterator[Log]:
     """Log to wandb's project $WANDB_PROJECT, by default PROJECT, offline without $WANDB_MODE.
 
     A resumed run goes on with the earlier one where wandb can, online: values are plotted over a
-    step of their own, and those up to the last one that wandb has are not logged again.
+    step of their own, and those up to the last one that wandb has are not logged again. Dots in
+    names become underscores, since wandb takes them for paths.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
@@ -290,13 +291,14 @@ def _wandb(run: TrackedRun) -> Iterator[Log]:
     logged: dict[str, int] = {}  # the last steps that wandb has, by their names there
 
     def log(point: Point) -> None:
-        counter = point.prefix + ("event_step" if point.kind == "event" else "step")
+        prefix = point.prefix.replace(".", "_")
+        counter = prefix + ("event_step" if point.kind == "event" else "step")
         if counter not in logged:
             last = opened.summary.get(counter) if opened.resumed else None
             logged[counter] = int(last) if isinstance(last, int | float) else -1
         if point.step <= logged[counter]:
             return
-        values = {point.prefix + name: value for name, value in point.values.items()}
+        values = {prefix + n.replace(".", "_"): value for n, value in point.values.items()}
         for name in values:
             opened.define_metric(name, step_metric=counter)
         opened.log({counter: point.step, **values})

@@ -104,6 +104,16 @@ def in_event_files(folder: Path) -> Held:
     return values
 
 
+def config_in_event_files(folder: Path) -> dict[str, Any]:
+    """Return the config that the event files of the one run in a folder hold as a text."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run,) = (folder / "runs").iterdir()
+    (text,) = EventAccumulator(str(run)).Reload().Tensors("config/text_summary")
+    config: dict[str, Any] = json.loads(text.tensor_proto.string_val[0])
+    return config
+
+
 def in_sqlite(folder: Path) -> Held:
     """Read trackio's local store."""
     values: Held = Counter()
