@@ -52,9 +52,9 @@ class TrackedRun:
         """Return a run named after its output and its history entry, as a resumed one is again."""
         stem = re.sub(r"[^\w.+-]+", "-", Path(output).name.removesuffix(".safetensors")).strip("-")
         name = f"{stem or 'run'}-{run_key(entry)[:8]}"
-        settings = entry.get("settings")
-        flat = settings if isinstance(settings, Mapping) else {}
-        config = {**flat, **{name: value for name, value in entry.items() if name != "settings"}}
+        config = dict(entry)
+        settings = config.pop("settings", {})
+        config = {**settings, **config} if isinstance(settings, Mapping) else config
         return cls(name, config, done, resume, quiet)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import struct
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from lorakit.commands._trackers import TRACKERS, Point, TrackedRun, check_tracker, point_of
 from lorakit.errors import LorakitError
-from tests.support.program import run, shell
+from tests.support.program import PROGRAM, run, shell, wait_for
 from tests.support.tracked import (
     ENTRY,
     Held,
@@ -244,9 +246,10 @@ def test_a_method_without_training_has_nothing_to_track() -> None:
 
 
 def test_a_real_run_is_tracked_with_its_settings_beside_it(records: Path, tmp_path: Path) -> None:
+    command = f"lorakit train-adapter --model tiny --data {records} --epochs 2 --batch-size 1"
     command = (
-        f"lorakit train-adapter --model tiny --data {records} --epochs 2 --batch-size 1 "
-        "--log log --track tensorboard -o a.safetensors"
+        f"{command} --log log --track tensorboard -o a.safetensors && "
+        f"{command} -o b.safetensors && cmp a.safetensors b.safetensors"
     )
     variables = {n: v for n, v in environment(tmp_path).items() if n.isupper() and "DIR" in n}
     done = shell(command, tmp_path, **variables)
@@ -254,3 +257,24 @@ def test_a_real_run_is_tracked_with_its_settings_beside_it(records: Path, tmp_pa
     assert rounded(held("tensorboard", tmp_path)) == rounded(in_log(tmp_path))
     config = config_in_event_files(tmp_path)
     assert (config["command"], config["batch_size"], config["rank"]) == ("train-adapter", 1, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+def test_a_terminated_run_goes_on_in_its_tracker(
+    tracker: str, records: Path, tmp_path: Path
+) -> None:
+    options = ["--model", "tiny", "--data", str(records), "--epochs", "8", "--patience", "8"]
+    options += ["--batch-size", "1", "--log", "log", "--track", tracker, "-o", "a.safetensors"]
+    command = [PROGRAM, "train-adapter", *options, "--resume"]
+    first = subprocess.Popen(command, env=environment(tmp_path), cwd=tmp_path)
+    log = tmp_path / "log"
+    wait_for(lambda: log.exists() and log.read_text("utf-8").count("\n") >= 5, seconds=300)
+    first.terminate()
+    assert first.wait() == 128 + signal.SIGTERM
+    early = held(tracker, tmp_path)
+    assert rounded(early) == rounded(in_log(tmp_path))
+    done = subprocess.run(command, env=environment(tmp_path), cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert rounded(held(tracker, tmp_path)) == rounded(in_log(tmp_path))
+    assert max(held(tracker, tmp_path).values()) == 1 < len(held(tracker, tmp_path)) - len(early)
