@@ -275,15 +275,15 @@ def _wandb(run: TrackedRun) -> Iterator[Log]:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or "offline"
+    online = os.environ.get("WANDB_MODE") == "online"
     try:
         opened = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
             id=run.name.replace("+", "-"),
             name=run.name,
             config=dict(run.config),
-            mode=mode,
-            resume="allow" if run.resume and mode == "online" else None,
+            mode=None if os.environ.get("WANDB_MODE") else "offline",
+            resume="allow" if run.resume and online else None,
             settings=wandb.Settings(silent=run.quiet, console="off"),
         )
     except (OSError, wandb.errors.Error) as error:

@@ -84,7 +84,7 @@ def test_the_candidates_of_a_search_are_told_apart(tracker: str, tmp_path: Path)
     assert ("0.1/train_loss", 2, 0.5) in lines
     assert ("0/epoch/validation_loss", 2, 0.25) in lines
     if tracker == "wandb":  # takes dots for paths
-        lines = Held({(name.replace(".", "_"), *rest): n for (name, *rest), n in lines.items()})
+        lines = Held({(n.replace(".", "_"), at, v): count for (n, at, v), count in lines.items()})
     assert values == lines
 
 
