@@ -134,7 +134,7 @@ def test_a_killed_experiment_goes_on_to_its_tables_and_then_has_nothing_to_do(
         start_new_session=True,
     )
     checkpoint = folder / "related" / "headline" / "adapter.safetensors.resume"
-    wait_for(checkpoint.exists, seconds=300)
+    wait_for(checkpoint.exists, seconds=1200)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert checkpoint.exists(), "the job was to be killed before its end"

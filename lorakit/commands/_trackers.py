@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 from lorakit.errors import LorakitError, check_packages
 from lorakit.files import explain
+from lorakit.hub import hub_out_of_reach
 from lorakit.runs.resume import run_key
 
 PROJECT = "lorakit"
@@ -226,7 +227,11 @@ def _trackio(run: TrackedRun) -> Iterator[Log]:
     from trackio.sqlite_storage import SQLiteStorage
 
     resume = "allow" if run.resume else "never"
-    with _on_stderr(quiet=run.quiet):
+    settings = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
+    local = not any(os.environ.get(name) for name in settings)
+    # even for its local store trackio would ask the hub for the name of who is logged in
+    reach = hub_out_of_reach() if local else contextlib.nullcontext()
+    with _on_stderr(quiet=run.quiet), reach:
         try:
             opened = trackio.init(
                 PROJECT,

@@ -105,6 +105,17 @@ def test_a_run_that_begins_again_replaces_its_event_files(tmp_path: Path) -> Non
     assert max(held("tensorboard", tmp_path).values()) == 1
 
 
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+def test_nothing_is_asked_of_the_network_even_where_one_is_logged_in(
+    tracker: str, tmp_path: Path
+) -> None:
+    done = report(
+        tracker, tmp_path, RUN[:1], variables={"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "looked up" not in done.stderr
+
+
 def test_wandb_is_told_whether_a_run_failed(tmp_path: Path) -> None:
     for name, error in {"good": "", "bad": "stopped"}.items():
         (tmp_path / name).mkdir()

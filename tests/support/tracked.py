@@ -70,13 +70,17 @@ def report(
     done: int = 0,
     resume: bool = False,
     error: str = "",
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Report a run to a tracker and to the log `log`; `error` is raised at its end."""
+    """Report a run to a tracker and to the log `log`; `error` is raised at its end.
+
+    Every host that is looked up is named on stderr.
+    """
     call = [tracker, list(reports), dict(entry), done, resume, error]
     return subprocess.run(
         [sys.executable, "-m", "tests.support.tracked", json.dumps(call)],
         cwd=folder,
-        env={**environment(folder), "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**environment(folder), "PYTHONPATH": os.pathsep.join(sys.path), **(variables or {})},
         capture_output=True,
         encoding="utf-8",
         check=False,
@@ -180,7 +184,13 @@ def _framed(data: bytes) -> Iterator[bytes]:
             whole = b""
 
 
+def _name_lookup(event: str, details: tuple[Any, ...]) -> None:
+    if event == "socket.getaddrinfo":
+        print(f"looked up {details[0]}", file=sys.stderr)
+
+
 def main() -> None:
+    sys.addaudithook(_name_lookup)
     from lorakit.commands._progress import TerminalReporter
 
     tracker, reports, entry, done, resume, error = json.loads(sys.argv[1])
