@@ -1,4 +1,7 @@
-"""Fetch an adapter's files from the Hugging Face hub or its cache, and explain failures."""
+"""Fetch an adapter's files from the Hugging Face hub or its cache, and explain failures.
+
+What others do with the hub can be stopped here too.
+"""
 
 from __future__ import annotations
 
@@ -73,3 +76,16 @@ def hub_errors_explained(address: str, revision: str | None) -> Iterator[None]:
     else:
         return
     raise LorakitError(f"cannot fetch {address}: {reason}")
+
+
+@contextlib.contextmanager
+def hub_out_of_reach() -> Iterator[None]:
+    """Let huggingface_hub ask nothing of the hub inside the block, as HF_HUB_OFFLINE does."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

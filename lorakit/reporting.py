@@ -83,6 +83,9 @@ class Reporter(Protocol):
         """Yield the items, showing how many are done and the time left."""
         ...
 
+    def describe(self, entry: Mapping[str, object]) -> None:
+        """Receive the history entry of the run that is about to start: command and settings."""
+
     def start(self, steps: int, epochs: int, done: int) -> None:
         """Announce a run of `steps` optimiser steps in all, of which `done` are already taken."""
 
@@ -107,6 +110,9 @@ class Silent:
 
     def timed(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
         yield from items
+
+    def describe(self, entry: Mapping[str, object]) -> None:
+        pass
 
     def start(self, steps: int, epochs: int, done: int) -> None:
         pass

@@ -36,12 +36,15 @@ def _without_defaults(fields: Mapping[str, object], kind: type) -> dict[str, obj
 class RunSettings:
     """How a training run reports and resumes; `log` is the path of its log, None without one.
 
+    `track` names the tracker that is fed with the same lines.
+
     `checkpoint_every` is in optimiser steps; None: a checkpoint after every epoch alone.
     """
 
     resume: bool = False
     checkpoint_every: int | None = None
     log: str | None = None
+    track: str | None = None
     quiet: bool = False
 
 

@@ -56,6 +56,9 @@ ONLY: dict[str, tuple[str, ...]] = {
     "trafilatura": ("recipes.news",),
     "zstandard": ("recipes.readers",),
     "matplotlib": ("commands",),
+    "tensorboardX": ("commands._trackers",),
+    "trackio": ("commands._trackers",),
+    "wandb": ("commands._trackers",),
     "click": ("commands", "cli"),
     "rich": (
         "commands",

@@ -110,7 +110,19 @@ def test_the_wheel_names_its_pages_and_extras(wheel: Path) -> None:
     metadata = metadata_of(wheel)
     pages = {url.split(",")[0] for url in metadata.get_all("Project-URL", [])}
     assert pages == {"Homepage", "Repository", "Changelog", "Issues"}
-    extras = {"endpoint", "html", "hub", "latex", "parquet", "plot", "quant", "test", "zst"}
+    extras = {
+        "endpoint",
+        "html",
+        "hub",
+        "latex",
+        "parquet",
+        "plot",
+        "quant",
+        "test",
+        "track",
+        "workflow",
+        "zst",
+    }
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 
@@ -122,7 +134,7 @@ def test_the_extras_are_those_that_messages_name(source: Path, wheel: Path) -> N
         if isinstance(node, ast.Call)
     ]
     named = {extra for call in calls if (extra := _extra_of(call))}
-    assert named == set(metadata_of(wheel).get_all("Provides-Extra", [])) - {"test"}
+    assert named == set(metadata_of(wheel).get_all("Provides-Extra", [])) - {"test", "workflow"}
 
 
 def _extra_of(call: ast.Call) -> str | None:

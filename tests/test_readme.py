@@ -35,7 +35,11 @@ RUN_AFTER_THE_FRONT_PAGE = [
 ]
 SLOW = ["lorakit/runs/README.md"]  # it starts launchers
 LONGEST_FRONT_PAGE, LONGEST_ROOM_PAGE = 150, 60  # lines
-OPTIONS_OF_OTHERS = {  # sacrebleu's, train_step.py's and make_tiny.py's; the launchers', up to "_"
+OPTIONS_OF_OTHERS = {  # of sacrebleu, our scripts, Snakemake; the launchers', up to "_"
+    "--configfile",
+    "--cores",
+    "--unlock",
+    "--workflow-profile",
     "--paired-ar",
     "--paired-bs",
     "--scitldr",

@@ -51,6 +51,7 @@ _EVERY_METHOD = ("method", "output", "portable", "quiet")
 _LORAHUB = (
     "data",
     "log",
+    "track",
     "resume",
     "model",
     "revision",

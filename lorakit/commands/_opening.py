@@ -97,6 +97,8 @@ def reporting(run: RunSettings, output: str) -> Iterator[TerminalReporter]:
     check_resume(run.resume, output)
     check_adapter_output(output)
     refuse_second_writer(output, writes=is_first_process())
-    with TerminalReporter(quiet=run.quiet, log=run.log, append=run.resume) as reporter:
+    with TerminalReporter(
+        quiet=run.quiet, log=run.log, append=run.resume, track=run.track, output=output
+    ) as reporter:
         yield reporter
         reporter.note(f"wrote {output}")

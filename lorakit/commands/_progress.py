@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 import click
 
+from lorakit.commands._trackers import TRACKERS, Kind, Log, TrackedRun, point_of
 from lorakit.errors import LorakitError
 from lorakit.files import explain
 from lorakit.foreign_text import printable
@@ -30,17 +31,30 @@ T = TypeVar("T")
 
 
 class TerminalReporter:
-    """Reports on stderr, unless it is quiet, and in a log, if there is one.
+    """Reports on stderr, unless it is quiet, and in a log and to a tracker, if there is one.
 
-    Of several processes only the first reports. As a context manager it ends the bar and closes the
-    log of a training run.
+    Of several processes only the first reports. As a context manager it ends the bar, closes the
+    log and finishes the tracker's run, which is named after `output`, of a training run.
     """
 
-    def __init__(self, *, quiet: bool, log: str | None = None, append: bool = False) -> None:
-        self._quiet = quiet or not is_first_process()
-        self._log_path, self._append = log if is_first_process() else None, append
+    def __init__(
+        self,
+        *,
+        quiet: bool,
+        log: str | None = None,
+        append: bool = False,
+        track: str | None = None,
+        output: str = "",
+    ) -> None:
+        is_first = is_first_process()
+        self._quiet = quiet or not is_first
+        self._log_path, self._append = log if is_first else None, append
+        track = track if is_first else None
         self._log: IO[str] | None = None
-        self._epochs = 0
+        self._tracker, self._output = track, output
+        self._entry: Mapping[str, object] = {}
+        self._log_point: Log | None = None
+        self._epochs = self._last_step = 0
         self._advance_bar: Callable[[str], None] | None = None
         self._exit_stack = contextlib.ExitStack()
 
@@ -53,7 +67,7 @@ class TerminalReporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._exit_stack.close()
+        self._exit_stack.__exit__(kind, error, trace)
 
     @property
     def _draws(self) -> bool:
@@ -109,29 +123,39 @@ class TerminalReporter:
             task = bar.add_task("reading", total=total)
             yield lambda count: bar.advance(task, count)
 
+    def describe(self, entry: Mapping[str, object]) -> None:
+        """Take note of the run's history entry, for the tracker."""
+        self._entry = entry
+
     def start(self, steps: int, epochs: int, done: int) -> None:
-        """Open the log and, where stderr is a terminal, a bar over the optimiser steps."""
+        """Open the log, the tracker's run and, on a terminal, a bar over the optimiser steps."""
         self._epochs = epochs
         if self._log_path:
             self._log = _open_log(self._log_path, self._append)
             self._exit_stack.callback(_close_log, self._log)
+        if self._tracker is not None:
+            run = TrackedRun.of(
+                self._output, self._entry, done=done, resume=self._append, quiet=self._quiet
+            )
+            self._log_point = self._exit_stack.enter_context(TRACKERS[self._tracker].open(run))
+            self._last_step = done
         if self._draws:
             self._advance_bar = self._exit_stack.enter_context(_training_bar(steps, done))
 
     def step(self, report: StepReport) -> None:
         """Log an optimiser step and move the bar."""
-        self._write(report.log_entry())
+        self._write("step", report.log_entry())
         if self._advance_bar is not None:
             self._advance_bar(f"epoch {report.epoch}, loss {report.train_loss:.3f}")
 
     def epoch(self, report: EpochReport) -> None:
         """Log an epoch and write a line about it."""
-        self._write(report.log_entry())
+        self._write("epoch", report.log_entry())
         self._say(_epoch_line(report, self._epochs))
 
     def event(self, entry: Mapping[str, object], text: str) -> None:
         """Log an entry and write a line about it."""
-        self._write(entry)
+        self._write("event", entry)
         self._say(text)
 
     def _say(self, line: str) -> None:
@@ -139,8 +163,8 @@ class TerminalReporter:
         if not self._quiet:
             click.echo(printable(line), err=True)
 
-    def _write(self, entry: Mapping[str, object]) -> None:
-        """Write an entry to the log, if there is one."""
+    def _write(self, kind: Kind, entry: Mapping[str, object]) -> None:
+        """Write an entry to the log and to the tracker, if there is one."""
         if self._log is not None:
             values = {name: _json_value(value) for name, value in entry.items()}
             try:
@@ -148,6 +172,10 @@ class TerminalReporter:
                 self._log.flush()
             except OSError as error:
                 raise _cannot_log(self._log.name, error) from error
+        if self._log_point is not None:
+            point = point_of(kind, entry, self._last_step)
+            self._last_step = point.step
+            self._log_point(point)
 
 
 def _epoch_line(report: EpochReport, epochs: int) -> str:

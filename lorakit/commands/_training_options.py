@@ -8,6 +8,7 @@ import click
 
 from lorakit.commands import _options
 from lorakit.commands._options import F
+from lorakit.commands._trackers import TRACKERS
 from lorakit.commands._types import MetricName, ParamType, Real, Whole
 from lorakit.runs.processes import process_count
 from lorakit.settings import LOSS, SCHEDULES, ModelSettings, SelectionSettings, TrainingSettings
@@ -102,5 +103,10 @@ run = _options.together(
         help="Save what --resume needs every N steps too. [default: every epoch, and when stopped]",
     ),
     click.option("--log", metavar="FILE", help="Write a line of JSON for every step and epoch."),
+    click.option(
+        "--track",
+        type=click.Choice(list(TRACKERS)),
+        help="Feed these lines to a tracker, locally unless its own settings say otherwise.",
+    ),
     _options.quiet,
 )

@@ -7,6 +7,7 @@ from typing import Any  # click gives options' values untyped
 import click
 
 from lorakit.commands import _dry_run, _methods, _options, _training_options
+from lorakit.commands._trackers import check_tracker
 from lorakit.merging.methods import METHODS
 from lorakit.reach import check_model
 from lorakit.runs.processes import is_first_process
@@ -101,6 +102,7 @@ def merge(
 
     if plot:
         check_plot(plot)
+    check_tracker(run.track)
     check_model(model.model, model.revision)
     if dry_run.dry_run:
         _plan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from lorakit.commands import _dry_run, _options, _training_options
+from lorakit.commands._trackers import check_tracker
 from lorakit.commands._types import RANK, Layers, Names, Whole
 from lorakit.reach import check_model
 from lorakit.settings import (
@@ -67,6 +68,7 @@ def train_adapter(
     _training_options.check_keep(training.keep)
     _dry_run.check_options(dry_run)
     _training_options.check_shard(model)
+    check_tracker(run.track)
     check_model(model.model, model.revision)
     if dry_run.dry_run:
         _plan(data, val, model, lora, training, selection, run, dry_run)

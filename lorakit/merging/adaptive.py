@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.history import HistoryEntry
 from lorakit.adapters.storage import save_adapter
 from lorakit.files import is_stream
 from lorakit.merging.joint import Merge, prepare
@@ -98,6 +99,7 @@ def merge_adaptively(
         )
     pruning = pruning.at(values[0]) if values else pruning
     entry = merge.entry(pruning)
+    reporter.describe(entry)
     trainer = merge.trainer(pruning)
     train_and_save(
         trainer,
@@ -129,6 +131,7 @@ def _search_and_write(
     is_main = merge.accelerator.is_main_process
     key = run_key(merge.entry(pruning), [str(value) for value in values], merge.base.record)
     side = path_beside(output, "search.resume")
+    reporter.describe(_search_entry(merge.entry(pruning), values))
     with (
         sole_writer(output, writes=is_main, adapter=True),
         SavedValues(side, resume=resume, writer="merge", writes=is_main, key=key) as saved,
@@ -165,6 +168,12 @@ def _search_and_write(
             _write_best(merge, best, metric, trials, verdict, output)
             search.remove_checkpoints()
     return rows
+
+
+def _search_entry(entry: HistoryEntry, values: Values) -> dict[str, object]:
+    """Return the history entry of a search's first run with the values that are tried."""
+    tried = values if values == "auto" else [float(value) for value in values]
+    return {**entry, "settings": {**entry["settings"], "values": tried}}
 
 
 class _Validation:

@@ -63,6 +63,7 @@ def merge_with_learned_weights(
     )
     trainer = weight_trainer(merge, reporter)
     entry = merge.entry_of(METHOD)
+    reporter.describe(entry)
     train_and_save(
         trainer,
         merge.corpus,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lorakit.adapters.adapter import Adapter, Factors, LoraModule, tensors_of
 from lorakit.adapters.blocks import block_names
-from lorakit.adapters.history import new_entry
+from lorakit.adapters.history import HistoryEntry, new_entry
 from lorakit.adapters.portable import make_portable
 from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.tensors import Pair
@@ -80,6 +80,8 @@ def merge_lorahub(
     key = run_key([getattr(settings, name) for name in _SHAPING], digest, base.record)
     key = run_key(key, [adapter.sha256 for adapter in adapters])
     side = path_beside(output, "search.resume")
+    entry = _entry(adapters, settings, digest)
+    reporter.describe(entry)
     reporter.start(EVALUATIONS, 1, 0)
 
     def loss_at(weights: Sequence[float]) -> float:
@@ -107,7 +109,7 @@ def merge_lorahub(
                 "the best weights are all 0: these adapters do not help the base model here"
             )
         if is_main:
-            merged = _export(adapters, base, settings, digest, points, best)
+            merged = _export(adapters, base, settings, entry, points, best)
             save_adapter(make_portable(merged) if portable else merged, output)
 
 
@@ -183,28 +185,36 @@ def bounded(z: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.clip(reflected, -BOUND, BOUND)
 
 
-def _export(
-    adapters: Sequence[Adapter],
-    base: Base,
-    settings: TrainingSettings,
-    digest: str,
-    points: Sequence[Point],
-    best: Point,
-) -> Adapter:
-    """Return the composed adapter, with the first one's config and all points in its history."""
+def _entry(adapters: Sequence[Adapter], settings: TrainingSettings, digest: str) -> HistoryEntry:
+    """Return the history entry of a search, without what it finds."""
     names = block_names(adapter.name for adapter in adapters)
-    entry = new_entry(
+    return new_entry(
         "merge",
         versions=versions(),
         settings={
             "method": "lorahub",
             **{name: getattr(settings, name) for name in _SETTINGS_READ},
-            "weights": dict(zip(names, best.weights, strict=True)),
         },
         parents={n: adapter.sha256 for n, adapter in zip(names, adapters, strict=True)},
         hashes={"data": digest},
     )
-    entry["best"] = asdict(best)
-    entry["evaluations"] = [asdict(point) for point in points]
-    header = trained_header(base, settings, entry, parents=adapters)
+
+
+def _export(
+    adapters: Sequence[Adapter],
+    base: Base,
+    settings: TrainingSettings,
+    entry: HistoryEntry,
+    points: Sequence[Point],
+    best: Point,
+) -> Adapter:
+    """Return the composed adapter, with the first one's config and all points in its history."""
+    weights = dict(zip(entry["parents"], best.weights, strict=True))
+    complete: HistoryEntry = {
+        **entry,
+        "settings": {**entry["settings"], "weights": weights},
+        "best": asdict(best),
+        "evaluations": [asdict(point) for point in points],
+    }
+    header = trained_header(base, settings, complete, parents=adapters)
     return Adapter(tensors_of(compose(adapters, best.weights)), adapters[0].config, header)

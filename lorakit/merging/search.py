@@ -256,6 +256,7 @@ class _CandidateReporter:
         self.note = reporter.note
         self.track = reporter.track
         self.timed = reporter.timed
+        self.describe = reporter.describe
         self.event = reporter.event
 
     def start(self, steps: int, epochs: int, done: int) -> None:

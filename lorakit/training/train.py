@@ -198,6 +198,7 @@ def train_adapter(
         settings={**settings.history_fields(), **selection.history_fields(), **lora_fields},
         hashes=corpus.hashes,
     )
+    reporter.describe(entry)
     ranks = dict.fromkeys(modules, lora.rank)
     config = peft_config(
         ranks,
