@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -60,7 +61,9 @@ COMMANDS = {
     ),
     "inspect": "Show what is in an adapter: config, layers, blocks and history.",
     "convert": ("Write an adapter as a single file or as a folder, of PEFT's or of MLX's."),
-    "fuse": "Fuse an adapter into its base: a model folder that needs no adapter.",
+    "fuse": (
+        "Fuse an adapter into its base: W0 + ΔW in float32, rounded once to the base's format."
+    ),
     "extract": "Extract a LoRA adapter from the difference of a base model and one tuned from it.",
     "completion": (
         "Print the script that a shell sources to complete commands, options, files and names."
@@ -139,6 +142,8 @@ def lorakit(ctx: click.Context) -> None:
 
     Every command reads and writes safetensors or JSONL; `-` is a pipe.
     """
+    # peft imports it where it is installed, and it would tell of kernels that it could use
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if process_count() == 1 or ctx.invoked_subcommand in SHARED_OUT:
         return
     if not is_first_process():

@@ -240,7 +240,7 @@ class StaticSettings:
     ‖ΔW‖² that is kept, in each module, at the lowest rank that does, up to `max_rank`.
     """
 
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float, ...] = ()
     layer_weights: tuple[tuple[str, tuple[LayerRun, ...]], ...] = ()
     density: Decimal = Decimal(1)
     rank: int | None = None

@@ -20,10 +20,15 @@ from tests.support.program import ENVIRONMENT
 # Parts of the standard library that cost as much as a package.
 SLOW_PARTS = ("asyncio", "email", "importlib.metadata", "multiprocessing", "tempfile", "unittest")
 
-# The packages that `openai` imports, itself among them.
+# What `jsonlines` imports: itself, what it needs, and what it takes where that is installed.
+JSONLINES = {"attr", "jsonlines", "orjson"}
+
+# The packages that `openai` imports, itself among them, and what it takes where installed.
 SDK = {
+    "_brotli",
     "annotated_types",
     "anyio",
+    "brotli",
     "certifi",
     "distro",
     "h11",
@@ -106,15 +111,14 @@ def test_a_usage_error_is_found_before_anything_heavy_is_imported() -> None:
 
 def test_building_a_data_set_needs_no_model_library() -> None:
     row = json.dumps({"prompt": "a", "completion": "b"})
-    assert packages_of(imported("build-dataset", "jsonl", stdin=row)) <= {
-        *("attr", "click", "jsonlines", "lorakit"),
-    }
+    packages = packages_of(imported("build-dataset", "jsonl", stdin=row))
+    assert packages <= {"click", "lorakit", *JSONLINES}
 
 
 @pytest.mark.parametrize("recipe", ["csv", "gsm8k", "jstage", "mimic", "wikilingua", "wmt"])
 def test_recipes_of_plain_formats_need_no_parser(recipe: str) -> None:
     packages = packages_of(imported("build-dataset", recipe, "--show"))
-    assert packages <= {"attr", "click", "jsonlines", "lorakit"}
+    assert packages <= {"click", "lorakit", *JSONLINES}
 
 
 def test_scoring_needs_no_model_library() -> None:
@@ -162,7 +166,7 @@ def test_judging_needs_no_model_library(tmp_path: Path) -> None:
     with serving(lambda body, number: "7") as server:
         options = ("--endpoint", server.url, "--judge-model", "x")
         packages = packages_of(imported("judge", str(path), *options))
-    assert packages - SDK <= {"attr", "click", "jsonlines", "lorakit"}
+    assert packages - SDK <= {"click", "lorakit", *JSONLINES}
 
 
 def test_generating_by_a_server_needs_no_model_library(tmp_path: Path) -> None:
@@ -171,21 +175,21 @@ def test_generating_by_a_server_needs_no_model_library(tmp_path: Path) -> None:
     with serving(lambda body, number: "7") as server:
         options = ("--data", str(path), "--endpoint", server.url, "--served-model", "x")
         packages = packages_of(imported("generate", *options))
-    assert packages - SDK <= {"attr", "click", "jsonlines", "lorakit"}
+    assert packages - SDK <= {"click", "lorakit", *JSONLINES}
 
 
 def test_sheets_for_human_raters_need_no_sdk(tmp_path: Path) -> None:
     path, sheet = tmp_path / "a.jsonl", str(tmp_path / "sheet.csv")
     path.write_text('{"prompt": "p", "completion": "c", "prediction": "c"}\n')
     packages = packages_of(imported("judge", str(path), "-q", "--export-sheet", sheet))
-    assert packages <= {"attr", "click", "jsonlines", "lorakit"}
+    assert packages <= {"click", "lorakit", *JSONLINES}
 
 
 def test_comparing_two_systems_needs_no_model_library(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prediction": "c", "completion": "c"}\n')
     packages = packages_of(imported("compare", str(path), str(path), "--metric", "em"))
-    assert packages <= {"attr", "click", "jsonlines", "lorakit"}
+    assert packages <= {"click", "lorakit", *JSONLINES}
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ RUN_AFTER_THE_FRONT_PAGE = [
     "lorakit/adapters/README.md",
     "lorakit/boundary/README.md",
     "lorakit/commands/README.md",
+    "lorakit/export/README.md",
     "lorakit/merging/README.md",
     "lorakit/recipes/README.md",
     "lorakit/runs/README.md",

@@ -226,7 +226,7 @@ def _history_entry(
     """Return the history entry of the merge, with the settings that the method reads."""
     runs = {name: runs_text(by_layer) for name, by_layer in settings.layer_weights}
     values: dict[str, object] = {
-        "weights": list(settings.weights or ()),
+        "weights": list(settings.weights),
         "density": float(settings.density),
         "rank": settings.rank if settings.keep_energy is None else None,
         "keep_energy": None if settings.keep_energy is None else float(settings.keep_energy),

@@ -114,9 +114,7 @@ def test_the_command_prints_a_line_a_module_and_draws_them(
     assert "<svg" in (tmp_path / "map.svg").read_text()
 
 
-@pytest.mark.parametrize(
-    "options", [["--importance"], ["--data", "x"], ["--plot", "x.png"]], ids=lambda o: o[0]
-)
+@pytest.mark.parametrize("options", [["--importance"], ["--data", "x"]], ids=lambda o: o[0])
 def test_importance_and_data_go_together(merged: Adapter, options: list[str]) -> None:
     done = run("inspect", merged.name, *options)
     assert done.returncode == 2
