@@ -252,7 +252,9 @@ def with_weights(
         from lorakit.merging.layer_weights import read_layer_weights
 
         by_layer = list(read_layer_weights(file).items())
-    return replace(static, weights=lists[0] if lists else (), layer_weights=tuple(by_layer))
+    return replace(
+        static, weights=lists[0] if lists else (), weights_by_layer=tuple(by_layer) or None
+    )
 
 
 def check_rank(static: StaticSettings) -> None:

@@ -88,7 +88,7 @@ def merge_adapters(
     largest = max(module.rank for adapter in adapters for module in adapter.modules())
     settings = replace(settings, weights=weights, rank=settings.rank or largest)
     names = block_names(adapter.name for adapter in adapters)
-    runs = runs_by_adapter(dict(settings.layer_weights), names)
+    runs = runs_by_adapter(dict(settings.weights_by_layer or ()), names)
     parts = parts_by_module(adapters, weights, runs)
     tensors = _merged_tensors(parts, method, settings, common_format(adapters))
     ranks = {name: tensors[lora_name(name, "A")].shape[0] for name in parts}
@@ -224,7 +224,7 @@ def _history_entry(
     adapters: Sequence[Adapter], method: str, settings: StaticSettings, portable: bool
 ) -> HistoryEntry:
     """Return the history entry of the merge, with the settings that the method reads."""
-    runs = {name: runs_text(by_layer) for name, by_layer in settings.layer_weights}
+    runs = {name: runs_text(by_layer) for name, by_layer in settings.weights_by_layer or ()}
     values: dict[str, object] = {
         "weights": list(settings.weights),
         "density": float(settings.density),
@@ -244,7 +244,7 @@ def _history_entry(
                 for name in METHODS[method].settings
                 if values[name] is not None or name not in _ONLY_IF_SET
             },
-            **({"layer_weights": runs} if runs else {}),
+            **({"weights_by_layer": runs} if runs else {}),
             **({"portable": True} if portable else {}),
         },
         parents=dict(zip(names, (adapter.sha256 for adapter in adapters), strict=True)),

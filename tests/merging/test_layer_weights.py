@@ -142,7 +142,7 @@ def test_a_merge_is_the_dense_sum_with_each_layers_weights(
         np.testing.assert_allclose(ours.delta(), dense, rtol=0, atol=2e-5)
     settings = merged.header["history"][-1]["settings"]
     assert settings["weights"] == [1.0, 1.0]
-    assert parse_runs(settings["layer_weights"]["xs"]) == parse_runs(text)
+    assert parse_runs(settings["weights_by_layer"]["xs"]) == parse_runs(text)
 
 
 @pytest.mark.parametrize("method", METHODS)
