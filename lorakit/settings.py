@@ -235,8 +235,8 @@ class LayerRun(NamedTuple):
 class StaticSettings:
     """How adapters are merged without data; `density` is an exact decimal.
 
-    No `weights` means 1 each, no `rank` the largest of the adapters'. `weights_by_layer` multiply the
-    weights by layer, by the names of the adapters. `keep_energy`, an exact decimal, is the share of
+    No `weights` means 1 each, no `rank` the largest of the adapters'. `weights_by_layer` multiply
+    them, by the names of the adapters. `keep_energy`, an exact decimal, is the share of
     ‖ΔW‖² that is kept, in each module, at the lowest rank that does, up to `max_rank`.
     """
 
