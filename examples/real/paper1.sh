@@ -208,7 +208,7 @@ compare() { # compare TABLE BASELINE SYSTEM…: scores of systems with seeds, an
     for name in "$@"; do
         case $name in
             *.jsonl) [ ! -e "$out/$target/$name" ] || systems="$systems $name" ;;
-            *) systems="$systems $(system "$name")" ;;
+            *) one=$(system "$name") && systems="$systems${one:+ $one}" ;;
         esac
     done
     [ "$systems" != " $(system "$baseline")" ] || return 0 # nothing to compare it with
