@@ -34,7 +34,7 @@ RUN_AFTER_THE_FRONT_PAGE = [
     "lorakit/runs/README.md",
     "lorakit/scoring/README.md",
 ]
-SLOW = ["lorakit/runs/README.md"]  # it starts launchers
+SLOW = ["lorakit/export/README.md", "lorakit/runs/README.md"]  # the latter starts launchers
 LONGEST_FRONT_PAGE, LONGEST_ROOM_PAGE = 150, 60  # lines
 OPTIONS_OF_OTHERS = {  # of sacrebleu, our scripts, Snakemake; the launchers', up to "_"
     "--configfile",

@@ -221,6 +221,7 @@ def test_generate_counts_its_batches_and_the_cache_of_the_largest(folder: Path) 
     assert section(said, "memory", "cache")["bytes"] == 3 * (max(prompts) + 5 - 1) * widths
 
 
+@pytest.mark.slow
 def test_of_several_processes_the_first_says_it(folder: Path) -> None:
     done = run_over(2, *TRAIN, "--dry-run")
     assert done.returncode == 0, done.stderr

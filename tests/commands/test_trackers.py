@@ -256,6 +256,7 @@ def test_a_method_without_training_has_nothing_to_track() -> None:
     assert "--track does not belong to --method svd" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_real_run_is_tracked_with_its_settings_beside_it(records: Path, tmp_path: Path) -> None:
     command = f"lorakit train-adapter --model tiny --data {records} --epochs 2 --batch-size 1"
     command = (

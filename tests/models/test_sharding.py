@@ -51,7 +51,7 @@ _HOLDINGS = """
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_each_of_two_processes_holds_half_of_the_base_and_all_of_the_lora(
     llama: str, dtype: str, tmp_path: Path
 ) -> None:
@@ -80,7 +80,7 @@ _CASES = {
 }
 
 
-@pytest.mark.parametrize("case", _CASES)
+@pytest.mark.parametrize("case", ["train-adapter", pytest.param("merge", marks=pytest.mark.slow)])
 def test_what_is_trained_on_a_sharded_base_is_what_is_trained_on_a_whole_one(
     llama: str, case: str, tmp_path: Path
 ) -> None:
