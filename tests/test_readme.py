@@ -165,7 +165,7 @@ def test_the_examples_of_a_room_run(
     if page == "lorakit/adapters/README.md":
         assert (folder / "folder" / "adapter_config.json").is_file()
     if page == "lorakit/runs/README.md":
-        assert done.stderr.count("wrote") == 2
+        assert done.stderr.count("wrote") == 3
         assert len((folder / "out.jsonl").read_text().splitlines()) == len(
             (folder / "same.jsonl").read_text().splitlines()
         )
