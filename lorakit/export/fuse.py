@@ -8,6 +8,7 @@ whole shards, with which --resume goes on.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -217,10 +218,7 @@ def _check_space(folder: Path, shards: list[Mapping[str, Tensor | Fused]]) -> No
 
 def size_of(tensor: Tensor | Fused) -> int:
     """Return how many bytes a tensor takes in a file."""
-    count = 1
-    for length in tensor.shape:
-        count *= length
-    return count * ITEM_SIZES[tensor.dtype]
+    return math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype]
 
 
 def _write_shard(path: Path, tensors: Mapping[str, Tensor | Fused]) -> None:

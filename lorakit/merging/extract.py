@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 
 import numpy as np
@@ -23,7 +23,7 @@ from lorakit.errors import LorakitError
 from lorakit.export.model_folder import ModelFolder
 from lorakit.export.weight_files import open_weights
 from lorakit.merging.low_rank import Matrix, energy_rank, fit
-from lorakit.merging.spectrum import LayerFit, fit_lines, layer_fit
+from lorakit.merging.spectrum import fit_lines, layer_fit
 from lorakit.models.lora import is_transposed, pick_modules, projections
 from lorakit.reporting import Reporter
 from lorakit.settings import ExtractSettings
@@ -62,7 +62,7 @@ def extract(
             f"{tuned.name} does not differ from {base.name} in {', '.join(settings.target_modules)}"
             "; give the tuned model by --tuned"
         )
-    for line in fit_lines(_fits(sizes)):
+    for line in fit_lines(layer_fit(layer, of_layer) for layer, of_layer in sizes.items()):
         reporter.note(line)
     rest = {key for key in stored if key not in keys.values()}
     if warning := _rest_line(stored, changed, rest):
@@ -150,11 +150,6 @@ def _keeping(difference: FloatArray, energy: Decimal, whole: float, most: int) -
 def _lowest(values: Matrix, energy: Decimal, whole: float) -> int:
     """Return how many of the falling values have the share `energy` of the whole as squares."""
     return min(len(values), 1 + int(np.searchsorted(np.cumsum(values**2), float(energy) * whole)))
-
-
-def _fits(sizes: Mapping[int | None, list[tuple[int, float, float]]]) -> Iterator[LayerFit]:
-    for layer, of_layer in sizes.items():
-        yield layer_fit(layer, of_layer)
 
 
 def _rest_line(
