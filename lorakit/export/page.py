@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.adapters.card import RELATIONS, TAG
 from lorakit.errors import LorakitError
+from lorakit.files import STDIO
 from lorakit.foreign_text import printable
 from lorakit.records.jsonl import read_objects
 
@@ -114,7 +115,7 @@ def _scored_set(record: Record, baselines: set[str]) -> ScoredSet:
     intervals = _mapping(_mapping(fields.get("significance")).get("intervals"))
     group = _mapping(fields.get("group"))
     return ScoredSet(
-        label if "system" in fields else PurePath(label).stem or label,
+        label if "system" in fields else _named(label),
         ", ".join(f"{name}: {value}" for name, value in group.items()) or None,
         count,
         tuple(
@@ -124,6 +125,11 @@ def _scored_set(record: Record, baselines: set[str]) -> ScoredSet:
         ),
         label in baselines,
     )
+
+
+def _named(file: str) -> str:
+    """Return what a file of predictions is called: its name alone, without a suffix."""
+    return "predictions" if file == STDIO else PurePath(file).stem
 
 
 def _mapping(value: object) -> Mapping[str, object]:
