@@ -54,17 +54,22 @@ class ScoredSet:
     is_baseline: bool = False
 
 
+def has_metadata(page: str) -> bool:
+    """Return whether a page begins with metadata, between two lines `---`."""
+    return _METADATA.match(page) is not None
+
+
 def check_page(page: str, where: str) -> None:
     """Raise LorakitError for metadata that huggingface_hub cannot read or the hub refuses.
 
     The hub's own check, which takes a request, is upload.py's.
     """
-    if _METADATA.match(page) is None:
+    if not has_metadata(page):
         return
     data = _parse(page, where).data
-    names = data.base_model if isinstance(data.base_model, list) else [data.base_model]
-    for name in names:
-        if name is not None and not (isinstance(name, str) and _HUB_ID.fullmatch(name)):
+    bases = data.get("base_model", [])
+    for name in bases if isinstance(bases, list) else [bases]:
+        if not (isinstance(name, str) and _HUB_ID.fullmatch(name)):
             raise LorakitError(
                 f"{where}: its base_model, {name!r}, is no model of the hub, which refuses such a "
                 "page; write owner/name, or take the line out"
@@ -85,10 +90,9 @@ def with_scores(page: str | None, name: str, scores: str) -> str:
     """
     sets = load_scores(scores)
     card = _parse(page or "", "README.md")
-    tags = card.data.tags or []
-    card.data.model_name = name
-    card.data.eval_results = list(_results(sets))
-    if page is None or TAG in tags:
+    card.data["model_name"] = name
+    card.data["eval_results"] = list(_results(sets))
+    if page is None or TAG in card.data.get("tags", []):
         card.text = _with_section(card.text, _section(sets))
     return str(card)
 
@@ -211,7 +215,7 @@ def _parse(page: str, where: str) -> ModelCard:
     import yaml
     from huggingface_hub import ModelCard
 
-    content = page if _METADATA.match(page) else f"---\n{{}}\n---\n{page}"
+    content = page if has_metadata(page) else f"---\n{{}}\n---\n{page}"
     try:
         return ModelCard(content)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError
+from lorakit.export.page import has_metadata
 from lorakit.files import explain
 from lorakit.foreign_text import printable
 from lorakit.reach import network_errors
@@ -84,11 +85,9 @@ def upload(
 
 def _validate(publication: Publication) -> None:
     """Have the hub check the page's metadata, before there is a repository."""
-    if publication.page is None:
-        return
-    from huggingface_hub import ModelCard
+    if publication.page is not None and has_metadata(publication.page):
+        from huggingface_hub import ModelCard
 
-    if ModelCard(publication.page).data.to_dict():
         ModelCard(publication.page).validate()
 
 
@@ -125,9 +124,13 @@ def _errors_explained(repo: str) -> Iterator[None]:
         yield
     except LorakitError:
         raise
-    except (*network_errors(), ValueError, RuntimeError) as error:
+    except _errors() as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         raise LorakitError(f"cannot push to {repo}: {_explain(cause)}") from None
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    return (*network_errors(), ValueError, RuntimeError)
 
 
 def _explain(error: BaseException) -> str:

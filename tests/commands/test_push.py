@@ -69,7 +69,7 @@ def environment(hub: Hub, folder: Path, **variables: str) -> dict[str, str]:
 
 
 def push(
-    hub: Hub, folder: Path, *arguments: str, code: int = 0, **variables: str
+    hub: Hub, folder: Path, *arguments: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [PROGRAM, "push", str(folder), NAME, *arguments],
@@ -78,20 +78,15 @@ def push(
         env=environment(hub, folder, **variables),
         check=False,
     )
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return done
 
 
-def push_here(folder: Path, repo: str = NAME, **settings: object) -> str:
+def push_here(folder: Path, repo: str = NAME, settings: PushSettings | None = None) -> str:
     """Push in this process, which `client` has pointed to the hub."""
     publication = open_publication(str(folder), repo)
-    return upload(
-        publication,
-        repo,
-        settings=PushSettings(**settings),
-        reporter=Silent(),  # type: ignore[arg-type]
-    )
+    return upload(publication, repo, settings=settings or PushSettings(), reporter=Silent())
 
 
 def test_a_folder_arrives_whole_with_its_scores(hub: Hub, folder: Path, tmp_path: Path) -> None:
@@ -148,7 +143,7 @@ def test_a_table_lists_the_same_for_people(hub: Hub, folder: Path) -> None:
 
 @pytest.mark.usefixtures("client")
 def test_options_name_privacy_branch_and_commit(hub: Hub, folder: Path) -> None:
-    push_here(folder, private=True, revision="dev/1", commit_message="Second try")
+    push_here(folder, settings=PushSettings(True, "dev/1", "Second try"))
     repository = hub.repositories[NAME]
     assert repository.private
     assert repository.titles == ["Second try"]
@@ -162,7 +157,7 @@ def test_options_name_privacy_branch_and_commit(hub: Hub, folder: Path) -> None:
 def test_a_repository_that_is_public_does_not_become_private_unseen(hub: Hub, folder: Path) -> None:
     hub.repositories[NAME] = Repository()
     with pytest.raises(LorakitError, match="is there already, and public"):
-        push_here(folder, private=True)
+        push_here(folder, settings=PushSettings(private=True))
     assert hub.repositories[NAME].branches == {"main": {}}
     assert push_here(folder) == f"{hub.url}{COMMIT}"
 
