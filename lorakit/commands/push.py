@@ -22,7 +22,9 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 @click.command()
 @click.argument("folder", metavar="FOLDER")
 @click.argument("repository", metavar="OWNER/NAME")
-@click.option("--private", is_flag=True, help="Make a private repository; refused where it is public already.")
+@click.option(
+    "--private", is_flag=True, help="Make it a private repository; refused where it is public."
+)
 @click.option("--revision", metavar="REV", help="Branch to push to, made where missing.")
 @click.option(
     "--commit-message", metavar="TEXT", help="What the commit is called. [default: Upload …]"
