@@ -23,6 +23,7 @@ from lorakit.reporting import Silent
 from lorakit.settings import PushSettings
 from tests.support.adapters import tiny
 from tests.support.hub_server import TOKEN, Answer, Hub, Repository, serving_hub
+from tests.support.in_process import run_here
 from tests.support.program import ENVIRONMENT, PROGRAM, wait_for
 from tests.support.training_data import save_rows
 
@@ -133,6 +134,16 @@ def test_nothing_is_sent_and_files_sizes_and_page_are_listed(
     assert [row["bytes"] for row in rows] == sizes
     assert (done.stderr, hub.requests) == (note, [])
     assert not (folder / "README.md").exists()
+
+
+def test_scores_come_through_a_pipe(folder: Path) -> None:
+    prediction = json.dumps({"prediction": "a b", "completion": "a b"})
+    scored = run_here("score", "-", "--metric", "em", stdin=prediction.encode())
+    done = run_here("push", str(folder), NAME, "--dry-run", "--scores", "-", stdin=scored.stdout)
+    assert (done.code, done.stderr) == (0, "")
+    page = json.loads(done.stdout.splitlines()[0])["card"]
+    assert "| predictions | 1 | 100.00 |" in page
+    assert page != (folder / "README.md").read_text()
 
 
 def test_a_table_lists_the_same_for_people(hub: Hub, folder: Path) -> None:

@@ -74,6 +74,10 @@ def test_a_model_is_whole_and_keeps_the_page_it_has(model: Path) -> None:
     publication = open_publication(str(model), "owner/name")
     assert (publication.kind, publication.page) == ("model", None)
     assert {"config.json", "model.safetensors"} <= publication.files.keys()
+    scored = open_publication(str(model), "owner/name", scores(model.parent, LINE))
+    assert scored.files["README.md"] == len(str(scored.page).encode())
+    assert str(scored.page).startswith("---\nmodel-index:\n")
+    assert "| test | 60 | 31.25 | 4.00 |" in str(scored.page)
 
 
 def test_gguf_files_are_known_by_their_first_bytes(tmp_path: Path) -> None:
