@@ -65,6 +65,7 @@ COMMANDS = {
         "Fuse an adapter into its base: W0 + ΔW in float32, rounded once to the base's format."
     ),
     "extract": "Extract a LoRA adapter from the difference of a base model and one tuned from it.",
+    "push": "Upload an adapter, a fused model or GGUF files to the Hugging Face hub.",
     "completion": (
         "Print the script that a shell sources to complete commands, options, files and names."
     ),

@@ -154,12 +154,12 @@ def _ask(name: str, revision: str | None) -> str | None:
         return "it has no config.json"
     except errors.HfHubHTTPError as error:
         return f"{constants.ENDPOINT} answers {error.response.status_code}"
-    except _network_errors() as error:
+    except network_errors() as error:
         return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})"
     return None
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
+def network_errors() -> tuple[type[Exception], ...]:
     """Return what an HTTP request may raise: which library makes it depends on the hub's."""
     from huggingface_hub import errors
 

@@ -325,6 +325,15 @@ class SheetSettings:
 
 
 @dataclass(frozen=True)
+class PushSettings:
+    """How a folder is published; no `revision` means the main branch of the repository."""
+
+    private: bool = False
+    revision: str | None = None
+    commit_message: str | None = None
+
+
+@dataclass(frozen=True)
 class SignificanceSettings:
     """How often a significance test swaps or draws the examples, and the seed of its draws."""
 

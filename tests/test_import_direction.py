@@ -48,6 +48,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "httpx2": ("judging.client",),
     "huggingface_hub": (
         *("hub", "reach", "models.loading", "recipes.readers", "export.model_folder"),
+        *("export.page", "export.upload"),
     ),
     "lxml": ("recipes.news",),
     "openai": ("judging.client",),
@@ -80,6 +81,7 @@ NO_TORCH = (
         "boundary.layer_choice",
         "boundary.scale",
     ),
+    *("export.page", "export.publication", "export.upload", "export.weight_files"),
 )
 
 

@@ -28,6 +28,8 @@ from lorakit.foreign_text import printable
 from lorakit.reach import TINY
 
 CARD_FILE = "README.md"
+TAG = "lorakit"  # by which a page is known as one of ours
+RELATIONS = ("adapter", "finetune", "merge", "quantized")  # to the base, as the hub defines them
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _PEFTS = re.compile(r"\A---\n(.*\n)*?library_name: peft\n(.*\n)*?---\n")
@@ -38,7 +40,7 @@ _RESULTS = {"lorahub": ("weights",)}
 
 def card_text(adapter: Adapter) -> str:
     """Return the card of an adapter, as Markdown with YAML front matter."""
-    parts = [_front_matter(adapter), _summary(adapter)]
+    parts = [_front_matter(adapter, "peft", "adapter"), _summary(adapter)]
     header: Header = json.loads(header_text(adapter.header))  # in the order of a file
     history = [entry for entry in header.get("history") or [] if entry]
     if history:
@@ -47,10 +49,13 @@ def card_text(adapter: Adapter) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def model_card_text(adapter: Adapter) -> str:
-    """Return the card of a model that an adapter was fused into, with the adapter's history."""
+def model_card_text(adapter: Adapter, relation: str = "finetune") -> str:
+    """Return the card of a model that an adapter was fused into, with the adapter's history.
+
+    `relation`, to the base, is one of RELATIONS.
+    """
     base = _shown_base(adapter)
-    matter = _front_matter(adapter).replace("library_name: peft", "library_name: transformers")
+    matter = _front_matter(adapter, "transformers", relation)
     title = f"# {base} with a LoRA adapter fused into it" if base else "# A model with fused LoRA"
     summary = _summary(adapter).partition("\n\n")[2]
     parts = [matter, f"{title}\n\n{summary}\n- adapter: SHA-256 {_code(adapter.sha256)}"]
@@ -67,14 +72,16 @@ def is_adapter_card(text: str) -> bool:
     return _PEFTS.match(text) is not None
 
 
-def _front_matter(adapter: Adapter) -> str:
-    """Return what the hub reads; a base that is a folder has no name there."""
+def _front_matter(adapter: Adapter, library: str, relation: str) -> str:
+    """Return what the hub reads; a base that is a folder has no name there, and so no relation."""
     lines = ["---"]
     if name := _hub_name(adapter):
         lines.append(f"base_model: {json.dumps(name)}")
+        lines.append(f"base_model_relation: {relation}")
         if revision := base_fields(adapter.header).get("revision"):
             lines.append(f"base_model_revision: {json.dumps(revision)}")
-    return "\n".join([*lines, "library_name: peft", "tags:", "- lora", "---"])
+    lines += [f"library_name: {library}", "pipeline_tag: text-generation"]
+    return "\n".join([*lines, "tags:", "- lora", f"- {TAG}", "---"])
 
 
 def _hub_name(adapter: Adapter) -> str | None:

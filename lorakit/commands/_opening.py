@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import base_revision, check_fingerprint, choose_model
+from lorakit.adapters.serving import serving_note
 from lorakit.commands._options import check_resume
 from lorakit.commands._progress import TerminalReporter
 from lorakit.files import check_adapter_output
@@ -88,11 +89,14 @@ def open_skeleton(
 
 
 @contextlib.contextmanager
-def reporting(run: RunSettings, output: str) -> Iterator[TerminalReporter]:
+def reporting(
+    run: RunSettings, output: str, *, portable: bool = False
+) -> Iterator[TerminalReporter]:
     """Yield the reporter of a training run and, at its end, say where the adapter was written.
 
-    Of several processes only the first reports. Raises LorakitError or a usage error before the
-    run where `output` cannot be written or resumed.
+    Of a `portable` one it also says how vLLM serves it. Of several processes only the first
+    reports. Raises LorakitError or a usage error before the run where `output` cannot be written or
+    resumed.
     """
     check_resume(run.resume, output)
     check_adapter_output(output)
@@ -102,3 +106,5 @@ def reporting(run: RunSettings, output: str) -> Iterator[TerminalReporter]:
     ) as reporter:
         yield reporter
         reporter.note(f"wrote {output}")
+        if portable and is_first_process() and (line := serving_note(output)):
+            reporter.note(line)

@@ -135,9 +135,10 @@ def plot(what: str) -> Callable[[F], F]:
 
 
 def _silence_downloads(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
-    """Tell the hub's library, not yet imported, to draw no bars where the command is quiet."""
+    """Tell the hub's library, not yet imported, to say only errors where the command is quiet."""
     if value:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     return value
 
 

@@ -26,8 +26,22 @@ def _save_mlx(adapter: Adapter, output: str) -> None:
     save_mlx(adapter, output)
 
 
+def _save_vllm(adapter: Adapter, output: str) -> None:
+    from lorakit.adapters.portable import make_portable
+    from lorakit.adapters.serving import vllm_command
+    from lorakit.adapters.storage import save_adapter
+
+    vllm_command(adapter, output)  # raises an error for a rank beyond vLLM's
+    save_adapter(make_portable(adapter), output)
+
+
 # How an adapter is written, by the program that is to read it.
-FORMS: dict[str, Callable[[Adapter, str], None]] = {"peft": _save_peft, "mlx": _save_mlx}
+FORMS: dict[str, Callable[[Adapter, str], None]] = {
+    "peft": _save_peft,
+    "mlx": _save_mlx,
+    "vllm": _save_vllm,
+}
+_FOLDERS = {"mlx": "MLX", "vllm": "vLLM"}  # what reads folders alone
 
 
 @click.command()
@@ -45,7 +59,7 @@ FORMS: dict[str, Callable[[Adapter, str], None]] = {"peft": _save_peft, "mlx": _
     type=click.Choice(list(FORMS)),
     default="peft",
     show_default=True,
-    help="The program that OUT is for; mlx is a folder, with MLX's config.",
+    help="The program that OUT is for; mlx and vllm are folders, the latter as merge --portable.",
 )
 @_options.quiet
 def convert(adapter: str, output: str, form: str, quiet: bool) -> None:
@@ -62,14 +76,19 @@ def convert(adapter: str, output: str, form: str, quiet: bool) -> None:
     lorakit convert old/adapter_model.bin -o old/
     lorakit convert merged.safetensors --to mlx -o mlx/
     lorakit convert mlx/ -o peft/
+    lorakit convert merged.safetensors --to vllm -o served/
     """
+    from lorakit.adapters.serving import serving_note
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import check_adapter_output
 
     _check_form(form, output)
     check_adapter_output(output)
     FORMS[form](_load(adapter), output)
-    TerminalReporter(quiet=quiet).note(f"wrote {output}")
+    reporter = TerminalReporter(quiet=quiet)
+    reporter.note(f"wrote {output}")
+    if form == "vllm" and (line := serving_note(output)):
+        reporter.note(line)
 
 
 def _check_form(form: str, output: str) -> None:
@@ -77,8 +96,8 @@ def _check_form(form: str, output: str) -> None:
     from lorakit.errors import LorakitError
     from lorakit.files import is_stream, names_folder
 
-    if form == "mlx" and (is_stream(output) or not names_folder(output)):
-        raise LorakitError(f"MLX reads folders, and {output} is none; end -o in /")
+    if form in _FOLDERS and (is_stream(output) or not names_folder(output)):
+        raise LorakitError(f"{_FOLDERS[form]} reads folders, and {output} is none; end -o in /")
     if not (is_stream(output) or names_folder(output) or output.endswith(".safetensors")):
         raise LorakitError(
             f"convert writes no {Path(output).suffix} files; end -o in .safetensors or, for a "

@@ -28,7 +28,7 @@ NAME = "{name}"  # in -o: the adapter's
 ZERO_SHOT = "zero-shot"
 _OF_A_SERVER = ("served_model", "key_variable", "concurrency", "timeout", "retries")
 _OF_A_LOADED_BASE = (
-    *("model", "revision", "trust_remote_code", "load_in", "device", "dtype", "chat"),
+    *("model", "revision", "trust_remote_code", "load_in", "device", "dtype"),
     *("batch_size", "max_length", "truncate", "cut", "dry_run"),
 )
 
@@ -137,7 +137,7 @@ def generate(
 
     Records come out in the order they went in. Without ADAPTER the base model answers (zero-shot);
     several ADAPTERs answer one after the other, each into its own file. With --endpoint a server's
-    model answers, and none is loaded.
+    model answers, and none is loaded; with --chat off, too, it gets plain texts (/completions).
 
     \b
     lorakit generate merged.safetensors --data test.jsonl | lorakit score -
@@ -148,6 +148,7 @@ def generate(
     _check_samples(generation, few_shot)
     _check_adapters(adapters, data, output)
     _check_server(endpoint, served_model, adapters)
+    _check_plain(endpoint, generation)
     _dry_run.check_options(dry_run)
     from lorakit.commands._progress import TerminalReporter
     from lorakit.records.few_shot import load_few_shot
@@ -285,3 +286,12 @@ def _check_server(endpoint: str | None, model: str | None, adapters: Sequence[st
     for name in _OF_A_LOADED_BASE:
         if name in written:
             raise click.UsageError(f"{written[name]} is for a base that is loaded, not --endpoint.")
+
+
+def _check_plain(endpoint: str | None, generation: GenerationSettings) -> None:
+    """Raise a usage error for what only a chat template reads, where a server gets plain texts."""
+    if endpoint is None or generation.chat != "off":
+        return
+    for option, value in (("--system", generation.system), ("--chat-arg", generation.chat_args)):
+        if value:
+            raise click.UsageError(f"{option} is for a chat template, and --chat off applies none.")

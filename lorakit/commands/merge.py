@@ -125,7 +125,7 @@ def merge(
     from lorakit.merging.learned_weights import merge_with_learned_weights
     from lorakit.merging.lorahub import merge_lorahub
 
-    with reporting(run, output) as reporter:
+    with reporting(run, output, portable=portable) as reporter:
         loaded = [load_adapter(source) for source in adapters]
         base = open_base(
             model, loaded, training.device, training.dtype, reporter.note, training=True
@@ -226,6 +226,7 @@ def _merge_statically(
     quiet: bool,
 ) -> None:
     """Merge without data: no base model is loaded, and torch is not imported."""
+    from lorakit.adapters.serving import serving_note
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import check_adapter_output
@@ -244,3 +245,5 @@ def _merge_statically(
         portable=portable,
     )
     reporter.note(f"wrote {output}")
+    if portable and (line := serving_note(output)):
+        reporter.note(line)

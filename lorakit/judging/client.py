@@ -1,4 +1,4 @@
-"""Ask one question of an OpenAI-compatible chat endpoint, and again while trouble may pass.
+"""Ask one question of an OpenAI-compatible endpoint, and again while trouble may pass.
 
 It speaks HTTP through the `openai` package (the extra `endpoint`) and knows nothing of judging. The
 key goes into one header of the request and nowhere else: no message, no file. The package's own
@@ -16,9 +16,9 @@ import time
 import urllib.parse
 import urllib.request
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import httpx2
 import openai
@@ -26,6 +26,7 @@ import openai
 from lorakit.errors import LorakitError, missing_package
 from lorakit.files import explain
 
+T = TypeVar("T")
 FIRST_WAIT = 1.0  # seconds before the second try; each further wait is twice as long
 LONGEST_WAIT = 60.0
 LONGEST_RETRY_AFTER = 600.0  # a longer wait is left to the user
@@ -89,10 +90,21 @@ class Endpoint:
         again after a growing wait, or the one the server asks for (Retry-After). Raises
         LorakitError for whatever else is wrong, and when all tries are used up.
         """
+        return self._put("/chat/completions", body, _message)
+
+    def continuation(self, body: Mapping[str, object]) -> str:
+        """Return the text that goes on after the prompt in `body`, a completions request.
+
+        Tries again, and raises LorakitError, as `message` does.
+        """
+        return self._put("/completions", body, _continuation)
+
+    def _put(self, path: str, body: Mapping[str, object], read: Callable[[bytes], T]) -> T:
+        """Return what `read` finds in the reply to a request."""
         data = json.dumps(body).encode()  # ASCII: a text may hold half a surrogate pair
         for attempt in range(self.retries + 1):
             try:
-                return _message(self._post(data))
+                return read(self._post(path, data))
             except TransientError as error:
                 reason = self.printable(str(error))
                 if attempt < self.retries:
@@ -101,11 +113,10 @@ class Endpoint:
             f"{self.url}: {reason}, {self.retries + 1} times; try again later, with --resume"
         )
 
-    def _post(self, data: bytes) -> bytes:
+    def _post(self, path: str, data: bytes) -> bytes:
         """Return the server's reply to one request."""
         try:
-            reply = self._client.post("/chat/completions", cast_to=httpx2.Response, content=data)
-            return reply.content
+            return self._client.post(path, cast_to=httpx2.Response, content=data).content
         except openai.APIStatusError as error:
             self._raise_status(error.response)
         except openai.APITimeoutError:
@@ -276,3 +287,14 @@ def _message(reply: bytes) -> Message:
         raise TransientError("the answer is no text")
     thoughts = [message.get(name) for name in _REASONING_FIELDS]
     return Message(content or "", next((t for t in thoughts if t and isinstance(t, str)), None))
+
+
+def _continuation(reply: bytes) -> str:
+    """Return the text of a completion; TransientError where the reply is not one."""
+    try:
+        text = json.loads(reply)["choices"][0]["text"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise TransientError("the answer is no completion") from None
+    if not isinstance(text, str):
+        raise TransientError("the answer is no text")
+    return text

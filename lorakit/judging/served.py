@@ -1,7 +1,7 @@
 """Predictions by a server's model: `generate --endpoint` between its two files.
 
-The server applies its own chat template, so that records go to it as conversations. It knows no
-tokens and loads no model.
+The server applies its own chat template, so that records go to it as conversations; with
+`--chat off` they go as plain texts. It knows no tokens and loads no model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.errors import LorakitError
 from lorakit.judging.asking import ask_in_order
 from lorakit.records.completions import Completion, completion_in, skip_done, with_completions
-from lorakit.records.few_shot import NO_EXAMPLES, FewShot, shown_turns
+from lorakit.records.few_shot import NO_EXAMPLES, FewShot, shown_text, shown_turns
 from lorakit.records.jsonl import read_records, write_records
 from lorakit.records.record import Record, Turn
 from lorakit.reporting import Reporter
@@ -46,13 +46,13 @@ class _Asker:
 
     def ask(self, question: _Question) -> Completion:
         """Return what the model writes."""
-        return _completion(self.endpoint.message(self.body(question)), self.settings)
+        body, settings = self.body(question), self.settings
+        if settings.chat == "off":
+            return completion_in(self.endpoint.continuation(body), stop=settings.stop)
+        return _completion(self.endpoint.message(body), settings)
 
     def body(self, question: _Question) -> dict[str, object]:
-        """Return the chat-completions request; what is not asked for is left to the server."""
-        turns = shown_turns(
-            self.few_shot.before(question.record), _with_system(question.record, self.settings)
-        )
+        """Return the request; what is not asked for is left to the server."""
         settings = self.settings
         optional: dict[str, object] = {
             "top_k": settings.top_k,
@@ -61,13 +61,21 @@ class _Asker:
         }
         return {
             "model": self.model,
-            "messages": [{"role": turn.role, "content": turn.content} for turn in turns],
+            **self._asked(question.record),
             "max_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "seed": (settings.seed * 1_000_003 + question.number) % _SEEDS,
             **{name: value for name, value in optional.items() if value},
         }
+
+    def _asked(self, record: Record) -> dict[str, object]:
+        """Return what stands in the request for a record: its turns, or with --chat off a text."""
+        shown = self.few_shot.before(record)
+        if self.settings.chat == "off":
+            return {"prompt": shown_text(shown, record)}
+        turns = shown_turns(shown, _with_system(record, self.settings))
+        return {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
 
 
 def write_served_predictions(

@@ -15,7 +15,7 @@ from lorakit.errors import LorakitError
 from lorakit.foreign_text import check_encodable, quote
 from lorakit.models.chat import Chat, Tokenizer
 from lorakit.records.completions import OPEN
-from lorakit.records.few_shot import SEPARATOR, shown_turns
+from lorakit.records.few_shot import plain_prompt, shown_text, shown_turns
 from lorakit.records.record import Record
 
 
@@ -122,8 +122,7 @@ class Encoder:
 
     def _encode_prompt(self, record: Record, shots: Sequence[Record]) -> Example:
         if self.chat is None:
-            shown = [_plain_prompt(shot) + shot.completion for shot in shots]
-            text = SEPARATOR.join([*shown, _plain_prompt(record)])
+            text = shown_text(shots, record)
         else:
             text = self.chat.prompt(shown_turns(shots, record.conversation), record.where)
         ids = self._never_empty(self._tokens(text, record.where)[0])
@@ -133,7 +132,7 @@ class Encoder:
     def _encode_both(self, record: Record) -> Example:
         """Encode prompt and completion as one string, however long, and the end token."""
         if self.chat is None:
-            prompt = _plain_prompt(record)
+            prompt = plain_prompt(record)
             text = prompt + record.completion
         else:
             prompt, text = self.chat.answered(record.conversation, record.completion, record.where)
@@ -165,16 +164,6 @@ class Encoder:
         while ids and ids[-1] == self.ends[0] and ends[-1] == 0:  # added by the tokenizer itself
             ids, ends = ids[:-1], ends[:-1]
         return ids, ends
-
-
-def _plain_prompt(record: Record) -> str:
-    """Return the prompt of a record for a model without a chat template."""
-    if record.turns is not None:
-        raise LorakitError(
-            f"{record.where}: a conversation needs a chat template, and none is applied; take an "
-            "instruct model and leave --chat off out, or write prompt and completion as texts"
-        )
-    return record.prompt
 
 
 @dataclass(frozen=True)

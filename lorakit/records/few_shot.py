@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorakit.errors import LorakitError
 from lorakit.records.jsonl import load_records
 from lorakit.records.record import Record, Turn
 
@@ -52,6 +53,25 @@ def load_few_shot(path: str | None, shots: int | None, seed: int) -> FewShot:
     if shots is not None and shots < len(records):
         records = random.Random(seed).sample(records, len(records))
     return FewShot(tuple(records), shots, digest)
+
+
+def shown_text(examples: Sequence[Record], record: Record) -> str:
+    """Return the prompt of a record as a text, after the examples with their completions.
+
+    Raises LorakitError for a conversation, which is no text without a chat template.
+    """
+    shown = [plain_prompt(example) + example.completion for example in examples]
+    return SEPARATOR.join([*shown, plain_prompt(record)])
+
+
+def plain_prompt(record: Record) -> str:
+    """Return the prompt of a record for a model without a chat template."""
+    if record.turns is not None:
+        raise LorakitError(
+            f"{record.where}: a conversation needs a chat template, and none is applied; take an "
+            "instruct model and leave --chat off out, or write prompt and completion as texts"
+        )
+    return record.prompt
 
 
 def shown_turns(examples: Sequence[Record], turns: Sequence[Turn]) -> tuple[Turn, ...]:

@@ -60,8 +60,15 @@ def front_matter(text: str) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("base", "fields"),
     [
-        (HUB, {"base_model": "owner/name", "base_model_revision": "abc"}),
-        ({"name": "1e5"}, {"base_model": "1e5"}),
+        (
+            HUB,
+            {
+                "base_model": "owner/name",
+                "base_model_relation": "adapter",
+                "base_model_revision": "abc",
+            },
+        ),
+        ({"name": "1e5"}, {"base_model": "1e5", "base_model_relation": "adapter"}),
         (FOLDER, {}),
         ({"name": "../llama"}, {}),
         ({"name": "tiny"}, {}),
@@ -73,7 +80,12 @@ def test_the_front_matter_names_a_base_of_the_hub_and_no_folder(
     base: dict[str, object] | None, fields: dict[str, object]
 ) -> None:
     matter = front_matter(card_text(made_on(base)))
-    assert matter == {"library_name": "peft", "tags": ["lora"], **fields}
+    assert matter == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lorakit"],
+        **fields,
+    }
 
 
 def test_a_card_tells_base_parents_data_command_and_scores() -> None:

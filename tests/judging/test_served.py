@@ -230,19 +230,77 @@ def test_questions_are_read_a_window_at_a_time_and_answered_in_order() -> None:
     assert list(answered) == [(number, -number) for number in range(1, 1000)]
 
 
+def continuation(text: object) -> tuple[int, dict[str, str], bytes]:
+    return 200, {}, json.dumps({"choices": [{"text": text}]}).encode()
+
+
+def test_without_a_template_plain_texts_are_sent_and_continued(tmp_path: Path) -> None:
+    rows = save(tmp_path, 2)
+    save(tmp_path, 2, "shots.jsonl")
+    with serving(lambda body, _: continuation(f" {body['prompt'][-2:]}<think>!\n")) as server:
+        options = ["--endpoint", server.url, "--served-model", "m", "--chat", "off"]
+        done = generate(tmp_path, *options, "--few-shot", "shots.jsonl", "--concurrency", "1")
+    assert server.bodies[0] == {
+        "path": "/v1/completions",
+        "model": "m",
+        "prompt": "p1 c1\n\np0",  # the first example has the same prompt
+        "max_tokens": 128,
+        "temperature": 0,
+        "top_p": 1,
+        "seed": 0,
+    }
+    assert lines(done.stdout) == [{**row, "prediction": f"{row['prompt']}<think>!"} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("reply_of_server", "reason"),
+    [
+        (reply(content="x"), "the answer is no completion"),
+        (continuation(3), "the answer is no text"),
+    ],
+    ids=["chat", "number"],
+)
+def test_an_answer_that_is_no_continuation_is_asked_for_again(
+    reply_of_server: tuple[int, dict[str, str], bytes], reason: str, tmp_path: Path
+) -> None:
+    save(tmp_path, 1)
+    with serving(lambda *_: reply_of_server) as server:
+        options = ["--endpoint", server.url, "--served-model", "m", "--chat", "off"]
+        done = generate(tmp_path, *options, "--retries", "1", code=1)
+    assert len(server.bodies) == 2
+    assert done.stderr.endswith(
+        f"{server.url}: {reason}, 2 times; try again later, with --resume\n"
+    )
+
+
+@pytest.mark.parametrize("option", ["--system=s", "--chat-arg=a=1"])
+def test_what_only_a_template_reads_is_refused_for_plain_texts(option: str, tmp_path: Path) -> None:
+    options = ["--endpoint", "http://127.0.0.1:9/v1", "--served-model", "m", "--chat", "off"]
+    done = generate(tmp_path, *options, option, code=2)
+    assert "is for a chat template, and --chat off applies none" in done.stderr
+
+
+def test_a_conversation_is_no_plain_text(tmp_path: Path) -> None:
+    save_rows(tmp_path / "data.jsonl", [{"messages": [{"role": "user", "content": "u"}]}])
+    options = ["--endpoint", "http://127.0.0.1:9/v1", "--served-model", "m", "--chat", "off"]
+    done = generate(tmp_path, *options, code=1)
+    assert "data.jsonl:1: a conversation needs a chat template" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     with serving_tiny(tmp_path_factory.mktemp("tiny"), TEMPLATE) as server:
         yield server
 
 
+@pytest.mark.parametrize("chat", ["auto", "off"])
 def test_a_real_server_writes_what_the_same_model_writes_here(
-    tiny_server: tuple[str, str], tmp_path: Path
+    chat: str, tiny_server: tuple[str, str], tmp_path: Path
 ) -> None:
     url, model = tiny_server
     save(tmp_path, 3)
     save(tmp_path, 2, "shots.jsonl")
-    options = ("--max-new-tokens", "12", "--few-shot", "shots.jsonl", "--stop", "e")
+    options = ("--max-new-tokens", "12", "--few-shot", "shots.jsonl", "--stop", "e", "--chat", chat)
     served = generate(tmp_path, *options, "--endpoint", url, "--served-model", model)
     here = generate(tmp_path, *options, "--model", model, "--device", "cpu")
     assert lines(served.stdout) == lines(here.stdout)
