@@ -14,14 +14,17 @@ import numpy as np
 from lorakit.adapters.adapter import Adapter, LoraModule
 from lorakit.adapters.names import lora_name
 from lorakit.adapters.tensors import Tensor
+from lorakit.adapters.whole import check_plain
 
 
 def make_portable(adapter: Adapter) -> Adapter:
     """Return the adapter with the same ΔW at one rank and scale 1; blocks stay where they are.
 
     Ranks are padded with zeros to the largest, and the scale is folded into B, which becomes
-    float32 if its own format cannot hold the product exactly.
+    float32 if its own format cannot hold the product exactly. Raises LorakitError for an adapter
+    that holds more than A and B.
     """
+    check_plain(adapter, "vLLM or llama.cpp")
     rank = max(module.rank for module in adapter.modules())
     tensors: dict[str, Tensor] = {}
     for module in adapter.modules():

@@ -20,10 +20,18 @@ from lorakit.adapters.card import CARD_FILE, card_text, is_adapter_card
 from lorakit.adapters.config import Config, config_text, parse_config, rank_of
 from lorakit.adapters.foreign import SAFETENSORS_FILE, refuse_folder, refuse_tensor
 from lorakit.adapters.history import header_text, parse_header
-from lorakit.adapters.names import Factor, lora_name, lora_parts, module_names
+from lorakit.adapters.names import (
+    Factor,
+    lora_name,
+    lora_parts,
+    magnitude_module,
+    module_names,
+    whole_name,
+)
 from lorakit.adapters.safetensors import read_tensors, write_tensors
 from lorakit.adapters.targets import check_matching, targeting
 from lorakit.adapters.tensors import FLOATS, Tensor
+from lorakit.adapters.whole import check_kept, check_plain
 from lorakit.errors import LorakitError
 from lorakit.files import (
     STDIO,
@@ -44,16 +52,19 @@ HUB = "hf://"
 _LONGEST_NAME = 500  # characters of a tensor's
 
 
-def load_adapter(source: str, *, check_values: bool = True) -> Adapter:
+def load_adapter(source: str, *, check_values: bool = True, plain: bool = True) -> Adapter:
     """Return the adapter in a file, a PEFT folder, `-` (stdin) or `hf://owner/name[@revision]`.
 
     A tensor file is read with the adapter_config.json beside it if it has PEFT's name or no config
     of its own. If the two configs differ the folder's applies, as in PEFT, since that is the one
     people edit. Raises LorakitError for anything that cannot be written again exactly, and for
     values that are not finite; with `check_values` false, the latter only once the hash is
-    computed.
+    computed. With `plain`, adapters that hold more than A and B, which only some commands take,
+    are refused by name.
     """
     adapter = _open(source)
+    if plain:
+        check_plain(adapter)
     if check_values:
         _ = adapter.sha256  # reads every value
     return adapter
@@ -129,7 +140,10 @@ def check_adapter(
 
 
 def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
-    """Raise LorakitError for a tensor that is not a LoRA factor or lacks the other factor."""
+    """Raise LorakitError for a tensor that no adapter holds and for one without its other factor.
+
+    Whether the config has the others, magnitudes and whole weights, is for check_kept.
+    """
     if not tensors:
         raise LorakitError(f"{name} holds no tensors; check what wrote it")
     for key in sorted(tensors):
@@ -140,7 +154,9 @@ def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
             )
         parts = lora_parts(key)
         if parts is None:
-            refuse_tensor(key, name)
+            if magnitude_module(key) is None and whole_name(key) is None:
+                refuse_tensor(key, name)
+            continue
         module, factor = parts
         other: Factor = "B" if factor == "A" else "A"
         if lora_name(module, other) not in tensors:
@@ -148,8 +164,9 @@ def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], config: Config, name: str) -> None:
+    check_kept(tensors, config, name)
     for key in sorted(tensors):
-        _check_tensor(tensors[key], f"{name}: tensor {quote(key)}")
+        _check_tensor(key, tensors[key], name)
     modules = module_names(tensors)
     check_matching(config, modules, name)
     is_target = targeting(config)
@@ -162,10 +179,11 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: Config, name: str) -> 
             )
 
 
-def _check_tensor(tensor: Tensor, where: str) -> None:
+def _check_tensor(key: str, tensor: Tensor, name: str) -> None:
+    where = f"{name}: tensor {quote(key)}"
     if tensor.dtype not in FLOATS:
         raise LorakitError(f"{where} is {tensor.dtype}; cast it to float32, float16 or bfloat16")
-    if len(tensor.shape) != 2:
+    if lora_parts(key) and len(tensor.shape) != 2:
         raise LorakitError(
             f"{where} has {len(tensor.shape)} dimensions; lorakit reads LoRA on linear layers only"
         )

@@ -63,12 +63,16 @@ def convert(adapter: str, output: str, form: str, quiet: bool) -> None:
     lorakit convert merged.safetensors --to mlx -o mlx/
     lorakit convert mlx/ -o peft/
     """
+    from lorakit.adapters.whole import check_plain
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import check_adapter_output
 
     _check_form(form, output)
     check_adapter_output(output)
-    FORMS[form](_load(adapter), output)
+    loaded = _load(adapter)
+    if form != "peft":
+        check_plain(loaded, form)
+    FORMS[form](loaded, output)
     TerminalReporter(quiet=quiet).note(f"wrote {output}")
 
 
@@ -96,7 +100,7 @@ def _load(source: str) -> Adapter:
     pickle: Path | None
     if source.startswith(HUB):
         try:
-            return load_adapter(source)
+            return load_adapter(source, plain=False)
         except LorakitError:
             pickle = _fetch_pickle(source)
             if pickle is None:
@@ -106,7 +110,7 @@ def _load(source: str) -> Adapter:
     else:
         pickle = find_pickle(source)
     if pickle is None:
-        return load_adapter(source)
+        return load_adapter(source, plain=False)
     from lorakit.models.pickles import load_pickled_adapter
 
     return load_pickled_adapter(pickle, source)

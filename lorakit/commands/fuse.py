@@ -64,7 +64,7 @@ def fuse(
     from lorakit.models.devices import pick_device
 
     reporter = TerminalReporter(quiet=quiet)
-    loaded = load_adapter(source)
+    loaded = load_adapter(source, plain=False)
     name, remark = choose_model(model.model, [loaded])
     if remark:
         reporter.note(remark)

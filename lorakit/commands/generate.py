@@ -185,7 +185,7 @@ def generate(
     examples = load_few_shot(few_shot, generation.shots, generation.seed)
     if NAME not in output:
         refuse_second_writer(output, writes=is_first_process())
-    loaded = [load_adapter(adapter) for adapter in adapters]
+    loaded = [load_adapter(adapter, plain=False) for adapter in adapters]
     if not loaded:
         reporter.note("no ADAPTER: the base model answers zero-shot")
     base = open_base(

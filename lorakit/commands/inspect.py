@@ -85,7 +85,7 @@ def _describe(source: str, layout: str, output: str) -> None:
     from lorakit.files import open_text_output
     from lorakit.records.jsonl import write_records
 
-    record = inspect_adapter(load_adapter(source))
+    record = inspect_adapter(load_adapter(source, plain=False))
     with open_text_output(output) as stream:
         if _options.wants_table(layout, output):
             write_table(record, stream)

@@ -236,7 +236,7 @@ def _merge_statically(
     reporter = TerminalReporter(quiet=quiet)
     check_adapter_output(output)
     merge_statically(
-        [load_adapter(source) for source in adapters],
+        [load_adapter(source, plain=False) for source in adapters],
         method,
         settings=settings,
         output=output,

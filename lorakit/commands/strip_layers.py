@@ -106,7 +106,7 @@ def strip_layers(
         layer = int(boundary)
     elif boundary is not None:
         layer, keep = read_cut(boundary)
-    loaded = load_adapter(source, check_values=by is not None)
+    loaded = load_adapter(source, check_values=by is not None, plain=by is not None)
     if by is not None and data is not None:
         wanted = LayerChoiceSettings(by, share, threshold)
         choice = _choose(loaded, data, wanted, model, training, reporter)
