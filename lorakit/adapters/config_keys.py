@@ -129,3 +129,7 @@ FORMER = ("enable_lora",)
 
 # Initialisations that leave the base weights alone; pissa, olora, corda, loftq and lora_ga do not.
 HARMLESS_INITS = ("eva", "gaussian", "mica", "orthogonal")
+
+# Those that take their first B·A out of the base weights, as what they begin with: `convert` can
+# undo them (initial.py). LoftQ quantises the base besides.
+SUBTRACTED_INITS = ("pissa", "olora", "corda", "lora_ga")

@@ -47,14 +47,20 @@ FORMS: dict[str, Callable[[Adapter, str], None]] = {"peft": _save_peft, "mlx": _
     show_default=True,
     help="The program that OUT is for; mlx is a folder, with MLX's config.",
 )
+@click.option(
+    "--initial-adapter",
+    metavar="FOLDER",
+    help="ADAPTER as it was before training, where its initialisation (PiSSA, OLoRA, CorDA, "
+    "LoRA-GA) changed the base: what is written is LoRA on the unchanged base, at twice the rank.",
+)
 @_options.quiet
-def convert(adapter: str, output: str, form: str, quiet: bool) -> None:
+def convert(adapter: str, output: str, form: str, initial_adapter: str | None, quiet: bool) -> None:
     """Write an adapter as a single file or as a folder, of PEFT's or of MLX's.
 
     ADAPTER is a file, a PEFT folder, `-` or hf://owner/name[@revision], of which tensors and header
     stay as they are; an MLX folder, or its tensor file, whose tensors are transposed; or PEFT's old
     adapter_model.bin, beside its adapter_config.json, which becomes safetensors. Nothing in the
-    pickle is run.
+    pickle is run. An adapter of PiSSA's or its kin is converted by --initial-adapter.
 
     \b
     lorakit convert merged.safetensors -o merged/
@@ -62,14 +68,16 @@ def convert(adapter: str, output: str, form: str, quiet: bool) -> None:
     lorakit convert old/adapter_model.bin -o old/
     lorakit convert merged.safetensors --to mlx -o mlx/
     lorakit convert mlx/ -o peft/
+    lorakit convert pissa/ --initial-adapter pissa-init/ -o lora/
     """
     from lorakit.adapters.whole import check_plain
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import check_adapter_output
 
+    _options.check_stdin(adapter, initial_adapter)
     _check_form(form, output)
     check_adapter_output(output)
-    loaded = _load(adapter)
+    loaded = _load(adapter) if initial_adapter is None else _undone(adapter, initial_adapter)
     if form != "peft":
         check_plain(loaded, form)
     FORMS[form](loaded, output)
@@ -114,6 +122,15 @@ def _load(source: str) -> Adapter:
     from lorakit.models.pickles import load_pickled_adapter
 
     return load_pickled_adapter(pickle, source)
+
+
+def _undone(source: str, initial: str) -> Adapter:
+    """Return an adapter that changed its base at first as one on the unchanged base."""
+    from lorakit.adapters.initial import subtract_initial
+    from lorakit.adapters.storage import load_adapter
+
+    adapter, before = (load_adapter(each, plain=False, any_init=True) for each in (source, initial))
+    return subtract_initial(adapter, before)
 
 
 def _fetch_pickle(address: str) -> Path | None:
