@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from lorakit.adapters.adapter import Adapter, LoraModule
-from lorakit.adapters.blocks import block_names
+from lorakit.adapters.blocks import plain_name
 from lorakit.adapters.config import DEFAULT_ALPHA, DEFAULT_RANK, Config
 from lorakit.adapters.config_keys import SUBTRACTED_INITS
 from lorakit.adapters.history import new_entry, with_entry
@@ -40,12 +40,11 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     for module in adapter.modules():
         _check_same(module, before.get(module.name), adapter, initial)
         tensors |= _stacked(module, before[module.name])
-    names = block_names([adapter.name, initial.name])
     entry = new_entry(
         "convert",
         versions={package: version_of(package) for package in ("lorakit", "numpy")},
-        settings={"initial_adapter": names[1]},
-        parents=dict(zip(names, (adapter.sha256, initial.sha256), strict=True)),
+        settings={"initial_adapter": initial.sha256},
+        parents={plain_name(adapter.name): adapter.sha256},
     )
     return replace(
         adapter,

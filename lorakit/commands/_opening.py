@@ -12,6 +12,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import base_revision, check_fingerprint, choose_model
 from lorakit.commands._options import check_resume
 from lorakit.commands._progress import TerminalReporter
+from lorakit.export.model_folder import ModelFolder, open_model_folder
 from lorakit.files import check_adapter_output
 from lorakit.models.base import Base
 from lorakit.models.devices import (
@@ -60,6 +61,20 @@ def open_base(
     if warning := check_fingerprint(adapters, name, base.fingerprint):
         note(warning)
     return base
+
+
+def open_folder(
+    model: ModelSettings, adapters: Sequence[Adapter], note: Callable[[str], None]
+) -> ModelFolder:
+    """Return the folder of the base model that the settings, or the adapters, name."""
+    name, remark = choose_model(model.model, adapters)
+    if remark:
+        note(remark)
+    revision = model.revision or base_revision(adapters, name)
+    folder = open_model_folder(ModelSettings(name, revision, model.trust_remote_code), name)
+    if warning := check_fingerprint(adapters, name, folder.as_base.fingerprint):
+        note(warning)
+    return folder
 
 
 def open_skeleton(
