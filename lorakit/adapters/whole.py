@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.config import Config
@@ -111,6 +112,22 @@ def check_plain(adapter: Adapter, reader: str = "this command") -> None:
         f"{adapter.name} holds {what}, which {reader} cannot read; fuse it and go on with that "
         f"model: lorakit fuse {shlex.quote(adapter.name)} -o fused/"
     )
+
+
+def check_plain_or_embeddings(adapter: Adapter) -> None:
+    """Raise LorakitError as check_plain does, but not for embeddings and heads.
+
+    PEFT saves these unchanged, too, and whether they are the base's own tells the base.
+    """
+    if adapter.is_dora or not all(map(_EMBEDDINGS.fullmatch, adapter.whole)):
+        check_plain(adapter)
+
+
+def without_whole(adapter: Adapter, names: Collection[str]) -> Adapter:
+    """Return the adapter without the whole weights of these names."""
+    tensors = {k: t for k, t in adapter.tensors.items() if whole_name(k) not in names}
+    rest = replace(adapter, tensors=tensors)
+    return replace(rest, config=narrowed_config(adapter.config, adapter.whole, rest.whole))
 
 
 def narrowed_config(

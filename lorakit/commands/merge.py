@@ -132,14 +132,14 @@ def merge(
             approximate,
         )
         return
-    from lorakit.commands._opening import open_base, reporting
+    from lorakit.commands._opening import open_base_and_adapters, reporting
     from lorakit.merging.adaptive import merge_adaptively
     from lorakit.merging.learned_weights import merge_with_learned_weights
     from lorakit.merging.lorahub import merge_lorahub
 
     with reporting(run, output) as reporter:
-        loaded = _load(adapters, model if approximate else None, None, reporter)
-        base = open_base(
+        loaded = _load(adapters, model if approximate else None, None, reporter, plain=False)
+        base, loaded = open_base_and_adapters(
             model, loaded, training.device, training.dtype, reporter.note, training=True
         )
         if method == "lorahub":

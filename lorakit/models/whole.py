@@ -7,11 +7,13 @@ on by lora.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.tensors import Tensor
+from lorakit.adapters.whole import without_whole
 from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model
 from lorakit.models.base import Base
@@ -72,6 +74,27 @@ def check_whole_fits(base: Base, adapter: Adapter) -> None:
         if tensor.shape != shapes[name]:
             raise _other_shape(base, adapter, name, shapes[name])
     _check_shared(base, adapter)
+
+
+def without_copies(base: Base, adapter: Adapter, note: Callable[[str], None]) -> Adapter:
+    """Return the adapter without whole weights that are the base's own, value by value; say which.
+
+    In lower precision than they were saved in, the base's own cannot be told from others.
+    """
+    if base.sharded:
+        return adapter
+    own = base.model.state_dict()
+    copies = [name for name, tensor in adapter.whole.items() if _equals(tensor, own.get(name))]
+    if not copies:
+        return adapter
+    note(f"{adapter.name}: {', '.join(copies)}, which it holds whole, are the base's own: left out")
+    return without_whole(adapter, copies)
+
+
+def _equals(tensor: Tensor, own: torch.Tensor | None) -> bool:
+    if own is None or tensor.shape != tuple(own.shape) or not own.is_floating_point():
+        return False
+    return torch.equal(torch.from_numpy(tensor.array().copy()), own.float().cpu())
 
 
 def _other_shape(

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
+LAYERS = 8  # of tiny
 TINY = Path(__file__).parents[2] / "lorakit" / "tiny"
 PLAIN = {"target_modules": ["q_proj", "v_proj"], "r": 2, "task_type": "CAUSAL_LM"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -153,3 +154,37 @@ def extras(adapter: Adapter) -> dict[str, Tensor]:
         for key, t in adapter.tensors.items()
         if ".lora_A." not in key and ".lora_B." not in key
     }
+
+
+def test_a_merge_that_trains_takes_dora_as_the_nearest_lora(folder: Path, tmp_path: Path) -> None:
+    done = call(
+        f"merge {folder}/DoRA {folder}/plain --data {folder}/data.jsonl --approximate dora "
+        f"--epochs 1 -o {tmp_path}/out/"
+    )
+    assert done.exit_code == 0, done.exception
+    assert done.stderr.count("DoRA without DoRA, layer ") == LAYERS
+    assert load_adapter(f"{tmp_path}/out").modules()[0].rank == 4
+
+
+TAKES_COPIES = {
+    "find-boundary": "find-boundary {a} --data {d} --metric loss",
+    "inspect --importance": "inspect {a} --importance --data {d}",
+    "strip-layers by importance": (
+        "strip-layers {a} --by importance --share 0.5 --data {d} -o {o}.safetensors"
+    ),
+    "merge that trains": "merge {a} --data {d} --epochs 1 -o {o}.safetensors",
+}
+
+
+@pytest.mark.parametrize("line", TAKES_COPIES.values(), ids=TAKES_COPIES.keys())
+def test_embeddings_that_are_the_bases_own_are_left_out_with_a_note(
+    line: str, folder: Path, tmp_path: Path
+) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(TINY)
+    model = with_lora(base, PLAIN)
+    model.peft_config["default"].base_model_name_or_path = "tiny"
+    model.save_pretrained(tmp_path / "copies", save_embedding_layers=True)
+    assert len(load_adapter(f"{tmp_path}/copies", plain=False).whole) == 2
+    done = call(line.format(a=tmp_path / "copies", d=folder / "data.jsonl", o=tmp_path / "out"))
+    assert done.exit_code == 0, done.exception
+    assert "embed_tokens.weight, which it holds whole, are the base's own: left out" in done.stderr
