@@ -231,7 +231,7 @@ def _plan(
     from lorakit.adapters.storage import load_adapter
     from lorakit.models.plan import plan_generation
 
-    loaded = [load_adapter(adapter) for adapter in adapters]
+    loaded = [load_adapter(adapter, plain=False) for adapter in adapters]
     skeleton, load = _dry_run.open_bases(dry_run, model, loaded, generation, reporter.note)
     rows = plan_generation(
         skeleton, loaded, data, settings=generation, few_shot=examples, load=load

@@ -78,6 +78,7 @@ ROWS = {
     "inspect --spectrum": ("inspect {a} --spectrum", FUSE, FUSE, FUSE),
     "inspect --importance": ("inspect {a} --importance --data {d}", FUSE, FUSE, FUSE),
     "generate": ("generate {a} --data {d} --max-new-tokens 2", CARRIED, CARRIED, CARRIED),
+    "generate --dry-run": ("generate {a} --data {d} --dry-run --measure", *(CARRIED,) * 3),
     "fuse": ("fuse {a} -o {o}/", CARRIED, CARRIED, CARRIED),
 }
 
