@@ -197,17 +197,21 @@ def check_config_is_exact(config: dict[str, Any], folder: Path) -> None:
 
 
 @needs_found
-def test_the_line_that_converts_a_pickle_does(tmp_path: Path) -> None:
-    source = FOUND / "peft-regression" / "lora_mlp-0.6.1"
-    for name in ("adapter_config.json", "adapter_model.bin"):
-        (tmp_path / name).write_bytes((source / name).read_bytes())
+@pytest.mark.parametrize("name", ["lora_mlp-0.6.1", "lora_mlp_modules_to_save-0.6.1"])
+def test_the_line_that_converts_a_pickle_does(name: str, tmp_path: Path) -> None:
+    source = FOUND / "peft-regression" / name
+    for file in ("adapter_config.json", "adapter_model.bin"):
+        (tmp_path / file).write_bytes((source / file).read_bytes())
     with pytest.raises(LorakitError) as caught:
         load_adapter(str(tmp_path))
     done = shell(str(caught.value).partition("; run: ")[2], tmp_path)
     assert done.stderr == f"Note: wrote {tmp_path}/\n"
     assert done.returncode == 0
-    adapter = load_adapter(str(tmp_path))
+    adapter = load_adapter(str(tmp_path), plain=False)
     saved = torch.load(tmp_path / "adapter_model.bin", map_location="cpu", weights_only=True)
     assert [module.name for module in adapter.modules()] == ["lin0"]
     a, b = (saved[lora_name("lin0", factor)] for factor in ("A", "B"))
     assert np.allclose(adapter.modules()[0].delta(), (b @ a).numpy(), atol=1e-6)
+    for weight, tensor in adapter.whole.items():
+        assert np.array_equal(tensor.array(), saved[f"base_model.model.{weight}"].numpy())
+    assert list(adapter.whole) == (["lin1.bias", "lin1.weight"] if "to_save" in name else [])
