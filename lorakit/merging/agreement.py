@@ -9,6 +9,7 @@ import numpy as np
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import whole_key
 from lorakit.adapters.tensors import Tensor
+from lorakit.adapters.whole import is_saved
 from lorakit.errors import LorakitError
 from lorakit.foreign_text import quote
 
@@ -16,7 +17,8 @@ from lorakit.foreign_text import quote
 def common_whole(adapters: Sequence[Adapter], modules: Collection[str]) -> dict[str, Tensor]:
     """Return the whole weights of the adapters by PEFT's names, in a merge with LoRA on `modules`.
 
-    Raises LorakitError naming the first weight that two of them do not have alike.
+    Raises LorakitError naming the first weight that two of them do not have alike, and one on which
+    another has LoRA.
     """
     first = adapters[0]
     for other in adapters[1:]:
@@ -27,7 +29,20 @@ def common_whole(adapters: Sequence[Adapter], modules: Collection[str]) -> dict[
                     "and whole weights have no sum; fuse one into the base (lorakit fuse) and "
                     "train the others on that, without modules_to_save"
                 )
+    for name in first.whole:
+        _check_unshared(adapters, name, modules)
     return {whole_key(name, modules): tensor for name, tensor in first.whole.items()}
+
+
+def _check_unshared(adapters: Sequence[Adapter], name: str, modules: Collection[str]) -> None:
+    """Raise LorakitError where one adapter saves a module whole and another has LoRA on it."""
+    module = name.rpartition(".")[0]
+    for adapter in adapters:
+        if module in modules and is_saved(adapter.config, module):
+            raise LorakitError(
+                f"{adapter.name} holds {quote(name)} whole, and another has LoRA on it, which PEFT "
+                "cannot hold together; fuse the adapter (lorakit fuse) and train the other on that"
+            )
 
 
 def _alike(one: Tensor | None, other: Tensor | None) -> bool:
