@@ -45,8 +45,9 @@ def fuse(
     ADAPTER is a file, a PEFT folder, `-` (the default: a pipe) or hf://owner/name[@revision].
     FOLDER gets the weights in the base's shards, its config, tokenizer, template and generation
     config, and a model card, and loads as any model. DoRA is applied exactly, and weights that the
-    adapter holds whole (modules_to_save) replace the base's. One tensor is in memory at a time, but for the
-    check at the end. A base in 4 or 8 bit is refused: name the one it was made from by --model.
+    adapter holds whole (modules_to_save) replace the base's. One tensor is in memory at a time, but
+    for the check at the end. A base in 4 or 8 bit is refused: name the one it was made from by
+    --model.
 
     \b
     lorakit fuse merged.safetensors -o model/
