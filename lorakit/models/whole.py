@@ -50,7 +50,8 @@ def _replace_(model: Model, name: str, values: torch.Tensor) -> torch.nn.Paramet
 def _owner(model: Model, name: str) -> torch.nn.Module:
     """Return the base's module that has a parameter, whether LoRA is on it or not."""
     module = model.get_submodule(name.rpartition(".")[0])
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    plain: torch.nn.Module = getattr(module, "base_layer", module)  # PEFT's name
+    return plain
 
 
 def check_whole_fits(base: Base, adapter: Adapter) -> None:

@@ -45,7 +45,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 def trained(family: str, fields: dict[str, Any], folder: Path) -> tuple[Any, Any]:
     """Save PEFT's adapter before and after training; return the base and PEFT's model."""
     base = random_model(family)
-    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**PLAIN | fields)).eval()
+    plain = copy.deepcopy(base)
+    model: Any = peft.get_peft_model(plain, peft.LoraConfig(**PLAIN | fields)).eval()
     config = model.peft_config["default"]
     init, config.init_lora_weights = config.init_lora_weights, True
     model.save_pretrained(folder / "initial")

@@ -131,7 +131,7 @@ def test_a_file_of_whole_weights_alone_is_no_adapter(tmp_path: Path) -> None:
 def test_saved_modules_are_those_that_peft_wraps(names: list[str]) -> None:
     base = random_model("llama")
     modules = [name for name, _ in base.named_modules() if name]
-    config = {"modules_to_save": names}
+    config: dict[str, Any] = {"modules_to_save": names}
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], **config))
     wrapped = {
         name.removeprefix("base_model.model.")
