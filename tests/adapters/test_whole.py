@@ -67,7 +67,7 @@ def _of(kind: str) -> tuple[Any, dict[str, Any]]:
 
 ONES = Tensor.from_array(np.ones((4, 4)))
 MAGNITUDE = Tensor.from_array(np.ones(4))
-REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, object], str]] = {
+REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "magnitude without use_dora": (
         {f"{Q}.lora_magnitude_vector": MAGNITUDE},
         {},
@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, object], str]] = {
 
 @pytest.mark.parametrize(("changes", "fields", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_peft_would_not_load_is_refused_by_name(
-    changes: dict[str, Tensor], fields: dict[str, object], message: str, tmp_path: Path
+    changes: dict[str, Tensor], fields: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     adapter = tiny(**fields)
     path = tmp_path / "x.safetensors"

@@ -27,8 +27,8 @@ HEAD = "base_model.model.lm_head.weight"
 ONES = Tensor.from_array(np.ones((5, 4)))
 
 
-def with_head(head: Tensor | None, name: str, **config: object) -> Adapter:
-    adapter = tiny(modules_to_save=["lm_head"], **config)
+def with_head(head: Tensor | None, name: str) -> Adapter:
+    adapter = tiny(modules_to_save=["lm_head"])
     tensors = {**adapter.tensors, **({} if head is None else {HEAD: head})}
     return replace(adapter, tensors=tensors, name=name)
 
