@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 
 from lorakit.adapters.config import Config, config_text, scale_of
 from lorakit.adapters.history import Header
-from lorakit.adapters.names import layer_of, lora_name, module_names
+from lorakit.adapters.names import (
+    layer_of,
+    lora_name,
+    magnitude_name,
+    module_names,
+    whole_name,
+)
 from lorakit.adapters.tensors import FloatArray, Pair, Tensor
 from lorakit.errors import LorakitError
 from lorakit.foreign_text import quote
@@ -32,7 +38,8 @@ class LoraModule:
     """A view of one A/B pair: the weights of the module `name` change by s·B·A.
 
     `a` (r × d_in) and `b` (d_out × r) are float32 and read-only. F32 tensors are not copied; others
-    are widened at each access, so that a whole adapter is never in memory twice.
+    are widened at each access, so that a whole adapter is never in memory twice. With DoRA's
+    `magnitude` m (d_out), the weights become m · (W0 + s·B·A) / ‖W0 + s·B·A‖, row by row.
     """
 
     name: str
@@ -40,6 +47,7 @@ class LoraModule:
     tensor_a: Tensor
     tensor_b: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
     @property
     def a(self) -> FloatArray:
@@ -72,6 +80,7 @@ class LoraModule:
 class Adapter:
     """An adapter: tensors by PEFT's names, PEFT's config, and lorakit's header.
 
+    Tensors are A and B of modules, and may be DoRA's magnitudes and whole weights of the base's.
     The header is {} for an adapter of another program. `name` is what messages call the adapter.
     Operations return a new one; nothing here is changed in place.
     """
@@ -99,12 +108,24 @@ class Adapter:
         return list(self._modules)
 
     @functools.cached_property
+    def whole(self) -> Mapping[str, Tensor]:
+        """The weights that replace the base's own, by their names there: PEFT's modules_to_save."""
+        named = {whole_name(key): tensor for key, tensor in sorted(self.tensors.items())}
+        return {name: tensor for name, tensor in named.items() if name is not None}
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether modules have DoRA's magnitudes besides A and B."""
+        return bool(self.config.get("use_dora"))
+
+    @functools.cached_property
     def _modules(self) -> tuple[LoraModule, ...]:
         return tuple(self._module(name) for name in module_names(self.tensors))
 
     def _module(self, name: str) -> LoraModule:
         a, b = (self.tensors[lora_name(name, factor)] for factor in ("A", "B"))
-        return LoraModule(name, layer_of(name), a, b, scale_of(self.config, name))
+        magnitude = self.tensors.get(magnitude_name(name))
+        return LoraModule(name, layer_of(name), a, b, scale_of(self.config, name), magnitude)
 
 
 def tensors_of(factors: Factors) -> dict[str, Tensor]:

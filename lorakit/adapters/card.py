@@ -111,6 +111,8 @@ def _summary(adapter: Adapter) -> str:
         "rank": _listed(ranks),
         "alpha": _listed(alphas),
         "modules": ", ".join(map(_code, targets)),
+        "replaced whole": ", ".join(map(_code, adapter.whole)),
+        "DoRA": "with a magnitude for every module" if adapter.is_dora else None,
         "chat template": adapter.header.get("chat"),
     }
     lines = [f"- {name}: {value}" for name, value in rows.items() if value]

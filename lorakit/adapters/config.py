@@ -12,7 +12,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lorakit.adapters.config_keys import FORMER, HARMLESS_INITS, KEPT, PLAIN, REFUSED, TRAINING_ONLY
+from lorakit.adapters.config_keys import (
+    FORMER,
+    HARMLESS_INITS,
+    KEPT,
+    PLAIN,
+    REFUSED,
+    SUBTRACTED_INITS,
+    TRAINING_ONLY,
+)
 from lorakit.adapters.patterns import check_patterns, is_name, peft_regex, table_of
 from lorakit.adapters.regexes import UnboundedError, compiled
 from lorakit.errors import LorakitError
@@ -27,10 +35,11 @@ SETS = ("exclude_modules", "layers_to_transform", "target_modules")  # lists wit
 
 _PATTERNS = ("alpha_pattern", "rank_pattern")
 _LARGEST = 1e38  # the numbers are used in float32; neither NaN nor infinity is below this
+_MERGED = "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
 _NEVER_NULL = ("bias", "lora_alpha", "lora_dropout", "r")
 
 
-def parse_config(text: bytes | str, name: str) -> Config:
+def parse_config(text: bytes | str, name: str, *, any_init: bool = False) -> Config:
     """Return the config in `text`, checked by check_config; messages call the file `name`."""
     try:
         value: object = parse_json(text if isinstance(text, str) else text.decode("utf-8"))
@@ -38,15 +47,16 @@ def parse_config(text: bytes | str, name: str) -> Config:
         raise LorakitError(f"{name} is not JSON ({error}); mend it or take a new copy") from None
     if not isinstance(value, dict):
         raise LorakitError(f"{name} is not a JSON object; give PEFT's adapter_config.json")
-    return check_config(value, name)
+    return check_config(value, name, any_init=any_init)
 
 
-def check_config(config: Mapping[str, object], name: str) -> Config:
+def check_config(config: Mapping[str, object], name: str, *, any_init: bool = False) -> Config:
     """Return `config` without the keys that PEFT does not know.
 
     As in PEFT, unknown keys are dropped if they are unset or in TRAINING_ONLY. Any other could
     change what the adapter computes. Raises LorakitError naming the file and the key for such a
-    key, for a key in REFUSED that is set, and for a value of the wrong type.
+    key, for a key in REFUSED that is set, and for a value of the wrong type; and, but for
+    `any_init`, for an initialisation that changed the base.
     """
     _check_kind(config, name)
     for key, value in config.items():
@@ -56,7 +66,7 @@ def check_config(config: Mapping[str, object], name: str) -> Config:
             raise LorakitError(f"{name}: {key} is set, and {REFUSED[key]}; {PLAIN}")
         elif key not in TRAINING_ONLY and value:
             raise LorakitError(f"{name}: {quote(key)} is not known to lorakit; {PLAIN}")
-    _check_meaning(config, name)
+    _check_meaning(config, name, any_init)
     known = {key: value for key, value in config.items() if key in {*KEPT, *REFUSED} - {*FORMER}}
     return {**known, **{key: {} for key in _PATTERNS if known.get(key, {}) is None}}
 
@@ -95,15 +105,17 @@ def _all_finite(value: object) -> bool:
     return not isinstance(value, int | float) or abs(value) < _LARGEST
 
 
-def _check_meaning(config: Config, name: str) -> None:
+def _check_meaning(config: Config, name: str, any_init: bool) -> None:
     """Raise LorakitError for values of the right type that lorakit, or PEFT, cannot act on."""
     if config.get("bias", "none") != "none":
         raise LorakitError(f"{name}: bias is {quote(config['bias'])}, not 'none'; {PLAIN}")
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower() not in HARMLESS_INITS:
+    if isinstance(init, str) and init.lower() not in HARMLESS_INITS and not any_init:
+        undone = init.lower().startswith(SUBTRACTED_INITS)
+        advice = "lorakit convert --initial-adapter FOLDER" if undone else _MERGED
         raise LorakitError(
             f"{name}: init_lora_weights {quote(init)} changed the base weights; convert the "
-            "adapter by PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"adapter by {advice}"
         )
     _check_targets(config, name)
     for key in _PATTERNS:

@@ -41,6 +41,10 @@ def _is_names(value: object) -> bool:
     return _is_text(value) or (isinstance(value, list) and all(map(_is_text, value)))
 
 
+def _is_list_of_names(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
 def _is_layers(value: object) -> bool:
     layers = value if isinstance(value, list) else [value]
     return all(type(x) is int and x >= 0 for x in layers)
@@ -88,6 +92,7 @@ KEPT: Mapping[str, Check] = {
     "lora_dropout": (_is_share, "a number from 0 to 1"),
     "lora_ga_config": _OBJECT,
     "megatron_core": _TEXT,
+    "modules_to_save": (_is_list_of_names, "a list of names"),
     "peft_type": _TEXT,
     "peft_version": _TEXT,
     "qalora_group_size": _ANY,  # PEFT reads it only with use_qalora, which is refused
@@ -96,6 +101,7 @@ KEPT: Mapping[str, Check] = {
     "revision": _TEXT,
     "target_modules": _NAMES,
     "task_type": _TEXT,
+    "use_dora": _BOOL,
     "use_rslora": _BOOL,
 }
 
@@ -107,12 +113,10 @@ REFUSED: Mapping[str, str] = {
     "layer_replication": "it builds a deeper base model",
     "lora_bias": "the adapter holds biases",
     "megatron_config": "Megatron's layers are split over devices",
-    "modules_to_save": "the adapter holds whole modules besides LoRA",
     "monteclora_config": "MonteCLoRA samples its weights",
     "target_parameters": "LoRA on parameters that are no modules has another layout",
     "trainable_token_indices": "the adapter holds new embeddings",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
-    "use_dora": "DoRA holds a magnitude besides A and B",
     "use_qalora": "QALoRA pools the inputs",
     "velora_config": "VeLoRA holds projections besides A and B",
 }
@@ -125,3 +129,7 @@ FORMER = ("enable_lora",)
 
 # Initialisations that leave the base weights alone; pissa, olora, corda, loftq and lora_ga do not.
 HARMLESS_INITS = ("eva", "gaussian", "mica", "orthogonal")
+
+# Those that take their first B·A out of the base weights, as what they begin with: `convert` can
+# undo them (initial.py). LoftQ quantises the base besides.
+SUBTRACTED_INITS = ("pissa", "olora", "corda", "lora_ga")

@@ -60,7 +60,10 @@ class BlockRow(BlockSummary, Measures):
 
 
 class Summary(TypedDict):
-    """What config and header say about an adapter; the lists hold the values that occur."""
+    """What config and header say about an adapter; the lists hold the values that occur.
+
+    `use_dora` and `whole`, the names of the base's weights that it replaces, are there where set.
+    """
 
     base: str | None
     fingerprint: str | None
@@ -71,6 +74,8 @@ class Summary(TypedDict):
     use_rslora: bool
     target_modules: list[str]
     dtype: list[str]
+    use_dora: NotRequired[bool]
+    whole: NotRequired[list[str]]
 
 
 class Description(Summary, Measures):
@@ -150,7 +155,7 @@ def inspect_adapter(adapter: Adapter) -> Description:
 
 def _summary(adapter: Adapter, modules: Sequence[LoraModule]) -> Summary:
     config, header = adapter.config, adapter.header
-    return {
+    summary: Summary = {
         "base": base_name(adapter),
         "fingerprint": base_fields(header).get("fingerprint"),
         "chat": header.get("chat"),
@@ -161,6 +166,11 @@ def _summary(adapter: Adapter, modules: Sequence[LoraModule]) -> Summary:
         "target_modules": sorted({last_part(module.name) for module in modules}),
         "dtype": sorted({tensor.dtype for tensor in adapter.tensors.values()}),
     }
+    if adapter.is_dora:
+        summary["use_dora"] = True
+    if adapter.whole:
+        summary["whole"] = list(adapter.whole)
+    return summary
 
 
 def _block_summary(block: BlockFields) -> BlockSummary:
@@ -184,7 +194,7 @@ def write_table(description: Description, stream: IO[str]) -> None:
     console = Console(file=stream, width=None if stream.isatty() else 1000)
     fields: Mapping[str, object] = description
     for name in _SUMMARY_FIELDS:
-        if fields[name] not in (None, []):
+        if fields.get(name) not in (None, []):
             console.print(Text(f"{name:<15} {_formatted(name, fields[name])}"), soft_wrap=True)
     for columns, rows in (
         (_LAYER_COLUMNS, description["layers"]),
@@ -210,6 +220,8 @@ _SUMMARY_FIELDS = (
     "alpha",
     "scale",
     "use_rslora",
+    "use_dora",
+    "whole",
     "dtype",
     "modules",
     "parameters",

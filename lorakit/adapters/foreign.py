@@ -34,7 +34,7 @@ BYTES: Mapping[bytes, str] = {
 # its name. The first pattern that occurs in the name applies, so the general ones come last.
 TENSORS: Mapping[str, str] = {
     r"\n": "holds a line break; rename it",
-    r"lora_magnitude_vector": "belongs to DoRA; train or export the adapter as plain LoRA",
+    r"lora_magnitude_vector": "belongs to DoRA, and the config has no use_dora; set it",
     r"lora_embedding_[AB]": "is LoRA on an embedding; train without it in target_modules",
     r"lora_[AB]\.bias$": "is a bias (lora_bias); train with lora_bias=False",
     r"lora_[AB]\.[^.]+\.weight$": "has the adapter's name in its own; write it by save_pretrained",
@@ -48,9 +48,11 @@ TENSORS: Mapping[str, str] = {
     ),
     r"^base_model\.model\..*\.bias$": "is a bias; train with bias='none'",
     r"^base_model\.model\.(.*\.)?(base_layer|embed\w*|wte|wpe|lm_head)\.weight$": (
-        "is a copy of the base's own; save with save_embedding_layers=False"
+        "is a copy of the base's own that PEFT would drop; save with save_embedding_layers=False"
     ),
-    r"^base_model\.model\.": "is no LoRA factor (modules_to_save?); train or export plain LoRA",
+    r"^base_model\.model\.": (
+        "is no LoRA factor, nor of a module in modules_to_save; mend the config"
+    ),
     r"": "is no part of a LoRA adapter; give a PEFT adapter",
 }
 

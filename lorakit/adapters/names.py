@@ -8,7 +8,7 @@ among the parts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 Factor = Literal["A", "B"]
@@ -16,6 +16,8 @@ FACTORS: tuple[Factor, Factor] = ("A", "B")
 
 _PREFIX = "base_model.model."
 _LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_MAGNITUDE_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_magnitude_vector")
+_WRAPPER = re.compile(r"\.(base_layer|modules_to_save|original_module)$")
 _LAYER = re.compile(r"((?:.*?\.)?[^.]+)\.(\d+)\.")
 _DIGITS = re.compile(r"(\d+)")
 
@@ -31,6 +33,35 @@ def lora_parts(key: str) -> tuple[str, Factor] | None:
     if match is None:
         return None
     return match["module"], "A" if match["factor"] == "A" else "B"
+
+
+def magnitude_name(module: str) -> str:
+    """Return PEFT's name of the tensor that is DoRA's magnitude of `module`."""
+    return f"{_PREFIX}{module}.lora_magnitude_vector"
+
+
+def magnitude_module(key: str) -> str | None:
+    """Return the module of the magnitude that PEFT calls `key`; None for other names."""
+    match = _MAGNITUDE_NAME.fullmatch(key)
+    return match["module"] if match else None
+
+
+def whole_name(key: str) -> str | None:
+    """Return the base's name of the weight that the tensor `key` replaces; None for LoRA's own.
+
+    PEFT saves the weight of a module that has LoRA too as that of its `base_layer`. Of embeddings
+    that it saves for two reasons it writes, besides the weight itself, those of both its wrappers.
+    """
+    if not key.startswith(_PREFIX) or ".lora_" in key or "\n" in key:
+        return None
+    module, dot, last = key.removeprefix(_PREFIX).rpartition(".")
+    return f"{_WRAPPER.sub('', module)}.{last}" if dot else None
+
+
+def whole_key(weight: str, modules: Collection[str]) -> str:
+    """Return PEFT's name of the tensor that replaces a base's weight, with LoRA on `modules`."""
+    module, _, last = weight.rpartition(".")
+    return f"{_PREFIX}{module}{'.base_layer' if module in modules else ''}.{last}"
 
 
 def module_names(keys: Iterable[str]) -> list[str]:

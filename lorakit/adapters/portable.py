@@ -12,20 +12,19 @@ from dataclasses import replace
 import numpy as np
 
 from lorakit.adapters.adapter import Adapter, LoraModule
-from lorakit.adapters.names import FACTORS, lora_name
+from lorakit.adapters.names import lora_name
 from lorakit.adapters.tensors import Tensor
-from lorakit.errors import LorakitError
-from lorakit.foreign_text import quote
+from lorakit.adapters.whole import check_plain
 
 
 def make_portable(adapter: Adapter) -> Adapter:
     """Return the adapter with the same ΔW at one rank and scale 1; blocks stay where they are.
 
     Ranks are padded with zeros to the largest, and the scale is folded into B, which becomes
-    float32 if its own format cannot hold the product exactly. Raises LorakitError for tensors that
-    are no LoRA factors, which two of the three do not read.
+    float32 if its own format cannot hold the product exactly. Raises LorakitError for an adapter
+    that holds more than A and B.
     """
-    _refuse_others(adapter)
+    check_plain(adapter, "vLLM or llama.cpp")
     rank = max(module.rank for module in adapter.modules())
     tensors: dict[str, Tensor] = {}
     for module in adapter.modules():
@@ -39,17 +38,6 @@ def make_portable(adapter: Adapter) -> Adapter:
         "use_rslora": False,
     }
     return replace(adapter, tensors=tensors, config=config)
-
-
-def _refuse_others(adapter: Adapter) -> None:
-    """Raise LorakitError for a tensor besides the modules' A and B."""
-    names = (module.name for module in adapter.modules())
-    factors = {lora_name(name, factor) for name in names for factor in FACTORS}
-    if others := adapter.tensors.keys() - factors:
-        raise LorakitError(
-            f"{adapter.name}: tensor {quote(min(others))} is no LoRA factor, which vLLM and "
-            "llama.cpp do not read; fuse the adapter into its base instead"
-        )
 
 
 def _padded(module: LoraModule, rank: int) -> dict[str, Tensor]:

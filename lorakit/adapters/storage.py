@@ -20,10 +20,18 @@ from lorakit.adapters.card import CARD_FILE, card_text, is_adapter_card
 from lorakit.adapters.config import Config, config_text, parse_config, rank_of
 from lorakit.adapters.foreign import SAFETENSORS_FILE, refuse_folder, refuse_tensor
 from lorakit.adapters.history import header_text, parse_header
-from lorakit.adapters.names import Factor, lora_name, lora_parts, module_names
+from lorakit.adapters.names import (
+    Factor,
+    lora_name,
+    lora_parts,
+    magnitude_module,
+    module_names,
+    whole_name,
+)
 from lorakit.adapters.safetensors import read_tensors, write_tensors
 from lorakit.adapters.targets import check_matching, targeting
 from lorakit.adapters.tensors import FLOATS, Tensor
+from lorakit.adapters.whole import check_kept, check_plain
 from lorakit.errors import LorakitError
 from lorakit.files import (
     STDIO,
@@ -44,43 +52,51 @@ HUB = "hf://"
 _LONGEST_NAME = 500  # characters of a tensor's
 
 
-def load_adapter(source: str, *, check_values: bool = True) -> Adapter:
+def load_adapter(
+    source: str, *, check_values: bool = True, plain: bool = True, any_init: bool = False
+) -> Adapter:
     """Return the adapter in a file, a PEFT folder, `-` (stdin) or `hf://owner/name[@revision]`.
 
     A tensor file is read with the adapter_config.json beside it if it has PEFT's name or no config
     of its own. If the two configs differ the folder's applies, as in PEFT, since that is the one
     people edit. Raises LorakitError for anything that cannot be written again exactly, and for
     values that are not finite; with `check_values` false, the latter only once the hash is
-    computed.
+    computed. With `plain`, adapters that hold more than A and B, which only some commands take,
+    are refused by name; and so are, but for `any_init`, those whose initialisation changed the
+    base, so that they do not stand for a change of it.
     """
-    adapter = _open(source)
+    adapter = _open(source, any_init)
+    if plain:
+        check_plain(adapter)
     if check_values:
         _ = adapter.sha256  # reads every value
     return adapter
 
 
-def _open(source: str) -> Adapter:
+def _open(source: str, any_init: bool) -> Adapter:
     if source == STDIO:
-        return _load(open_input(STDIO).read(), "stdin", None)
+        return _load(open_input(STDIO).read(), "stdin", None, any_init)
     if source.startswith(HUB):
         from lorakit.hub import fetch_adapter
 
-        return _load_folder(fetch_adapter(source, CONFIG_FILE, TENSOR_FILE), source)
+        return _load_folder(fetch_adapter(source, CONFIG_FILE, TENSOR_FILE), source, any_init)
     path = Path(source)
     if path.is_dir():
-        return _load_folder(path, source or ".")
+        return _load_folder(path, source or ".", any_init)
     sibling = path.parent / CONFIG_FILE
-    return _load(path, source, sibling if sibling.is_file() else None)
+    return _load(path, source, sibling if sibling.is_file() else None, any_init)
 
 
-def _load_folder(folder: Path, name: str) -> Adapter:
+def _load_folder(folder: Path, name: str, any_init: bool) -> Adapter:
     tensors, config = folder / TENSOR_FILE, folder / CONFIG_FILE
     files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if TENSOR_FILE not in files:
         if CONFIG_FILE in files:
-            parse_config(_read(config), str(config))  # its errors are more telling
+            parse_config(
+                _read(config), str(config), any_init=any_init
+            )  # its errors are more telling
         refuse_folder(files, name)
-    return _load(tensors, name, config if CONFIG_FILE in files else None)
+    return _load(tensors, name, config if CONFIG_FILE in files else None, any_init)
 
 
 def _read(path: Path) -> bytes:
@@ -88,17 +104,22 @@ def _read(path: Path) -> bytes:
         return stream.read()
 
 
-def _load(source: bytes | Path, name: str, config_file: Path | None) -> Adapter:
+def _load(source: bytes | Path, name: str, config_file: Path | None, any_init: bool) -> Adapter:
     """Return the adapter in bytes or in a tensor file, with its own config or `config_file`."""
     tensors, metadata = read_tensors(source, name)
     has_pefts_name = isinstance(source, Path) and source.name == TENSOR_FILE
     if not has_pefts_name and "adapter_config" in metadata:
         config_file = None
-    return build_adapter(tensors, metadata, config_file, name)
+    return build_adapter(tensors, metadata, config_file, name, any_init=any_init)
 
 
 def build_adapter(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config_file: Path | None, name: str
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    config_file: Path | None,
+    name: str,
+    *,
+    any_init: bool = False,
 ) -> Adapter:
     """Return an adapter with the config in a file or, without one, in the metadata; all checked.
 
@@ -106,9 +127,10 @@ def build_adapter(
     """
     _check_names(tensors, name)  # its errors are more telling than the config's
     if config_file is not None:
-        config = parse_config(_read(config_file), str(config_file))
+        config = parse_config(_read(config_file), str(config_file), any_init=any_init)
     elif "adapter_config" in metadata:
-        config = parse_config(metadata["adapter_config"], f"{name}: its adapter_config")
+        where = f"{name}: its adapter_config"
+        config = parse_config(metadata["adapter_config"], where, any_init=any_init)
     else:
         raise LorakitError(f"{name} has no config; put PEFT's {CONFIG_FILE} beside it")
     return check_adapter(tensors, config, metadata, name)
@@ -129,7 +151,10 @@ def check_adapter(
 
 
 def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
-    """Raise LorakitError for a tensor that is not a LoRA factor or lacks the other factor."""
+    """Raise LorakitError for a tensor that no adapter holds and for one without its other factor.
+
+    Whether the config has the others, magnitudes and whole weights, is for check_kept.
+    """
     if not tensors:
         raise LorakitError(f"{name} holds no tensors; check what wrote it")
     for key in sorted(tensors):
@@ -140,7 +165,9 @@ def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
             )
         parts = lora_parts(key)
         if parts is None:
-            refuse_tensor(key, name)
+            if magnitude_module(key) is None and whole_name(key) is None:
+                refuse_tensor(key, name)
+            continue
         module, factor = parts
         other: Factor = "B" if factor == "A" else "A"
         if lora_name(module, other) not in tensors:
@@ -148,8 +175,9 @@ def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], config: Config, name: str) -> None:
+    check_kept(tensors, config, name)
     for key in sorted(tensors):
-        _check_tensor(tensors[key], f"{name}: tensor {quote(key)}")
+        _check_tensor(key, tensors[key], name)
     modules = module_names(tensors)
     check_matching(config, modules, name)
     is_target = targeting(config)
@@ -162,10 +190,11 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: Config, name: str) -> 
             )
 
 
-def _check_tensor(tensor: Tensor, where: str) -> None:
+def _check_tensor(key: str, tensor: Tensor, name: str) -> None:
+    where = f"{name}: tensor {quote(key)}"
     if tensor.dtype not in FLOATS:
         raise LorakitError(f"{where} is {tensor.dtype}; cast it to float32, float16 or bfloat16")
-    if len(tensor.shape) != 2:
+    if lora_parts(key) and len(tensor.shape) != 2:
         raise LorakitError(
             f"{where} has {len(tensor.shape)} dimensions; lorakit reads LoRA on linear layers only"
         )

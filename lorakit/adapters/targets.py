@@ -248,6 +248,9 @@ def merged_config(
         transposed=any(config.get("fan_in_fan_out") for config in configs),
     )
     carried_over = {key: configs[0].get(key) for key in _CARRIED_OVER if _agree(configs, key)}
+    saved = {name for config in configs for name in config.get("modules_to_save") or ()}
+    if saved:
+        config = {**config, "modules_to_save": sorted(saved)}
     return {**config, **carried_over, **_joint_selection(configs)}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from lorakit.adapters.adapter import Adapter, LoraModule
 from lorakit.adapters.blocks import BlockFields, slices_of
 from lorakit.adapters.history import Header, new_entry, with_entry
-from lorakit.adapters.names import lora_name
+from lorakit.adapters.names import layer_of, lora_name
 from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.tensors import Tensor
 from lorakit.boundary.strip import BASE_ADVICE, blocks_left, check_one_list_of_layers, parents_of
@@ -36,9 +36,10 @@ def scale_layers(adapter: Adapter, *, from_layer: int, factor: float) -> Adapter
 
     Each product is rounded once, to float32, and B keeps its number format if that holds the
     products exactly, as it does for powers of two; else B becomes float32. Modules outside the
-    layers stay as they are. The blocks' scales follow.
+    layers, whole weights among them, stay as they are. The blocks' scales follow.
 
-    Raises LorakitError if nothing but zeros is left, if a product is too large, and if the adapter
+    Raises LorakitError if nothing but zeros is left, if a product is too large, for whole weights
+    and for DoRA on those layers, and if the adapter
     has no layers or two lists of them, so that a number means two.
     """
     check_one_list_of_layers(adapter)
@@ -47,6 +48,8 @@ def scale_layers(adapter: Adapter, *, from_layer: int, factor: float) -> Adapter
         raise LorakitError(
             f"factor 0 from layer {from_layer} on leaves no LoRA in {adapter.name}; {BASE_ADVICE}"
         )
+    if factor != 1:
+        _check_scalable(adapter, upper, from_layer)
     scaled = {} if factor == 1 else dict(_scaled_b(adapter, upper, factor))
     result = replace(adapter, tensors={**adapter.tensors, **scaled})
     return replace(result, header=_scaled_header(adapter, result, upper, from_layer, factor))
@@ -54,7 +57,22 @@ def scale_layers(adapter: Adapter, *, from_layer: int, factor: float) -> Adapter
 
 def is_scaled(module: LoraModule, from_layer: int) -> bool:
     """Return whether a module is on one of the layers from `from_layer` on."""
-    return module.layer is not None and module.layer >= from_layer
+    return _is_upper(module.layer, from_layer)
+
+
+def _is_upper(layer: int | None, from_layer: int) -> bool:
+    return layer is not None and layer >= from_layer
+
+
+def _check_scalable(adapter: Adapter, upper: Sequence[LoraModule], from_layer: int) -> None:
+    """Raise LorakitError for what cannot be scaled without the base: whole weights and DoRA."""
+    whole = [name for name in adapter.whole if _is_upper(layer_of(name), from_layer)]
+    if whole or (upper and adapter.is_dora):
+        what = f"{whole[0]} whole" if whole else f"{upper[0].name} with DoRA's magnitude"
+        raise LorakitError(
+            f"{adapter.name} holds {what}, and how that differs from the base is not known here; "
+            "strip the layers, or fuse the adapter as it is"
+        )
 
 
 def _scaled_b(

@@ -21,10 +21,17 @@ from lorakit.adapters.blocks import (
     slices_of,
 )
 from lorakit.adapters.history import Header, HistoryEntry, new_entry, with_entry, with_parents
-from lorakit.adapters.names import FACTORS, layer_list_of, lora_name
+from lorakit.adapters.names import (
+    layer_list_of,
+    layer_of,
+    lora_parts,
+    magnitude_module,
+    whole_name,
+)
 from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.targets import stripped_config
 from lorakit.adapters.tensors import Pair
+from lorakit.adapters.whole import narrowed_config
 from lorakit.boundary.layer_choice import LayerChoice
 from lorakit.errors import LorakitError
 from lorakit.foreign_text import quote
@@ -67,9 +74,10 @@ def strip_layers(
 ) -> Adapter:
     """Return the adapter without LoRA on layers from `boundary` on, or on those not in `keep`.
 
-    Pass one of the two, or a `choice` made on data. Modules outside the decoder layers (an output
-    head) always stay. If nothing is stripped, tensors and config are unchanged. `sha256` is the
-    adapter's, for the history, if known already.
+    Pass one of the two, or a `choice` made on data. A layer loses what the adapter replaces whole
+    in it, too. Modules outside the decoder layers (an output head) always stay. If nothing is
+    stripped, tensors and config are unchanged. `sha256` is the adapter's, for the history, if known
+    already.
 
     Raises LorakitError if the boundary is 0 or no module is left, which is the base model, and if
     the adapter has no layers or two lists of them (an encoder and a decoder), so that a number
@@ -85,21 +93,37 @@ def strip_layers(
         raise LorakitError(f"{adapter.name} has no LoRA {chosen}; {BASE_ADVICE}")
     names = {module.name for module in remaining}
     tensors = {
-        key: adapter.tensors[key]
-        for module in remaining
-        for key in (lora_name(module.name, factor) for factor in FACTORS)
+        key: tensor
+        for key, tensor in adapter.tensors.items()
+        if _is_left(key, names, boundary, keep)
     }
     config = stripped_config(adapter.config, [module.name for module in adapter.modules()], names)
     entry = _entry(adapter, boundary, keep, choice, sha256 or adapter.sha256)
     header = _stripped_header(adapter, remaining, entry)
-    return Adapter(tensors, config, header, adapter.name)
+    stripped = Adapter(tensors, config, header, adapter.name)
+    return replace(stripped, config=narrowed_config(config, adapter.whole, stripped.whole))
 
 
 def _stays(module: LoraModule, boundary: int | None, keep: Collection[int] | None) -> bool:
     """Return whether the module is outside the layers or on a layer that keeps its LoRA."""
-    if module.layer is None:
+    return _keeps(module.layer, boundary, keep)
+
+
+def _is_left(
+    key: str, modules: Collection[str], boundary: int | None, keep: Collection[int] | None
+) -> bool:
+    """Return whether a tensor stays: one of LoRA's on `modules`, or a whole weight elsewhere."""
+    if (weight := whole_name(key)) is not None:
+        return _keeps(layer_of(weight), boundary, keep)
+    parts = lora_parts(key)
+    return (parts[0] if parts else magnitude_module(key)) in modules
+
+
+def _keeps(layer: int | None, boundary: int | None, keep: Collection[int] | None) -> bool:
+    """Return whether a layer keeps what the adapter changes in it; None, outside all, does."""
+    if layer is None:
         return True
-    return module.layer in keep if keep is not None else module.layer < (boundary or 0)
+    return layer in keep if keep is not None else layer < (boundary or 0)
 
 
 def check_layers_are_named(adapter: Adapter) -> None:

@@ -173,7 +173,7 @@ def _layers_of_adapter(source: str) -> int:
     from lorakit.errors import LorakitError
 
     try:
-        modules = load_adapter(source, check_values=False).modules()
+        modules = load_adapter(source, check_values=False, plain=False).modules()
     except LorakitError:
         return 0
     return max((module.layer + 1 for module in modules if module.layer is not None), default=0)

@@ -47,7 +47,8 @@ EPILOG = "\b\nMethods:\n" + "\n".join(f"  {name:<15}  {text}" for name, text in 
 # also not those of _PRUNING.
 _STATIC = ("density", "rank", "keep_energy", "max_rank", "weights", "weights_by_layer")
 _PRUNING = (*(field.name for field in fields(PruningSettings)), "metric", "plot")
-_EVERY_METHOD = ("method", "output", "portable", "quiet")
+_EVERY_METHOD = ("approximate", "method", "output", "portable", "quiet")
+_BASE = ("model", "revision", "trust_remote_code")  # read by every method with --approximate
 _LORAHUB = (
     "data",
     "log",
@@ -121,6 +122,13 @@ portable = click.option(
     "--portable",
     is_flag=True,
     help="Write it as PEFT, vLLM and llama.cpp read alike: one rank and alpha, zero-padded.",
+)
+
+approximate = click.option(
+    "--approximate",
+    type=click.Choice(["dora"]),
+    help="Take an adapter of DoRA as the LoRA nearest to what it makes of the base (--model), of "
+    "its rank or --rank; a note a layer says the error.",
 )
 
 pruning = _options.together(
@@ -221,6 +229,8 @@ def _reads(method: str, option: str) -> bool:
     if method in ("adaptive", "learned-weights"):
         return option not in _STATIC and (method == "adaptive" or option not in _PRUNING)
     own = _LORAHUB if method == "lorahub" else METHODS[method].settings
+    if option in _BASE and "approximate" in _options.options_on_command_line():
+        return True
     option = "weights" if option == "weights_by_layer" else option
     return option in own or option in _EVERY_METHOD
 

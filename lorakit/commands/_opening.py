@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.base_model import base_revision, check_fingerprint, choose_model
 from lorakit.adapters.serving import serving_note
+from lorakit.adapters.whole import check_plain_or_embeddings
 from lorakit.commands._options import check_resume
 from lorakit.commands._progress import TerminalReporter
+from lorakit.export.model_folder import ModelFolder, open_model_folder
 from lorakit.files import check_adapter_output
 from lorakit.models.base import Base
 from lorakit.models.devices import (
@@ -26,6 +28,7 @@ from lorakit.models.estimate import QUANTISED
 from lorakit.models.loading import load_base
 from lorakit.models.sharing import new_accelerator
 from lorakit.models.skeleton import Skeleton, load_skeleton
+from lorakit.models.whole import without_copies
 from lorakit.runs.processes import is_first_process
 from lorakit.runs.sole_writer import refuse_second_writer
 from lorakit.settings import ModelSettings, RunSettings
@@ -61,6 +64,39 @@ def open_base(
     if warning := check_fingerprint(adapters, name, base.fingerprint):
         note(warning)
     return base
+
+
+def open_base_and_adapters(
+    model: ModelSettings,
+    adapters: Sequence[Adapter],
+    device: str,
+    dtype: str,
+    note: Callable[[str], None],
+    *,
+    training: bool,
+) -> tuple[Base, list[Adapter]]:
+    """Load the adapters' base; return it and them, without the copies of its embeddings.
+
+    Raises LorakitError for adapters that hold more than A and B besides.
+    """
+    for adapter in adapters:
+        check_plain_or_embeddings(adapter)
+    base = open_base(model, adapters, device, dtype, note, training=training)
+    return base, [without_copies(base, adapter, note) for adapter in adapters]
+
+
+def open_folder(
+    model: ModelSettings, adapters: Sequence[Adapter], note: Callable[[str], None]
+) -> ModelFolder:
+    """Return the folder of the base model that the settings, or the adapters, name."""
+    name, remark = choose_model(model.model, adapters)
+    if remark:
+        note(remark)
+    revision = model.revision or base_revision(adapters, name)
+    folder = open_model_folder(ModelSettings(name, revision, model.trust_remote_code), name)
+    if warning := check_fingerprint(adapters, name, folder.as_base.fingerprint):
+        note(warning)
+    return folder
 
 
 def open_skeleton(

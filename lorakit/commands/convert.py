@@ -61,14 +61,20 @@ _FOLDERS = {"mlx": "MLX", "vllm": "vLLM"}  # what reads folders alone
     show_default=True,
     help="The program that OUT is for; mlx and vllm are folders, the latter as merge --portable.",
 )
+@click.option(
+    "--initial-adapter",
+    metavar="FOLDER",
+    help="ADAPTER as it was before training, where its initialisation (PiSSA, OLoRA, CorDA, "
+    "LoRA-GA) changed the base: what is written is LoRA on the unchanged base, at twice the rank.",
+)
 @_options.quiet
-def convert(adapter: str, output: str, form: str, quiet: bool) -> None:
+def convert(adapter: str, output: str, form: str, initial_adapter: str | None, quiet: bool) -> None:
     """Write an adapter as a single file or as a folder, of PEFT's or of MLX's.
 
     ADAPTER is a file, a PEFT folder, `-` or hf://owner/name[@revision], of which tensors and header
     stay as they are; an MLX folder, or its tensor file, whose tensors are transposed; or PEFT's old
     adapter_model.bin, beside its adapter_config.json, which becomes safetensors. Nothing in the
-    pickle is run.
+    pickle is run. An adapter of PiSSA's or its kin is converted by --initial-adapter.
 
     \b
     lorakit convert merged.safetensors -o merged/
@@ -77,14 +83,20 @@ def convert(adapter: str, output: str, form: str, quiet: bool) -> None:
     lorakit convert merged.safetensors --to mlx -o mlx/
     lorakit convert mlx/ -o peft/
     lorakit convert merged.safetensors --to vllm -o served/
+    lorakit convert pissa/ --initial-adapter pissa-init/ -o lora/
     """
     from lorakit.adapters.serving import serving_note
+    from lorakit.adapters.whole import check_plain
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import check_adapter_output
 
+    _options.check_stdin(adapter, initial_adapter)
     _check_form(form, output)
     check_adapter_output(output)
-    FORMS[form](_load(adapter), output)
+    loaded = _load(adapter) if initial_adapter is None else _undone(adapter, initial_adapter)
+    if form != "peft":
+        check_plain(loaded, form)
+    FORMS[form](loaded, output)
     reporter = TerminalReporter(quiet=quiet)
     reporter.note(f"wrote {output}")
     if form == "vllm" and (line := serving_note(output)):
@@ -115,7 +127,7 @@ def _load(source: str) -> Adapter:
     pickle: Path | None
     if source.startswith(HUB):
         try:
-            return load_adapter(source)
+            return load_adapter(source, plain=False)
         except LorakitError:
             pickle = _fetch_pickle(source)
             if pickle is None:
@@ -125,10 +137,19 @@ def _load(source: str) -> Adapter:
     else:
         pickle = find_pickle(source)
     if pickle is None:
-        return load_adapter(source)
+        return load_adapter(source, plain=False)
     from lorakit.models.pickles import load_pickled_adapter
 
     return load_pickled_adapter(pickle, source)
+
+
+def _undone(source: str, initial: str) -> Adapter:
+    """Return an adapter that changed its base at first as one on the unchanged base."""
+    from lorakit.adapters.initial import subtract_initial
+    from lorakit.adapters.storage import load_adapter
+
+    adapter, before = (load_adapter(each, plain=False, any_init=True) for each in (source, initial))
+    return subtract_initial(adapter, before)
 
 
 def _fetch_pickle(address: str) -> Path | None:

@@ -90,7 +90,7 @@ def find_boundary(
     from lorakit.boundary.evaluate import evaluate
     from lorakit.boundary.loss import evaluate_loss
     from lorakit.boundary.probability import read_probabilities
-    from lorakit.commands._opening import open_base
+    from lorakit.commands._opening import open_base_and_adapters
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import open_text_output
     from lorakit.models.sharing import new_team
@@ -100,9 +100,13 @@ def find_boundary(
 
     reporter = TerminalReporter(quiet=quiet)
     refuse_second_writer(output, writes=is_first_process())
-    loaded = load_adapter(adapter)
-    base = open_base(
-        model, [loaded], generation.device, generation.dtype, reporter.note, training=False
+    base, (loaded,) = open_base_and_adapters(
+        model,
+        [load_adapter(adapter, plain=False)],
+        generation.device,
+        generation.dtype,
+        reporter.note,
+        training=False,
     )
     team = new_team(base.device.type)
     key = run_key(asdict(boundary), asdict(generation), base.record, loaded.sha256)

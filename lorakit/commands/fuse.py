@@ -44,8 +44,10 @@ def fuse(
 
     ADAPTER is a file, a PEFT folder, `-` (the default: a pipe) or hf://owner/name[@revision].
     FOLDER gets the weights in the base's shards, its config, tokenizer, template and generation
-    config, and a model card, and loads as any model. One tensor is in memory at a time, but for the
-    check at the end. A base in 4 or 8 bit is refused: name the one it was made from by --model.
+    config, and a model card, and loads as any model. DoRA is applied exactly, and weights that the
+    adapter holds whole (modules_to_save) replace the base's. One tensor is in memory at a time, but
+    for the check at the end. A base in 4 or 8 bit is refused: name the one it was made from by
+    --model.
 
     \b
     lorakit fuse merged.safetensors -o model/
@@ -54,33 +56,25 @@ def fuse(
     """
     source = _options.adapter_source(adapter)
     check_model(model.model, model.revision)
-    from lorakit.adapters.base_model import base_revision, check_fingerprint, choose_model
     from lorakit.adapters.storage import load_adapter
+    from lorakit.commands._opening import open_folder
     from lorakit.commands._progress import TerminalReporter
     from lorakit.export.check import check_fused
     from lorakit.export.fuse import DTYPES
     from lorakit.export.fuse import fuse as fuse_into
-    from lorakit.export.model_folder import open_model_folder
     from lorakit.models.devices import pick_device
 
     reporter = TerminalReporter(quiet=quiet)
-    loaded = load_adapter(source)
-    name, remark = choose_model(model.model, [loaded])
-    if remark:
-        reporter.note(remark)
-    model = ModelSettings(
-        name, model.revision or base_revision([loaded], name), model.trust_remote_code
-    )
-    base = open_model_folder(model, name)
-    if warning := check_fingerprint([loaded], name, base.as_base.fingerprint):
-        reporter.note(warning)
+    loaded = load_adapter(source, plain=False)
+    base = open_folder(model, [loaded], reporter.note)
+    model = ModelSettings(base.name, base.revision, model.trust_remote_code)
 
     def compare(folder: Path, stored: str) -> None:
         check_fused(
             folder,
             loaded,
             model,
-            name,
+            base.name,
             device=pick_device(device),
             stored=DTYPES[stored],
             note=reporter.note,

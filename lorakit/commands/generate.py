@@ -186,7 +186,7 @@ def generate(
     examples = load_few_shot(few_shot, generation.shots, generation.seed)
     if NAME not in output:
         refuse_second_writer(output, writes=is_first_process())
-    loaded = [load_adapter(adapter) for adapter in adapters]
+    loaded = [load_adapter(adapter, plain=False) for adapter in adapters]
     if not loaded:
         reporter.note("no ADAPTER: the base model answers zero-shot")
     base = open_base(
@@ -232,7 +232,7 @@ def _plan(
     from lorakit.adapters.storage import load_adapter
     from lorakit.models.plan import plan_generation
 
-    loaded = [load_adapter(adapter) for adapter in adapters]
+    loaded = [load_adapter(adapter, plain=False) for adapter in adapters]
     skeleton, load = _dry_run.open_bases(dry_run, model, loaded, generation, reporter.note)
     rows = plan_generation(
         skeleton, loaded, data, settings=generation, few_shot=examples, load=load

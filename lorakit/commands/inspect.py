@@ -85,7 +85,7 @@ def _describe(source: str, layout: str, output: str) -> None:
     from lorakit.files import open_text_output
     from lorakit.records.jsonl import write_records
 
-    record = inspect_adapter(load_adapter(source))
+    record = inspect_adapter(load_adapter(source, plain=False))
     with open_text_output(output) as stream:
         if _options.wants_table(layout, output):
             write_table(record, stream)
@@ -132,7 +132,7 @@ def _measure(
         check_plot(plot)
     check_model(model.model, model.revision)
     from lorakit.adapters.storage import load_adapter
-    from lorakit.commands._opening import open_base
+    from lorakit.commands._opening import open_base_and_adapters
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import open_text_output
     from lorakit.merging.importance import measure_importance
@@ -140,10 +140,14 @@ def _measure(
     from lorakit.runs.resume import path_beside
     from lorakit.runs.sole_writer import sole_writer
 
-    adapter = load_adapter(source)
     reporter = TerminalReporter(quiet=quiet)
-    base = open_base(
-        model, [adapter], training.device, training.dtype, reporter.note, training=False
+    base, (adapter,) = open_base_and_adapters(
+        model,
+        [load_adapter(source, plain=False)],
+        training.device,
+        training.dtype,
+        reporter.note,
+        training=False,
     )
     with sole_writer(output, writes=is_first_process()):
         rows = measure_importance(

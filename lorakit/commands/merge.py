@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any  # click gives options' values untyped
+from typing import TYPE_CHECKING, Any  # click gives options' values untyped
 
 import click
 
@@ -22,6 +22,10 @@ from lorakit.settings import (
     TrainingSettings,
 )
 
+if TYPE_CHECKING:
+    from lorakit.adapters.adapter import Adapter
+    from lorakit.commands._progress import TerminalReporter
+
 
 @click.command(epilog=_methods.EPILOG)
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
@@ -29,6 +33,7 @@ from lorakit.settings import (
 @_training_options.val
 @_methods.method
 @_methods.static
+@_methods.approximate
 @_methods.portable
 @_methods.pruning
 @_options.model
@@ -57,6 +62,7 @@ def merge(
     weights_by_layer: str | None,
     prune_ratio: PruningValues | None,
     prune_threshold: PruningValues | None,
+    approximate: str | None,
     portable: bool,
     plot: str | None,
     output: str,
@@ -93,7 +99,13 @@ def merge(
     _training_options.check_shard(model)
     if method in METHODS:
         _merge_statically(
-            adapters, method, static, output=output, portable=portable, quiet=run.quiet
+            adapters,
+            method,
+            static,
+            output=output,
+            portable=portable,
+            quiet=run.quiet,
+            base=model if approximate else None,
         )
         return
     pruning, values = _methods.with_values(pruning, prune_ratio, prune_threshold)
@@ -117,17 +129,17 @@ def merge(
             values,
             run,
             dry_run,
+            approximate,
         )
         return
-    from lorakit.adapters.storage import load_adapter
-    from lorakit.commands._opening import open_base, reporting
+    from lorakit.commands._opening import open_base_and_adapters, reporting
     from lorakit.merging.adaptive import merge_adaptively
     from lorakit.merging.learned_weights import merge_with_learned_weights
     from lorakit.merging.lorahub import merge_lorahub
 
     with reporting(run, output, portable=portable) as reporter:
-        loaded = [load_adapter(source) for source in adapters]
-        base = open_base(
+        loaded = _load(adapters, model if approximate else None, None, reporter, plain=False)
+        base, loaded = open_base_and_adapters(
             model, loaded, training.device, training.dtype, reporter.note, training=True
         )
         if method == "lorahub":
@@ -189,14 +201,14 @@ def _plan(
     values: PruningValues,
     run: RunSettings,
     dry_run: DryRunSettings,
+    approximate: str | None,
 ) -> None:
     """Say what a merge that trains would do."""
-    from lorakit.adapters.storage import load_adapter
     from lorakit.commands._progress import TerminalReporter
     from lorakit.merging.plan import plan_lorahub, plan_merge
 
     reporter = TerminalReporter(quiet=run.quiet)
-    loaded = [load_adapter(source) for source in adapters]
+    loaded = _load(adapters, model if approximate else None, None, reporter)
     skeleton, load = _dry_run.open_bases(dry_run, model, loaded, training, reporter.note)
     if method == "lorahub":
         rows = plan_lorahub(skeleton, loaded, data, settings=training, reporter=reporter, load=load)
@@ -224,10 +236,10 @@ def _merge_statically(
     output: str,
     portable: bool,
     quiet: bool,
+    base: ModelSettings | None,
 ) -> None:
-    """Merge without data: no base model is loaded, and torch is not imported."""
+    """Merge without data: but for DoRA's, no base model is read, and torch is not imported."""
     from lorakit.adapters.serving import serving_note
-    from lorakit.adapters.storage import load_adapter
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import check_adapter_output
     from lorakit.merging.static import merge_statically
@@ -237,7 +249,7 @@ def _merge_statically(
     reporter = TerminalReporter(quiet=quiet)
     check_adapter_output(output)
     merge_statically(
-        [load_adapter(source) for source in adapters],
+        _load(adapters, base, settings.rank, reporter, plain=False),
         method,
         settings=settings,
         output=output,
@@ -247,3 +259,27 @@ def _merge_statically(
     reporter.note(f"wrote {output}")
     if portable and (line := serving_note(output)):
         reporter.note(line)
+
+
+def _load(
+    sources: tuple[str, ...],
+    base: ModelSettings | None,
+    rank: int | None,
+    reporter: TerminalReporter,
+    *,
+    plain: bool = True,
+) -> list[Adapter]:
+    """Return the adapters; with a base, those of DoRA as the nearest LoRA of a rank or their own.
+
+    With `plain`, none may hold more than A and B.
+    """
+    from lorakit.adapters.storage import load_adapter
+
+    if base is None:
+        return [load_adapter(source, plain=plain) for source in sources]
+    from lorakit.commands._opening import open_folder
+    from lorakit.merging.approximate import approximate_dora
+
+    loaded = [load_adapter(source, plain=False) for source in sources]
+    folder = open_folder(base, loaded, reporter.note)
+    return approximate_dora(loaded, folder, rank=rank, reporter=reporter)

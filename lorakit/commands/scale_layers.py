@@ -59,7 +59,7 @@ def scale_layers(
         refuse_terminal("an adapter")
     reporter = TerminalReporter(quiet=quiet)
     layer, factor = _resolved(from_layer, factor)
-    loaded = load_adapter(source)
+    loaded = load_adapter(source, plain=False)
     written = write_scaled(loaded, output, from_layer=layer, factor=factor)
     modules = loaded.modules()
     count = sum(is_scaled(module, layer) for module in modules)

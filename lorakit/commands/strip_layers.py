@@ -106,7 +106,7 @@ def strip_layers(
         layer = int(boundary)
     elif boundary is not None:
         layer, keep = read_cut(boundary)
-    loaded = load_adapter(source, check_values=by is not None)
+    loaded = load_adapter(source, check_values=by is not None, plain=False)
     if by is not None and data is not None:
         wanted = LayerChoiceSettings(by, share, threshold)
         choice = _choose(loaded, data, wanted, model, training, reporter)
@@ -141,11 +141,11 @@ def _choose(
 ) -> LayerChoice:
     """Return the layers that keep their LoRA by their importance on the records, and say which."""
     from lorakit.boundary.strip import check_one_list_of_layers
-    from lorakit.commands._opening import open_base
+    from lorakit.commands._opening import open_base_and_adapters
     from lorakit.merging.layer_importance import choose_by_importance
 
     check_one_list_of_layers(adapter)
-    base = open_base(
+    base, (adapter,) = open_base_and_adapters(
         model, [adapter], training.device, training.dtype, reporter.note, training=False
     )
     chosen = choose_by_importance(

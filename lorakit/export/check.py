@@ -11,7 +11,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.loading import load_base
-from lorakit.models.lora import attach
+from lorakit.models.whole import attached
 from lorakit.settings import ModelSettings
 
 PROMPT = "The people of the town were asked which of the two roads they would rather take."
@@ -45,8 +45,8 @@ def check_fused(
         trust_remote_code=model.trust_remote_code,
     )
     plain = _logits(base)
-    attach(base, adapter)
-    expected = _logits(base)
+    with attached(base, adapter):
+        expected = _logits(base)
     del base
     fused = load_base(
         str(folder), device=device, dtype=dtype, trust_remote_code=model.trust_remote_code

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,13 @@ from lorakit.adapters.card import CARD_FILE, model_card_text
 from lorakit.adapters.safetensors import write_tensors
 from lorakit.adapters.tensors import FLOATS, ITEM_SIZES, Tensor
 from lorakit.errors import LorakitError
+from lorakit.export.dora import row_factors
 from lorakit.export.model_folder import PARTS, ModelFolder
 from lorakit.export.weight_files import INDEX, WeightFiles, open_weights
 from lorakit.files import atomic_path, cannot_write, explain, made_folders
 from lorakit.foreign_text import parse_json
 from lorakit.models.lora import check_fits
+from lorakit.models.whole import check_whole_fits
 from lorakit.reporting import Reporter
 from lorakit.runs.resume import run_key
 from lorakit.runs.sole_writer import sole_writer
@@ -41,7 +43,8 @@ _BLOCK = 1 << 23  # parameters of a weight that are computed at a time
 class Fused:
     """A tensor that is computed as it is written: a weight plus what a LoRA module changes of it.
 
-    Without a module it is the weight in another number format.
+    Without a module it is the weight in another number format. With DoRA's magnitude m the sum W is
+    m·W/‖W‖, row by row.
     """
 
     key: str
@@ -56,18 +59,34 @@ class Fused:
 
     def pieces(self) -> Iterator[memoryview]:
         """Yield the bytes in runs of rows; LorakitError where the format cannot hold a value."""
-        rows = self.weight.array().reshape(self.shape[0] if self.shape else 1, -1)
-        change = self._change()
-        count = max(1, _BLOCK // max(1, rows.shape[1]))
-        for first in range(0, len(rows), count):
-            values = torch.from_numpy(rows[first : first + count].copy())
-            if change is not None:
-                values += change(slice(first, first + count))
+        factors = self._row_factors()
+        for span, values in self._sums():
+            if factors is not None:
+                values *= factors if self.transposed else factors[span, None]
             stored = values.to(DTYPES[self.dtype])
             if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(values).all()):
                 raise LorakitError(f"{self.key} is beyond {self.dtype}; give --dtype float32")
             yield memoryview(stored.contiguous().view(torch.uint8).numpy().tobytes())
         self.weight.release()
+
+    def _sums(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield runs of rows of weight and change, float32, as the weight is stored."""
+        rows = self.weight.array().reshape(self.shape[0] if self.shape else 1, -1)
+        change = self._change()
+        count = max(1, _BLOCK // max(1, rows.shape[1]))
+        for first in range(0, len(rows), count):
+            span = slice(first, first + count)
+            values = torch.from_numpy(rows[span].copy())
+            if change is not None:
+                values += change(span)
+            yield span, values
+
+    def _row_factors(self) -> torch.Tensor | None:
+        """Return what DoRA multiplies each output by (d_out,), None for plain LoRA."""
+        if self.module is None or self.module.magnitude is None:
+            return None
+        sums = (values for _, values in self._sums())
+        return row_factors(sums, self.module.magnitude, transposed=self.transposed, where=self.key)
 
     def _change(self) -> Callable[[slice], torch.Tensor] | None:
         """Return the function that computes some rows of ΔW as the weight is stored."""
@@ -127,6 +146,7 @@ def check_fusible(adapter: Adapter, model: ModelFolder) -> None:
             "give the model it was made from by --model"
         )
     check_fits(model.as_base, adapter)
+    check_whole_fits(model.as_base, adapter)
     for module in adapter.modules():
         if model.is_head(module.name) and model.ties_head:
             raise LorakitError(
@@ -144,25 +164,39 @@ def _plan(
     """Return what becomes of each tensor: as it is, in another format, or fused."""
     stored = weights.tensors
     modules = {model.weight_of(m.name, stored.keys()): m for m in adapter.modules()}
+    whole = _whole_by_key(adapter, model, stored.keys())
     target = None if dtype is None else FORMATS[dtype]
 
     def planned(key: str, tensor: Tensor) -> Tensor | Fused:
-        module = modules.get(key)
+        module, form = modules.get(key), target or tensor.dtype
         if tensor.dtype not in FLOATS:
-            if module is not None:
+            if module is not None or key in whole:
                 raise LorakitError(
                     f"{model.name}: {key} is {tensor.dtype}; give a base in float32, float16 "
                     "or bfloat16"
                 )
             return tensor
-        if module is None and target in (None, tensor.dtype):
+        tensor = whole.get(key, tensor)
+        if module is None and tensor.dtype == form:
             return tensor
         transposed = module is not None and model.stores_transposed(module.name)
-        return Fused(key, tensor, target or tensor.dtype, module, transposed)
+        return Fused(key, tensor, form, module, transposed)
 
     return {
         file: {key: planned(key, tensor) for key, tensor in tensors.items()}
         for file, tensors in weights.files.items()
+    }
+
+
+def _whole_by_key(adapter: Adapter, model: ModelFolder, keys: Collection[str]) -> dict[str, Tensor]:
+    """Return the adapter's whole weights by the names that the base's files give them.
+
+    A head whose weights are the embedding's, which the adapter has as well, may have no name.
+    """
+    return {
+        model.stored_name(name, keys): tensor
+        for name, tensor in adapter.whole.items()
+        if not (model.ties_head and model.is_head(name.rpartition(".")[0]) and name not in keys)
     }
 
 

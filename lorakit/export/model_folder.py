@@ -66,17 +66,23 @@ class ModelFolder:
     def weight_of(self, module: str, keys: Collection[str]) -> str:
         """Return which of the stored tensors' names is the weight of a module.
 
+        Raises LorakitError where none is.
+        """
+        return self.stored_name(f"{module}.weight", keys)
+
+    def stored_name(self, parameter: str, keys: Collection[str]) -> str:
+        """Return which of the stored tensors' names is a parameter of the model.
+
         Checkpoints of a bare decoder lack the prefix of the model with a head, `transformer.`.
         Raises LorakitError where none is.
         """
         prefix = f"{self.model.base_model_prefix}."
-        key = f"{module}.weight"
-        for candidate in (key, key.removeprefix(prefix), f"{prefix}{key}"):
+        for candidate in (parameter, parameter.removeprefix(prefix), f"{prefix}{parameter}"):
             if candidate in keys:
                 return candidate
         raise LorakitError(
-            f"{self.name} stores {module} under another name or together with others; give a base "
-            "whose files hold it as one tensor"
+            f"{self.name} stores {parameter.rpartition('.')[0]} under another name or together "
+            "with others; give a base whose files hold it as one tensor"
         )
 
 

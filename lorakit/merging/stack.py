@@ -15,6 +15,7 @@ from lorakit.adapters.adapter import Adapter, Factors, LoraModule
 from lorakit.adapters.blocks import Block, Slice, block_names
 from lorakit.adapters.names import natural_key
 from lorakit.adapters.tensors import FloatArray
+from lorakit.adapters.whole import check_plain
 from lorakit.errors import LorakitError
 
 
@@ -44,12 +45,14 @@ class Stack:
 def stack(adapters: Sequence[Adapter]) -> Stack:
     """Stack adapters of any ranks, scales, target modules and layers, in order.
 
-    Raises LorakitError naming the module and both shapes if two adapters disagree on its widths.
+    Raises LorakitError naming the module and both shapes if two adapters disagree on its widths,
+    and for an adapter that holds more than A and B.
     """
     names = block_names(adapter.name for adapter in adapters)
     parts: dict[str, list[LoraModule]] = {}
     blocks = []
     for name, adapter in zip(names, adapters, strict=True):
+        check_plain(adapter, "a merge that trains")
         slices = {}
         for module in adapter.modules():
             earlier = parts.setdefault(module.name, [])

@@ -39,6 +39,7 @@ from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.targets import merged_config
 from lorakit.adapters.tensors import FloatArray, Pair, Tensor
 from lorakit.errors import LorakitError
+from lorakit.merging.agreement import check_no_dora, common_whole
 from lorakit.merging.layer_weights import Runs, runs_by_adapter, runs_text, weight_at
 from lorakit.merging.methods import METHODS
 from lorakit.merging.spectrum import fit_lines, layer_fits
@@ -81,16 +82,19 @@ def merge_adapters(
 ) -> Adapter:
     """Return the adapters merged into one, at scale 1; warn of what they disagree on.
 
-    Tensors are float32, or in the adapters' own format if that holds every value exactly (as for
-    `cat` with weights and scales that are powers of two).
+    A and B are float32, or in the adapters' own format if that holds every value exactly (as for
+    `cat` with weights and scales that are powers of two). Whole weights stay as they are. Raises
+    LorakitError where adapters differ in these, and for DoRA.
     """
+    check_no_dora(adapters)
     weights = settings.weights or (1.0,) * len(adapters)
     largest = max(module.rank for adapter in adapters for module in adapter.modules())
     settings = replace(settings, weights=weights, rank=settings.rank or largest)
     names = block_names(adapter.name for adapter in adapters)
     runs = runs_by_adapter(dict(settings.weights_by_layer or ()), names)
     parts = parts_by_module(adapters, weights, runs)
-    tensors = _merged_tensors(parts, method, settings, common_format(adapters))
+    whole = common_whole(adapters, parts)
+    tensors = _merged_tensors(parts, method, settings, common_format(adapters)) | whole
     ranks = {name: tensors[lora_name(name, "A")].shape[0] for name in parts}
     bases = [name for adapter in adapters if (name := base_name(adapter))]
     configs = [adapter.config for adapter in adapters]
@@ -139,8 +143,9 @@ def parts_by_module(
 
 
 def common_format(adapters: Sequence[Adapter]) -> str:
-    """Return the number format of all tensors of the adapters, or F32 if they differ."""
-    formats = {tensor.dtype for adapter in adapters for tensor in adapter.tensors.values()}
+    """Return the number format of all A and B of the adapters, or F32 if they differ."""
+    modules = [module for adapter in adapters for module in adapter.modules()]
+    formats = {tensor.dtype for m in modules for tensor in (m.tensor_a, m.tensor_b)}
     return formats.pop() if len(formats) == 1 else "F32"
 
 

@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import last_part, layer_of
+from lorakit.adapters.tensors import Tensor
+from lorakit.adapters.whole import check_plain
 from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model, decoder_prefix
 from lorakit.models.base import Base
@@ -38,6 +40,7 @@ class PeftLayer(Protocol):
     lora_A: Mapping[str, torch.nn.Linear]  # noqa: N815  PEFT's name
     lora_B: Mapping[str, torch.nn.Linear]  # noqa: N815
     lora_dropout: torch.nn.ModuleDict
+    lora_magnitude_vector: Mapping[str, torch.nn.Module]
     scaling: dict[str, float]
     forward: Callable[..., torch.Tensor]
 
@@ -135,7 +138,12 @@ def is_transposed(base: Base, modules: Sequence[str]) -> bool:
 
 
 def inject(
-    base: Base, ranks: Mapping[str, int], *, alpha: float | None = None, dropout: float = 0.0
+    base: Base,
+    ranks: Mapping[str, int],
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    dora: bool = False,
 ) -> dict[str, PeftLayer]:
     """Put a fresh LoRA on each module in `ranks`, of that rank; return PEFT's layers by name.
 
@@ -154,6 +162,7 @@ def inject(
         rank_pattern=other,
         alpha_pattern=dict(other) if alpha is None else {},
         fan_in_fan_out=is_transposed(base, list(ranks)),
+        use_dora=dora,
     )
     peft.inject_adapter_in_model(config, base.model, adapter_name=ADAPTER)
     layers: dict[str, PeftLayer] = {name: base.model.get_submodule(name) for name in ranks}
@@ -177,16 +186,35 @@ def _remove_lora_(model: Model) -> None:
 def attach(base: Base, adapter: Adapter) -> dict[str, PeftLayer]:
     """Put an adapter on its base, which then computes W0·x + s·B·A·x; return PEFT's layers.
 
+    Raises LorakitError naming the module and both shapes if the adapter does not fit, and for one
+    that holds more than A and B, which whole.py puts on.
+    """
+    check_plain(adapter)
+    return attach_lora(base, adapter)
+
+
+def attach_lora(base: Base, adapter: Adapter) -> dict[str, PeftLayer]:
+    """Put an adapter's A and B on its base, with DoRA's magnitudes; return PEFT's layers.
+
     Raises LorakitError naming the module and both shapes if the adapter does not fit.
     """
     modules = adapter.modules()
     check_fits(base, adapter)
-    layers = inject(base, {module.name: module.rank for module in modules})
+    ranks = {module.name: module.rank for module in modules}
+    layers = inject(base, ranks, dora=adapter.is_dora)
     for module in modules:
         layer = layers[module.name]
         set_factors(layer, module.a, module.b)
         layer.scaling[ADAPTER] = module.scale
+        if module.magnitude is not None:
+            _set_magnitude(layer, module.magnitude)
     return layers
+
+
+def _set_magnitude(layer: PeftLayer, magnitude: Tensor) -> None:
+    """Copy DoRA's magnitude (d_out,) into a PEFT layer."""
+    weight = layer.lora_magnitude_vector[ADAPTER].get_parameter("weight")
+    weight.data = torch.tensor(magnitude.array(), device=weight.device)
 
 
 def set_factors(

@@ -7,6 +7,8 @@ training/plan.py, merging/plan.py and boundary/plan.py; formulae are in estimate
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,11 +29,12 @@ from lorakit.models.estimate import (
 )
 from lorakit.models.generation import complete, window_size
 from lorakit.models.lengths import Row, cut_row, length_row, read_lengths
-from lorakit.models.lora import attach, check_fits
+from lorakit.models.lora import check_fits
 from lorakit.models.memory import in_batches
 from lorakit.models.predictions import encoder_of
 from lorakit.models.skeleton import Skeleton
 from lorakit.models.tokens import Encoder, Example
+from lorakit.models.whole import attached, check_whole_fits
 from lorakit.records.few_shot import NO_EXAMPLES, FewShot
 from lorakit.records.jsonl import read_records
 from lorakit.records.record import Record
@@ -108,8 +111,9 @@ def adapter_parts(adapters: Sequence[Adapter]) -> list[Part]:
 
 
 def lora_size(adapter: Adapter) -> int:
-    """Return the number of an adapter's parameters."""
-    return sum(module.rank * sum(module.shape) for module in adapter.modules())
+    """Return the number of an adapter's parameters, whole weights among them."""
+    whole = sum(math.prod(tensor.shape) for tensor in adapter.whole.values())
+    return whole + sum(module.rank * sum(module.shape) for module in adapter.modules())
 
 
 # — generate —
@@ -133,6 +137,7 @@ def plan_generation(
     encoder = encoder_of(skeleton.base, adapters[0] if adapters else None, settings)
     for adapter in adapters:
         check_fits(skeleton.base, adapter)
+        check_whole_fits(skeleton.base, adapter)
 
     def encode(encoder: Encoder, record: Record) -> Example:
         return encoder.prompt(record, new, few_shot.before(record))
@@ -162,10 +167,10 @@ def plan_generation(
     )
     if load is not None:
         loaded = load()
-        if adapters:
-            attach(loaded, adapters[0])
         prompts = [example.ids for example in reading.examples]
-        seconds = seconds_of_batch(loaded, middle_batch(prompts, settings.batch_size), settings)
+        middle = middle_batch(prompts, settings.batch_size)
+        with attached(loaded, adapters[0]) if adapters else contextlib.nullcontext():
+            seconds = seconds_of_batch(loaded, middle, settings)
         yield from batch_time_rows(loaded, seconds, len(batches) * times, "")
 
 

@@ -6,6 +6,7 @@ run can be resumed. Completions come from generation.py.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +18,9 @@ from lorakit.files import cannot_write, check_output, delete_siblings, hidden_pa
 from lorakit.models.base import Base
 from lorakit.models.chat import S, following
 from lorakit.models.generation import generate, window_size
-from lorakit.models.lora import attach
 from lorakit.models.sharing import ALONE, Team
 from lorakit.models.tokens import CutTally, Encoder, Example
+from lorakit.models.whole import attached
 from lorakit.records.completions import skip_done
 from lorakit.records.few_shot import NO_EXAMPLES, FewShot
 from lorakit.records.jsonl import read_records, write_records
@@ -47,10 +48,34 @@ def write_predictions(
     for a record that cannot be used; what was written up to then stays beside the output for
     `resume`.
     """
-    settings = _settings_for(adapter, settings)
+    with contextlib.nullcontext() if adapter is None else attached(base, adapter):
+        _write_predictions(
+            base,
+            adapter,
+            data,
+            settings=_settings_for(adapter, settings),
+            output=output,
+            reporter=reporter,
+            resume=resume,
+            few_shot=few_shot,
+            team=team,
+        )
+
+
+def _write_predictions(
+    base: Base,
+    adapter: Adapter | None,
+    data: str,
+    *,
+    settings: GenerationSettings,
+    output: str,
+    reporter: Reporter,
+    resume: bool,
+    few_shot: FewShot,
+    team: Team,
+) -> None:
+    """Write what a base with the adapter on it predicts, as write_predictions does."""
     encoder = base.encoder_for(settings)
-    if adapter is not None:
-        attach(base, adapter)
     if not team.is_first:
         for _ in generate(base, encoder, (), settings, few_shot=few_shot, team=team):
             pass

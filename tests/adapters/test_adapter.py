@@ -176,10 +176,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "bias of B": ({f"{Q}.lora_B.bias": ONES}, "lora_B.bias' is a bias"),
     "bias": ({f"{Q}.bias": ONES}, "q_proj.bias' is a bias"),
     "whole module": ({"base_model.model.score.weight": ONES}, "score.weight' is no LoRA factor"),
-    "copied embedding": (
-        {"base_model.model.model.embed_tokens.weight": ONES},
-        "is a copy of the base's own; save with save_embedding_layers=False",
-    ),
+    "whole module with LoRA": ({f"{Q}.weight": ONES}, "q_proj.weight' is no LoRA factor"),
     "copied output head": (
         {"base_model.model.lm_head.base_layer.weight": ONES},
         "is a copy of the base's own",

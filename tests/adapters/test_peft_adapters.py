@@ -136,7 +136,7 @@ FOUND_REFUSED = {
     "wujindou__BLOOM-LORA/adapter_model.bin": "pickle.*run: lorakit convert",
     "peft-regression/ia3_mlp-0.6.1": "peft_type is 'IA3'",
     "peft-regression/lora_mlp-0.6.1": "pickle.*run: lorakit convert",
-    "peft-regression/lora_mlp_modules_to_save-0.6.1": "modules_to_save is set",
+    "peft-regression/lora_mlp_modules_to_save-0.6.1": "pickle.*run: lorakit convert",
     "peft-regression/lora_mlp-0.6.1/output.pt": "pickle",
 }
 
@@ -154,7 +154,7 @@ def _family(config: Mapping[str, Any]) -> str:
     return next((name for name in ("gpt2", "opt", "bloom") if name in base), "llama")
 
 
-CONFIG_REFUSED = {"use_dora", "use_bdlora", "modules_to_save"}
+CONFIG_REFUSED = {"use_bdlora"}
 
 
 @needs_found
@@ -175,7 +175,9 @@ def test_the_configs_found_are_exact_or_refused(path: Path, tmp_path: Path) -> N
         check_config_is_exact(config, tmp_path)
         return
     save_tensors(tiny().tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(LorakitError, match=r"rank|not targeted by the config"):
+    with pytest.raises(
+        LorakitError, match=r"rank|not targeted by the config|has no lora_magnitude"
+    ):
         load_adapter(str(tmp_path))
 
 
@@ -193,21 +195,25 @@ def check_config_is_exact(config: dict[str, Any], folder: Path) -> None:
         },
         folder / "adapter_model.safetensors",
     )
-    check_same_deltas(load_adapter(str(folder)), model)
+    check_same_deltas(load_adapter(str(folder), plain=False), model)
 
 
 @needs_found
-def test_the_line_that_converts_a_pickle_does(tmp_path: Path) -> None:
-    source = FOUND / "peft-regression" / "lora_mlp-0.6.1"
-    for name in ("adapter_config.json", "adapter_model.bin"):
-        (tmp_path / name).write_bytes((source / name).read_bytes())
+@pytest.mark.parametrize("name", ["lora_mlp-0.6.1", "lora_mlp_modules_to_save-0.6.1"])
+def test_the_line_that_converts_a_pickle_does(name: str, tmp_path: Path) -> None:
+    source = FOUND / "peft-regression" / name
+    for file in ("adapter_config.json", "adapter_model.bin"):
+        (tmp_path / file).write_bytes((source / file).read_bytes())
     with pytest.raises(LorakitError) as caught:
         load_adapter(str(tmp_path))
     done = shell(str(caught.value).partition("; run: ")[2], tmp_path)
     assert done.stderr == f"Note: wrote {tmp_path}/\n"
     assert done.returncode == 0
-    adapter = load_adapter(str(tmp_path))
+    adapter = load_adapter(str(tmp_path), plain=False)
     saved = torch.load(tmp_path / "adapter_model.bin", map_location="cpu", weights_only=True)
     assert [module.name for module in adapter.modules()] == ["lin0"]
     a, b = (saved[lora_name("lin0", factor)] for factor in ("A", "B"))
     assert np.allclose(adapter.modules()[0].delta(), (b @ a).numpy(), atol=1e-6)
+    for weight, tensor in adapter.whole.items():
+        assert np.array_equal(tensor.array(), saved[f"base_model.model.{weight}"].numpy())
+    assert list(adapter.whole) == (["lin1.bias", "lin1.weight"] if "to_save" in name else [])

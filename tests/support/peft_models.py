@@ -34,7 +34,7 @@ def random_model(family: str) -> Any:
 
 
 def with_lora(base: Any, config: peft.LoraConfig | Mapping[str, Any]) -> Any:
-    """Return PEFT's own adapter on `base`, its weights random."""
+    """Return PEFT's own adapter on `base`, its weights random, what it saves whole disturbed."""
     if not isinstance(config, peft.LoraConfig):
         config = peft.LoraConfig(**config)
     model = peft.get_peft_model(base, config).eval()
@@ -42,6 +42,8 @@ def with_lora(base: Any, config: peft.LoraConfig | Mapping[str, Any]) -> Any:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter)
+        elif "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 
 
@@ -93,4 +95,27 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "orthogonal": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
     "mica": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
     "output head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+}
+
+# What holds more than A and B.
+_QV = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 6}
+MORE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "head": ("llama", {**_QV, "modules_to_save": ["lm_head"]}),
+    "last norm": ("llama", {**_QV, "modules_to_save": ["model.norm"]}),
+    "norms": ("llama", {**_QV, "modules_to_save": ["input_layernorm"]}),
+    "embedding and head": ("llama", {**_QV, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "modules with biases": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "modules_to_save": ["mlp"], "fan_in_fan_out": True},
+    ),
+    "DoRA": ("llama", {**_QV, "use_dora": True}),
+    "DoRA under rslora": (
+        "llama",
+        {**_QV, "use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 2}},
+    ),
+    "DoRA on Conv1D": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True},
+    ),
+    "DoRA and a head": ("llama", {**_QV, "use_dora": True, "modules_to_save": ["lm_head"]}),
 }
