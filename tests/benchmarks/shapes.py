@@ -81,6 +81,13 @@ SMOLLM2 = Shape(49_152, 576, 1536, 30, 9, 3, spread=0.05, tied=True)
 LLAMA_8B = Shape(128_256, 4096, 14_336, 32, 32, 8, context=8192)
 LLAMA_1B = Shape(4096, 1536, 4608, 32, 12, 12, spread=0.05)
 SMALL = Shape(512, 64, 128, 4, 4, 2, spread=0.1)
+SHAPES: dict[str, Shape] = {
+    "trained": TRAINED,
+    "smollm2": SMOLLM2,
+    "8b": LLAMA_8B,
+    "1b": LLAMA_1B,
+    "small": SMALL,
+}
 
 
 def word_tokenizer(words: int) -> transformers.PreTrainedTokenizerFast:

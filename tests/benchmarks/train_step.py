@@ -33,7 +33,7 @@ from tests.benchmarks.machine import describe_machine, matrix_rate, pick
 from tests.benchmarks.program import as_arguments, data_folder, main, option
 from tests.benchmarks.result import Result
 from tests.benchmarks.rounds import in_turns, ratio_of
-from tests.benchmarks.shapes import SMALL, TRAINED, Shape, random_adapter, save_model
+from tests.benchmarks.shapes import SHAPES, random_adapter, save_model
 from tests.benchmarks.side import in_process
 from tests.benchmarks.steps import (
     Steps,
@@ -45,7 +45,6 @@ from tests.benchmarks.steps import (
 )
 
 BATCH = 8
-SHAPES: dict[str, Shape] = {"trained": TRAINED, "small": SMALL}
 
 
 @dataclass(frozen=True)
