@@ -17,7 +17,7 @@ _MATRIX_FLAGS = (
     *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"),
     *("asimd", "sve", "sve2", "bf16", "i8mm"),
 )
-_MOST_SECONDS = 5.0  # for the matrix rate
+_MOST_SECONDS = 2.0  # for the matrix rate
 
 
 @dataclass(frozen=True)
