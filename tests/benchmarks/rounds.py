@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -76,7 +79,8 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
             return
-        _reset_peak()
+        give_back_freed_memory()
+        reset_peak()
         self._before = status("VmRSS")
 
     def peak(self) -> float:
@@ -84,7 +88,14 @@ class Memory:
         return max(0, top - self._before) / 1e6
 
 
-def _reset_peak() -> None:
+def give_back_freed_memory() -> None:
+    """Have glibc return what is free, so that work that takes it again raises the peak."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc, or no such call
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def reset_peak() -> None:
     """Have the peak of the resident set begin anew."""
     refs = Path("/proc/self/clear_refs")
     if refs.exists():

@@ -147,9 +147,9 @@ def random_factors(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) 
 def run_lorakit(folder: str, adapters: int) -> dict[str, float]:
     """Read, merge and write; return seconds, the peak above the start in bytes, and what reading
     the files and writing the result alone take, in seconds."""
-    from tests.benchmarks.rounds import _reset_peak, status
+    from tests.benchmarks.rounds import reset_peak, status
 
-    _reset_peak()
+    reset_peak()
     before, started = status("VmRSS"), time.perf_counter()
     files = [file_of(Path(folder), number) for number in range(adapters)]
     output = Path(folder, "merged.safetensors")
