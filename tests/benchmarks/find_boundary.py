@@ -8,7 +8,7 @@ rate, had every token of every output gone through the model once.
 With `--layers` the model is a random Llama of that depth instead, its adapter random; with
 `--model` it is a folder's.
 
-    python -m tests.benchmarks.find_boundary [--task title] [--sample 40] [--batch-size 16]
+    python -m tests.benchmarks.find_boundary [--task title] [--sample 32] [--batch-size 16]
         [--rounds 2] [--no-baseline] [--device cpu|cuda] [--layers 32] [--model FOLDER]
 """
 
@@ -54,7 +54,7 @@ class Options:
     task: str = option("title", "the microworld's task")
     train: int = option(400, "records to train on; 0: the adapter is random")
     epochs: int = option(4, "epochs to train")
-    sample: int = option(40, "records to decode")
+    sample: int = option(32, "records to decode")
     batch_size: int = option(16, "rows at a time, on both sides")
     max_new_tokens: int = option(128, "tokens that are written at most")
     rounds: int = option(2, "turns of each side")
@@ -77,9 +77,9 @@ def measure(options: Options) -> Result:
         encoder = base.encoder(chat="auto")
         sample = records_of(options.task, "validation", options.sample)
         prompts = [encoder.prompt(record, options.max_new_tokens).ids for record in sample]
-        warm_up = replace(options, max_new_tokens=2, rounds=1)
-        both_sides(base, adapter, prompts[:1], warm_up, Path(folder))
-        ours, theirs = both_sides(base, adapter, prompts, options, Path(folder))
+        boundaries = list(range(1 if options.no_baseline else 0, base.layers + 1))
+        warm_up(base, adapter, prompts, options, Path(folder))
+        ours, theirs = both_sides(base, adapter, prompts, options, Path(folder), boundaries)
     differing = count_differing(ours[0].output, theirs[0].output)
     if differing and base.dtype == torch.float32:
         raise BenchmarkError(f"{differing} of {len(theirs[0].output)} outputs are not the same")
@@ -102,14 +102,24 @@ def prepared(options: Options, folder: Path) -> tuple[Base, Adapter]:
     return load_base(options.model, device=device, dtype=dtype), adapter
 
 
+def warm_up(base: Base, adapter: Adapter, prompts: Prompts, options: Options, folder: Path) -> None:
+    """Write two tokens of one output by both sides, without LoRA and with all of it."""
+    few = replace(options, max_new_tokens=2, rounds=1)
+    both_sides(base, adapter, prompts[:1], few, folder, [0, base.layers])
+
+
 def both_sides(
-    base: Base, adapter: Adapter, prompts: Prompts, options: Options, folder: Path
+    base: Base,
+    adapter: Adapter,
+    prompts: Prompts,
+    options: Options,
+    folder: Path,
+    boundaries: Sequence[int],
 ) -> tuple[list[Timed[Outputs]], list[Timed[Outputs]]]:
     """Return what both sides write and take in every round, ours first.
 
     They share the base: each puts its LoRA on it, and takes it off again.
     """
-    boundaries = list(range(1 if options.no_baseline else 0, base.layers + 1))
     folders = {k: stripped(adapter, k, folder) for k in boundaries}
     return in_turns(
         lambda: timed(lambda: together(base, adapter, boundaries, prompts, options), base.device),

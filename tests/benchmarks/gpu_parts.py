@@ -224,9 +224,10 @@ def boundary_sides(
     ids = [encoder.prompt(record, new).ids for record in records]
     options = find_boundary.Options(batch_size=16, max_new_tokens=new, rounds=1)
     with tempfile.TemporaryDirectory() as folder:
-        warm_up = replace(options, max_new_tokens=2)
-        find_boundary.both_sides(base, adapter, ids[:1], warm_up, Path(folder))
-        ours, theirs = find_boundary.both_sides(base, adapter, ids, options, Path(folder))
+        find_boundary.warm_up(base, adapter, ids, options, Path(folder))
+        ours, theirs = find_boundary.both_sides(
+            base, adapter, ids, options, Path(folder), range(base.layers + 1)
+        )
     return ids, ours, theirs
 
 

@@ -8,7 +8,7 @@ of a machine share and which the system takes back when it needs them; `after` i
 the end. All are in multiples of the checkpoint's size, which is also the limit: `ours` is the peak
 of both, while the base is loaded in float32, twice the checkpoint's size.
 
-    python -m tests.benchmarks.load_memory [--width 1024] [--layers 12] [--ways bfloat16,float32]
+    python -m tests.benchmarks.load_memory [--width 1024] [--layers 12] [--ways 'float32;4bit']
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "bfloat16, 2 shards": {"dtype": torch.bfloat16, "shard": True},
     "float32, 2 shards": {"dtype": torch.float32, "shard": True},
 }
+USUAL = ("bfloat16", "float32", "8bit", "float32, 2 shards")  # the ways that tell most
 KINDS = {"own": "RssAnon", "mapped": "RssFile"}
 
 
@@ -52,7 +53,7 @@ KINDS = {"own": "RssAnon", "mapped": "RssFile"}
 class Options:
     width: int = option(1024, "the model's width, a multiple of 64")
     layers: int = option(12, "its layers")
-    ways: str = option(";".join(WAYS), "the ways to load it, separated by semicolons")
+    ways: str = option(";".join(USUAL), f"ways to load it, by semicolons, of {'; '.join(WAYS)}")
 
 
 SMOKE = Options(width=64, layers=2, ways="bfloat16;float32")

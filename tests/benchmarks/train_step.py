@@ -7,7 +7,7 @@ processes of its own, in turns; a step to warm up is not counted. Memory is the 
 held after loading. On a CPU the ratio of the processor times is printed too: it leaves out what
 other users of a shared machine took. The limit is the machine's own matrix rate in that format.
 
-    python -m tests.benchmarks.train_step [--steps 4] [--rounds 2] [--dtype bfloat16]
+    python -m tests.benchmarks.train_step [--steps 3] [--rounds 2] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BATCH = 8
 class Options:
     shape: str = option("trained", f"the model's shape, of {', '.join(SHAPES)}")
     records: int = option(0, "records of SciTLDR that are read; 0: all of them")
-    steps: int = option(4, "timed steps of a round")
+    steps: int = option(3, "timed steps of a round")
     rounds: int = option(2, "turns of each side")
     device: str = option("cpu", "where both compute")
     dtype: str = option("auto", "the number format; auto: the one the device is fast at")
