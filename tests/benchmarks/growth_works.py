@@ -189,7 +189,7 @@ _QUADRATIC_ATTENTION = (
     "a token attends to all before it: quadratic where attention outweighs the rest"
 )
 _BOUNDARIES = "there are as many boundaries as layers, and each runs the layers above it"
-_WRITTEN = "as many tokens are written one after another as the prompt is long, up to a share"
+_WRITTEN = "the tokens written grow with the prompt, and each attends to all that are before it"
 _TRIES = "one pack more is tried until all rows fit, more often where rows are long"
 _QR = "QR of d × R factors costs d·R², and the SVD of their core R³, with R the sum of the ranks"
 
