@@ -54,8 +54,8 @@ def measure(options: Options) -> Result:
     """Take steps with and without checkpointing in turns, and compare them."""
     arguments = as_arguments(options)
     on, off = in_turns(
-        lambda: Steps(**in_process(run, checkpointing=True, **arguments)[0]),
-        lambda: Steps(**in_process(run, checkpointing=False, **arguments)[0]),
+        lambda: Steps(**in_process(run, {**arguments, "checkpointing": True})[0]),
+        lambda: Steps(**in_process(run, {**arguments, "checkpointing": False})[0]),
         options.rounds,
     )
     device, dtype = pick(options.device, options.dtype)

@@ -170,7 +170,7 @@ def compared(
 def weights_of(base: Base) -> int:
     """Return the number of weights that multiply a token: those of the layers and the head."""
     matrices = (w for name, w in base.model.named_parameters() if ".layers." in name)
-    inside = sum(weight.numel() for weight in matrices if weight.dim() == 2)
+    inside = int(sum(weight.numel() for weight in matrices if weight.dim() == 2))
     return inside + int(base.model.get_output_embeddings().weight.numel())
 
 

@@ -64,10 +64,8 @@ def run(name: str, device: str, *, smoke: bool) -> dict[str, object]:
     try:
         (record,) = in_process(
             part.run,
+            {"device": device, "smoke": smoke, **part.arguments},
             limit=part.seconds * (20 if smoke else 1),  # a smoke run may share its machine
-            device=device,
-            smoke=smoke,
-            **part.arguments,
         )
     except BenchmarkError as error:
         record = {"error": str(error)}

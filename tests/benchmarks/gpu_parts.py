@@ -126,7 +126,7 @@ def compared_steps(
 
 def base_size(base: Base) -> float:
     """Return the size of a base's weights, in MB."""
-    return sum(w.numel() * w.element_size() for w in base.model.parameters()) / 1e6
+    return float(sum(w.numel() * w.element_size() for w in base.model.parameters())) / 1e6
 
 
 def generation(*, device: str, smoke: bool, prompts: int, new: int) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def measured(folder: str, way: str) -> dict[str, int]:
     """
     os.environ["ACCELERATE_USE_CPU"] = "true"
     shards = 2 if "shard" in WAYS[way] else 1
-    found = in_process(peaks_of, processes=shards, folder=folder, way=way)
+    found = in_process(peaks_of, {"folder": folder, "way": way}, processes=shards)
     return {kind: max(sizes[kind] for sizes in found) for kind in found[0]}
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def in_process(
     function: Callable[..., dict[str, Any]],
+    arguments: Mapping[str, object],
     *,
     processes: int = 1,
     limit: float | None = None,
-    **arguments: object,
 ) -> list[dict[str, Any]]:
     """Return what a function returns in a process of its own, or in several by torchrun.
 
@@ -39,7 +39,7 @@ def in_process(
     command = [sys.executable, "-m", *(launch if processes > 1 else []), __name__]
     try:
         done = subprocess.run(
-            [*command, name, function.__name__, json.dumps(arguments)],
+            [*command, name, function.__name__, json.dumps(dict(arguments))],
             env={**os.environ, **({} if processes == 1 else {"ACCELERATE_USE_CPU": "true"})},
             cwd=ROOT,
             capture_output=True,

@@ -66,9 +66,10 @@ def measure(options: Options) -> Result:
         prepare(folder, options)
         size = sum(file_of(folder, n).stat().st_size for n in range(options.adapters))
         common: dict[str, object] = {"folder": name, "adapters": options.adapters}
-        ours = [in_process(run_lorakit, **common)[0] for _ in range(options.rounds)]
+        ours = [in_process(run_lorakit, common)[0] for _ in range(options.rounds)]
         theirs = in_process(
-            run_peft, **common, layers=options.layers, projections=options.projections
+            run_peft,
+            {**common, "layers": options.layers, "projections": options.projections},
         )[0]
     seconds = min(run["seconds"] for run in ours)
     scaled = theirs["seconds"] * options.all_layers / options.layers

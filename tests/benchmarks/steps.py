@@ -6,6 +6,7 @@ logits of every position, as PEFT with a Trainer does.
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 import time
@@ -185,7 +186,9 @@ def peft_steps(model: Any, folders: Sequence[str], batches: Batches) -> Steps:
         optimizer.zero_grad()
         return float(loss.detach())
 
-    steps, _ = timed_steps([lambda b=b: step(b) for b in batches], Memory(device), device)
+    steps, _ = timed_steps(
+        [functools.partial(step, batch) for batch in batches], Memory(device), device
+    )
     with_lora.unload()
     return steps
 

@@ -90,7 +90,7 @@ def test_a_part_that_fails_is_a_line_of_the_table() -> None:
 def test_a_part_that_takes_too_long_is_stopped() -> None:
     started = time.perf_counter()
     with pytest.raises(BenchmarkError, match="sleeps took more than 1 s"):
-        in_process(sleeps, limit=1, seconds=60)
+        in_process(sleeps, {"seconds": 60}, limit=1)
     assert time.perf_counter() - started < 50
 
 

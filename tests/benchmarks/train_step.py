@@ -67,8 +67,8 @@ def measure(options: Options) -> Result:
         prepare(Path(folder), options)
         sides = {"folder": folder, **as_arguments(options)}
         ours, theirs = in_turns(
-            lambda: Steps(**in_process(run_lorakit, **sides)[0]),
-            lambda: Steps(**in_process(run_peft, **sides)[0]),
+            lambda: Steps(**in_process(run_lorakit, sides)[0]),
+            lambda: Steps(**in_process(run_peft, sides)[0]),
             options.rounds,
         )
         encoder = load_base(folder, device=torch.device("cpu"), dtype=torch.float32).encoder(
