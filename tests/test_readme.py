@@ -44,8 +44,8 @@ OPTIONS_OF_OTHERS = {  # of sacrebleu, vLLM, our scripts, Snakemake; the launche
     "--workflow-profile",
     "--paired-ar",
     "--paired-bs",
-    "--scitldr",
     "--out",
+    "--smoke",
     "--steps",
     "--threads",
     "--nproc-per-node",
@@ -112,6 +112,8 @@ def test_the_python_files_that_a_page_names_exist(page: str) -> None:
     folder = (ROOT / page).parent
     for name in re.findall(r"[\w./-]+\.py\b", text_of(page)):
         assert (folder / name).is_file() or (ROOT / name).is_file(), name
+    for name in re.findall(r"\btests\.benchmarks\.([a-z_]+)", text_of(page)):
+        assert (ROOT / "tests" / "benchmarks" / f"{name}.py").is_file(), name
 
 
 @pytest.mark.parametrize("page", PAGES)

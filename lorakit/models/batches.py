@@ -18,6 +18,7 @@ learnt.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -106,16 +107,22 @@ def fill_packs(
     ordered = sorted(examples, key=lambda example: -len(example.ids))
     total = sum(len(example.ids) for example in ordered)
     count = max(at_least, -(-total // tokens), 1)
-    while True:
-        rows: list[list[Example]] = [[] for _ in range(min(count, len(ordered)))]
-        sizes = [0] * len(rows)
-        for example in ordered:
-            smallest = sizes.index(min(sizes))
-            rows[smallest].append(example)
-            sizes[smallest] += len(example.ids)
-        if all(len(p) == 1 or size <= tokens for p, size in zip(rows, sizes, strict=True)):
-            return rows
+    while (rows := _distributed(ordered, min(count, len(ordered)), tokens)) is None:
         count += 1
+    return rows
+
+
+def _distributed(ordered: Sequence[Example], count: int, tokens: int) -> list[list[Example]] | None:
+    """Distribute examples, longest first, over `count` packs; None where they are too few."""
+    rows: list[list[Example]] = [[] for _ in range(count)]
+    sizes = [(0, place) for place in range(count)]  # a heap: the smallest, of equals the first
+    for example in ordered:
+        size, place = sizes[0]
+        if size and size + len(example.ids) > tokens:
+            return None
+        rows[place].append(example)
+        heapq.heapreplace(sizes, (size + len(example.ids), place))
+    return rows
 
 
 # — padded rows —

@@ -1,0 +1,1 @@
+"""What lorakit costs, against its peers and against the machine: `python -m tests.benchmarks`."""

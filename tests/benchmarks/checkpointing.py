@@ -1,127 +1,111 @@
 """What --gradient-checkpointing costs and saves: a training step with and without it, in one run.
 
-A random Llama in bfloat16 (float32 on a CPU), rank-8 LoRA on query and value, a micro-batch of one
-sequence. Each side runs in processes of its own, in turns; the fastest step counts (on a CPU its
-processor time), and memory is the least peak above what was held before the steps.
+A random Llama in the number format that the device is fast at, rank-8 LoRA on query and value, a
+micro-batch of one sequence. Each side runs in processes of its own, in turns, after a step to warm
+up. `ours` is a step with checkpointing, the peer one without: a ratio below 1 is what it costs. The
+limit is the machine's own matrix rate, for the layers' forward pass counted twice.
 
-    python tests/benchmarks/checkpointing.py [--device cpu] [--length 1024] [--width 256]
+    python -m tests.benchmarks.checkpointing [--device cpu] [--length 1024] [--width 256]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from lorakit.models.devices import pick_device
-from lorakit.models.loading import load_base
 from lorakit.models.lora import inject, pick_modules
 from lorakit.models.sharing import new_accelerator
-from lorakit.models.tokens import Example
 from lorakit.settings import TrainingSettings
 from lorakit.training.trainer import Trainer
-from tests.benchmarks.load_memory import WORDS, save_random_llama
-from tests.benchmarks.train_step import Memory, timed
+from tests.benchmarks.machine import describe_machine, matrix_rate, pick
+from tests.benchmarks.program import as_arguments, main, option
+from tests.benchmarks.result import Result
+from tests.benchmarks.rounds import Memory, in_turns, ratio_of
+from tests.benchmarks.shapes import QUERY_AND_VALUE, Shape, random_base
+from tests.benchmarks.side import in_process
+from tests.benchmarks.steps import Steps, random_rows, timed_steps
 
-COMPLETION = 128  # tokens that are learnt
+WORDS = 32_000
 
 
-def random_example(length: int) -> Example:
-    draw = random.Random(0)
-    ids = tuple(draw.randrange(3, WORDS) for _ in range(length + 1))
-    return Example(ids, length + 1 - COMPLETION, "a random row")
+@dataclass(frozen=True)
+class Options:
+    width: int = option(256, "the model's width, a multiple of 64")
+    layers: int = option(12, "its layers")
+    length: int = option(1024, "tokens of the sequence")
+    completion: int = option(128, "tokens of it that are learnt")
+    steps: int = option(2, "timed steps of a round")
+    rounds: int = option(2, "turns of each side")
+    device: str = option("auto", "where it computes")
+    dtype: str = option("auto", "the number format; auto: the one the device is fast at")
+
+    @property
+    def shape(self) -> Shape:
+        heads = self.width // 64
+        return Shape(WORDS, self.width, self.width * 43 // 16, self.layers, heads, heads, 4096)
 
 
-def measure(
-    folder: str, device: torch.device, length: int, steps: int, *, checkpointing: bool
-) -> None:
-    """Take the steps, the first of them to warm up, and print a line of JSON."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    base = load_base(folder, device=device, dtype=dtype)
+SMOKE = Options(width=64, layers=2, length=64, completion=8, steps=1, rounds=1)
+
+
+def measure(options: Options) -> Result:
+    """Take steps with and without checkpointing in turns, and compare them."""
+    arguments = as_arguments(options)
+    on, off = in_turns(
+        lambda: Steps(**in_process(run, {**arguments, "checkpointing": True})[0]),
+        lambda: Steps(**in_process(run, {**arguments, "checkpointing": False})[0]),
+        options.rounds,
+    )
+    device, dtype = pick(options.device, options.dtype)
+    ratio = ratio_of([r.total for r in on], [r.total for r in off])
+    rate, machine = matrix_rate(device, dtype), describe_machine(device, dtype)
+    seconds = min(r.total for r in on) / options.steps
+    again = 2.0 * options.length * options.shape.layer_weights * options.layers
+    due = options.shape.training_flops(options.length, options.completion) + again
+    return Result(
+        name="checkpointing",
+        unit="s a step with it",
+        ours=seconds,
+        peer=min(r.total for r in off) / options.steps,
+        ratio=ratio.median,
+        spread=ratio.spread,
+        limit=f"{rate / 1e9:.0f} GFLOP/s, the matrix rate in {machine.dtype}",
+        limit_share=due / seconds / rate,
+        machine=machine,
+        details={
+            "processor ratio": ratio_of(
+                [sum(r.processor) for r in on], [sum(r.processor) for r in off]
+            ).median,
+            "memory, of that without": min(r.memory for r in on) / min(r.memory for r in off),
+            "memory with it above the base, MB": min(r.memory for r in on),
+            "difference of the last loss": abs(on[0].losses[-1] - off[0].losses[-1]),
+        },
+    )
+
+
+def run(*, checkpointing: bool, **values: Any) -> dict[str, Any]:
+    """Return what the steps take, as JSON holds it."""
+    options = Options(**values)
+    device, dtype = pick(options.device, options.dtype)
+    base = random_base(options.shape, device, dtype)
     torch.manual_seed(0)
-    layers = inject(base, dict.fromkeys(pick_modules(base, ["q_proj", "v_proj"], None), 8))
+    layers = inject(base, dict.fromkeys(pick_modules(base, QUERY_AND_VALUE, None), 8))
     settings = TrainingSettings(
         dropout=0.0,
         batch_size=1,
-        micro_batch_tokens=length,
+        micro_batch_tokens=options.length,
         schedule="constant",
         gradient_checkpointing=checkpointing,
     )
     trainer = Trainer(base, layers, settings, accelerator=new_accelerator(device.type))
-    losses: list[float] = []
-
-    def step() -> None:
-        losses.append(trainer._step([random_example(length)], 10**6).train_loss)
-
+    row = random_rows(1, options.length + 1, options.completion, WORDS, seed=0)
     memory = Memory(device)
     with trainer._training_mode():
-        measured = timed([step] * (steps + 1), memory, device)
-    print(json.dumps({**measured, "losses": losses}))
-
-
-def measured_with(folder: str, *, checkpointing: bool) -> dict[str, Any]:
-    """Return what a process of its own has measured."""
-    side = ["--folder", folder, *(["--checkpointing"] if checkpointing else [])]
-    done = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], *side],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return measured
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of the sequence")
-    parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    device = pick_device(options.device)
-    if options.folder:
-        measure(
-            options.folder,
-            device,
-            options.length,
-            options.steps,
-            checkpointing=options.checkpointing,
-        )
-        return
-    results: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-    with tempfile.TemporaryDirectory() as folder:
-        save_random_llama(Path(folder), options.width, options.layers)
-        for _ in range(options.rounds):
-            for on, rounds in results.items():
-                rounds.append(measured_with(folder, checkpointing=on))
-    report(results, "processor" if device.type == "cpu" else "seconds")
-
-
-def report(results: dict[bool, list[dict[str, Any]]], clock: str) -> None:
-    """Print time and memory without and with checkpointing, their ratios, and the losses' gap."""
-    seconds = {on: min(min(r[clock]) for r in rounds) for on, rounds in results.items()}
-    memory = {on: min(r["memory"] for r in rounds) for on, rounds in results.items()}
-    for on, words in {False: "without", True: "with"}.items():
-        print(f"{words:8}{seconds[on]:8.3f} {clock} a step{memory[on]:9.0f} MB above the base")
-    print(f"time: {seconds[True] / seconds[False]:.2f}×")
-    print(f"memory: {memory[True] / memory[False]:.2f}×")
-    off = abs(results[True][0]["losses"][-1] - results[False][0]["losses"][-1])
-    print(f"difference of the last loss: {off:.1e}")
+        work = [lambda: trainer._step(row, 10**6).train_loss] * (options.steps + 1)
+        return asdict(timed_steps(work, memory, device)[0])
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, Options(), SMOKE)

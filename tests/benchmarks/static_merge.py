@@ -1,23 +1,22 @@
-"""Merge three adapters without data by `svd`, lorakit against PEFT: time, memory and error.
+"""Merge adapters without data by `svd`, lorakit against PEFT: time, memory and error.
 
-The adapters are random, of rank 8, 16 and 16, on all seven projections of Qwen2.5-0.5B's 24 layers
-(168 modules), merged to rank 16. lorakit's time and peak memory are those of a process that reads
-the three files, merges and writes the result; its numpy is imported before. PEFT's time is that of
-`add_weighted_adapter` alone, with its defaults, on adapters in memory, on the first `--layers` of
-the layers, scaled to all of them: a dense SVD for each module takes minutes. Errors are those of
-the same layers against the dense sum's best approximation of rank 16.
+The adapters are random, of rank 8, 16 and 16 (and so on for more), on all seven projections of
+Qwen2.5-0.5B's 24 layers (168 modules), merged to rank 16. lorakit's time and peak memory are those
+of a process that reads the files, merges and writes the result; its numpy is imported before.
+PEFT's time is that of `add_weighted_adapter` alone, with its defaults, on adapters in memory, on
+the first `--layers` of the layers, scaled to all of them: a dense SVD for each module takes
+minutes. Errors are those of the same layers against the dense sum's best approximation of rank 16.
+The limit is a program that only reads the files and writes the result.
 
-    python tests/benchmarks/static_merge.py [--layers 1] [--rounds 3]
+    python -m tests.benchmarks.static_merge [--layers 1] [--rounds 3] [--adapters 3]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adapters.targets import peft_config
 from lorakit.merging.static import merge_statically
 from lorakit.settings import StaticSettings
+from tests.benchmarks.program import main, option
+from tests.benchmarks.result import Result
+from tests.benchmarks.side import in_process
 
 HIDDEN, KV, INNER = 896, 128, 4864
 SHAPES = {  # d_out, d_in
@@ -40,60 +42,173 @@ SHAPES = {  # d_out, d_in
     "mlp.down_proj": (HIDDEN, INNER),
 }
 LAYERS = 24
-RANKS = (8, 16, 16)
 RANK = 16
-WEIGHTS = (0.5, 0.3, 0.2)
 
 
-def prepare(folder: Path) -> None:
-    """Write the three adapters into a folder."""
-    names = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
-    for number, rank in enumerate(RANKS):
-        draw = np.random.default_rng(number)
-        factors = {
-            name: (
-                draw.standard_normal((rank, columns), np.float32),
-                draw.standard_normal((rows, rank), np.float32).copy(),
-            )
-            for name, (rows, columns) in names.items()
-        }
-        config = {
-            **peft_config(dict.fromkeys(names, rank), base=None, alpha=16),
-            "target_modules": sorted(name.rsplit(".", 1)[-1] for name in SHAPES),
-        }
-        save_adapter(Adapter(tensors_of(factors), config), str(folder / f"{number}.safetensors"))
+@dataclass(frozen=True)
+class Options:
+    adapters: int = option(3, "how many are merged")
+    layers: int = option(1, "layers that PEFT is timed on")
+    all_layers: int = option(LAYERS, "layers of the adapters")
+    projections: str = option(",".join(SHAPES), "the projections that they are on")
+    rounds: int = option(3, "turns of lorakit, each in a process of its own")
 
 
-def run_lorakit(folder: Path) -> dict[str, float]:
-    """Read, merge and write; return seconds and the peak above the start, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-    before, started = _status("VmRSS"), time.perf_counter()
-    merge_statically(
-        [load_adapter(str(folder / f"{number}.safetensors")) for number in range(len(RANKS))],
-        "svd",
-        settings=StaticSettings(weights=WEIGHTS, rank=RANK),
-        output=str(folder / "merged.safetensors"),
+SMOKE = Options(all_layers=2, projections="self_attn.k_proj", rounds=1)
+
+
+def measure(options: Options) -> Result:
+    """Merge by both, in turns as far as PEFT's minutes allow, and compare them."""
+    from tests.benchmarks.rounds import ratio_of
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, options)
+        size = sum(file_of(folder, n).stat().st_size for n in range(options.adapters))
+        common: dict[str, object] = {"folder": name, "adapters": options.adapters}
+        ours = [in_process(run_lorakit, common)[0] for _ in range(options.rounds)]
+        theirs = in_process(
+            run_peft,
+            {**common, "layers": options.layers, "projections": options.projections},
+        )[0]
+    seconds = min(run["seconds"] for run in ours)
+    scaled = theirs["seconds"] * options.all_layers / options.layers
+    ratio = ratio_of([run["seconds"] for run in ours], [scaled] * len(ours))
+    return Result(
+        name="static_merge",
+        unit="s, files to file",
+        ours=seconds,
+        peer=scaled,
+        ratio=ratio.median,
+        spread=ratio.spread,
+        limit="reading and writing the files alone",
+        limit_share=min(run["files"] for run in ours) / seconds,
+        machine=machine_of_numpy(),
+        details={
+            "adapters": options.adapters,
+            "modules": options.all_layers * len(options.projections.split(",")),
+            "size of the adapters, MB": size / 1e6,
+            "layers that PEFT was timed on": options.layers,
+            "memory, of the adapters' size": max(run["peak"] for run in ours) / size,
+            "largest error above the best of that rank, ours": max(theirs["errors"]["lorakit"]),
+            "largest error above the best of that rank, PEFT": max(theirs["errors"]["peft"]),
+        },
     )
-    return {"seconds": time.perf_counter() - started, "peak": _status("VmHWM") - before}
 
 
-def _status(name: str) -> int:
-    """Return a size of this process in bytes, by its name in /proc/self/status."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(text.split(f"{name}:")[1].split()[0])
+def machine_of_numpy() -> Any:
+    """Return the machine as numpy computes on it, in float64."""
+    import torch
+
+    from tests.benchmarks.machine import describe_machine
+
+    return describe_machine(torch.device("cpu"), torch.float64)
 
 
-def run_peft(folder: Path, layers: int) -> dict[str, Any]:
+def ranks_of(adapters: int) -> list[int]:
+    return [8 if number % 3 == 0 else 16 for number in range(adapters)]
+
+
+def weights_of(adapters: int) -> tuple[float, ...]:
+    return tuple(1.0 / (number + 2) for number in range(adapters))
+
+
+def file_of(folder: Path, number: int) -> Path:
+    return folder / f"{number}.safetensors"
+
+
+def prepare(folder: Path, options: Options) -> None:
+    """Write the adapters into a folder."""
+    names = {
+        f"model.layers.{layer}.{name}": SHAPES[name]
+        for layer in range(options.all_layers)
+        for name in options.projections.split(",")
+    }
+    for number, rank in enumerate(ranks_of(options.adapters)):
+        save_adapter(random_factors(names, rank, number), str(file_of(folder, number)))
+
+
+def random_factors(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> Adapter:
+    """Return an adapter of random factors on modules of these shapes."""
+    draw = np.random.default_rng(seed)
+    factors = {
+        name: (
+            draw.standard_normal((rank, columns), np.float32),
+            draw.standard_normal((rows, rank), np.float32),
+        )
+        for name, (rows, columns) in shapes.items()
+    }
+    config = {
+        **peft_config(dict.fromkeys(shapes, rank), base=None, alpha=16),
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in shapes}),
+    }
+    return Adapter(tensors_of(factors), config)
+
+
+def run_lorakit(folder: str, adapters: int) -> dict[str, float]:
+    """Read, merge and write; return seconds, the peak above the start in bytes, and what reading
+    the files and writing the result alone take, in seconds."""
+    from tests.benchmarks.rounds import reset_peak, status
+
+    reset_peak()
+    before, started = status("VmRSS"), time.perf_counter()
+    files = [file_of(Path(folder), number) for number in range(adapters)]
+    output = Path(folder, "merged.safetensors")
+    merge_statically(
+        [load_adapter(str(path)) for path in files],
+        "svd",
+        settings=StaticSettings(weights=weights_of(adapters), rank=RANK),
+        output=str(output),
+    )
+    seconds, peak = time.perf_counter() - started, status("VmHWM") - before
+    started = time.perf_counter()
+    for path in files:
+        path.read_bytes()
+    Path(folder, "copy").write_bytes(output.read_bytes())
+    return {"seconds": seconds, "peak": peak, "files": time.perf_counter() - started}
+
+
+def run_peft(folder: str, adapters: int, layers: int, projections: str) -> dict[str, Any]:
     """Return PEFT's seconds on some layers, and its and lorakit's errors there above the best."""
+    import torch
+
+    torch.manual_seed(0)
+    loaded = [load_adapter(str(file_of(Path(folder), number))) for number in range(adapters)]
+    targets = projections.split(",")
+    lora, pairs, names = _on_peft(loaded, layers, targets)
+    started = time.perf_counter()
+    lora.add_weighted_adapter(names, list(weights_of(adapters)), "merged", "svd", svd_rank=RANK)
+    seconds = time.perf_counter() - started
+    ours = {m.name: m for m in load_adapter(f"{folder}/merged.safetensors").modules()}
+    errors: dict[str, list[float]] = {"lorakit": [], "peft": []}
+    for name in [name for name in ours if name in pairs]:
+        truth = _weighted_sum(loaded, name)
+        best = np.linalg.norm(np.linalg.svd(truth, compute_uv=False)[RANK:])
+        theirs = pairs[name].get_delta_weight("merged").detach().double().numpy()
+        errors["lorakit"].append(float(np.linalg.norm(ours[name].delta() - truth) / best - 1))
+        errors["peft"].append(float(np.linalg.norm(theirs - truth) / best - 1))
+    return {"seconds": seconds, "errors": errors}
+
+
+def _weighted_sum(adapters: Sequence[Adapter], name: str) -> Any:
+    """Return the dense sum of the task vectors of one module, (d_out, d_in) float64."""
+    parts = [next(m for m in adapter.modules() if m.name == name) for adapter in adapters]
+    weights = weights_of(len(parts))
+    return sum(weight * part.delta() for weight, part in zip(weights, parts, strict=True))
+
+
+def _on_peft(
+    adapters: Sequence[Adapter], layers: int, targets: Sequence[str]
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """Return PEFT's model with the adapters, its layers by module, and the adapters' names."""
     import peft
     import torch
 
-    model = _bare_model(layers)
-    adapters = [load_adapter(str(folder / f"{number}.safetensors")) for number in range(len(RANKS))]
-    targets = [name.rsplit(".", 1)[-1] for name in SHAPES]
-    configs = [peft.LoraConfig(r=r, lora_alpha=16, target_modules=targets) for r in RANKS]
-    names = [f"adapter_{letter}" for letter in "abc"]
-    lora: Any = peft.get_peft_model(model, configs[0], adapter_name=names[0])
+    endings = [name.rsplit(".", 1)[-1] for name in targets]
+    ranks = ranks_of(len(adapters))
+    configs = [peft.LoraConfig(r=r, lora_alpha=16, target_modules=endings) for r in ranks]
+    names = [f"adapter_{chr(ord('a') + number)}" for number in range(len(adapters))]
+    lora: Any = peft.get_peft_model(_bare_model(layers, targets), configs[0], adapter_name=names[0])
     for name, config in zip(names[1:], configs[1:], strict=True):
         lora.add_adapter(name, config)
     pairs = {n.removeprefix("base_model.model."): m for n, m in lora.named_modules()}
@@ -102,28 +217,17 @@ def run_peft(folder: Path, layers: int) -> dict[str, Any]:
             if module.name in pairs:
                 pairs[module.name].lora_A[name].weight.data = torch.tensor(module.a)
                 pairs[module.name].lora_B[name].weight.data = torch.tensor(module.b)
-    started = time.perf_counter()
-    lora.add_weighted_adapter(names, list(WEIGHTS), "merged", "svd", svd_rank=RANK)
-    seconds = time.perf_counter() - started
-    ours = {m.name: m for m in load_adapter(str(folder / "merged.safetensors")).modules()}
-    errors: dict[str, list[float]] = {"lorakit": [], "peft": []}
-    for name in [name for name in ours if name in pairs]:
-        parts = [next(m for m in a.modules() if m.name == name) for a in adapters]
-        truth = sum(weight * part.delta() for weight, part in zip(WEIGHTS, parts, strict=True))
-        best = np.linalg.norm(np.linalg.svd(truth, compute_uv=False)[RANK:])
-        theirs = pairs[name].get_delta_weight("merged").detach().double().numpy()
-        errors["lorakit"].append(float(np.linalg.norm(ours[name].delta() - truth) / best - 1))
-        errors["peft"].append(float(np.linalg.norm(theirs - truth) / best - 1))
-    return {"seconds": seconds, "errors": errors}
+    return lora, pairs, names
 
 
-def _bare_model(layers: int) -> Any:
+def _bare_model(layers: int, targets: Sequence[str]) -> Any:
     """Return modules of the right names and shapes, with nothing that computes."""
     import torch
 
     model = torch.nn.Module()
     for layer in range(layers):
-        for name, (rows, columns) in SHAPES.items():
+        for name in targets:
+            rows, columns = SHAPES[name]
             place: Any = model
             for part in ("model", "layers", str(layer), *name.split(".")[:-1]):
                 if not hasattr(place, part):
@@ -133,50 +237,5 @@ def _bare_model(layers: int) -> Any:
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=1, help="layers that PEFT is timed on")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", choices=["lorakit", "peft"], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side == "lorakit":
-        print(json.dumps(run_lorakit(options.folder)))
-    elif options.side == "peft":
-        print(json.dumps(run_peft(options.folder, options.layers)))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            prepare(Path(folder))
-            report(Path(folder), options.layers, options.rounds)
-
-
-def _child(side: str, folder: Path) -> dict[str, Any]:
-    """Return what one side's process has measured."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", str(folder)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode:
-        sys.exit(child.stderr)
-    measured: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return measured
-
-
-def report(folder: Path, layers: int, rounds: int) -> None:
-    size = sum((folder / f"{number}.safetensors").stat().st_size for number in range(len(RANKS)))
-    ours = [_child("lorakit", folder) for _ in range(rounds)]
-    theirs = _child("peft", folder)
-    seconds, scaled = min(run["seconds"] for run in ours), theirs["seconds"] * LAYERS / layers
-    peak = max(run["peak"] for run in ours)
-    print(f"three adapters: {size / 1e6:.0f} MB, {LAYERS * len(SHAPES)} modules")
-    print(f"lorakit  {seconds:8.2f} s to read, merge and write (best of {rounds})")
-    print(
-        f"PEFT     {scaled:8.2f} s to merge: {theirs['seconds']:.2f} s for {layers} of "
-        f"{LAYERS} layers, scaled"
-    )
-    print(f"time: {scaled / seconds:.0f}× faster than PEFT")
-    print(f"memory: the peak above the start is {peak / size:.2f}× the adapters' size")
-    for side, above in theirs["errors"].items():
-        print(f"error of {side} above the best of rank {RANK}: at most {max(above):.1e} of it")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, Options(), SMOKE)

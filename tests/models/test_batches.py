@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,27 @@ def test_packs_hold_every_row_once_within_the_budget(llama: str, at_least: int) 
     assert len(fill_packs(batch[:2], 10**6, at_least=5)) == 2
     assert len(fill_packs(batch, 1)) == 20
     assert fill_packs([], 90) == []
+
+
+@pytest.mark.parametrize("tokens", [40, 90, 400])
+def test_each_example_joins_the_smallest_pack_and_of_equal_ones_the_first(tokens: int) -> None:
+    draw = random.Random(tokens)
+    for count in (1, 7, 60):
+        some = [Example(tuple(range(draw.randint(2, 60))), 1, f"{n}") for n in range(count)]
+        assert fill_packs(some, tokens) == packs_by_the_plain_rule(some, tokens)
+
+
+def packs_by_the_plain_rule(examples: list[Example], tokens: int) -> list[list[Example]]:
+    """Try ever more packs until none of several rows is too large."""
+    ordered = sorted(examples, key=lambda example: -len(example.ids))
+    least = -(-sum(len(example.ids) for example in ordered) // tokens)
+    for count in range(max(least, 1), len(ordered) + 1):
+        packs: list[list[Example]] = [[] for _ in range(count)]
+        for example in ordered:
+            min(packs, key=lambda pack: sum(len(row.ids) for row in pack)).append(example)
+        if all(len(pack) == 1 or sum(len(r.ids) for r in pack) <= tokens for pack in packs):
+            return packs
+    return [[example] for example in ordered]
 
 
 def test_the_worked_example_is_how_rows_are_padded_and_packed() -> None:

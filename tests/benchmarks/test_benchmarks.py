@@ -1,0 +1,202 @@
+"""Every benchmark runs everywhere: with its smallest sizes, through the code of its full ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.benchmarks import __main__ as program
+from tests.benchmarks import gpu, growth
+from tests.benchmarks.growth_works import WORKS
+from tests.benchmarks.machine import describe_machine, matrix_rate
+from tests.benchmarks.program import data_folder
+from tests.benchmarks.result import BenchmarkError, Result
+from tests.benchmarks.rounds import Memory, in_turns, ratio_of, timed
+from tests.benchmarks.shapes import LLAMA_8B, SMALL, random_base
+from tests.benchmarks.side import in_process
+from tests.benchmarks.steps import padded, random_rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", program.BENCHMARKS)
+def test_a_benchmark_has_options_a_smallest_size_and_one_result(name: str) -> None:
+    module = importlib.import_module(f"tests.benchmarks.{name}")
+    assert dataclasses.is_dataclass(module.Options())
+    assert module.Options() != module.SMOKE
+    assert isinstance(module.SMOKE, module.Options)
+    assert callable(module.measure)
+
+
+@pytest.mark.parametrize("name", ["boundary_loss", "batch_rows"])
+def test_a_benchmark_gives_a_line_of_json_and_one_to_read(name: str) -> None:
+    module = importlib.import_module(f"tests.benchmarks.{name}")
+    result = module.measure(module.SMOKE)
+    assert json.loads(result.as_json())["name"] == name
+    assert result.as_text().startswith(f"{name}: ")
+
+
+@pytest.mark.slow
+def test_all_benchmarks_run_with_their_smallest_sizes(shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lines.jsonl"
+    assert program.main(["--smoke", "--out", str(out)]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["name"] for record in records] == list(program.BENCHMARKS)
+    assert all(record["machine"]["dtype"] for record in records)
+    compared = [record for record in records if record["peer"] is not None]
+    assert len(compared) >= 6
+    for record in compared:
+        assert record["spread"][0] <= record["ratio"] <= record["spread"][1]
+
+
+@pytest.mark.slow
+def test_all_parts_for_a_gpu_run_on_the_cpu_with_small_shapes(tmp_path: Path) -> None:
+    out = tmp_path / "lines.jsonl"
+    assert gpu.main(["--smoke", "--out", str(out)]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["part"] for record in records] == list(gpu.PARTS)
+    steps = [record for record in records if record["unit"] == "s a step"]
+    assert all(record["details"]["difference of the first loss"] < 1e-4 for record in steps)
+    assert [r["details"]["outputs that differ"] for r in records if r["part"] == "generate"] == [0]
+
+
+def test_the_parts_for_a_gpu_end_within_ten_minutes() -> None:
+    assert sum(part.seconds for part in gpu.PARTS.values()) <= 600
+
+
+def test_both_sides_of_every_part_agree_in_float32() -> None:
+    record: Any = gpu.run("parity", "cpu", smoke=True)
+    assert "error" not in record, record
+    assert record["ours"] < 1e-4
+    assert record["details"]["outputs of generate that differ"] == 0
+    assert record["details"]["outputs of find-boundary that differ"] == 0
+
+
+def test_a_part_that_fails_is_a_line_of_the_table() -> None:
+    record: Any = gpu.run("parity", "nowhere", smoke=True)
+    assert "nowhere" in record["error"]
+    (line,) = gpu.table([record]).splitlines()[1:]
+    assert line.startswith("parity")
+    assert "error: " in line
+
+
+def test_a_part_that_takes_too_long_is_stopped() -> None:
+    started = time.perf_counter()
+    with pytest.raises(BenchmarkError, match="sleeps took more than 1 s"):
+        in_process(sleeps, {"seconds": 60}, limit=1)
+    assert time.perf_counter() - started < 50
+
+
+def sleeps(seconds: float) -> dict[str, Any]:
+    time.sleep(seconds)
+    return {}
+
+
+def test_growth_is_tabled_for_every_size_of_a_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "lines.jsonl"
+    growth.main(["static merge", "packing", "--smoke", "--out", str(out)])
+    curves = [json.loads(line) for line in out.read_text().splitlines()]
+    expected = [(work, size) for work in ("static merge", "packing") for size in WORKS[work].growth]
+    assert [(curve["work"], curve["size"]) for curve in curves] == expected
+    assert capsys.readouterr().err.count("must ^") == len(expected)
+
+
+@pytest.mark.slow
+def test_the_growth_of_every_work_can_be_measured(tmp_path: Path) -> None:
+    out = tmp_path / "lines.jsonl"
+    assert growth.main(["--smoke", "--out", str(out)]) == 0
+    lines = out.read_text().splitlines()
+    assert len(lines) == sum(len(work.growth) for work in WORKS.values())
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_an_exponent_is_that_of_a_power(power: float) -> None:
+    values = (1, 2, 4, 8, 16)
+    assert growth.exponent(values, [3.0 * v**power for v in values]) == pytest.approx(power)
+
+
+@pytest.mark.parametrize(
+    ("must", "costs", "steep"),
+    [
+        pytest.param(1.0, (1.0, 2.0, 4.0, 8.0), False, id="as it must"),
+        pytest.param(1.0, (1.0, 4.0, 16.0, 64.0), True, id="quadratic"),
+        pytest.param(2.0, (1.0, 4.0, 16.0, 64.0), False, id="quadratic, as it must be"),
+        pytest.param(1.0, (1e-4, 4e-4, 16e-4, 64e-4), False, id="too little to tell"),
+    ],
+)
+def test_what_is_steeper_than_it_must_be_is_flagged(
+    must: float, costs: tuple[float, ...], steep: bool
+) -> None:
+    curve = growth.Curve("work", "length", must, "", (1, 2, 4, 8), costs, (0.0,) * 4)
+    assert curve.is_steep == steep
+    assert ("STEEP" in growth.row(curve)) == steep
+
+
+def test_memory_that_grows_too_fast_is_flagged_too() -> None:
+    curve = growth.Curve("work", "layers", 1.0, "", (1, 2, 4), (1, 1, 1), (10.0, 40.0, 160.0))
+    assert curve.is_steep
+
+
+def test_sides_take_turns_and_begin_in_turns() -> None:
+    calls: list[str] = []
+    ours, theirs = in_turns(lambda: calls.append("ours"), lambda: calls.append("peer"), 3)
+    assert calls == ["ours", "peer", "peer", "ours", "ours", "peer"]
+    assert (len(ours), len(theirs)) == (3, 3)
+
+
+def test_a_ratio_is_the_median_of_the_rounds_with_its_ends() -> None:
+    ratio = ratio_of([1.0, 2.0, 1.0], [3.0, 4.0, 10.0])
+    assert (ratio.median, ratio.spread) == (3.0, (2.0, 10.0))
+
+
+def test_what_is_timed_is_returned_with_its_peak_of_memory() -> None:
+    timing = timed(lambda: len(bytearray(64 << 20)), CPU)
+    assert timing.output == 64 << 20
+    assert timing.seconds > 0
+    if Path("/proc/self/clear_refs").exists():
+        assert 60 < timing.memory < 200
+        assert Memory(CPU).peak() < 60, "the peak begins anew"
+
+
+def test_a_result_without_a_peer_says_so_little() -> None:
+    machine = describe_machine(CPU, torch.float32)
+    result = Result("some", "s", 1.5, machine, limit="the disk", limit_share=0.5)
+    assert result.as_text().splitlines()[0] == "some: 1.5 s, 50 % of the disk"
+    assert machine.dtype == "float32"
+    assert matrix_rate(CPU, torch.float32, size=64) > 0
+
+
+def test_data_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DATA", str(tmp_path))
+    with pytest.raises(BenchmarkError, match=r"there is no .*scitldr; set \$DATA"):
+        data_folder("scitldr")
+    (tmp_path / "scitldr").mkdir()
+    assert data_folder("scitldr") == str(tmp_path / "scitldr")
+
+
+def test_the_weights_of_a_shape_are_those_of_the_model() -> None:
+    base = random_base(SMALL, CPU, torch.float32)
+    layer = base.model.model.layers[0]
+    weights = [w.numel() for w in layer.parameters() if w.dim() == 2]
+    assert SMALL.layer_weights == sum(weights)
+    whole = LLAMA_8B.layer_weights * LLAMA_8B.layers + 2 * LLAMA_8B.words * LLAMA_8B.width
+    assert whole == pytest.approx(8.03e9, rel=1e-3)
+
+
+def test_the_peers_batch_pads_on_the_right_and_labels_completions() -> None:
+    rows = random_rows(3, 12, 4, 100, seed=0)
+    batch = padded(rows, CPU)
+    assert batch["input_ids"].shape == (3, 12)
+    for place, row in enumerate(rows):
+        labels = batch["labels"][place].tolist()
+        assert [label for label in labels if label != -100] == list(row.ids[row.start :])
+        assert batch["attention_mask"][place].sum() == len(row.ids)
