@@ -54,12 +54,13 @@ def _forget() -> None:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Let the garbage collector rest inside the block."""
+    """Let the garbage collector rest inside the block, and never look at what is there after it."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if was_enabled:
             gc.enable()
 
