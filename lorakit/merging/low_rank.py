@@ -80,8 +80,8 @@ def _cholesky(x: Matrix) -> tuple[Matrix, Matrix] | None:
     gram: Matrix = x.T @ x
     lengths = np.sqrt(np.diagonal(gram))
     try:
-        lower = np.linalg.cholesky(gram)
-        inverse = np.linalg.inv(lower)
+        lower: Matrix = np.linalg.cholesky(gram)
+        inverse: Matrix = np.linalg.inv(lower).astype(np.float64, copy=False)
     except np.linalg.LinAlgError:
         return None
     condition = np.linalg.norm(lower / lengths[:, None]) * np.linalg.norm(inverse * lengths)

@@ -26,7 +26,12 @@ from lorakit.scoring.statistics import Examples, Row, Statistics
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric as SacrebleuMetric
 
+    from numpy.typing import NDArray
+
     from lorakit.scoring.statistics import Array
+
+    Counts = NDArray[np.int64]
+    Present = NDArray[np.bool_]  # whether an example has this reference, (references × examples)
 
 _ORDER = 4
 _LOG_OF_0 = -9999999999.0  # sacrebleu's
@@ -81,7 +86,7 @@ def _characters(texts: Sequence[str], numbers: dict[str, int]) -> list[Tokens]:
 
 def _statistics(
     metric: SacrebleuMetric,
-    rows_of: Callable[[Sides, Array], Array],
+    rows_of: Callable[[Sides, Present], Counts],
     cut: Callable[[Sequence[str], dict[str, int]], list[Tokens]],
     values_of: Callable[[Array, int], Array],
     examples: Examples,
@@ -119,8 +124,8 @@ def _streams(references: Sequence[Sequence[str]]) -> list[list[str]]:
 # — the rows of many examples at once —
 
 
-def _bleu_rows(sides: Sides, present: Array) -> Array:
-    """Return sacrebleu's rows for BLEU (examples × 10); `present` (references × examples).
+def _bleu_rows(sides: Sides, present: Present) -> Counts:
+    """Return sacrebleu's rows for BLEU (examples × 10).
 
     The output's length, that of the reference nearest in length, the shorter of two; then per order
     the n-grams that match, as often as the reference with most has them, and those of the output.
@@ -137,7 +142,7 @@ def _bleu_rows(sides: Sides, present: Array) -> Array:
     return np.stack([ours, nearest, *matches, *totals], axis=1).astype(np.int64)
 
 
-def _chrf_rows(sides: Sides, present: Array) -> Array:
+def _chrf_rows(sides: Sides, present: Present) -> Counts:
     """Return sacrebleu's rows for chrF (examples × 18): those of the reference with the best F.
 
     The n-grams of an output whose reference is too short to have any of an order do not count.
@@ -151,9 +156,10 @@ def _chrf_rows(sides: Sides, present: Array) -> Array:
         for reference, of_reference in zip(rows, counts[1:], strict=True):
             shared = np.bincount(example, np.minimum(counts[0], of_reference), len(ours))
             reference[:, 3 * order + 2] = shared
-    values = np.array([_chrf_values(reference, 1) for reference in rows])
+    values = np.array([_chrf_values(of_one, 1) for of_one in rows.astype(np.float64)])
     best = np.where(present, values, -1.0).argmax(axis=0)
-    return rows[best, np.arange(len(best))]
+    chosen: Counts = rows[best, np.arange(len(best))]
+    return chosen
 
 
 # — many corpora at once —

@@ -91,5 +91,6 @@ def as_text(result: Mapping[str, object]) -> str:
     """Return a comparison as a line to read."""
     ours, peer, ratio = (float(str(result[name])) for name in ("ours", "peer", "ratio"))
     details = result["details"]
-    shown = ", ".join(f"{key} {value}" for key, value in details.items()) if details else ""
+    pairs = details.items() if isinstance(details, Mapping) else ()
+    shown = ", ".join(f"{key} {value}" for key, value in pairs)
     return f"{result['name']}: {ours:.3g} {result['unit']}, peer {peer:.3g}: {ratio:.2f}×; {shown}"
