@@ -24,9 +24,8 @@ from lorakit.scoring.ngrams import Tokens, characters, gram_counts, lengths_of, 
 from lorakit.scoring.statistics import Examples, Row, Statistics
 
 if TYPE_CHECKING:
-    from sacrebleu.metrics.base import Metric as SacrebleuMetric
-
     from numpy.typing import NDArray
+    from sacrebleu.metrics.base import Metric as SacrebleuMetric
 
     from lorakit.scoring.statistics import Array
 
