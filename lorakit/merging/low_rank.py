@@ -80,7 +80,7 @@ def _cholesky(x: Matrix) -> tuple[Matrix, Matrix] | None:
     gram: Matrix = x.T @ x
     lengths = np.sqrt(np.diagonal(gram))
     try:
-        lower: Matrix = np.linalg.cholesky(gram)
+        lower: Matrix = np.linalg.cholesky(gram).astype(np.float64, copy=False)
         inverse: Matrix = np.linalg.inv(lower).astype(np.float64, copy=False)
     except np.linalg.LinAlgError:
         return None
