@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import logging
 import os
 import signal
 import sys
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING
 import click
 
 from lorakit.errors import LorakitError
-from lorakit.files import explain
 from lorakit.foreign_text import printable, printable_lines
 from lorakit.runs.processes import (
     LostProcessError,
@@ -143,6 +141,8 @@ def lorakit(ctx: click.Context) -> None:
 
     Every command reads and writes safetensors or JSONL; `-` is a pipe.
     """
+    import logging
+
     # peft imports it where it is installed, and it would tell of kernels that it could use
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if process_count() == 1 or ctx.invoked_subcommand in SHARED_OUT:
@@ -194,6 +194,8 @@ def main() -> None:
         _say("Error: memory does not suffice; give less data, or options that need less")
         code = 1
     except OSError as error:  # one that names no file: stdout on a full disk, most likely
+        from lorakit.files import explain
+
         _say(f"Error: {error.filename or 'stdin or stdout'}: {explain(error)}; check where it goes")
         code = 1
     _flush_stdout()

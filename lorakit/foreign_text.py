@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError
+
+if TYPE_CHECKING:
+    from typing import Any
 
 _LONGEST_NAME = 120  # characters of a name quoted in a message
 _WIDE_SPACE = "\u3000"  # ordinary in Japanese and Chinese
@@ -45,6 +47,8 @@ def parse_json(text: str) -> Any:
     Also raises ValueError for a key that occurs twice, for nesting that is too deep and for text
     that UTF-8 cannot encode (half a surrogate pair), which could not be written again.
     """
+    import json  # only here: `--help` prints names, and parses nothing
+
     try:
         value = json.loads(text, object_pairs_hook=_object_of_unique_keys)
         json.dumps(value, ensure_ascii=False).encode()

@@ -86,6 +86,29 @@ def test_help_imports_click_and_nothing_else(command: str) -> None:
     assert not set(SLOW_PARTS) & set(modules)
 
 
+def test_the_programs_help_imports_little_beyond_clicks_own() -> None:
+    bare = "import sys\nbefore = set(sys.modules)\nimport click\ntry:\n    click.group()(print)()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{bare}finally:\n    print(sorted(sys.modules))", "--help"],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    clicks = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    beyond = {name for name in set(imported("--help")) - clicks if not name.startswith("lorakit")}
+    assert beyond <= {"pathlib", "signal"}  # every further one is time at each start
+
+
+def test_training_imports_no_package_that_its_libraries_only_look_for(tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"prompt": "p", "completion": " c"}\n' * 4)
+    options = ("-q", "--epochs", "1", "--max-length", "64", "-o", str(tmp_path / "a.safetensors"))
+    modules = imported("train-adapter", "--data", str(data), *options)
+    assert {"torch", "transformers", "peft"} <= packages_of(modules)
+    assert not {"bitsandbytes", "scipy", "sklearn", "pandas", "datasets"} & packages_of(modules)
+    assert "torch._inductor.compile_fx" not in modules
+
+
 def test_help_imports_no_part_of_the_library_that_no_option_reads() -> None:
     assert not [name for name in imported("--help") if name.startswith("lorakit.commands.")]
     modules = imported("build-dataset", "--help")

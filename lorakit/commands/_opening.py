@@ -5,6 +5,9 @@ This file imports torch, so commands import it when they run, not before.
 
 from __future__ import annotations
 
+import lorakit.models.libraries  # noqa: F401  imports them quickly, and so comes first
+
+# isort: split
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 

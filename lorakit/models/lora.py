@@ -1,6 +1,6 @@
 """LoRA on a base model: find its projections and put adapters on them, by peft.
 
-No other module imports peft. An adapter is attached as one PEFT adapter with its own modules, ranks
+No other module uses peft. An adapter is attached as one PEFT adapter with its own modules, ranks
 and scales, so that the model computes what PEFT computes from the adapter's folder.
 """
 
@@ -24,6 +24,7 @@ from lorakit.adapters.whole import check_plain
 from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model, decoder_prefix
 from lorakit.models.base import Base
+from lorakit.models.libraries import BITSANDBYTES, hidden
 
 ADAPTER = "default"  # PEFT's name for the one adapter that is on a base
 _FAMILY_TARGETS: Mapping[str, Sequence[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -164,7 +165,8 @@ def inject(
         fan_in_fan_out=is_transposed(base, list(ranks)),
         use_dora=dora,
     )
-    peft.inject_adapter_in_model(config, base.model, adapter_name=ADAPTER)
+    with hidden(BITSANDBYTES):  # which a base that needs it has imported
+        peft.inject_adapter_in_model(config, base.model, adapter_name=ADAPTER)
     layers: dict[str, PeftLayer] = {name: base.model.get_submodule(name) for name in ranks}
     for layer in layers.values():
         for factors in (layer.lora_A, layer.lora_B):

@@ -69,16 +69,31 @@ def bootstrap(metrics: Sequence[Runs], settings: SignificanceSettings) -> list[A
     the values of two systems are pairs. Source: Koehn 2004; the draws are those of sacrebleu's
     `--paired-bs` with the same seed.
     """
-    rows = np.hstack([_matrix(run) for runs in metrics for run in runs])
-    count = len(rows)
+    return bootstrap_all([metrics], settings)[0]
+
+
+def bootstrap_all(
+    systems: Sequence[Sequence[Runs]], settings: SignificanceSettings
+) -> list[list[Array]]:
+    """Return what `bootstrap` does of each system; those of as many examples share the draws."""
+    rows = [np.hstack([_matrix(run) for runs in metrics for run in runs]) for metrics in systems]
+    chunks: list[list[list[Array]]] = [[] for _ in systems]
+    for count in dict.fromkeys(map(len, rows)):
+        for times in _draws(count, settings):
+            for number, metrics in enumerate(systems):
+                if len(rows[number]) == count:
+                    chunks[number].append(_values(metrics, times @ rows[number], count))
+    return [[np.concatenate(parts) for parts in zip(*drawn, strict=True)] for drawn in chunks]
+
+
+def _draws(count: int, settings: SignificanceSettings) -> Iterator[Array]:
+    """Yield how often each of `count` examples is drawn, (some of the trials × count)."""
     generator = np.random.default_rng(settings.seed)
-    chunks = []
     for trials in _chunks(settings.trials, count):
         drawn = generator.choice(count, size=(trials, count), replace=True)
         drawn += count * np.arange(trials)[:, None]
         times = np.bincount(drawn.ravel(), minlength=trials * count).reshape(trials, count)
-        chunks.append(_values(metrics, times.astype(np.float64) @ rows, count))
-    return [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
+        yield times.astype(np.float64)
 
 
 def compare(

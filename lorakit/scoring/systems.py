@@ -276,9 +276,9 @@ def _with_significance(
     scored: Sequence[SystemScores], baseline: str | None, settings: SignificanceSettings
 ) -> list[SystemScores]:
     """Return the scores with intervals and, where there is a baseline, comparisons with it."""
-    from lorakit.scoring.significance import bootstrap, compare, interval_of
+    from lorakit.scoring.significance import bootstrap_all, compare, interval_of
 
-    resampled = [bootstrap(scores.runs, settings) for scores in scored]
+    resampled = bootstrap_all([scores.runs for scores in scored], settings)
     labels = [scores.system.label for scores in scored]
     reference = None if baseline is None else labels.index(baseline)
     results = []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lorakit.adapters.tensors import FloatArray
-from lorakit.merging.low_rank import fit, refit
+from lorakit.merging.low_rank import fit, numerical_rank, product_svd, refit
 
 
 def draw(*shape: int, seed: int = 0) -> FloatArray:
@@ -51,6 +51,39 @@ def test_without_a_rank_a_refit_keeps_all_there_is_and_no_more() -> None:
     none_a, none_b = refit(a, 0 * b)
     assert (none_a.shape, none_b.shape) == ((1, 20), (10, 1))
     assert not (none_b @ none_a).any()
+
+
+@pytest.mark.parametrize("size", [1e-4, 1])  # of the second adapter, beside the first
+@pytest.mark.parametrize("distance", [0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1])
+def test_a_product_of_factors_is_decomposed_however_close_two_adapters_are(
+    distance: float, size: float
+) -> None:
+    a, b = draw(5, 90).astype(np.float64), draw(70, 5, seed=1).astype(np.float64)
+    other_a, other_b = a + distance * draw(5, 90, seed=2), b + distance * draw(70, 5, seed=3)
+    stacked_a, stacked_b = np.concatenate([a, other_a]), np.hstack([b, size * other_b])
+    svd = product_svd(stacked_a, stacked_b)
+    dense = np.linalg.svd(stacked_b @ stacked_a, compute_uv=False)[:10]
+    assert np.abs(svd.values - dense).max() <= 1e-9 * dense[0]
+    kept = numerical_rank(svd.values)
+    assert kept == numerical_rank(dense)
+    left, right = svd.left(kept), svd.right(kept)
+    np.testing.assert_allclose(left.T @ left, np.eye(kept), atol=1e-8)
+    np.testing.assert_allclose(right @ right.T, np.eye(kept), atol=1e-8)
+    np.testing.assert_allclose(
+        (left * svd.values[:kept]) @ right, stacked_b @ stacked_a, atol=1e-7 * dense[0]
+    )
+
+
+def test_adapters_of_different_sizes_need_no_qr(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a QR takes five times as long")
+
+    a, b = draw(12, 90), draw(70, 12, seed=1)
+    b[:, :4] *= 1e-6
+    matrix = b.astype(np.float64) @ a
+    least = least_error(matrix, 3)
+    monkeypatch.setattr(np.linalg, "qr", refuse)
+    assert error(matrix, *refit(a, b, 3)) <= least + 1e-6 * float(np.linalg.norm(matrix))
 
 
 def test_both_factors_of_a_refit_have_one_size() -> None:

@@ -75,6 +75,19 @@ def test_rouge_is_the_mean_of_rouge_scores_maximum_over_the_references(kind: str
     assert "stemmer:no" in scored.signature
 
 
+WORDS = st.lists(st.sampled_from("abcdef"), max_size=40)
+
+
+@given(WORDS, st.lists(WORDS, min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_rouge_l_is_to_the_bit_rouge_scores_own(ours: list[str], listed: list[list[str]]) -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    text, references = " ".join(ours), [" ".join(words) for words in listed]
+    expected = RougeScorer(["rougeL"]).score_multi(references, text)["rougeL"].fmeasure
+    assert compute_statistics([text], [references], metric="rougeL").rows == [[expected]]
+
+
 def test_rouge_lsum_takes_lines_for_sentences() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 

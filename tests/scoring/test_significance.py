@@ -21,6 +21,7 @@ from lorakit.errors import LorakitError
 from lorakit.scoring.metrics import METRICS, compute_statistics
 from lorakit.scoring.significance import (
     bootstrap,
+    bootstrap_all,
     compare,
     interval_of,
     p_values,
@@ -218,6 +219,14 @@ def test_another_seed_draws_other_examples_and_the_same_seed_the_same() -> None:
     runs = of_rows(*np.random.default_rng(0).random(50))
     drawn = [bootstrap(runs, SignificanceSettings(100, seed))[0].tolist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_systems_resampled_together_have_the_values_that_each_has_alone() -> None:
+    draw = np.random.default_rng(4)
+    systems = [of_rows(*draw.random(count)) for count in (30, 20, 30)]
+    together = bootstrap_all(systems, FEW)
+    alone = [bootstrap(system, FEW) for system in systems]
+    assert [values[0].tolist() for values in together] == [values[0].tolist() for values in alone]
 
 
 # — several runs of a system —
