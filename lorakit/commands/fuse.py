@@ -58,10 +58,9 @@ def fuse(
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._progress import TerminalReporter
     from lorakit.export.check import check_fused
-    from lorakit.export.fuse import DTYPES
     from lorakit.export.fuse import fuse as fuse_into
     from lorakit.export.model_folder import open_model_folder
-    from lorakit.models.devices import pick_device
+    from lorakit.models.devices import DTYPES, pick_device
 
     reporter = TerminalReporter(quiet=quiet)
     loaded = load_adapter(source)

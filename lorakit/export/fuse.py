@@ -25,6 +25,7 @@ from lorakit.export.model_folder import PARTS, ModelFolder
 from lorakit.export.weight_files import INDEX, WeightFiles, open_weights
 from lorakit.files import atomic_path, cannot_write, explain, made_folders
 from lorakit.foreign_text import parse_json
+from lorakit.models.devices import DTYPES, FORMATS
 from lorakit.models.lora import check_fits
 from lorakit.reporting import Reporter
 from lorakit.runs.resume import run_key
@@ -32,8 +33,6 @@ from lorakit.runs.sole_writer import sole_writer
 
 CONFIG_FILE = "config.json"
 RESUME_FILE = ".fuse.resume"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FORMATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BLOCK = 1 << 23  # parameters of a weight that are computed at a time
 
 
