@@ -21,8 +21,9 @@ from lorakit.adapters.card import CARD_FILE, model_card_text
 from lorakit.adapters.safetensors import write_tensors
 from lorakit.adapters.tensors import FLOATS, ITEM_SIZES, Tensor
 from lorakit.errors import LorakitError
+from lorakit.export.dequantised import Files, Weight, check_dequantisable, plain_weights
 from lorakit.export.model_folder import PARTS, ModelFolder
-from lorakit.export.weight_files import INDEX, WeightFiles, open_weights
+from lorakit.export.weight_files import INDEX, open_weights
 from lorakit.files import atomic_path, cannot_write, explain, made_folders
 from lorakit.foreign_text import parse_json
 from lorakit.models.devices import DTYPES, FORMATS
@@ -33,7 +34,7 @@ from lorakit.runs.sole_writer import sole_writer
 
 CONFIG_FILE = "config.json"
 RESUME_FILE = ".fuse.resume"
-_BLOCK = 1 << 23  # parameters of a weight that are computed at a time
+_BLOCK = 1 << 18  # parameters of a weight that are computed at a time: 1 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Fused:
     """
 
     key: str
-    weight: Tensor
+    weight: Weight
     dtype: str
     module: LoraModule | None = None
     transposed: bool = False
@@ -55,28 +56,61 @@ class Fused:
 
     def pieces(self) -> Iterator[memoryview]:
         """Yield the bytes in runs of rows; LorakitError where the format cannot hold a value."""
-        rows = self.weight.array().reshape(self.shape[0] if self.shape else 1, -1)
-        change = self._change()
-        count = max(1, _BLOCK // max(1, rows.shape[1]))
-        for first in range(0, len(rows), count):
-            values = torch.from_numpy(rows[first : first + count].copy())
-            if change is not None:
-                values += change(slice(first, first + count))
+        for _, values in self._sums():
             stored = values.to(DTYPES[self.dtype])
-            if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(values).all()):
+            if not _is_finite(stored) and _is_finite(values):
                 raise LorakitError(f"{self.key} is beyond {self.dtype}; give --dtype float32")
-            yield memoryview(stored.contiguous().view(torch.uint8).numpy().tobytes())
+            yield memoryview(stored.view(torch.uint8).numpy())
         self.weight.release()
 
-    def _change(self) -> Callable[[slice], torch.Tensor] | None:
-        """Return the function that computes some rows of ΔW as the weight is stored."""
+    def _sums(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield runs of rows of weight and change, float32, as the weight is stored.
+
+        Each is valid until the next is asked for: all are computed in the same two blocks of
+        memory, small enough to stay in a processor's cache.
+        """
+        count = self.shape[0] if self.shape else 1
+        width = math.prod(self.shape[1:])
+        rows, change = _rows_of(self.weight, width), self._change()
+        most = min(count, max(1, _BLOCK // max(1, width)))
+        sums, changes = (torch.empty(most, width) for _ in range(2))
+        for first in range(0, count, most):
+            span = slice(first, min(first + most, count))
+            values = sums[: span.stop - first].copy_(rows(span))
+            if change is not None:
+                values += change(span, changes[: span.stop - first])
+            yield span, values
+
+    def _change(self) -> Callable[[slice, torch.Tensor], torch.Tensor] | None:
+        """Return the function that computes some rows of ΔW as the weight is stored, in place."""
         if self.module is None:
             return None
         a, b = (torch.from_numpy(factor.copy()) for factor in (self.module.a, self.module.b))
         scale = self.module.scale
         if self.transposed:
-            return lambda rows: (a[:, rows].T @ b.T) * scale
-        return lambda rows: (b[rows] @ a) * scale
+            return lambda rows, out: torch.mm(a[:, rows].T, b.T, out=out).mul_(scale)
+        return lambda rows, out: torch.mm(b[rows], a, out=out).mul_(scale)
+
+
+def _rows_of(weight: Weight, width: int) -> Callable[[slice], torch.Tensor]:
+    """Return the function that reads some rows of a weight of that width, in its own format."""
+    if not isinstance(weight, Tensor):
+        whole = torch.from_numpy(weight.array()).reshape(-1, width)
+        return lambda rows: whole[rows]
+    size, dtype = width * ITEM_SIZES[weight.dtype], DTYPES[weight.dtype]
+
+    def read(rows: slice) -> torch.Tensor:
+        raw = bytearray(weight.data[rows.start * size : rows.stop * size])
+        return torch.frombuffer(raw, dtype=dtype).reshape(-1, width)
+
+    return read
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """Return whether all values are numbers: a sum that is one, in one pass, says they are."""
+    return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(
+        torch.isfinite(values).all()
+    )
 
 
 def fuse(
@@ -94,12 +128,12 @@ def fuse(
     `dtype`, one of FORMATS, is that of all floating-point tensors; None: each as the base has it.
     `check` is called with the finished folder and the format of the fused tensors, and may raise
     LorakitError, which undoes the folder. Raises LorakitError for an adapter that does not fit the
-    base, for LoRA on a head whose weights are the embedding's, for a quantised base, and for a
-    folder that holds something else.
+    base, for LoRA on a head whose weights are the embedding's, for a base that cannot be
+    dequantised, and for a folder that holds something else.
     """
     folder = Path(output)
     check_fusible(adapter, model)
-    weights = open_weights(model.folder, model.name)
+    weights = plain_weights(model, open_weights(model.folder, model.name))
     plan = _plan(adapter, model, weights, dtype)
     key = run_key(adapter.sha256, sorted(_sizes(weights)), dtype, model.as_base.fingerprint)
     with made_folders(folder, output), sole_writer(str(folder / CONFIG_FILE)):
@@ -120,11 +154,7 @@ def fuse(
 
 def check_fusible(adapter: Adapter, model: ModelFolder) -> None:
     """Raise LorakitError where an adapter cannot be fused into a base."""
-    if (method := model.quantisation) is not None:
-        raise LorakitError(
-            f"{model.name} is quantised ({method}), and nothing can be added to its weights; "
-            "give the model it was made from by --model"
-        )
+    check_dequantisable(model)
     check_fits(model.as_base, adapter)
     for module in adapter.modules():
         if model.is_head(module.name) and model.ties_head:
@@ -138,30 +168,30 @@ Plan = Mapping[str, Mapping[str, Tensor | Fused]]  # by file, then by tensor
 
 
 def _plan(
-    adapter: Adapter, model: ModelFolder, weights: WeightFiles, dtype: str | None
+    adapter: Adapter, model: ModelFolder, weights: Files, dtype: str | None
 ) -> dict[str, dict[str, Tensor | Fused]]:
     """Return what becomes of each tensor: as it is, in another format, or fused."""
-    stored = weights.tensors
-    modules = {model.weight_of(m.name, stored.keys()): m for m in adapter.modules()}
+    names = {key for tensors in weights.values() for key in tensors}
+    modules = {model.weight_of(m.name, names): m for m in adapter.modules()}
     target = None if dtype is None else FORMATS[dtype]
 
-    def planned(key: str, tensor: Tensor) -> Tensor | Fused:
+    def planned(key: str, tensor: Weight) -> Tensor | Fused:
         module = modules.get(key)
-        if tensor.dtype not in FLOATS:
+        if isinstance(tensor, Tensor) and tensor.dtype not in FLOATS:
             if module is not None:
                 raise LorakitError(
                     f"{model.name}: {key} is {tensor.dtype}; give a base in float32, float16 "
                     "or bfloat16"
                 )
             return tensor
-        if module is None and target in (None, tensor.dtype):
+        if isinstance(tensor, Tensor) and module is None and target in (None, tensor.dtype):
             return tensor
         transposed = module is not None and model.stores_transposed(module.name)
         return Fused(key, tensor, target or tensor.dtype, module, transposed)
 
     return {
         file: {key: planned(key, tensor) for key, tensor in tensors.items()}
-        for file, tensors in weights.files.items()
+        for file, tensors in weights.items()
     }
 
 
@@ -176,9 +206,10 @@ def _format_of(plan: Plan) -> str:
     return max(formats, key=lambda form: torch.finfo(DTYPES[form]).eps)
 
 
-def _sizes(weights: WeightFiles) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    for key, tensor in weights.tensors.items():
-        yield key, tensor.dtype, tensor.shape
+def _sizes(weights: Files) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    for tensors in weights.values():
+        for key, tensor in tensors.items():
+            yield key, tensor.dtype, tensor.shape
 
 
 def _begin(folder: Path, key: str, *, resume: bool) -> set[str]:
@@ -234,7 +265,7 @@ def _write_shard(path: Path, tensors: Mapping[str, Tensor | Fused]) -> None:
 def _write_parts(
     folder: Path,
     model: ModelFolder,
-    weights: WeightFiles,
+    weights: Files,
     plan: Plan,
     adapter: Adapter,
     dtype: str | None,
@@ -246,12 +277,14 @@ def _write_parts(
                 side.write_bytes(path.read_bytes())
     if (model.folder / INDEX).is_file():
         total = sum(size_of(tensor) for shard in plan.values() for tensor in shard.values())
-        places = {key: file for file, tensors in weights.files.items() for key in tensors}
+        places = {key: file for file, tensors in weights.items() for key in tensors}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         _write_json(folder / INDEX, index)
     with atomic_path(folder / CARD_FILE) as side:
         side.write_text(model_card_text(adapter), encoding="utf-8")
     config = parse_json((model.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if isinstance(config, dict):
+        config.pop("quantization_config", None)
     if dtype is not None and isinstance(config, dict):
         config = _with_dtype(config, dtype)
     _write_json(folder / CONFIG_FILE, config)

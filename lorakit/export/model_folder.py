@@ -20,6 +20,7 @@ from lorakit.hub import hub_errors_explained
 from lorakit.models.architecture import Model
 from lorakit.models.base import Base
 from lorakit.models.loading import explaining_load_errors, quieten_transformers
+from lorakit.models.quantisation import quantisation_of
 from lorakit.reach import TINY, check_model
 from lorakit.settings import ModelSettings
 
@@ -44,11 +45,7 @@ class ModelFolder:
     @property
     def quantisation(self) -> str | None:
         """The method by which its weights are stored, where they are no plain numbers."""
-        config = getattr(self.model.config, "quantization_config", None)
-        if config is None:
-            return None
-        fields = config if isinstance(config, dict) else config.to_dict()
-        return str(fields.get("quant_method", "unknown"))
+        return quantisation_of(self.model.config)
 
     @property
     def ties_head(self) -> bool:
