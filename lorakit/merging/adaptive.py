@@ -31,7 +31,7 @@ from lorakit.merging.search import BUDGET, Candidate, Search, search_by_ladder, 
 from lorakit.models.base import Base
 from lorakit.models.sharing import team_of
 from lorakit.reporting import Reporter
-from lorakit.runs.resume import SavedValues, path_beside, run_key
+from lorakit.runs.resume import SavedValues, completing, path_beside, run_key
 from lorakit.runs.sole_writer import sole_writer
 from lorakit.scoring.statistics import Statistics
 from lorakit.settings import (
@@ -165,8 +165,8 @@ def _search_and_write(
         for note in best.trainer.notes():
             reporter.note(note)
         if is_main:
-            _write_best(merge, best, metric, trials, verdict, output)
-            search.remove_checkpoints()
+            with completing(output, search.remove_checkpoints, saved.delete):
+                _write_best(merge, best, metric, trials, verdict, output)
     return rows
 
 
