@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from lorakit.errors import LorakitError
+from lorakit.float32 import LARGEST, TINIEST, fits
 from lorakit.settings import PruningValues
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ else:
 
 MOST = 2**63 - 1  # what torch and numpy hold in an integer
 RANK = 2**16  # the highest of an adapter
-_TINIEST, _LARGEST = 2.0**-126, 2.0**127  # about the numbers that float32 holds
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 _ESCAPE = re.compile(r"\\([nt\\])")
 _LAYER_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
@@ -56,8 +56,8 @@ class Real(click.FloatRange):
         max: float | None = None,
         min_open: bool = False,
         max_open: bool = False,
-        least: float = _TINIEST,
-        most: float = _LARGEST,
+        least: float = TINIEST,
+        most: float = LARGEST,
         infinite: bool = False,
     ) -> None:
         super().__init__(min=min, max=max, min_open=min_open, max_open=max_open)
@@ -187,7 +187,7 @@ class Amounts(ParamType):
         amount = _decimal(text)
         if not amount.is_finite():
             self.fail(f"{text!r} is not a number", param, ctx)
-        if amount > Decimal(_LARGEST) or 0 < amount < Decimal(_TINIEST):
+        if amount > 0 and not fits(amount):
             self.fail(f"{text} is not a number that float32 holds", param, ctx)
         if amount < 0 or (self._below is not None and amount >= self._below):
             top = "" if self._below is None else f" < {self._below}"
@@ -234,10 +234,10 @@ class Density(ParamType):
         density = _decimal(value)
         if density.is_nan():
             self.fail(f"{value!r} is not a number", param, ctx)
-        if 0 < density < Decimal(_TINIEST):
-            self.fail(f"{value} is not a number that float32 holds", param, ctx)
         if not 0 < density <= 1:
             self.fail(f"{value} is not in 0 < {self.name} ≤ 1", param, ctx)
+        if not fits(density):
+            self.fail(f"{value} is not a number that float32 holds", param, ctx)
         return density
 
 
@@ -263,7 +263,7 @@ class Numbers(ParamType):
             number = math.nan
         if not math.isfinite(number):
             self.fail(f"{text!r} is not a number", param, ctx)
-        if abs(number) > _LARGEST or 0 < abs(number) < _TINIEST:
+        if not fits(number):
             self.fail(f"{text} is not a number that float32 holds", param, ctx)
         return number
 
