@@ -31,8 +31,9 @@ from lorakit.runs.resume import completing
 from lorakit.runs.sole_writer import sole_writer
 from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
+from lorakit.training.progress import Progress
 from lorakit.training.selection import measure_of
-from lorakit.training.trainer import Progress, Trainer, Weights
+from lorakit.training.trainer import Trainer, Weights
 from lorakit.versions import version_of
 
 _PACKAGES = ("lorakit", "torch", "transformers", "peft")
