@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.merging.adaptive import Values
 from lorakit.merging.criteria import VALUES
 from lorakit.merging.joint import Merge, assemble
 from lorakit.merging.learned_weights import weight_trainer
 from lorakit.merging.lorahub import EVALUATIONS, check_alike
+from lorakit.merging.pruning_search import Values
 from lorakit.merging.search import BUDGET
 from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
