@@ -9,17 +9,14 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import LorakitError
 from lorakit.hub import hub_errors_explained
 from lorakit.models.architecture import Model
 from lorakit.models.base import Base
-from lorakit.models.loading import explaining_load_errors, quieten_transformers
+from lorakit.models.loading import bare_model, quieten_transformers
 from lorakit.models.quantisation import quantisation_of
 from lorakit.reach import TINY, check_model
 from lorakit.settings import ModelSettings
@@ -85,11 +82,7 @@ def open_model_folder(settings: ModelSettings, name: str) -> ModelFolder:
     check_model(name, settings.revision)
     quieten_transformers()
     folder = _folder(name, settings.revision)
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    with explaining_load_errors("the model", name):
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    model = bare_model(name, folder, {"trust_remote_code": settings.trust_remote_code})
     return ModelFolder(name, folder, model, settings.revision)
 
 
