@@ -45,7 +45,8 @@ def fuse(
     ADAPTER is a file, a PEFT folder, `-` (the default: a pipe) or hf://owner/name[@revision].
     FOLDER gets the weights in the base's shards, its config, tokenizer, template and generation
     config, and a model card, and loads as any model. One tensor is in memory at a time, but for the
-    check at the end. A base in 4 or 8 bit is refused: name the one it was made from by --model.
+    check at the end. A base quantised by bitsandbytes, to fp8 or mxfp4 becomes plain numbers first;
+    another one is refused: name the one it was made from by --model.
 
     \b
     lorakit fuse merged.safetensors -o model/
