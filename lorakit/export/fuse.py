@@ -26,7 +26,7 @@ from lorakit.export.model_folder import PARTS, ModelFolder
 from lorakit.export.weight_files import INDEX, open_weights
 from lorakit.files import atomic_path, cannot_write, explain, made_folders
 from lorakit.foreign_text import parse_json
-from lorakit.models.devices import DTYPES, FORMATS
+from lorakit.models.devices import DTYPES, FORMATS, one_thread
 from lorakit.models.lora import check_fits
 from lorakit.reporting import Reporter
 from lorakit.runs.resume import run_key
@@ -141,7 +141,8 @@ def fuse(
         _check_space(folder, [plan[file] for file in plan if file not in done])
         for file in reporter.track(list(plan), "fusing"):
             if file not in done:
-                _write_shard(folder / file, plan[file])
+                with one_thread():
+                    _write_shard(folder / file, plan[file])
         _write_parts(folder, model, weights, plan, adapter, dtype)
         if check is not None:
             try:
