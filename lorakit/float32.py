@@ -9,4 +9,4 @@ TINIEST, LARGEST = 2.0**-126, 2.0**127  # the normal numbers, but for those abov
 
 def fits(number: float | Decimal) -> bool:
     """Return whether a finite number is 0 or within float32's range."""
-    return number == 0 or TINIEST <= abs(number) <= LARGEST
+    return number == 0 or TINIEST <= number <= LARGEST or -LARGEST <= number <= -TINIEST
