@@ -57,7 +57,7 @@ class Fused:
     def pieces(self) -> Iterator[memoryview]:
         """Yield the bytes in runs of rows; LorakitError where the format cannot hold a value."""
         for _, values in self._sums():
-            stored = values.to(DTYPES[self.dtype])
+            stored = values.to(DTYPES[self.dtype], copy=True)
             if not _is_finite(stored) and _is_finite(values):
                 raise LorakitError(f"{self.key} is beyond {self.dtype}; give --dtype float32")
             yield memoryview(stored.view(torch.uint8).numpy())
