@@ -16,7 +16,7 @@ from lorakit.boundary.strip import check_layers_are_named
 from lorakit.models.base import Base
 from lorakit.models.batches import completion_logits, lay_out, micro_batches
 from lorakit.models.devices import device_name
-from lorakit.models.estimate import Part, forward_bytes, training_pass
+from lorakit.models.estimate import Part, training_pass
 from lorakit.models.lengths import Row, cut_row, length_row, read_lengths
 from lorakit.models.lora import attach, check_fits
 from lorakit.models.memory import in_batches
@@ -28,6 +28,7 @@ from lorakit.models.plan import (
     memory_rows,
     middle_batch,
     parameter_row,
+    reading_part,
     seconds_of_batch,
     time_row,
     timed,
@@ -180,11 +181,7 @@ def _reading_parts(
     width = skeleton.decoder.layers * skeleton.decoder.hidden * skeleton.precision.value
     return [
         Part("layer inputs", places * width, f"{places} positions of every layer"),
-        Part(
-            "reading",
-            forward_bytes(skeleton.decoder, skeleton.precision, size),
-            f"{size.positions} positions, no gradients",
-        ),
+        reading_part(skeleton, size),
     ]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import Boundaries, Factors, MetricName, Whole
+from lorakit.commands._text_types import Boundaries, MetricName
+from lorakit.commands._types import Factors, Whole
 from lorakit.settings import LOSS, BoundarySettings
 
 search = _options.together(

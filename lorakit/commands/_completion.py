@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lorakit.commands._types import MetricName, ParamType
+from lorakit.commands._text_types import MetricName
+from lorakit.commands._types import ParamType
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem

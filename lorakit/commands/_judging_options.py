@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import ServerUrl
+from lorakit.commands._text_types import ServerUrl
 from lorakit.settings import JudgeSettings
 
 

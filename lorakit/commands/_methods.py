@@ -14,15 +14,8 @@ from typing import Any  # click gives options' values untyped
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import (
-    RANK,
-    Amounts,
-    Density,
-    MetricName,
-    StepsOrEpoch,
-    Weights,
-    Whole,
-)
+from lorakit.commands._text_types import MetricName
+from lorakit.commands._types import RANK, Amounts, Density, StepsOrEpoch, Weights, Whole
 from lorakit.merging.criteria import CRITERIA, VALUES
 from lorakit.merging.groups import GROUPS, PAIR_GROUPS
 from lorakit.merging.methods import METHODS

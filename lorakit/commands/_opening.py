@@ -47,9 +47,7 @@ def open_base(
     training: bool,
 ) -> Base:
     """Load the base model that the settings, or the adapters, name."""
-    name, remark = choose_model(model.model, adapters)
-    if remark:
-        note(remark)
+    name, revision = named_base(model, adapters, note)
     torch_device = pick_device(device)
     if torch_device.type == "cpu":
         keep_freed_memory()
@@ -59,13 +57,12 @@ def open_base(
         name,
         device=torch_device,
         dtype=pick_dtype(dtype, torch_device, training=training),
-        revision=model.revision or base_revision(adapters, name),
+        revision=revision,
         trust_remote_code=model.trust_remote_code,
         load_in=model.load_in,
         shard=model.shard,
     )
-    if warning := check_fingerprint(adapters, name, base.fingerprint):
-        note(warning)
+    warn_of_another_base(adapters, base, note)
     return base
 
 
@@ -92,13 +89,9 @@ def open_folder(
     model: ModelSettings, adapters: Sequence[Adapter], note: Callable[[str], None]
 ) -> ModelFolder:
     """Return the folder of the base model that the settings, or the adapters, name."""
-    name, remark = choose_model(model.model, adapters)
-    if remark:
-        note(remark)
-    revision = model.revision or base_revision(adapters, name)
+    name, revision = named_base(model, adapters, note)
     folder = open_model_folder(ModelSettings(name, revision, model.trust_remote_code), name)
-    if warning := check_fingerprint(adapters, name, folder.as_base.fingerprint):
-        note(warning)
+    warn_of_another_base(adapters, folder.as_base, note)
     return folder
 
 
@@ -112,19 +105,34 @@ def open_skeleton(
     training: bool,
 ) -> Skeleton:
     """Open the base that `open_base` would load, without its weights, for a device here or not."""
-    name, remark = choose_model(model.model, adapters)
-    if remark:
-        note(remark)
+    name, revision = named_base(model, adapters, note)
     planned = plan_device(device)
     base = load_skeleton(
         name,
         dtype=plan_dtype(dtype, planned, training=training),
-        revision=model.revision or base_revision(adapters, name),
+        revision=revision,
         trust_remote_code=model.trust_remote_code,
     )
-    if warning := check_fingerprint(adapters, name, base.fingerprint):
-        note(warning)
+    warn_of_another_base(adapters, base, note)
     return Skeleton(base, planned, QUANTISED.get(model.load_in or ""))
+
+
+def named_base(
+    model: ModelSettings, adapters: Sequence[Adapter], note: Callable[[str], None]
+) -> tuple[str, str | None]:
+    """Return name and revision of the base that the settings, or the adapters, name."""
+    name, remark = choose_model(model.model, adapters)
+    if remark:
+        note(remark)
+    return name, model.revision or base_revision(adapters, name)
+
+
+def warn_of_another_base(
+    adapters: Sequence[Adapter], base: Base, note: Callable[[str], None]
+) -> None:
+    """Note where the base is not the one that the adapters were trained on."""
+    if warning := check_fingerprint(adapters, base.name, base.fingerprint):
+        note(warning)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from lorakit.commands._types import NamedValue, ParamType, Real, Whole
+from lorakit.commands._text_types import NamedValue
+from lorakit.commands._types import ParamType, Real, Whole
 from lorakit.files import STDIO
 from lorakit.runs.processes import process_count
 from lorakit.settings import AskingSettings, GenerationSettings, SelectionSettings, TrainingSettings

@@ -17,7 +17,8 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 import click
 
-from lorakit.commands._trackers import TRACKERS, Kind, Log, TrackedRun, point_of
+from lorakit.commands._tracked import Kind, Log, TrackedRun, point_of
+from lorakit.commands._trackers import TRACKERS
 from lorakit.errors import LorakitError
 from lorakit.files import explain
 from lorakit.foreign_text import printable

@@ -8,8 +8,9 @@ import click
 
 from lorakit.commands import _options
 from lorakit.commands._options import F
+from lorakit.commands._text_types import MetricName
 from lorakit.commands._trackers import TRACKERS
-from lorakit.commands._types import MetricName, ParamType, Real, Whole
+from lorakit.commands._types import ParamType, Real, Whole
 from lorakit.runs.processes import process_count
 from lorakit.settings import LOSS, SCHEDULES, ModelSettings, SelectionSettings, TrainingSettings
 

@@ -1,19 +1,18 @@
-"""Types of options besides click's own: lists of names, layers, ratios; names of metrics.
+"""Types of options that are numbers, or lists of them, besides click's own; texts: _text_types.py.
 
 Each is a click ParamType; a value that it cannot read is a usage error.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from lorakit.errors import LorakitError
+from lorakit.float32 import LARGEST, TINIEST, fits
 from lorakit.settings import PruningValues
 
 if TYPE_CHECKING:
@@ -23,10 +22,6 @@ else:
 
 MOST = 2**63 - 1  # what torch and numpy hold in an integer
 RANK = 2**16  # the highest of an adapter
-_TINIEST, _LARGEST = 2.0**-126, 2.0**127  # about the numbers that float32 holds
-_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
-_ESCAPE = re.compile(r"\\([nt\\])")
-_LAYER_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
 class Whole(click.IntRange):
@@ -56,8 +51,8 @@ class Real(click.FloatRange):
         max: float | None = None,
         min_open: bool = False,
         max_open: bool = False,
-        least: float = _TINIEST,
-        most: float = _LARGEST,
+        least: float = TINIEST,
+        most: float = LARGEST,
         infinite: bool = False,
     ) -> None:
         super().__init__(min=min, max=max, min_open=min_open, max_open=max_open)
@@ -74,92 +69,6 @@ class Real(click.FloatRange):
         if 0 < abs(number) < self._least:
             self.fail(f"{value} is nearer to 0 than {self._least:.4g}; give 0 or more", param, ctx)
         return number
-
-
-class Names(ParamType):
-    """A list of names, separated by commas."""
-
-    name = "names"
-
-    def convert(
-        self, value: str | tuple[str, ...], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(name.strip() for name in value.split(","))
-        if not all(names):
-            self.fail(f"{value!r} has an empty name", param, ctx)
-        return names
-
-
-class NamedValue(ParamType):
-    """A name and its value, `enable_thinking=false`: a number, true, false or null, else a text."""
-
-    name = "named value"
-
-    def convert(
-        self,
-        value: str | tuple[str, object],
-        param: click.Parameter | None,
-        ctx: click.Context | None,
-    ) -> tuple[str, object]:
-        if isinstance(value, tuple):
-            return value
-        name, separator, text = value.partition("=")
-        if not separator or not name.isidentifier():
-            self.fail(f"{value!r} is not of the form NAME=VALUE", param, ctx)
-        try:
-            parsed: object = json.loads(text)
-        except (ValueError, RecursionError):
-            parsed = text
-        return name, text if isinstance(parsed, dict | list) else parsed
-
-
-class StopText(ParamType):
-    r"""A text that is not empty; `\n` and `\t` are a line end and a tab, `\\` is `\`."""
-
-    name = "text"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not value:
-            self.fail("an empty text would stop everything", param, ctx)
-        return _ESCAPE.sub(lambda match: _ESCAPES[match[1]], value)
-
-
-class Layers(ParamType):
-    """A set of layers: numbers and ranges, separated by commas (`0-19,24`)."""
-
-    name = "layers"
-
-    def convert(
-        self, value: str | tuple[int, ...], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        layers: set[int] = set()
-        for part in value.split(","):
-            match = _LAYER_RANGE.fullmatch(part.strip())
-            if match is None:
-                self.fail(f"{part!r} is not a layer or a range of layers, such as 0-19", param, ctx)
-            first, last = int(match[1]), int(match[2] or match[1])
-            if last < first:
-                self.fail(f"{part!r} runs backwards", param, ctx)
-            layers.update(range(first, last + 1))
-        return tuple(sorted(layers))
-
-
-class Boundaries(Layers):
-    """A set of boundaries, written like layers (`8-31`), none of them 0."""
-
-    name = "boundaries"
-
-    def convert(
-        self, value: str | tuple[int, ...], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        boundaries = super().convert(value, param, ctx)
-        if 0 in boundaries:
-            self.fail("boundaries begin at 1; 0, the base model, is the baseline", param, ctx)
-        return boundaries
 
 
 class Amounts(ParamType):
@@ -187,7 +96,7 @@ class Amounts(ParamType):
         amount = _decimal(text)
         if not amount.is_finite():
             self.fail(f"{text!r} is not a number", param, ctx)
-        if amount > Decimal(_LARGEST) or 0 < amount < Decimal(_TINIEST):
+        if amount > 0 and not fits(amount):
             self.fail(f"{text} is not a number that float32 holds", param, ctx)
         if amount < 0 or (self._below is not None and amount >= self._below):
             top = "" if self._below is None else f" < {self._below}"
@@ -234,10 +143,10 @@ class Density(ParamType):
         density = _decimal(value)
         if density.is_nan():
             self.fail(f"{value!r} is not a number", param, ctx)
-        if 0 < density < Decimal(_TINIEST):
-            self.fail(f"{value} is not a number that float32 holds", param, ctx)
         if not 0 < density <= 1:
             self.fail(f"{value} is not in 0 < {self.name} ≤ 1", param, ctx)
+        if not fits(density):
+            self.fail(f"{value} is not a number that float32 holds", param, ctx)
         return density
 
 
@@ -263,7 +172,7 @@ class Numbers(ParamType):
             number = math.nan
         if not math.isfinite(number):
             self.fail(f"{text!r} is not a number", param, ctx)
-        if abs(number) > _LARGEST or 0 < abs(number) < _TINIEST:
+        if not fits(number):
             self.fail(f"{text} is not a number that float32 holds", param, ctx)
         return number
 
@@ -305,39 +214,3 @@ class Factors(Numbers):
         if not 0 <= number <= 1:
             self.fail(f"{text} is not in 0 ≤ factor ≤ 1", param, ctx)
         return number + 0.0  # not -0.0
-
-
-class MetricName(ParamType):
-    """The name of a metric that can decide from predictions and references, or one of `others`."""
-
-    name = "metric"
-
-    def __init__(self, *others: str) -> None:
-        self._others = others
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        names = self.names()
-        if value not in names:
-            self.fail(f"{value!r} is not one of {', '.join(names)}.", param, ctx)
-        return str(value)
-
-    def names(self) -> list[str]:
-        """Return all names that the option takes."""
-        from lorakit.scoring.metrics import METRICS
-
-        texts = (name for name, metric in METRICS.items() if metric.decides)
-        return [*self._others, *texts]
-
-
-class ServerUrl(ParamType):
-    """An http(s) URL, without a slash at its end."""
-
-    name = "url"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from lorakit.judging.opening import check_url
-
-        try:
-            return check_url(value)
-        except LorakitError as error:
-            self.fail(str(error), param, ctx)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import RANK, Density, Layers, Names, Whole
+from lorakit.commands._text_types import Layers, Names
+from lorakit.commands._types import RANK, Density, Whole
 from lorakit.reach import check_model
 from lorakit.settings import ExtractSettings, ModelSettings
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 
     from lorakit.boundary.records import BoundaryRecord
     from lorakit.commands._progress import TerminalReporter
+    from lorakit.models.sharing import Team
+    from lorakit.runs.resume import SavedValues
+
+
+class _Search(TypedDict):
+    """What every way of searching is called with, beside base, adapter and data."""
+
+    settings: BoundarySettings
+    generation: GenerationSettings
+    reporter: TerminalReporter
+    saved: SavedValues
+    team: Team
 
 
 @click.command("find-boundary")
@@ -95,7 +107,7 @@ def find_boundary(
     from lorakit.files import open_text_output
     from lorakit.models.sharing import new_team
     from lorakit.records.jsonl import write_records
-    from lorakit.runs.resume import SavedValues, path_beside, run_key
+    from lorakit.runs.resume import SavedValues, completing, path_beside, run_key
     from lorakit.runs.sole_writer import refuse_second_writer, sole_writer
 
     reporter = TerminalReporter(quiet=quiet)
@@ -120,48 +132,24 @@ def find_boundary(
         saved.values = team.from_first(saved.values)
         if len(saved):
             reporter.note("going on with what the killed run has computed")
+        search = _Search(
+            settings=boundary, generation=generation, reporter=reporter, saved=saved, team=team
+        )
         rows: Sequence[BoundaryRecord]
-        if boundary.by == "evaluation" and boundary.metric == LOSS:
-            rows = evaluate_loss(
-                base,
-                loaded,
-                data,
-                settings=boundary,
-                generation=generation,
-                reporter=reporter,
-                saved=saved,
-                team=team,
-            ).as_records()
-        elif boundary.by == "evaluation":
-            rows = evaluate(
-                base,
-                loaded,
-                data,
-                settings=boundary,
-                generation=generation,
-                reporter=reporter,
-                predictions=predictions,
-                saved=saved,
-                team=team,
-            ).as_records()
+        if boundary.by == "probability":
+            rows = read_probabilities(base, loaded, data, **search)
+        elif boundary.metric == LOSS:
+            rows = evaluate_loss(base, loaded, data, **search).as_records()
         else:
-            rows = read_probabilities(
-                base,
-                loaded,
-                data,
-                settings=boundary,
-                generation=generation,
-                reporter=reporter,
-                saved=saved,
-                team=team,
-            )
+            scores = evaluate(base, loaded, data, predictions=predictions, **search)
+            rows = scores.as_records()
         if not team.is_first:
             return
         if plot:
             draw = plot_boundaries if boundary.by == "evaluation" else plot_probabilities
             draw(rows, output=plot)
         _sketch(rows, reporter)
-        with open_text_output(output) as stream:
+        with completing(output, saved.delete), open_text_output(output) as stream:
             write_records(rows, stream)
 
 

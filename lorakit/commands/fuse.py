@@ -46,8 +46,8 @@ def fuse(
     FOLDER gets the weights in the base's shards, its config, tokenizer, template and generation
     config, and a model card, and loads as any model. DoRA is applied exactly, and weights that the
     adapter holds whole (modules_to_save) replace the base's. One tensor is in memory at a time, but
-    for the check at the end. A base in 4 or 8 bit is refused: name the one it was made from by
-    --model.
+    for the check at the end. A base quantised by bitsandbytes, to fp8 or mxfp4 becomes plain
+    numbers first; another one is refused: name the one it was made from by --model.
 
     \b
     lorakit fuse merged.safetensors -o model/
@@ -60,9 +60,8 @@ def fuse(
     from lorakit.commands._opening import open_folder
     from lorakit.commands._progress import TerminalReporter
     from lorakit.export.check import check_fused
-    from lorakit.export.fuse import DTYPES
     from lorakit.export.fuse import fuse as fuse_into
-    from lorakit.models.devices import pick_device
+    from lorakit.models.devices import DTYPES, pick_device
 
     reporter = TerminalReporter(quiet=quiet)
     loaded = load_adapter(source, plain=False)

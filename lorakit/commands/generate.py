@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from lorakit.commands import _dry_run, _options
-from lorakit.commands._types import Real, ServerUrl, StopText, Whole
+from lorakit.commands._text_types import ServerUrl, StopText
+from lorakit.commands._types import Real, Whole
 from lorakit.files import STDIO
 from lorakit.reach import check_model
 from lorakit.runs.processes import is_first_process

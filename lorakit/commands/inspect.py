@@ -137,8 +137,9 @@ def _measure(
     from lorakit.files import open_text_output
     from lorakit.merging.importance import measure_importance
     from lorakit.records.jsonl import write_records
-    from lorakit.runs.resume import path_beside
+    from lorakit.runs.resume import completing, path_beside
     from lorakit.runs.sole_writer import sole_writer
+    from lorakit.training.checkpoint import Checkpoint
 
     reporter = TerminalReporter(quiet=quiet)
     base, (adapter,) = open_base_and_adapters(
@@ -163,7 +164,6 @@ def _measure(
             return
         if plot:
             plot_importance(rows, output=plot)
-        with open_text_output(output) as stream:
+        measured = Checkpoint(path_beside(output, "resume"), key="")
+        with completing(output, measured.remove), open_text_output(output) as stream:
             write_records(rows, stream)
-        if (side := path_beside(output, "resume")) is not None:
-            side.unlink(missing_ok=True)

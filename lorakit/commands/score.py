@@ -58,7 +58,7 @@ def score(
     an example in all runs of a system at once, run 1 with run 1 of the baseline and so on, or each
     with the only one.
     """
-    from lorakit.runs.resume import SavedValues, path_beside
+    from lorakit.runs.resume import SavedValues, completing, path_beside
     from lorakit.runs.sole_writer import sole_writer
     from lorakit.scoring.systems import score_systems
 
@@ -83,7 +83,8 @@ def score(
         if not quiet:
             for line in dict.fromkeys(line for row in rows for line in row.cautions):
                 click.echo(f"Warning: {printable(line)}", err=True)
-        _write_scores(rows, layout, output)
+        with completing(output, saved.delete):
+            _write_scores(rows, layout, output)
 
 
 def _write_scores(rows: Sequence[SystemScores], layout: str, output: str) -> None:

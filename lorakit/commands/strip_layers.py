@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from lorakit.commands import _options
-from lorakit.commands._types import Density, Layers
+from lorakit.commands._text_types import Layers
+from lorakit.commands._types import Density
 from lorakit.files import STDIO
 from lorakit.reach import check_model
 from lorakit.settings import LayerChoiceSettings, ModelSettings, TrainingSettings

@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from lorakit.commands import _dry_run, _options, _training_options
+from lorakit.commands._text_types import Layers, Names
 from lorakit.commands._trackers import check_tracker
-from lorakit.commands._types import RANK, Layers, Names, Whole
+from lorakit.commands._types import RANK, Whole
 from lorakit.reach import check_model
 from lorakit.settings import (
     DryRunSettings,

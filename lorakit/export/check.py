@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.loading import load_base
+from lorakit.models.quantisation import dequantise
 from lorakit.models.whole import attached
 from lorakit.settings import ModelSettings
 
@@ -31,6 +33,7 @@ def check_fused(
 ) -> None:
     """Compare the logits of a fused model on PROMPT with those of base and adapter.
 
+    A base of bitsandbytes' is dequantised first: in 8 bits it would round its inputs as well.
     Both compute in float32 on a CPU, else in `stored`, the format of the fused weights. A note says
     where rounding the weights has changed more than a tenth of what the adapter does. Raises
     LorakitError where they differ by more than rounding explains: relatively by 16 times the
@@ -44,6 +47,7 @@ def check_fused(
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )
+    base = replace(base, model=dequantise(base.model, dtype))
     plain = _logits(base)
     with attached(base, adapter):
         expected = _logits(base)

@@ -8,24 +8,23 @@ whole shards, with which --resume goes on.
 from __future__ import annotations
 
 import json
-import math
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lorakit.adapters.adapter import Adapter, LoraModule
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.card import CARD_FILE, model_card_text
 from lorakit.adapters.safetensors import write_tensors
-from lorakit.adapters.tensors import FLOATS, ITEM_SIZES, Tensor
+from lorakit.adapters.tensors import FLOATS, Tensor
 from lorakit.errors import LorakitError
-from lorakit.export.dora import row_factors
+from lorakit.export.dequantised import Files, Weight, check_dequantisable, plain_weights
+from lorakit.export.fused import Fused, size_of
 from lorakit.export.model_folder import PARTS, ModelFolder
-from lorakit.export.weight_files import INDEX, WeightFiles, open_weights
-from lorakit.files import atomic_path, cannot_write, explain, made_folders
+from lorakit.export.weight_files import INDEX, open_weights
+from lorakit.files import atomic_path, cannot_write, check_space, explain, made_folders
 from lorakit.foreign_text import parse_json
+from lorakit.models.devices import DTYPES, FORMATS, one_thread
 from lorakit.models.lora import check_fits
 from lorakit.models.whole import check_whole_fits
 from lorakit.reporting import Reporter
@@ -34,69 +33,6 @@ from lorakit.runs.sole_writer import sole_writer
 
 CONFIG_FILE = "config.json"
 RESUME_FILE = ".fuse.resume"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FORMATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_BLOCK = 1 << 23  # parameters of a weight that are computed at a time
-
-
-@dataclass(frozen=True)
-class Fused:
-    """A tensor that is computed as it is written: a weight plus what a LoRA module changes of it.
-
-    Without a module it is the weight in another number format. With DoRA's magnitude m the sum W is
-    m·W/‖W‖, row by row.
-    """
-
-    key: str
-    weight: Tensor
-    dtype: str
-    module: LoraModule | None = None
-    transposed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    def pieces(self) -> Iterator[memoryview]:
-        """Yield the bytes in runs of rows; LorakitError where the format cannot hold a value."""
-        factors = self._row_factors()
-        for span, values in self._sums():
-            if factors is not None:
-                values *= factors if self.transposed else factors[span, None]
-            stored = values.to(DTYPES[self.dtype])
-            if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(values).all()):
-                raise LorakitError(f"{self.key} is beyond {self.dtype}; give --dtype float32")
-            yield memoryview(stored.contiguous().view(torch.uint8).numpy().tobytes())
-        self.weight.release()
-
-    def _sums(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield runs of rows of weight and change, float32, as the weight is stored."""
-        rows = self.weight.array().reshape(self.shape[0] if self.shape else 1, -1)
-        change = self._change()
-        count = max(1, _BLOCK // max(1, rows.shape[1]))
-        for first in range(0, len(rows), count):
-            span = slice(first, first + count)
-            values = torch.from_numpy(rows[span].copy())
-            if change is not None:
-                values += change(span)
-            yield span, values
-
-    def _row_factors(self) -> torch.Tensor | None:
-        """Return what DoRA multiplies each output by (d_out,), None for plain LoRA."""
-        if self.module is None or self.module.magnitude is None:
-            return None
-        sums = (values for _, values in self._sums())
-        return row_factors(sums, self.module.magnitude, transposed=self.transposed, where=self.key)
-
-    def _change(self) -> Callable[[slice], torch.Tensor] | None:
-        """Return the function that computes some rows of ΔW as the weight is stored."""
-        if self.module is None:
-            return None
-        a, b = (torch.from_numpy(factor.copy()) for factor in (self.module.a, self.module.b))
-        scale = self.module.scale
-        if self.transposed:
-            return lambda rows: (a[:, rows].T @ b.T) * scale
-        return lambda rows: (b[rows] @ a) * scale
 
 
 def fuse(
@@ -114,20 +50,23 @@ def fuse(
     `dtype`, one of FORMATS, is that of all floating-point tensors; None: each as the base has it.
     `check` is called with the finished folder and the format of the fused tensors, and may raise
     LorakitError, which undoes the folder. Raises LorakitError for an adapter that does not fit the
-    base, for LoRA on a head whose weights are the embedding's, for a quantised base, and for a
-    folder that holds something else.
+    base, for LoRA on a head whose weights are the embedding's, for a base that cannot be
+    dequantised, and for a folder that holds something else.
     """
     folder = Path(output)
     check_fusible(adapter, model)
-    weights = open_weights(model.folder, model.name)
+    weights = plain_weights(model, open_weights(model.folder, model.name))
     plan = _plan(adapter, model, weights, dtype)
     key = run_key(adapter.sha256, sorted(_sizes(weights)), dtype, model.as_base.fingerprint)
     with made_folders(folder, output), sole_writer(str(folder / CONFIG_FILE)):
         done = _begin(folder, key, resume=resume)
-        _check_space(folder, [plan[file] for file in plan if file not in done])
+        left = [tensors for file, tensors in plan.items() if file not in done]
+        needed = sum(size_of(tensor) for shard in left for tensor in shard.values())
+        check_space(folder, needed, folder)
         for file in reporter.track(list(plan), "fusing"):
             if file not in done:
-                _write_shard(folder / file, plan[file])
+                with one_thread():
+                    _write_shard(folder / file, plan[file])
         _write_parts(folder, model, weights, plan, adapter, dtype)
         if check is not None:
             try:
@@ -140,11 +79,7 @@ def fuse(
 
 def check_fusible(adapter: Adapter, model: ModelFolder) -> None:
     """Raise LorakitError where an adapter cannot be fused into a base."""
-    if (method := model.quantisation) is not None:
-        raise LorakitError(
-            f"{model.name} is quantised ({method}), and nothing can be added to its weights; "
-            "give the model it was made from by --model"
-        )
+    check_dequantisable(model)
     check_fits(model.as_base, adapter)
     check_whole_fits(model.as_base, adapter)
     for module in adapter.modules():
@@ -159,17 +94,17 @@ Plan = Mapping[str, Mapping[str, Tensor | Fused]]  # by file, then by tensor
 
 
 def _plan(
-    adapter: Adapter, model: ModelFolder, weights: WeightFiles, dtype: str | None
+    adapter: Adapter, model: ModelFolder, weights: Files, dtype: str | None
 ) -> dict[str, dict[str, Tensor | Fused]]:
     """Return what becomes of each tensor: as it is, in another format, or fused."""
-    stored = weights.tensors
-    modules = {model.weight_of(m.name, stored.keys()): m for m in adapter.modules()}
-    whole = _whole_by_key(adapter, model, stored.keys())
+    names = {key for tensors in weights.values() for key in tensors}
+    modules = {model.weight_of(m.name, names): m for m in adapter.modules()}
+    whole = whole_by_key(adapter, model, names)
     target = None if dtype is None else FORMATS[dtype]
 
-    def planned(key: str, tensor: Tensor) -> Tensor | Fused:
+    def planned(key: str, tensor: Weight) -> Tensor | Fused:
         module, form = modules.get(key), target or tensor.dtype
-        if tensor.dtype not in FLOATS:
+        if isinstance(tensor, Tensor) and tensor.dtype not in FLOATS:
             if module is not None or key in whole:
                 raise LorakitError(
                     f"{model.name}: {key} is {tensor.dtype}; give a base in float32, float16 "
@@ -177,18 +112,18 @@ def _plan(
                 )
             return tensor
         tensor = whole.get(key, tensor)
-        if module is None and tensor.dtype == form:
+        if isinstance(tensor, Tensor) and module is None and tensor.dtype == form:
             return tensor
         transposed = module is not None and model.stores_transposed(module.name)
         return Fused(key, tensor, form, module, transposed)
 
     return {
         file: {key: planned(key, tensor) for key, tensor in tensors.items()}
-        for file, tensors in weights.files.items()
+        for file, tensors in weights.items()
     }
 
 
-def _whole_by_key(adapter: Adapter, model: ModelFolder, keys: Collection[str]) -> dict[str, Tensor]:
+def whole_by_key(adapter: Adapter, model: ModelFolder, keys: Collection[str]) -> dict[str, Tensor]:
     """Return the adapter's whole weights by the names that the base's files give them.
 
     A head whose weights are the embedding's, which the adapter has as well, may have no name.
@@ -211,9 +146,10 @@ def _format_of(plan: Plan) -> str:
     return max(formats, key=lambda form: torch.finfo(DTYPES[form]).eps)
 
 
-def _sizes(weights: WeightFiles) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    for key, tensor in weights.tensors.items():
-        yield key, tensor.dtype, tensor.shape
+def _sizes(weights: Files) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    for tensors in weights.values():
+        for key, tensor in tensors.items():
+            yield key, tensor.dtype, tensor.shape
 
 
 def _begin(folder: Path, key: str, *, resume: bool) -> set[str]:
@@ -239,22 +175,6 @@ def _begin(folder: Path, key: str, *, resume: bool) -> set[str]:
     return set()
 
 
-def _check_space(folder: Path, shards: list[Mapping[str, Tensor | Fused]]) -> None:
-    """Raise LorakitError where the disk has less room than the shards need."""
-    needed = sum(size_of(tensor) for shard in shards for tensor in shard.values())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise LorakitError(
-            f"{folder} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; make "
-            "room, or choose another -o"
-        )
-
-
-def size_of(tensor: Tensor | Fused) -> int:
-    """Return how many bytes a tensor takes in a file."""
-    return math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype]
-
-
 def _write_shard(path: Path, tensors: Mapping[str, Tensor | Fused]) -> None:
     with atomic_path(path) as side:
         try:
@@ -269,7 +189,7 @@ def _write_shard(path: Path, tensors: Mapping[str, Tensor | Fused]) -> None:
 def _write_parts(
     folder: Path,
     model: ModelFolder,
-    weights: WeightFiles,
+    weights: Files,
     plan: Plan,
     adapter: Adapter,
     dtype: str | None,
@@ -281,12 +201,14 @@ def _write_parts(
                 side.write_bytes(path.read_bytes())
     if (model.folder / INDEX).is_file():
         total = sum(size_of(tensor) for shard in plan.values() for tensor in shard.values())
-        places = {key: file for file, tensors in weights.files.items() for key in tensors}
+        places = {key: file for file, tensors in weights.items() for key in tensors}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         _write_json(folder / INDEX, index)
     with atomic_path(folder / CARD_FILE) as side:
         side.write_text(model_card_text(adapter), encoding="utf-8")
     config = parse_json((model.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if isinstance(config, dict):
+        config.pop("quantization_config", None)
     if dtype is not None and isinstance(config, dict):
         config = _with_dtype(config, dtype)
     _write_json(folder / CONFIG_FILE, config)

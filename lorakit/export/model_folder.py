@@ -9,17 +9,15 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import LorakitError
 from lorakit.hub import hub_errors_explained
 from lorakit.models.architecture import Model
 from lorakit.models.base import Base
-from lorakit.models.loading import explaining_load_errors, quieten_transformers
+from lorakit.models.loading import bare_model, quieten_transformers
+from lorakit.models.quantisation import quantisation_of
 from lorakit.reach import TINY, check_model
 from lorakit.settings import ModelSettings
 
@@ -44,11 +42,7 @@ class ModelFolder:
     @property
     def quantisation(self) -> str | None:
         """The method by which its weights are stored, where they are no plain numbers."""
-        config = getattr(self.model.config, "quantization_config", None)
-        if config is None:
-            return None
-        fields = config if isinstance(config, dict) else config.to_dict()
-        return str(fields.get("quant_method", "unknown"))
+        return quantisation_of(self.model.config)
 
     @property
     def ties_head(self) -> bool:
@@ -94,11 +88,7 @@ def open_model_folder(settings: ModelSettings, name: str) -> ModelFolder:
     check_model(name, settings.revision)
     quieten_transformers()
     folder = _folder(name, settings.revision)
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    with explaining_load_errors("the model", name):
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    model = bare_model(name, folder, {"trust_remote_code": settings.trust_remote_code})
     return ModelFolder(name, folder, model, settings.revision)
 
 

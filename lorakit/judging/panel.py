@@ -23,7 +23,7 @@ from lorakit.judging.questions import (
 )
 from lorakit.records.jsonl import load_records, write_records
 from lorakit.reporting import Reporter
-from lorakit.runs.resume import SavedValues, run_key
+from lorakit.runs.resume import SavedValues, completing, run_key
 from lorakit.runs.sole_writer import sole_writer
 from lorakit.settings import JudgeSettings
 from lorakit.versions import version_of
@@ -112,7 +112,7 @@ def write_judgements(
         if ratings is not None:
             with open_text_output(ratings) as stream:
                 write_records(lines, stream)
-        with open_text_output(output) as stream:
+        with completing(output, answers.delete), open_text_output(output) as stream:
             write_records(summaries, stream)
 
 

@@ -17,7 +17,8 @@ from lorakit.adapters.history import Header, new_entry, with_entry
 from lorakit.adapters.names import whole_key
 from lorakit.adapters.targets import merged_config
 from lorakit.adapters.tensors import FloatArray, Pair, Tensor
-from lorakit.export.fuse import Fused, check_fusible
+from lorakit.export.fuse import check_fusible
+from lorakit.export.fused import Fused
 from lorakit.export.model_folder import ModelFolder
 from lorakit.export.weight_files import open_weights
 from lorakit.merging.extract import nearest

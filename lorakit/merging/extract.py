@@ -29,6 +29,8 @@ from lorakit.reporting import Reporter
 from lorakit.settings import ExtractSettings
 from lorakit.versions import version_of
 
+# Factors near a difference, the square of what they leave out, and that of the whole.
+Fit = tuple[Pair, float, float]
 _FIRST_RANK = 16  # tried for an energy; doubled until it is kept
 
 
@@ -45,29 +47,32 @@ def extract(
     _check_shapes(stored, changed, base, tuned)
     modules = pick_modules(base.as_base, settings.target_modules, settings.layers)
     keys = {module: base.weight_of(module, stored.keys()) for module in modules}
-    pairs: dict[str, Pair] = {}
-    sizes: dict[int | None, list[tuple[int, float, float]]] = {}
+    fits: dict[str, Fit] = {}
     for module in reporter.track(modules, "extracting"):
         key = keys[module]
         difference = _difference(stored[key], changed[key], f"{tuned.name}: {key}")
-        if not difference.any():
-            continue
         if base.stores_transposed(module):
             difference = np.ascontiguousarray(difference.T)
-        pair, lost, whole = nearest(difference, settings)
-        pairs[module] = pair
-        sizes.setdefault(layer_of(module), []).append((len(pair[0]), lost, whole))
-    if not pairs:
+        if difference.any():
+            fits[module] = nearest(difference, settings)
+    if not fits:
         raise LorakitError(
             f"{tuned.name} does not differ from {base.name} in {', '.join(settings.target_modules)}"
             "; give the tuned model by --tuned"
         )
-    for line in fit_lines(layer_fit(layer, of_layer) for layer, of_layer in sizes.items()):
-        reporter.note(line)
-    rest = {key for key in stored if key not in keys.values()}
-    if warning := _rest_line(stored, changed, rest):
+    _report_fits(fits, reporter)
+    if warning := _rest_line(stored, changed, {key for key in stored if key not in keys.values()}):
         reporter.note(warning)
-    return _adapter(base, pairs, changed, settings)
+    return _adapter(base, {name: pair for name, (pair, _, _) in fits.items()}, changed, settings)
+
+
+def _report_fits(fits: Mapping[str, Fit], reporter: Reporter) -> None:
+    """Note the ranks and the error of every layer."""
+    layers: dict[int | None, list[tuple[int, float, float]]] = {}
+    for module, ((a, _), lost, whole) in fits.items():
+        layers.setdefault(layer_of(module), []).append((len(a), lost, whole))
+    for line in fit_lines(layer_fit(layer, sizes) for layer, sizes in layers.items()):
+        reporter.note(line)
 
 
 def _weights(model: ModelFolder) -> Mapping[str, Tensor]:
@@ -114,7 +119,7 @@ def _difference(before: Tensor, after: Tensor, where: str) -> FloatArray:
     return difference
 
 
-def nearest(difference: FloatArray, settings: ExtractSettings) -> tuple[Pair, float, float]:
+def nearest(difference: FloatArray, settings: ExtractSettings) -> Fit:
     """Return factors near a matrix, the square of what they leave out, and of the whole.
 
     Of rank `settings.rank`, or of the lowest rank that keeps `settings.keep_energy`, which doubling

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lorakit.errors import LorakitError
+from lorakit.float32 import fits
 from lorakit.foreign_text import quote
 from lorakit.records.jsonl import read_objects
 from lorakit.settings import LayerRun
@@ -20,7 +21,6 @@ from lorakit.settings import LayerRun
 Runs = tuple[LayerRun, ...]  # of one adapter, none overlapping another
 
 _RUN = re.compile(r"([0-9]{1,4})(?:(-)([0-9]{1,4})?)?:([^:]+)")
-_TINIEST, _LARGEST = 2.0**-126, 2.0**127  # about the numbers that float32 holds
 
 
 def parse_runs(text: str) -> Runs:
@@ -59,7 +59,7 @@ def _weight(text: str) -> float:
         weight = math.nan
     if not math.isfinite(weight):
         raise LorakitError(f"{quote(text)} is not a number; write a weight, such as 0.5")
-    if abs(weight) > _LARGEST or 0 < abs(weight) < _TINIEST:
+    if not fits(weight):
         raise LorakitError(f"{text} is not a number that float32 holds; write another weight")
     return weight
 

@@ -28,7 +28,7 @@ from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import encode_all
 from lorakit.records.jsonl import load_records
 from lorakit.reporting import Reporter
-from lorakit.runs.resume import SavedValues, path_beside, run_key
+from lorakit.runs.resume import SavedValues, completing, path_beside, run_key
 from lorakit.runs.sole_writer import sole_writer
 from lorakit.settings import TrainingSettings
 from lorakit.training.loss import BatchLoss
@@ -110,7 +110,8 @@ def merge_lorahub(
             )
         if is_main:
             merged = _export(adapters, base, settings, entry, points, best)
-            save_adapter(make_portable(merged) if portable else merged, output)
+            with completing(output, saved.delete):
+                save_adapter(make_portable(merged) if portable else merged, output)
 
 
 def compose(adapters: Sequence[Adapter], weights: Sequence[float]) -> Factors:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.merging.adaptive import Values
 from lorakit.merging.criteria import VALUES
 from lorakit.merging.joint import Merge, assemble
 from lorakit.merging.learned_weights import weight_trainer
 from lorakit.merging.lorahub import EVALUATIONS, check_alike
+from lorakit.merging.pruning_search import Values
 from lorakit.merging.search import BUDGET
 from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
@@ -20,8 +20,6 @@ from lorakit.models.batches import fill_packs, micro_batches
 from lorakit.models.devices import device_name
 from lorakit.models.estimate import (
     Part,
-    Pass,
-    forward_bytes,
     lora_parameters,
     trained_parts,
     training_pass,
@@ -33,6 +31,7 @@ from lorakit.models.plan import (
     lora_size,
     memory_rows,
     parameter_row,
+    reading_part,
     time_row,
     timed,
 )
@@ -156,7 +155,7 @@ def plan_lorahub(
     yield from memory_rows(
         skeleton,
         [skeleton.base_part(), *adapter_parts(adapters[:1])],
-        [max((_reading_part(skeleton, size) for size in passes), key=lambda part: part.bytes)],
+        [max((reading_part(skeleton, size) for size in passes), key=lambda part: part.bytes)],
     )
     if load is not None:
         loaded = load()
@@ -170,9 +169,3 @@ def plan_lorahub(
         where = device_name(loaded.device)
         yield time_row("evaluation", seconds, f"measured on {where}: one micro-batch, by tokens")
         yield time_row("run", seconds * EVALUATIONS, f"extrapolated to {EVALUATIONS} evaluations")
-
-
-def _reading_part(skeleton: Skeleton, size: Pass) -> Part:
-    """Return what a micro-batch takes without gradients."""
-    taken = forward_bytes(skeleton.decoder, skeleton.precision, size)
-    return Part("reading", taken, f"{size.positions} positions, no gradients")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -13,11 +14,9 @@ from lorakit.errors import LorakitError
 # From glibc's malloc.h. Blocks above _LARGEST_KEPT are always given back; it takes 32 MiB at most.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT, _MOST_KEPT = 32 * 2**20, 2**30
-_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+# The number formats of weights: as --dtype names them, as safetensors does, and as torch does.
+FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def keep_freed_memory() -> None:
@@ -32,6 +31,21 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
         mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in a single thread inside the block, for many small steps.
+
+    Threads that wait for each other after each step take longer than the step where a core is busy
+    with something else.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pick_device(choice: str) -> torch.device:
@@ -101,7 +115,7 @@ def pick_dtype(choice: str, device: torch.device, *, training: bool) -> torch.dt
     if choice == "float16" and training:
         raise LorakitError("float16 gradients underflow; train with --dtype bfloat16 or float32")
     if choice != "auto":
-        return _DTYPES[choice]
+        return DTYPES[FORMATS[choice]]
     if device.type == "cpu":
         fast = training and _has_fast_bfloat16()
     else:

@@ -129,6 +129,24 @@ def load_base(
     return Base(model, tokenizer, name, end_tokens, dtype, revision, load_in, shard)
 
 
+def bare_model(
+    name: str, location: str | Path, options: Mapping[str, Any], *, dtype: torch.dtype | None = None
+) -> Model:
+    """Return a model without weights: its parameters have shapes alone (torch's device `meta`).
+
+    Nothing is read but the config, with these options. Their number format is `dtype`, by default
+    the config's. Raises LorakitError for a config that transformers does not know.
+    """
+    trust = {"trust_remote_code": options["trust_remote_code"]}
+    with explaining_load_errors("the model", name):
+        config = transformers.AutoConfig.from_pretrained(location, **options)
+        with torch.device("meta"):
+            model: Model = transformers.AutoModelForCausalLM.from_config(
+                config, **trust, **({} if dtype is None else {"dtype": dtype})
+            )
+    return model
+
+
 def _load_model(
     name: str, location: str, device: torch.device, options: Mapping[str, object]
 ) -> Model:

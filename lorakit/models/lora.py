@@ -1,7 +1,8 @@
 """LoRA on a base model: find its projections and put adapters on them, by peft.
 
-No other module uses peft. An adapter is attached as one PEFT adapter with its own modules, ranks
-and scales, so that the model computes what PEFT computes from the adapter's folder.
+No other module imports peft, which takes seconds: this one does where it needs it. An adapter is
+attached as one PEFT adapter with its own modules, ranks and scales, so that the model computes what
+PEFT computes from the adapter's folder.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import peft
 import torch
 from numpy.typing import NDArray
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.adapter import Adapter
@@ -27,7 +26,6 @@ from lorakit.models.base import Base
 from lorakit.models.libraries import BITSANDBYTES, hidden
 
 ADAPTER = "default"  # PEFT's name for the one adapter that is on a base
-_FAMILY_TARGETS: Mapping[str, Sequence[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
 
@@ -76,7 +74,7 @@ def default_targets(base: Base) -> tuple[list[str], str | None]:
     if {"q_proj", "v_proj"} <= endings:
         return ["q_proj", "v_proj"], None
     family = base.model.config.model_type
-    fused = [name for name in _FAMILY_TARGETS.get(family, _FUSED) if name in endings]
+    fused = [name for name in _family_targets().get(family, _FUSED) if name in endings]
     if not fused:
         raise LorakitError(
             f"no default target modules are known for {family}; give --target-modules, "
@@ -84,6 +82,14 @@ def default_targets(base: Base) -> tuple[list[str], str | None]:
         )
     note = f"{family} has no separate query and value projections: training {', '.join(fused)}"
     return fused, note
+
+
+def _family_targets() -> Mapping[str, Sequence[str]]:
+    """Return PEFT's projections to adapt by family."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    table: Mapping[str, Sequence[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return table
 
 
 def pick_modules(base: Base, targets: Sequence[str], layers: Sequence[int] | None) -> list[str]:
@@ -151,6 +157,8 @@ def inject(
     The scale is alpha/rank, or 1 without an alpha. A and B are float32, A as PEFT initialises it, B
     zero; they alone are trainable. The base is changed in place: any LoRA on it is removed first.
     """
+    import peft
+
     _remove_lora_(base.model)
     rank = max(ranks.values())
     other = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}

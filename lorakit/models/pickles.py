@@ -16,8 +16,9 @@ from lorakit.adapters.storage import CONFIG_FILE, build_adapter
 from lorakit.adapters.tensors import Tensor
 from lorakit.errors import LorakitError
 from lorakit.foreign_text import quote
+from lorakit.models.devices import DTYPES
 
-_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_FORMATS = {dtype: stored for stored, dtype in DTYPES.items()}
 _READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError)
 
 

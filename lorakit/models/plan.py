@@ -21,6 +21,7 @@ from lorakit.models.base import Base
 from lorakit.models.devices import device_name, is_here
 from lorakit.models.estimate import (
     Part,
+    Pass,
     cache_bytes,
     count_parameters,
     forward_bytes,
@@ -102,6 +103,12 @@ def generation_parts(
         Part("cache", stored, f"keys and values of {rows} rows of {positions} positions"),
         Part("reading prompts", working, f"{rows} prompts of up to {longest} tokens, no gradients"),
     ]
+
+
+def reading_part(skeleton: Skeleton, size: Pass) -> Part:
+    """Return what a batch takes that is read without gradients."""
+    taken = forward_bytes(skeleton.decoder, skeleton.precision, size)
+    return Part("reading", taken, f"{size.positions} positions, no gradients")
 
 
 def adapter_parts(adapters: Sequence[Adapter]) -> list[Part]:

@@ -16,7 +16,7 @@ import transformers
 from lorakit.errors import LorakitError, check_packages
 from lorakit.models.architecture import Model, ModelConfig
 
-_PACKAGE = "bitsandbytes"
+BITSANDBYTES = "bitsandbytes"
 _DEVICES = ("cpu", "cuda", "xpu")  # on which lorakit asks it to compute
 
 
@@ -28,7 +28,7 @@ def quantising(load_in: str | None, device: torch.device, dtype: torch.dtype) ->
     """
     if load_in is None:
         return {}
-    check_packages(f"--load-in {load_in}", _PACKAGE, extra="quant")
+    check_packages(f"--load-in {load_in}", BITSANDBYTES, extra="quant")
     if device.type not in _DEVICES:
         raise LorakitError(
             f"--load-in {load_in} cannot compute on {device.type}; give --device cpu, or leave "
@@ -51,7 +51,7 @@ def check_quantised(config: ModelConfig, name: str, load_in: str | None, *, shar
 
     It cannot be quantised again or sharded, and bitsandbytes has to be there if it was used.
     """
-    method = _method(config)
+    method = quantisation_of(config)
     if method is None:
         return
     if load_in is not None or shard:
@@ -59,18 +59,25 @@ def check_quantised(config: ModelConfig, name: str, load_in: str | None, *, shar
         raise LorakitError(
             f"the weights of {name} are quantised already ({method}); leave {option} out"
         )
-    if method == _PACKAGE:
-        check_packages(f"the model {name}", _PACKAGE, extra="quant")
+    if method == BITSANDBYTES:
+        check_packages(f"the model {name}", BITSANDBYTES, extra="quant")
 
 
-def _method(config: ModelConfig) -> str | None:
+def quantisation_of(config: ModelConfig) -> str | None:
     """Return the method by which a model's weights were quantised, None if they were not."""
     fields = getattr(config, "quantization_config", None)
     if fields is None:
         return None
     method = fields.get("quant_method") if isinstance(fields, Mapping) else fields.quant_method
-    text = str(getattr(method, "value", method) or _PACKAGE)  # old configs name none
-    return _PACKAGE if text.startswith(_PACKAGE) else text
+    text = str(getattr(method, "value", method) or BITSANDBYTES)  # old configs name none
+    return BITSANDBYTES if text.startswith(BITSANDBYTES) else text
+
+
+def dequantise(model: Model, dtype: torch.dtype) -> Model:
+    """Return a model with plain layers in place of bitsandbytes'; another one as it is."""
+    if quantisation_of(model.config) != BITSANDBYTES:
+        return model
+    return model.dequantize().to(dtype)
 
 
 def keep_gradients(model: Model) -> None:

@@ -26,6 +26,7 @@ from lorakit.models.estimate import (
     weight_bytes,
 )
 from lorakit.models.loading import (
+    bare_model,
     end_tokens_of,
     explaining_load_errors,
     location_of,
@@ -59,12 +60,7 @@ def load_skeleton(
     )
     with explaining_load_errors("the tokenizer of", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
-    with explaining_load_errors("the model", name):
-        config = transformers.AutoConfig.from_pretrained(location, **options)
-        with torch.device("meta"):
-            model: Model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+    model = bare_model(name, location, options, dtype=dtype)
     prepare_tokenizer_(tokenizer, name)
     end_tokens = end_tokens_of([model.generation_config, text_config(model)], tokenizer, name)
     model.requires_grad_(False).eval()

@@ -29,6 +29,7 @@ from lorakit.files import (
     refuse_directory,
     sync,
 )
+from lorakit.runs.signals import deferred
 from lorakit.runs.sole_writer import sole_writer
 
 T = TypeVar("T")
@@ -117,6 +118,19 @@ def continuing(
             raise
 
 
+@contextlib.contextmanager
+def completing(output: str, *delete: Callable[[], None]) -> Iterator[None]:
+    """Write an output in the block, then delete what a stopped run would go on from.
+
+    Ctrl-C, SIGTERM and SIGHUP take effect after both, so that no whole output has such a file
+    beside it; not where the output is a stream, whose reader may keep the block waiting.
+    """
+    with contextlib.nullcontext() if is_stream(output) else deferred():
+        yield
+        for call in delete:
+            call()
+
+
 class SavedValues:
     """JSON values of a run by name, in memory and as the lines of a file.
 
@@ -188,6 +202,17 @@ class SavedValues:
             raise _foreign(self._path, self._writer)
         return values
 
+    def delete(self) -> None:
+        """Delete the file, once the run is done."""
+        self._close()
+        if self._path is not None and self._writes:
+            self._path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            with contextlib.suppress(OSError):  # a full disk was reported by `add`
+                self._stream.close()
+
     def __len__(self) -> int:
         """Return how many values of this run there are."""
         return sum(name.startswith(self._key) for name in self.values)
@@ -201,11 +226,9 @@ class SavedValues:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._stream is not None:
-            with contextlib.suppress(OSError):  # a full disk was reported by `add`
-                self._stream.close()
-        if error is None and self._path is not None and self._writes:
-            self._path.unlink(missing_ok=True)
+        self._close()
+        if error is None:
+            self.delete()
 
     def _parsed(self, line: str) -> tuple[str, object]:
         """Return the name and the value in a line of the file."""

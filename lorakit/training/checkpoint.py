@@ -25,7 +25,8 @@ from lorakit.models.lora import trained
 from lorakit.runs.processes import LostProcessError
 from lorakit.runs.resume import path_beside, run_key
 from lorakit.runs.signals import STOPPED, deferred
-from lorakit.training.trainer import Progress, Trainer
+from lorakit.training.progress import Progress
+from lorakit.training.trainer import Trainer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _HOOK = "hook"

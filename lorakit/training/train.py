@@ -27,11 +27,13 @@ from lorakit.models.tokens import Encoder, Example, encode_all
 from lorakit.records.jsonl import load_records
 from lorakit.records.record import Record
 from lorakit.reporting import Reporter
+from lorakit.runs.resume import completing
 from lorakit.runs.sole_writer import sole_writer
 from lorakit.settings import HOLD_OUT, LoraSettings, SelectionSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint, checkpoint_of
+from lorakit.training.progress import Progress
 from lorakit.training.selection import measure_of
-from lorakit.training.trainer import Progress, Trainer, Weights
+from lorakit.training.trainer import Trainer, Weights
 from lorakit.versions import version_of
 
 _PACKAGES = ("lorakit", "torch", "transformers", "peft")
@@ -128,8 +130,8 @@ def train_and_save(
             for _ in steps:
                 checkpoint.save(trainer)
         if main:
-            save_adapter(export(trainer.best), output)
-            checkpoint.remove()
+            with completing(output, checkpoint.remove):
+                save_adapter(export(trainer.best), output)
 
 
 def check_same_run(team: Team, key: str, step: int) -> None:

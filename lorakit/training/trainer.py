@@ -12,7 +12,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import accelerate
 import torch
@@ -28,39 +27,13 @@ from lorakit.runs.signals import deferred
 from lorakit.settings import TrainingSettings
 from lorakit.training.lora_step import fused_forward, switch_dropout
 from lorakit.training.loss import BatchLoss
+from lorakit.training.progress import Progress
 from lorakit.training.schedule import learning_rate_factor
 from lorakit.training.step_hook import State, StepHook
 
 # What is trained, by module: A (rank, d_in) and B (d_out, rank), or the weights of blocks alone.
 Weights = dict[str, tuple[torch.Tensor, ...]]
 Measure = Callable[[], float]
-
-
-@dataclass
-class Progress:
-    """How far training has come: what a resumed run needs besides weights, moments and hooks.
-
-    `epoch` counts finished epochs. `best_epoch` is the one whose weights are the run's result so
-    far: with `--keep last`, the last one. `best_value`, higher is better, is its metric of
-    --select-by (the negative loss where that is `loss`); `best_loss` breaks ties. `highest_value`
-    is that of any epoch. `loss_sum` and `targets` belong to the current epoch. `validation_due`
-    says that a hook waits for a validation pass before the next step.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    best_epoch: int = 0
-    best_value: float = -math.inf
-    best_loss: float = math.inf
-    highest_value: float = -math.inf
-    loss_sum: float = 0.0
-    targets: int = 0
-    validation_due: bool = False
-
-    @property
-    def stale(self) -> int:
-        """Epochs since the best one."""
-        return self.epoch - self.best_epoch
 
 
 class Trainer:
@@ -168,10 +141,7 @@ class Trainer:
     @property
     def has_result(self) -> bool:
         """Whether `best` holds the weights of the epoch that `--keep` asks for, of those so far."""
-        progress = self.progress
-        if self._keeps_last:
-            return 0 < progress.epoch == progress.best_epoch
-        return progress.best_epoch > 0
+        return self.progress.has_result(last=self._keeps_last)
 
     @property
     def _keeps_last(self) -> bool:
@@ -250,9 +220,10 @@ class Trainer:
         """Count the epoch with its value and validation loss, keep its weights, and report it."""
         progress = self.progress
         progress.epoch += 1
-        is_best = self._is_best(value, loss)
+        is_best = progress.is_best(value, loss, last=self._keeps_last)
         if is_best or (self._keeps_last and math.isfinite(loss)):
-            self._keep_weights(value, loss)
+            progress.keep(value, loss)
+            self.best = self.weights()
         progress.highest_value = max(progress.highest_value, value)
         report = EpochReport(
             epoch=progress.epoch,
@@ -283,21 +254,6 @@ class Trainer:
         if self.progress.validation_due:
             self.validate(self._validation)
             self.progress.validation_due = False
-
-    def _is_best(self, value: float, loss: float) -> bool:
-        """Return whether the epoch just finished beats all before it."""
-        progress = self.progress
-        if self._keeps_last:
-            return math.isfinite(loss) and value > progress.highest_value
-        best = (progress.best_value, -progress.best_loss)
-        return math.isfinite(loss) and (value, -loss) > best
-
-    def _keep_weights(self, value: float, loss: float) -> None:
-        """Copy the weights of the epoch just finished to `best`."""
-        progress = self.progress
-        progress.best_epoch = progress.epoch
-        progress.best_value, progress.best_loss = value, loss
-        self.best = self.weights()
 
     def _step(self, batch: Sequence[Example], steps: int) -> StepReport:
         """Take one of `steps` optimiser steps, on a batch."""

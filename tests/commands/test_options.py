@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorakit.cli import COMMANDS, load_command
-from lorakit.commands import _options, _types
+from lorakit.commands import _options, _text_types, _types
 from lorakit.settings import (
     AskingSettings,
     BoundarySettings,
@@ -46,7 +46,7 @@ def convert(kind: click.ParamType[Any], text: str) -> Any:
     ],
 )
 def test_layers_are_numbers_and_ranges_sorted_each_once(text: str, layers: tuple[int, ...]) -> None:
-    assert convert(_types.Layers(), text) == layers
+    assert convert(_text_types.Layers(), text) == layers
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_layers_are_numbers_and_ranges_sorted_each_once(text: str, layers: tuple
 )
 def test_what_is_no_set_of_layers_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a layer or a range of layers"):
-        convert(_types.Layers(), text)
+        convert(_text_types.Layers(), text)
 
 
 def test_a_range_that_runs_backwards_is_refused() -> None:
     with pytest.raises(click.BadParameter, match="'3-1' runs backwards"):
-        convert(_types.Layers(), "0,3-1")
+        convert(_text_types.Layers(), "0,3-1")
 
 
 @pytest.mark.parametrize("text", ["0", "0.1", ".5", "0.30", "1e-3", "0.999999999999999999999"])
@@ -159,13 +159,13 @@ def test_what_are_no_numbers_is_refused(text: str) -> None:
     [("q_proj", ("q_proj",)), ("q_proj, v_proj", ("q_proj", "v_proj")), ("a.b", ("a.b",))],
 )
 def test_names_are_separated_by_commas(text: str, names: tuple[str, ...]) -> None:
-    assert convert(_types.Names(), text) == names
+    assert convert(_text_types.Names(), text) == names
 
 
 @pytest.mark.parametrize("text", ["", ",", "a,,b", "a, ", " "])
 def test_an_empty_name_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="has an empty name"):
-        convert(_types.Names(), text)
+        convert(_text_types.Names(), text)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,10 @@ def test_an_empty_name_is_refused(text: str) -> None:
     [(r"\n", "\n"), (r"a\tb", "a\tb"), (r"\\nabla", r"\nabla"), ("\\q\\", "\\q\\"), (" ", " ")],
 )
 def test_a_stop_text_may_write_a_line_end(text: str, stop: str) -> None:
-    assert convert(_types.StopText(), text) == stop
+    assert convert(_text_types.StopText(), text) == stop
 
 
-@pytest.mark.parametrize("kind", [_types.Names(), _types.Layers(), _types.Numbers()])
+@pytest.mark.parametrize("kind", [_text_types.Names(), _text_types.Layers(), _types.Numbers()])
 def test_a_value_that_is_read_already_stays(kind: click.ParamType[Any]) -> None:
     assert kind.convert((1, 2), None, None) == (1, 2)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.commands._trackers import TRACKERS, Point, TrackedRun, check_tracker, point_of
+from lorakit.commands._tracked import Point, TrackedRun, point_of
+from lorakit.commands._trackers import TRACKERS, check_tracker
 from lorakit.errors import LorakitError
 from tests.support.program import PROGRAM, run, shell, wait_for
 from tests.support.tracked import (

@@ -115,6 +115,23 @@ def test_half_precision_is_rounded_once_from_the_exact_sum(tmp_path: Path) -> No
         assert torch.equal(fused[key], weights[key])
 
 
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("block", [1, 40, 1 << 18])
+def test_blocks_of_any_size_give_the_same_bytes(
+    block: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_both("plain", tmp_path)
+    module = load_adapter(str(tmp_path / "adapter")).modules()[0]
+    weight = Tensor.from_array(torch.randn(module.shape).numpy())
+    exact = torch.from_numpy(weight.array() + module.delta().astype("float32"))
+    monkeypatch.setattr(fusing, "_BLOCK", block)
+    pieces = list(fusing.Fused("weight", weight, dtype, module).pieces())
+    kind = {"F32": torch.float32, "BF16": torch.bfloat16}[dtype]
+    joined = torch.frombuffer(bytearray(b"".join(pieces)), dtype=kind).reshape(module.shape)
+    torch.testing.assert_close(joined, exact.to(kind), rtol=2 * torch.finfo(kind).eps, atol=1e-6)
+    assert len(pieces) == (32 if block < 64 else 1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_another_number_format_is_that_of_all_tensors(dtype: str, tmp_path: Path) -> None:
     save_both("plain", tmp_path)
@@ -361,7 +378,7 @@ def _twice(self: fusing.Fused) -> Any:
     if module is None:
         return None
     change = torch.from_numpy(module.delta()).float() * 2
-    return lambda rows: change[rows]
+    return lambda rows, out: change[rows]
 
 
 def test_the_check_ends_a_run_whose_model_computes_something_else(

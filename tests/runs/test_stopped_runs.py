@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import os
 import random
 import shlex
 import signal
@@ -192,6 +193,29 @@ def test_a_resumed_run_computes_only_what_is_left(
     run(command, str(broken), "--resume")
     assert len(added) == 1
     assert broken.read_bytes() == whole.read_bytes()
+
+
+WITH_SIDE_FILES = ["train-adapter", "a grid", "lorahub", "find-boundary", "importance", "bertscore"]
+
+
+@pytest.mark.parametrize("name", WITH_SIDE_FILES)
+def test_a_run_stopped_as_its_output_gets_its_name_leaves_the_output_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(folder)
+    command = RUNS[name]
+    output = tmp_path / f"out{suffix(command)}"
+    replace = os.replace
+
+    def then_stop(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target) == output:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "replace", then_stop)
+    with pytest.raises(click.Abort):
+        run(command, str(output))
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
 def step_entries(log: Path) -> list[dict[str, object]]:
