@@ -222,6 +222,18 @@ def cannot_write(path: str | Path, error: OSError) -> LorakitError:
     return LorakitError(f"cannot write {name}: {explain(error)}; choose another -o")
 
 
+def check_space(folder: Path, needed: int, output: str | Path) -> None:
+    """Raise LorakitError where the disk of a folder has less room than `needed` bytes."""
+    import shutil
+
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise LorakitError(
+            f"{output} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; make "
+            "room, or choose another -o"
+        )
+
+
 def mode_of(path: Path) -> int:
     """Return the permissions of an existing file, or those that a new file would get."""
     if path.exists():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from lorakit.adapters.tensors import FLOATS, ITEM_SIZES, Tensor
 from lorakit.errors import LorakitError
 from lorakit.export.model_folder import PARTS, ModelFolder
 from lorakit.export.weight_files import INDEX, WeightFiles, open_weights
-from lorakit.files import atomic_path, cannot_write, explain, made_folders
+from lorakit.files import atomic_path, cannot_write, check_space, explain, made_folders
 from lorakit.foreign_text import parse_json
 from lorakit.models.lora import check_fits
 from lorakit.reporting import Reporter
@@ -105,7 +104,9 @@ def fuse(
     key = run_key(adapter.sha256, sorted(_sizes(weights)), dtype, model.as_base.fingerprint)
     with made_folders(folder, output), sole_writer(str(folder / CONFIG_FILE)):
         done = _begin(folder, key, resume=resume)
-        _check_space(folder, [plan[file] for file in plan if file not in done])
+        left = [tensors for file, tensors in plan.items() if file not in done]
+        needed = sum(size_of(tensor) for shard in left for tensor in shard.values())
+        check_space(folder, needed, folder)
         for file in reporter.track(list(plan), "fusing"):
             if file not in done:
                 _write_shard(folder / file, plan[file])
@@ -203,17 +204,6 @@ def _begin(folder: Path, key: str, *, resume: bool) -> set[str]:
     except OSError as error:
         raise cannot_write(folder, error) from error
     return set()
-
-
-def _check_space(folder: Path, shards: list[Mapping[str, Tensor | Fused]]) -> None:
-    """Raise LorakitError where the disk has less room than the shards need."""
-    needed = sum(size_of(tensor) for shard in shards for tensor in shard.values())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise LorakitError(
-            f"{folder} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; make "
-            "room, or choose another -o"
-        )
 
 
 def size_of(tensor: Tensor | Fused) -> int:

@@ -24,10 +24,12 @@ from lorakit.files import (
     STDIO,
     atomic_path,
     cannot_write,
+    check_space,
     is_stream,
     names_folder,
     refuse_terminal,
 )
+from lorakit.reporting import Reporter, Silent
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -65,7 +67,12 @@ def check_gguf_output(output: str) -> None:
 
 
 def write_gguf(
-    output: str, architecture: str, fields: Fields, tensors: Sequence[GgufTensor]
+    output: str,
+    architecture: str,
+    fields: Fields,
+    tensors: Sequence[GgufTensor],
+    *,
+    reporter: Reporter | None = None,
 ) -> None:
     """Write a GGUF file, replaced whole, or to a pipe, by way of a temporary file.
 
@@ -75,19 +82,9 @@ def write_gguf(
     with _path_for(output) as path:
         check_space(path.parent, sum(tensor.size for tensor in tensors), output)
         try:
-            _write(path, architecture, fields, tensors)
+            _write(path, architecture, fields, tensors, reporter or Silent())
         except OSError as error:
             raise cannot_write(output, error) from error
-
-
-def check_space(folder: Path, needed: int, output: str | Path) -> None:
-    """Raise LorakitError where the disk of a folder has less room than `needed` bytes."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise LorakitError(
-            f"{output} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; make "
-            "room, or choose another -o"
-        )
 
 
 @contextlib.contextmanager
@@ -108,7 +105,13 @@ def _path_for(output: str) -> Iterator[Path]:
             pipe.flush()
 
 
-def _write(path: Path, architecture: str, fields: Fields, tensors: Sequence[GgufTensor]) -> None:
+def _write(
+    path: Path,
+    architecture: str,
+    fields: Fields,
+    tensors: Sequence[GgufTensor],
+    reporter: Reporter,
+) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
@@ -123,7 +126,7 @@ def _write(path: Path, architecture: str, fields: Fields, tensors: Sequence[Gguf
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors:
+        for tensor in reporter.track(tensors, "writing"):
             writer.write_tensor_data(_stored(tensor))
     finally:
         writer.close()

@@ -64,19 +64,22 @@ class ModelFolder:
         return isinstance(self.model.get_submodule(module), Conv1D)
 
     def weight_of(self, module: str, keys: Collection[str]) -> str:
-        """Return which of the stored tensors' names is the weight of a module.
+        """Return which of the stored tensors' names is the weight of a module, as `key_of` does."""
+        return self.key_of(f"{module}.weight", keys)
+
+    def key_of(self, parameter: str, keys: Collection[str]) -> str:
+        """Return which of the stored tensors' names is that of a parameter.
 
         Checkpoints of a bare decoder lack the prefix of the model with a head, `transformer.`.
         Raises LorakitError where none is.
         """
         prefix = f"{self.model.base_model_prefix}."
-        key = f"{module}.weight"
-        for candidate in (key, key.removeprefix(prefix), f"{prefix}{key}"):
+        for candidate in (parameter, parameter.removeprefix(prefix), f"{prefix}{parameter}"):
             if candidate in keys:
                 return candidate
         raise LorakitError(
-            f"{self.name} stores {module} under another name or together with others; give a base "
-            "whose files hold it as one tensor"
+            f"{self.name} stores {parameter.removesuffix('.weight')} under another name or "
+            "together with others; give a base whose files hold it as one tensor"
         )
 
 
