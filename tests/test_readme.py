@@ -36,7 +36,8 @@ RUN_AFTER_THE_FRONT_PAGE = [
 ]
 SLOW = ["lorakit/export/README.md", "lorakit/runs/README.md"]  # the latter starts launchers
 LONGEST_FRONT_PAGE, LONGEST_ROOM_PAGE = 150, 60  # lines
-OPTIONS_OF_OTHERS = {  # of sacrebleu, our scripts, Snakemake; the launchers', up to "_"
+OPTIONS_OF_OTHERS = {  # of sacrebleu, our scripts, Snakemake, llama.cpp; the launchers', up to "_"
+    "--lora",
     "--configfile",
     "--cores",
     "--unlock",

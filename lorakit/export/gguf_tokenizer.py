@@ -81,6 +81,8 @@ def tokenizer_fields(encoder: Encoder, *, size: int, name: str) -> Fields:
         )
     if parts["model"].get("type") != "BPE":
         raise _refusal(name, f"is a {parts['model'].get('type')} model")
+    if not parts["model"]["merges"]:
+        raise _refusal(name, "has no merges")
     by_bytes = any(step["type"] == "ByteLevel" for step in _steps(parts["pre_tokenizer"]))
     kind = _byte_level if by_bytes else _sentencepiece
     fields = {

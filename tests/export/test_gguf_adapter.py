@@ -58,6 +58,9 @@ NAMES = {
     "attn.c_proj": "attn_output",
     "mlp.c_fc": "ffn_up",
 }
+ROWS = {"attn_q": 64, "attn_k": 32, "attn_v": 32, "attn_output": 64, "ffn_down": 64}
+ROWS |= {"attn_qkv": 128, "ffn_gate": 96, "ffn_up": 96}
+OWN_ROWS = {"gpt2 attn_qkv": 192, "phi3 ffn_up": 192}
 HEADS = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}  # as tests.support.gguf has them
 PERMUTED = ("llama", "llama wide heads", "mistral")
 
@@ -78,14 +81,13 @@ def random_adapter(kind: str, *, dtype: str = "F32", **config: Any) -> Adapter:
         for last in PROJECTIONS[kind]:
             name = f"{prefix}.{layer}.{last}"
             rank = settings.get("rank_pattern", {}).get(name, settings["r"])
-            rows = 128 if kind in ("llama wide heads", "qwen3") else 64
-            rows = rows // 2 if last.endswith("k_proj") else rows
-            a = random.integers(-8, 8, size=(rank, 64)) / 8
+            rows = OWN_ROWS.get(f"{kind} {NAMES[last]}", ROWS[NAMES[last]])
+            rows *= 2 if kind in ("llama wide heads", "qwen3") else 1
+            a = random.integers(-8, 8, size=(rank, 96 if "down" in last else 64)) / 8
             b = random.integers(-8, 8, size=(rows, rank)) / 8
             tensors[lora_name(name, "A")] = Tensor.from_array(a, dtype)
             tensors[lora_name(name, "B")] = Tensor.from_array(b, dtype)
-    targets = sorted({last.rpartition(".")[2] for last in PROJECTIONS[kind]})
-    fields = {"peft_type": "LORA", "target_modules": targets, **settings}
+    fields = {"peft_type": "LORA", "target_modules": sorted(PROJECTIONS[kind]), **settings}
     header: Any = {"format": 1, "history": [{"command": "train-adapter"}]}
     return Adapter(tensors, check_config(fields, "a"), header, "a")
 

@@ -106,7 +106,11 @@ def test_an_adapter_is_summed_into_the_weights(kind: str, tmp_path: Path) -> Non
         np.testing.assert_allclose(written[name], value, rtol=1e-5, atol=1e-5)
 
 
-STEPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "q8_0": 1 / 254}
+STEPS = {
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+    "q8_0": 1 / 254 + 2.0**-11,
+}  # its scale is float16
 
 
 @pytest.mark.parametrize("dtype", STEPS)
@@ -267,7 +271,7 @@ def test_the_command_writes_the_file_and_says_how_it_is_served(tmp_path: Path) -
     [
         (["--dtype", "q8_0", "-o", "x"], "q8_0 needs --to gguf"),
         (["--to", "gguf", "--resume", "-o", "x.gguf"], "--resume is read by --to folder alone"),
-        (["--to", "gguf", "--no-check", "-o", "x.gguf"], "--no-check is read by"),
+        (["--to", "gguf", "--no-check", "-o", "x.gguf"], "--check is read by --to folder alone"),
         (["--to", "gguf", "--base-only", "-o", "x.gguf"], "--base-only takes no ADAPTER"),
     ],
 )

@@ -15,6 +15,7 @@ from lorakit.errors import LorakitError
 from lorakit.export.gguf_file import Fields
 from lorakit.export.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_fields
 from lorakit.models.tokens import Encoder
+from tests.support.gguf import merging_tokenizer
 from tests.support.models import byte_tokenizer
 
 TINY = Path(__file__).parents[2] / "lorakit" / "tiny"
@@ -134,13 +135,13 @@ def test_tokens_have_llama_cpps_kinds_and_every_row_has_a_token() -> None:
 
 
 def test_of_several_end_tokens_two_are_named() -> None:
-    fields = fields_of(byte_tokenizer(), ends=(2, 7))
+    fields = fields_of(merging_tokenizer(), ends=(2, 7))
     assert fields["tokenizer.ggml.eos_token_id"] == 2
     assert fields["tokenizer.ggml.eot_token_id"] == 7
 
 
 def test_the_chat_template_goes_with_it() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = merging_tokenizer()
     assert "tokenizer.chat_template" not in fields_of(tokenizer)
     tokenizer.chat_template = "{{ messages }}"
     assert fields_of(tokenizer)["tokenizer.chat_template"] == "{{ messages }}"
@@ -148,7 +149,7 @@ def test_the_chat_template_goes_with_it() -> None:
 
 def byte_level(*steps: Any, whole: bool = False, **options: Any) -> Any:
     """Return a byte-level BPE with these steps before it."""
-    tokenizer = byte_tokenizer()
+    tokenizer = merging_tokenizer()
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     parts["model"]["ignore_merges"] = whole
     inner = Tokenizer.from_str(json.dumps(parts))
@@ -199,6 +200,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: sentencepiece(normalizer=replacing(), cut=split("e")),
         "cuts through its own token",
     ),
+    "no merges": (byte_tokenizer, "has no merges"),
     "unigram": (
         lambda: transformers.PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)], 0, False))

@@ -151,7 +151,14 @@ def test_a_model_and_its_adapter_say_in_llama_cpp_what_they_say_in_transformers(
 
 
 SCALED: dict[str, dict[str, Any]] = {
-    "llama3": {
+    "phi3 longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.01 * place for place in range(8)],
+        "long_factor": [1.0 + 0.4 * place for place in range(8)],
+        "original_max_position_embeddings": 8,
+    },
+    "llama llama3": {
         "rope_type": "llama3",
         "rope_theta": 10000.0,
         "factor": 4.0,
@@ -159,8 +166,8 @@ SCALED: dict[str, dict[str, Any]] = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     },
-    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "yarn": {
+    "llama linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama yarn": {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
         "factor": 4.0,
@@ -170,19 +177,21 @@ SCALED: dict[str, dict[str, Any]] = {
 LORA_ON = {"phi3": ["qkv_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 
 
-@pytest.mark.parametrize("kind", [*CONFIGS, *(f"llama {scaling}" for scaling in SCALED)])
+@pytest.mark.parametrize("kind", [*CONFIGS, *SCALED])
 def test_every_family_computes_in_llama_cpp_what_it_does_in_transformers(
     kind: str, node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scaling = kind.removeprefix("llama ")
-    if scaling in SCALED:
-        monkeypatch.setitem(CONFIGS, kind, _scaled(CONFIGS["llama"], SCALED[scaling]))
+    family = kind.partition(" ")[0]
+    if kind in SCALED:
+        monkeypatch.setitem(CONFIGS, kind, _scaled(CONFIGS[family], SCALED[kind]))
     model = save_random(kind, tmp_path / "base").eval()
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
     prompts = {text: tokenizer(text)["input_ids"] for text in TEXTS[:3]}
     plain = ask(node, write_gguf(tmp_path / "base", tmp_path / "base.gguf"), prompts, length=0)
     difference = largest_difference(model, prompts, plain)
-    adapted = with_random_lora(model, tmp_path / "adapter", LORA_ON.get(kind, ["q_proj", "v_proj"]))
+    adapted = with_random_lora(
+        model, tmp_path / "adapter", LORA_ON.get(family, ["q_proj", "v_proj"])
+    )
     fused = write_gguf(tmp_path / "base", tmp_path / "fused.gguf", tmp_path / "adapter")
     lora = tmp_path / "a.gguf"
     named = ModelSettings(model=str(tmp_path / "base"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer
 
 from tests.support.models import byte_tokenizer
 
@@ -25,7 +27,12 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-GEMMA: dict[str, Any] = {**SIZES, "head_dim": 16}
+GEMMA: dict[str, Any] = {
+    **SIZES,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 16,
+}
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True),
     "llama tied": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -33,9 +40,9 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=64),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=32),
-    "gemma": lambda: transformers.GemmaConfig(**GEMMA),
-    "gemma2": lambda: transformers.Gemma2Config(**GEMMA, query_pre_attn_scalar=16),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**GEMMA, query_pre_attn_scalar=16),
+    "gemma": lambda: transformers.GemmaConfig(**SIZES, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(**GEMMA),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**{**GEMMA, "num_hidden_layers": 7}),
     "phi": lambda: transformers.PhiConfig(**{**SIZES, "num_key_value_heads": 4}),
     "phi3": lambda: transformers.Phi3Config(**SIZES),
     "gpt2": lambda: transformers.GPT2Config(
@@ -51,8 +58,21 @@ def save_random(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.2
     model.to(dtype).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    merging_tokenizer().save_pretrained(folder)
     return model
+
+
+def merging_tokenizer() -> Any:
+    """Return the byte tokenizer with tokens of two and three letters: llama.cpp wants merges."""
+    plain = byte_tokenizer()
+    parts = json.loads(plain.backend_tokenizer.to_str())
+    for left, right in (("t", "h"), ("th", "e"), ("Ġ", "a")):
+        parts["model"]["vocab"][left + right] = len(parts["model"]["vocab"])
+        parts["model"]["merges"].append([left, right])
+    inner = Tokenizer.from_str(json.dumps(parts))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def fields_of(path: Path) -> dict[str, Any]:
