@@ -204,7 +204,7 @@ def test_every_family_computes_in_llama_cpp_what_it_does_in_transformers(
         largest_difference(adapted, prompts, beside),
     )
     assert max(found) < F16, found
-    assert largest_difference(adapted, prompts, plain) > 3 * F16
+    assert largest_difference(adapted, prompts, plain) > 3 * F16, "the adapter changes too little"
 
 
 def _scaled(
