@@ -46,7 +46,8 @@ TEXTS = (
     "El perro está en la",
     "¿Café? Naïve — “yes”…",
 )
-F16 = 0.1  # what log probabilities may differ by: float16 weights, and llama.cpp's float16 cache
+# What log probabilities may differ by: for float16 weights, and for llama.cpp's cache, in float16.
+F16, CACHE = 0.1, 0.05
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def write_gguf(folder: Path, output: Path, adapter: Path | None = None, **option
     """Write a base, or one with an adapter fused into it, as GGUF in float16."""
     settings = {"dtype": "float16", **options}
     fuse_gguf(
-        adapter and load_adapter(str(adapter)),
+        None if adapter is None else load_adapter(str(adapter)),
         open_model_folder(ModelSettings(), str(folder)),
         str(output),
         trust_remote_code=False,
@@ -70,7 +71,13 @@ def write_gguf(folder: Path, output: Path, adapter: Path | None = None, **option
 
 def with_random_lora(model: Any, folder: Path, modules: list[str]) -> Any:
     """Return PEFT's model with an adapter that changes much of what the model says; save it."""
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=modules,
+        init_lora_weights=False,
+        fan_in_fan_out="c_attn" in modules,
+    )
     adapted = peft.get_peft_model(model, config).eval()
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
@@ -187,24 +194,24 @@ def test_every_family_computes_in_llama_cpp_what_it_does_in_transformers(
     model = save_random(kind, tmp_path / "base").eval()
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
     prompts = {text: tokenizer(text)["input_ids"] for text in TEXTS[:3]}
-    plain = ask(node, write_gguf(tmp_path / "base", tmp_path / "base.gguf"), prompts, length=0)
+    plain_file = write_gguf(tmp_path / "base", tmp_path / "base.gguf", dtype="float32")
+    plain = ask(node, plain_file, prompts, length=0)
     difference = largest_difference(model, prompts, plain)
-    adapted = with_random_lora(
-        model, tmp_path / "adapter", LORA_ON.get(family, ["q_proj", "v_proj"])
-    )
-    fused = write_gguf(tmp_path / "base", tmp_path / "fused.gguf", tmp_path / "adapter")
-    lora = tmp_path / "a.gguf"
+    targets = LORA_ON.get(family, ["q_proj", "v_proj"])
+    adapted = with_random_lora(model, tmp_path / "adapter", targets)
+    lora, adapter = tmp_path / "a.gguf", tmp_path / "adapter"
     named = ModelSettings(model=str(tmp_path / "base"))
-    convert_to_gguf(load_adapter(str(tmp_path / "adapter")), str(lora), named, Silent().note)
+    convert_to_gguf(load_adapter(str(adapter)), str(lora), named, Silent().note)
+    fused = write_gguf(tmp_path / "base", tmp_path / "fused.gguf", adapter, dtype="float32")
     changed = ask(node, fused, prompts, length=0)
-    beside = ask(node, tmp_path / "base.gguf", prompts, lora=lora, length=0)
-    found = (
+    beside = ask(node, plain_file, prompts, lora=lora, length=0)
+    differences = (
         difference,
         largest_difference(adapted, prompts, changed),
         largest_difference(adapted, prompts, beside),
     )
-    assert max(found) < F16, found
-    assert largest_difference(adapted, prompts, plain) > 3 * F16, "the adapter changes too little"
+    assert max(differences) < CACHE, differences
+    assert largest_difference(adapted, prompts, plain) > 10 * CACHE, "it changes too little"
 
 
 def _scaled(

@@ -55,8 +55,10 @@ def save_random(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
     """Write a random model of a kind, and a byte tokenizer, into a folder; return the model."""
     torch.manual_seed(0)
     model: Any = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]())
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.2
+    offset = 0.0 if kind.startswith("gemma") else 1.0  # of norms, which Gemma adds itself
+    for name, parameter in model.named_parameters():
+        is_norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
+        parameter.data = torch.randn_like(parameter) * 0.2 + (offset if is_norm else 0.0)
     model.to(dtype).save_pretrained(folder)
     merging_tokenizer().save_pretrained(folder)
     return model
