@@ -135,8 +135,6 @@ def _check_form(
     form: str, dtype: str | None, output: str, adapter: str | None, *, base_only: bool
 ) -> None:
     """Raise an error for options and names that the form does not go with."""
-    from lorakit.export.gguf_file import check_gguf_output
-
     options = _options.options_on_command_line().values()
     if base_only and adapter is not None:
         raise click.UsageError("--base-only takes no ADAPTER.")
@@ -144,6 +142,8 @@ def _check_form(
         for option in ("--check", "--no-check", "--resume", "--device"):
             if option in options:
                 raise click.UsageError(f"{option} is read by --to folder alone.")
+        from lorakit.export.gguf_file import check_gguf_output
+
         check_gguf_output(output)
     elif dtype == "q8_0" or base_only:
         raise click.UsageError(f"{'--base-only' if base_only else 'q8_0'} needs --to gguf.")

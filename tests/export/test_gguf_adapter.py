@@ -20,6 +20,7 @@ from lorakit.adapters.tensors import Tensor
 from lorakit.cli import lorakit
 from lorakit.errors import LorakitError
 from lorakit.export.gguf_adapter import save_gguf_adapter
+from tests.support.adapters import run_python
 from tests.support.gguf import (
     CONFIGS,
     fields_of,
@@ -276,3 +277,18 @@ def test_converting_needs_no_model_library(files: tuple[Path, Path], tmp_path: P
         check=True,
     )
     assert done.stdout == "[]\n"
+
+
+def test_a_base_in_the_hubs_cache_is_enough(files: tuple[Path, Path], tmp_path: Path) -> None:
+    home = tmp_path / "hub" / "models--owner--base"
+    snapshot = home / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text((files[1] / "config.json").read_text())
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("a" * 40)
+    script = "import sys; from lorakit.cli import main; sys.argv[0] = 'lorakit'; main()"
+    output = tmp_path / "a.gguf"
+    options = ("--to", "gguf", "--model", "owner/base", "-o", str(output))
+    done = run_python(script, "convert", str(files[0]), *options, HF_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert fields_of(output)["general.base_model.0.organization"] == "owner"

@@ -160,6 +160,7 @@ def test_a_model_and_its_adapter_say_in_llama_cpp_what_they_say_in_transformers(
 SCALED: dict[str, dict[str, Any]] = {
     "phi3 longrope": {
         "rope_type": "longrope",
+        "partial_rotary_factor": 1.0,
         "rope_theta": 10000.0,
         "short_factor": [1.0 + 0.01 * place for place in range(8)],
         "long_factor": [1.0 + 0.4 * place for place in range(8)],
