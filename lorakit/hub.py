@@ -43,6 +43,20 @@ def _fetch(repo: str, file: str, revision: str | None, address: str) -> Path:
     raise LorakitError(f"cannot fetch {address}: {reason}")
 
 
+def fetch_model_file(name: str, file: str, revision: str | None) -> Path:
+    """Return the local path of one file of a model on the hub, or in its cache.
+
+    Raises LorakitError where it cannot be fetched.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        with hub_errors_explained(name, revision):
+            return Path(hf_hub_download(name, file, revision=revision))
+    except errors.RemoteEntryNotFoundError:
+        raise LorakitError(f"cannot fetch {name}: it has no {file}; check its page") from None
+
+
 def _remedy(file: str, address: str) -> str:
     """Return what to do where an adapter's repository lacks a file."""
     if file.endswith(".safetensors"):

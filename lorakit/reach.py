@@ -32,7 +32,7 @@ def check_model(name: str | None, revision: str | None = None) -> None:
 
     No name means a default, which is not looked for.
     """
-    if not name or name == TINY or _is_folder(name):
+    if not name or name == TINY or is_folder(name):
         return
     _check_name(name)
     if is_cached(name, revision):
@@ -43,7 +43,7 @@ def check_model(name: str | None, revision: str | None = None) -> None:
 
 def is_only_cached(name: str, revision: str | None = None) -> bool:
     """Return whether a base must be read from the cache, since the hub cannot be reached."""
-    if name == TINY or _is_folder(name) or not _HUB_ID.fullmatch(name):
+    if name == TINY or is_folder(name) or not _HUB_ID.fullmatch(name):
         return False
     return is_cached(name, revision) and _refusal(name, revision) is not None
 
@@ -71,7 +71,7 @@ def config_paths(name: str) -> list[Path]:
     """Return the config.json of a base that is here: in a folder, the package or the cache."""
     if name == TINY:
         return [Path(__file__).parent / TINY / "config.json"]
-    if _is_folder(name):
+    if is_folder(name):
         return [Path(os.path.expanduser(name)) / "config.json"]
     folder = f"models--{name.replace('/', '--')}"
     return sorted(_cache().glob(f"{glob.escape(folder)}/snapshots/*/config.json"))
@@ -84,7 +84,8 @@ def _cache() -> Path:
     return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
 
 
-def _is_folder(name: str) -> bool:
+def is_folder(name: str) -> bool:
+    """Return whether a base is named by a folder that is here."""
     return os.path.isdir(os.path.expanduser(name))
 
 

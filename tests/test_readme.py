@@ -36,8 +36,9 @@ RUN_AFTER_THE_FRONT_PAGE = [
 ]
 SLOW = ["lorakit/export/README.md", "lorakit/runs/README.md"]  # the latter starts launchers
 LONGEST_FRONT_PAGE, LONGEST_ROOM_PAGE = 150, 60  # lines
-OPTIONS_OF_OTHERS = {  # of sacrebleu, vLLM, our scripts, Snakemake; the launchers', up to "_"
+OPTIONS_OF_OTHERS = {  # of sacrebleu, vLLM, llama.cpp, our scripts, Snakemake; the launchers', up to "_"
     "--enable-lora",
+    "--lora",
     "--configfile",
     "--cores",
     "--unlock",

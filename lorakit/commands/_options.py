@@ -174,13 +174,16 @@ max_length = click.option(
     help="Longest sequence in tokens. [default: the model's context]",
 )
 
-base_model = together(
+base_name = together(
     click.option(
         "--model",
         metavar="NAME",
         help="Base model: a folder or hub id. [default: the adapter's, $LORAKIT_MODEL, or tiny]",
     ),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+)
+base_model = together(
+    base_name,
     click.option(
         "--trust-remote-code", is_flag=True, help="Run the code that comes with the model."
     ),

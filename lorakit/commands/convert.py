@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from lorakit.commands import _options
+from lorakit.commands._forms import FORMS
+from lorakit.settings import ModelSettings
 
 if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter
-
-
-def _save_peft(adapter: Adapter, output: str) -> None:
-    from lorakit.adapters.storage import save_adapter
-
-    save_adapter(adapter, output)
-
-
-def _save_mlx(adapter: Adapter, output: str) -> None:
-    from lorakit.adapters.mlx import save_mlx
-
-    save_mlx(adapter, output)
-
-
-def _save_vllm(adapter: Adapter, output: str) -> None:
-    from lorakit.adapters.portable import make_portable
-    from lorakit.adapters.serving import vllm_command
-    from lorakit.adapters.storage import save_adapter
-
-    vllm_command(adapter, output)  # raises an error for a rank beyond vLLM's
-    save_adapter(make_portable(adapter), output)
-
-
-# How an adapter is written, by the program that is to read it.
-FORMS: dict[str, Callable[[Adapter, str], None]] = {
-    "peft": _save_peft,
-    "mlx": _save_mlx,
-    "vllm": _save_vllm,
-}
-_FOLDERS = {"mlx": "MLX", "vllm": "vLLM"}  # what reads folders alone
 
 
 @click.command()
@@ -51,7 +22,7 @@ _FOLDERS = {"mlx": "MLX", "vllm": "vLLM"}  # what reads folders alone
     "--output",
     required=True,
     metavar="OUT",
-    help="x.safetensors is a single file, folder/ a PEFT folder with a model card, `-` stdout.",
+    help="A file, or a folder if it has no suffix, ends in / or is one; `-` is stdout.",
 )
 @click.option(
     "--to",
@@ -59,7 +30,7 @@ _FOLDERS = {"mlx": "MLX", "vllm": "vLLM"}  # what reads folders alone
     type=click.Choice(list(FORMS)),
     default="peft",
     show_default=True,
-    help="The program that OUT is for; mlx and vllm are folders, the latter as merge --portable.",
+    help="The program that OUT is for: mlx and vllm are folders, gguf is llama.cpp's file.",
 )
 @click.option(
     "--initial-adapter",
@@ -67,54 +38,54 @@ _FOLDERS = {"mlx": "MLX", "vllm": "vLLM"}  # what reads folders alone
     help="ADAPTER as it was before training, where its initialisation (PiSSA, OLoRA, CorDA, "
     "LoRA-GA) changed the base: what is written is LoRA on the unchanged base, at twice the rank.",
 )
+@_options.base_name
 @_options.quiet
-def convert(adapter: str, output: str, form: str, initial_adapter: str | None, quiet: bool) -> None:
-    """Write an adapter as a single file or as a folder, of PEFT's or of MLX's.
+@_options.settings(model=ModelSettings)
+def convert(
+    adapter: str,
+    output: str,
+    form: str,
+    initial_adapter: str | None,
+    quiet: bool,
+    model: ModelSettings,
+) -> None:
+    """Write an adapter as a single file or as a folder, of PEFT's, MLX's or vLLM's, or as GGUF.
 
     ADAPTER is a file, a PEFT folder, `-` or hf://owner/name[@revision], of which tensors and header
     stay as they are; an MLX folder, or its tensor file, whose tensors are transposed; or PEFT's old
     adapter_model.bin, beside its adapter_config.json, which becomes safetensors. Nothing in the
-    pickle is run. An adapter of PiSSA's or its kin is converted by --initial-adapter.
+    pickle is run. An adapter of PiSSA's or its kin is converted by --initial-adapter. --to vllm
+    writes what merge --portable does; --to gguf asks the base's config, which --model names, for
+    the layout that llama.cpp has. A note says how the output is served.
 
     \b
     lorakit convert merged.safetensors -o merged/
-    lorakit convert hf://owner/name -o name.safetensors
+    lorakit convert hf://owner/name -o adapter.safetensors
     lorakit convert old/adapter_model.bin -o old/
     lorakit convert merged.safetensors --to mlx -o mlx/
     lorakit convert mlx/ -o peft/
     lorakit convert merged.safetensors --to vllm -o served/
+    lorakit convert merged.safetensors --to gguf -o merged.gguf
     lorakit convert pissa/ --initial-adapter pissa-init/ -o lora/
     """
-    from lorakit.adapters.serving import serving_note
-    from lorakit.adapters.whole import check_plain
     from lorakit.commands._progress import TerminalReporter
     from lorakit.files import check_adapter_output
 
     _options.check_stdin(adapter, initial_adapter)
-    _check_form(form, output)
+    _check_base(form)
+    FORMS[form].check_output(output)
     check_adapter_output(output)
     loaded = _load(adapter) if initial_adapter is None else _undone(adapter, initial_adapter)
-    if form != "peft":
-        check_plain(loaded, form)
-    FORMS[form](loaded, output)
     reporter = TerminalReporter(quiet=quiet)
+    FORMS[form].save(loaded, output, model, reporter.note)
     reporter.note(f"wrote {output}")
-    if form == "vllm" and (line := serving_note(output)):
-        reporter.note(line)
 
 
-def _check_form(form: str, output: str) -> None:
-    """Raise LorakitError for an output whose name is not one of the form's."""
-    from lorakit.errors import LorakitError
-    from lorakit.files import is_stream, names_folder
-
-    if form in _FOLDERS and (is_stream(output) or not names_folder(output)):
-        raise LorakitError(f"{_FOLDERS[form]} reads folders, and {output} is none; end -o in /")
-    if not (is_stream(output) or names_folder(output) or output.endswith(".safetensors")):
-        raise LorakitError(
-            f"convert writes no {Path(output).suffix} files; end -o in .safetensors or, for a "
-            "folder, in /"
-        )
+def _check_base(form: str) -> None:
+    """Raise a usage error for a base that is named for a form that does not need it."""
+    for option in _options.options_on_command_line().values():
+        if form != "gguf" and option in ("--model", "--revision"):
+            raise click.UsageError(f"{option} is read by --to gguf alone.")
 
 
 def _load(source: str) -> Adapter:

@@ -16,7 +16,8 @@ from lorakit.adapters.blocks import plain_name
 from lorakit.adapters.history import Header, new_entry, with_entry
 from lorakit.adapters.names import whole_key
 from lorakit.adapters.targets import merged_config
-from lorakit.adapters.tensors import FloatArray, Pair, Tensor
+from lorakit.adapters.tensors import FloatArray, Pair
+from lorakit.export.dequantised import Weight, plain_weights
 from lorakit.export.fuse import check_fusible
 from lorakit.export.fused import Fused
 from lorakit.export.model_folder import ModelFolder
@@ -46,7 +47,8 @@ def _approximated(
     adapter: Adapter, base: ModelFolder, rank: int | None, reporter: Reporter
 ) -> Adapter:
     check_fusible(adapter, base)
-    stored = open_weights(base.folder, base.name).tensors
+    files = plain_weights(base, open_weights(base.folder, base.name))
+    stored = {key: weight for weights in files.values() for key, weight in weights.items()}
     pairs: dict[str, Pair] = {}
     sizes: dict[int | None, list[tuple[int, float, float]]] = {}
     for module in reporter.track(adapter.modules(), "approximating"):
@@ -61,7 +63,7 @@ def _approximated(
     return _plain(adapter, pairs, rank)
 
 
-def _change(module: LoraModule, weight: Tensor, *, transposed: bool) -> FloatArray:
+def _change(module: LoraModule, weight: Weight, *, transposed: bool) -> FloatArray:
     """Return W' - W0 (d_out × d_in) in float32."""
     fused = Fused(module.name, weight, "F32", module, transposed)
     rows = [np.frombuffer(piece, "<f4") for piece in fused.pieces()]

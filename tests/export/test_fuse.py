@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import lorakit.export.fuse as fusing
+import lorakit.export.fused as fused
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adapters.tensors import Tensor
 from lorakit.cli import lorakit
@@ -124,8 +125,8 @@ def test_blocks_of_any_size_give_the_same_bytes(
     module = load_adapter(str(tmp_path / "adapter")).modules()[0]
     weight = Tensor.from_array(torch.randn(module.shape).numpy())
     exact = torch.from_numpy(weight.array() + module.delta().astype("float32"))
-    monkeypatch.setattr(fusing, "_BLOCK", block)
-    pieces = list(fusing.Fused("weight", weight, dtype, module).pieces())
+    monkeypatch.setattr(fused, "_BLOCK", block)
+    pieces = list(fused.Fused("weight", weight, dtype, module).pieces())
     kind = {"F32": torch.float32, "BF16": torch.bfloat16}[dtype]
     joined = torch.frombuffer(bytearray(b"".join(pieces)), dtype=kind).reshape(module.shape)
     torch.testing.assert_close(joined, exact.to(kind), rtol=2 * torch.finfo(kind).eps, atol=1e-6)
@@ -373,7 +374,7 @@ def test_an_adapter_comes_through_a_pipe(adapter: Path, tmp_path: Path) -> None:
     assert (tmp_path / "model" / "config.json").exists()
 
 
-def _twice(self: fusing.Fused) -> Any:
+def _twice(self: fused.Fused) -> Any:
     module = self.module
     if module is None:
         return None
@@ -384,7 +385,7 @@ def _twice(self: fusing.Fused) -> Any:
 def test_the_check_ends_a_run_whose_model_computes_something_else(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fusing.Fused, "_change", _twice)
+    monkeypatch.setattr(fused.Fused, "_change", _twice)
     arguments = (adapter, "--model", "tiny", "-o", tmp_path / "model")
     done = run(*arguments)
     assert done.exit_code == 1
