@@ -26,7 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("adapters", "recipes", "scoring", "judging"),
     ("models",),
     ("training", "boundary", "export"),
-    ("merging",),
+    ("merging", "gguf", "publishing"),
     ("commands",),
     ("program",),
 )
@@ -41,15 +41,18 @@ ONLY: dict[str, tuple[str, ...]] = {
     "accelerate": ("models.sharing", "training", "merging.joint"),
     "psutil": ("runs.processes",),
     "scipy": ("merging.lorahub",),
-    "numpy": ("adapters", "scoring", "models", "training", "boundary", "merging", "export"),
-    "gguf": ("export",),
+    "numpy": (
+        *("adapters", "scoring", "models", "training", "boundary", "merging", "export"),
+        "gguf",
+    ),
+    "gguf": ("gguf",),
     "sacrebleu": ("scoring",),
     "rouge_score": ("scoring",),
     "fugashi": ("scoring.languages",),
     "httpx2": ("judging.client",),
     "huggingface_hub": (
         *("hub", "reach", "models.loading", "recipes.readers", "export.model_folder"),
-        *("export.page", "export.upload"),
+        *("publishing.page", "publishing.upload"),
     ),
     "lxml": ("recipes.news",),
     "openai": ("judging.client",),
@@ -82,7 +85,7 @@ NO_TORCH = (
         "boundary.layer_choice",
         "boundary.scale",
     ),
-    *("export.page", "export.publication", "export.upload", "export.weight_files"),
+    *("publishing.page", "publishing.publication", "publishing.upload", "export.weight_files"),
 )
 
 

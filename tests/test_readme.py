@@ -29,14 +29,21 @@ RUN_AFTER_THE_FRONT_PAGE = [
     "lorakit/boundary/README.md",
     "lorakit/commands/README.md",
     "lorakit/export/README.md",
+    "lorakit/gguf/README.md",
     "lorakit/merging/README.md",
+    "lorakit/publishing/README.md",
     "lorakit/recipes/README.md",
     "lorakit/runs/README.md",
     "lorakit/scoring/README.md",
 ]
-SLOW = ["lorakit/export/README.md", "lorakit/runs/README.md"]  # the latter starts launchers
+SLOW = [  # the last starts launchers
+    "lorakit/export/README.md",
+    "lorakit/gguf/README.md",
+    "lorakit/publishing/README.md",
+    "lorakit/runs/README.md",
+]
 LONGEST_FRONT_PAGE, LONGEST_ROOM_PAGE = 150, 60  # lines
-OPTIONS_OF_OTHERS = {  # of sacrebleu, vLLM, llama.cpp, our scripts, Snakemake; the launchers', up to "_"
+OPTIONS_OF_OTHERS = {  # of sacrebleu, vLLM, llama.cpp, scripts, Snakemake; launchers', up to "_"
     "--enable-lora",
     "--lora",
     "--configfile",

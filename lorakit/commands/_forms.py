@@ -54,7 +54,7 @@ def _save_vllm(adapter: Adapter, output: str, model: ModelSettings, note: Note) 
 
 def _save_gguf(adapter: Adapter, output: str, model: ModelSettings, note: Note) -> None:
     from lorakit.adapters.whole import check_plain
-    from lorakit.export.gguf_adapter import convert_to_gguf
+    from lorakit.gguf.adapter import convert_to_gguf
 
     check_plain(adapter, "llama.cpp")
     convert_to_gguf(adapter, output, model, note)
@@ -76,7 +76,7 @@ def _check_folder(output: str) -> None:
 
 
 def _check_gguf(output: str) -> None:
-    from lorakit.export.gguf_file import check_gguf_output
+    from lorakit.gguf.file import check_gguf_output
 
     check_gguf_output(output)
 

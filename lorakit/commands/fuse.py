@@ -87,7 +87,7 @@ def fuse(
     base = open_folder(model, adapters, reporter.note)
     model = ModelSettings(base.name, base.revision, model.trust_remote_code)
     if form == "gguf":
-        from lorakit.export.gguf_model import fuse_gguf
+        from lorakit.gguf.model import fuse_gguf
 
         fuse_gguf(
             adapters[0] if adapters else None,
@@ -135,7 +135,7 @@ def _check_form(
         for option in ("--check", "--no-check", "--resume", "--device"):
             if option in options:
                 raise click.UsageError(f"{option} is read by --to folder alone.")
-        from lorakit.export.gguf_file import check_gguf_output
+        from lorakit.gguf.file import check_gguf_output
 
         check_gguf_output(output)
     elif dtype == "q8_0" or base_only:

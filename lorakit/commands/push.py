@@ -14,7 +14,7 @@ from lorakit.files import STDIO
 from lorakit.settings import PushSettings
 
 if TYPE_CHECKING:
-    from lorakit.export.publication import Publication
+    from lorakit.publishing.publication import Publication
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
@@ -64,8 +64,8 @@ def push(
     if not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from lorakit.commands._progress import TerminalReporter
-    from lorakit.export.publication import open_publication
-    from lorakit.export.upload import hub_address, is_offline, upload
+    from lorakit.publishing.publication import open_publication
+    from lorakit.publishing.upload import hub_address, is_offline, upload
 
     reporter = TerminalReporter(quiet=quiet)
     publication = open_publication(folder, repository, scores)

@@ -17,8 +17,8 @@ from huggingface_hub import close_session, constants
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.cli import lorakit
 from lorakit.errors import LorakitError
-from lorakit.export.publication import open_publication
-from lorakit.export.upload import upload
+from lorakit.publishing.publication import open_publication
+from lorakit.publishing.upload import upload
 from lorakit.reporting import Silent
 from lorakit.settings import PushSettings
 from tests.support.adapters import tiny

@@ -14,10 +14,10 @@ from pathlib import Path
 from lorakit.adapters.card import CARD_FILE, card_text
 from lorakit.adapters.storage import CONFIG_FILE, TENSOR_FILE, load_adapter
 from lorakit.errors import LorakitError
-from lorakit.export.page import check_page, with_scores
 from lorakit.export.weight_files import open_weights
 from lorakit.files import atomic_path, explain
 from lorakit.foreign_text import parse_json
+from lorakit.publishing.page import check_page, with_scores
 
 MODEL_CONFIG = "config.json"
 _GGUF_START = b"GGUF"

@@ -18,8 +18,8 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.cli import lorakit
 from lorakit.errors import LorakitError
-from lorakit.export.gguf_model import fuse_gguf
 from lorakit.export.model_folder import open_model_folder
+from lorakit.gguf.model import fuse_gguf
 from lorakit.reporting import Silent
 from lorakit.settings import ModelSettings
 from tests.export.test_gguf_adapter import random_adapter

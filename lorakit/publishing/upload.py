@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lorakit.errors import LorakitError
-from lorakit.export.page import has_metadata
 from lorakit.files import explain
 from lorakit.foreign_text import printable
+from lorakit.publishing.page import has_metadata
 from lorakit.reach import network_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from lorakit.export.publication import Publication
+    from lorakit.publishing.publication import Publication
     from lorakit.reporting import Reporter
     from lorakit.settings import PushSettings
 

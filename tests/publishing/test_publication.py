@@ -16,8 +16,8 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.card import RELATIONS, card_text, model_card_text
 from lorakit.adapters.storage import save_adapter
 from lorakit.errors import LorakitError
-from lorakit.export.page import check_page, with_scores
-from lorakit.export.publication import open_publication
+from lorakit.publishing.page import check_page, with_scores
+from lorakit.publishing.publication import open_publication
 from tests.support.adapters import tiny
 from tests.support.training_data import save_rows
 

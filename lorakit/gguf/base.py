@@ -11,9 +11,9 @@ from pathlib import PurePath
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.history import header_text
 from lorakit.errors import LorakitError
-from lorakit.export.gguf_file import Value
-from lorakit.export.gguf_names import Config
 from lorakit.foreign_text import parse_json
+from lorakit.gguf.file import Value
+from lorakit.gguf.names import Config
 from lorakit.hub import fetch_model_file
 from lorakit.reach import TINY, check_model, config_paths, is_folder
 

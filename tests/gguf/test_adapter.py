@@ -19,7 +19,7 @@ from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.tensors import Tensor
 from lorakit.cli import lorakit
 from lorakit.errors import LorakitError
-from lorakit.export.gguf_adapter import save_gguf_adapter
+from lorakit.gguf.adapter import save_gguf_adapter
 from tests.support.adapters import run_python
 from tests.support.gguf import (
     CONFIGS,

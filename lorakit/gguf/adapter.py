@@ -16,10 +16,10 @@ from lorakit.adapters.base_model import base_revision, choose_model
 from lorakit.adapters.portable import make_portable
 from lorakit.adapters.tensors import FloatArray, Tensor
 from lorakit.errors import LorakitError
-from lorakit.export.gguf_base import base_name_fields, header_fields, read_config
-from lorakit.export.gguf_file import GgufTensor, Value, write_gguf
-from lorakit.export.gguf_names import Config, GgufNames, names_of
-from lorakit.export.gguf_serving import adapter_lines
+from lorakit.gguf.base import base_name_fields, header_fields, read_config
+from lorakit.gguf.file import GgufTensor, Value, write_gguf
+from lorakit.gguf.names import Config, GgufNames, names_of
+from lorakit.gguf.serving import adapter_lines
 from lorakit.settings import ModelSettings
 
 _HEADS = ("lm_head", "embed_out")

@@ -12,8 +12,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lorakit.errors import LorakitError
-from lorakit.export.gguf_file import Fields
-from lorakit.export.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_fields
+from lorakit.gguf.file import Fields
+from lorakit.gguf.tokenizer import PRE_TOKENIZERS, tokenizer_fields
 from lorakit.models.tokens import Encoder
 from tests.support.gguf import merging_tokenizer
 from tests.support.models import byte_tokenizer

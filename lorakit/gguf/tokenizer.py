@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any  # values of tokenizer.json
 
 from lorakit.errors import LorakitError
-from lorakit.export.gguf_file import Fields, Value
+from lorakit.gguf.file import Fields, Value
 from lorakit.models.chat import Tokenizer
 from lorakit.models.tokens import Encoder
 

@@ -20,14 +20,14 @@ from lorakit.errors import LorakitError
 from lorakit.export.dequantised import Weight, check_dequantisable, plain_weights
 from lorakit.export.fuse import check_fusible, whole_by_key
 from lorakit.export.fused import Fused
-from lorakit.export.gguf_base import base_name_fields, header_fields
-from lorakit.export.gguf_file import BLOCK, GgufTensor, Value, write_gguf
-from lorakit.export.gguf_hyperparameters import context_of, frequency_factors, hyperparameters
-from lorakit.export.gguf_names import GgufNames, names_of
-from lorakit.export.gguf_serving import model_lines
-from lorakit.export.gguf_tokenizer import tokenizer_fields
 from lorakit.export.model_folder import ModelFolder
 from lorakit.export.weight_files import open_weights
+from lorakit.gguf.base import base_name_fields, header_fields
+from lorakit.gguf.file import BLOCK, GgufTensor, Value, write_gguf
+from lorakit.gguf.hyperparameters import context_of, frequency_factors, hyperparameters
+from lorakit.gguf.names import GgufNames, names_of
+from lorakit.gguf.serving import model_lines
+from lorakit.gguf.tokenizer import tokenizer_fields
 from lorakit.models.loading import load_encoder
 from lorakit.reporting import Reporter
 from lorakit.settings import GenerationSettings

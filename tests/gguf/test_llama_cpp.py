@@ -13,9 +13,9 @@ import torch
 import transformers
 
 from lorakit.adapters.storage import load_adapter
-from lorakit.export.gguf_adapter import convert_to_gguf
-from lorakit.export.gguf_model import fuse_gguf
 from lorakit.export.model_folder import open_model_folder
+from lorakit.gguf.adapter import convert_to_gguf
+from lorakit.gguf.model import fuse_gguf
 from lorakit.reporting import Silent
 from lorakit.settings import ModelSettings
 from tests.support.gguf import CONFIGS, save_random

@@ -13,8 +13,8 @@ import numpy as np
 
 from lorakit.adapters.tensors import FloatArray
 from lorakit.errors import LorakitError
-from lorakit.export.gguf_file import Fields, Value
-from lorakit.export.gguf_names import (
+from lorakit.gguf.file import Fields, Value
+from lorakit.gguf.names import (
     Config,
     GgufNames,
     heads_of,

@@ -1,0 +1,1 @@
+"""Adapters and models as GGUF, the files of llama.cpp."""

@@ -1,0 +1,1 @@
+"""Adapters and models on the Hugging Face hub."""
