@@ -80,9 +80,9 @@ class Pool:
         self._end_tokens = base.end_tokens
         self._prompts = [list(prompt) for prompt in prompts]
         self._drafts = [Drafts(prompt) for prompt in self._prompts]
-        slots = Slots(base.model, batch_size, max(map(len, prompts)) + max_new_tokens)
+        self._slots = Slots(base.model, batch_size, max(map(len, prompts)) + max_new_tokens)
         self._batch: RowBatch[_CutRow] = RowBatch(
-            slots, Ending(frozenset(base.end_tokens), max_new_tokens)
+            self._slots, Ending(frozenset(base.end_tokens), max_new_tokens)
         )
 
     @torch.inference_mode()
@@ -143,7 +143,8 @@ class Pool:
         for row in rows:
             most = min(GUESSED, self._most - len(row.written) - 1)
             row.guess = row.drafts.guess(row.ids, most)
-        self._gates.set([row.cut for row in rows])
+        lengths = [len(row.guess) + 1 for row in rows] if self._slots.ragged else None
+        self._gates.set([row.cut for row in rows], lengths)
         return self._batch.step()
 
     def _output(self, row: _CutRow) -> Output:

@@ -10,8 +10,9 @@ Two rows of four slots, given tokens by `extend`, row by row:
     x       e f       3, 1     · x   / e f       a b c x   d e f .      e f was a guess, f is wrong:
     .       g         -, 2             g         a b c x   d e g .      g goes into the slot of f
 
-The padding (·) of shorter rows is on the left and goes into an extra slot that no token sees. What
-all rows begin with is read once, by `read_prefix`. When rows differ only from some layer on,
+The padding (·) of shorter rows is on the left and goes into an extra slot that no token sees; where
+attention is lorakit's own, there is none (`ragged`). What all rows begin with is read once, by
+`read_prefix`. When rows differ only from some layer on,
 `fan_out` fills several at once. Which tokens are guessed, and which rows come and go, is decided in
 decoding.py.
 """
@@ -30,7 +31,7 @@ from lorakit.models.architecture import (
     forward_parameters,
     text_config,
 )
-from lorakit.models.attention import BY_ROW
+from lorakit.models.attention import BY_ROW, RaggedRows, ragged
 
 _KINDS = {"full_attention", "sliding_attention"}
 _ATTENTIONS = {"eager", "sdpa", BY_ROW}
@@ -110,6 +111,8 @@ class Slots:
         self._stored: dict[int, _KeysAndValues] = {}
         self._prefix: dict[int, _KeysAndValues] = {}
         self._fanned = 0  # how many rows the batch is fanned out to; 0 while rows are extended
+        attention = getattr(text_config(model), "_attn_implementation", None)
+        self.ragged = attention == BY_ROW  # whether new tokens come as one sequence
         self._device = next(model.parameters()).device
         self._places = torch.arange(length + 1, device=self._device)
         self._windows = _windows(text_config(model))
@@ -143,7 +146,7 @@ class Slots:
         visible = []
         for slots, new in zip(stored, (key, value), strict=True):
             slots[self._row_numbers, self._targets] = new.transpose(1, 2)
-            seen = slots[first : first + len(new), 1 : 1 + self._visible]
+            seen = slots[first : first + self._extended, 1 : 1 + self._visible]
             visible.append(seen.transpose(1, 2))
         return visible[0], visible[1]
 
@@ -187,20 +190,40 @@ class Slots:
         Return, for each row, the most probable token after each of its last `keep` tokens. For a
         row with fewer new tokens, the values on the left belong to padding and mean nothing.
         """
+        self._first, self._fanned, self._extended = first, 0, len(tokens)
+        self._visible = max(map(sum, zip(starts, map(len, tokens), strict=True)))
         width = max(map(len, tokens))
-        ids = [[0] * (width - len(row)) + list(row) for row in tokens]
         positions = [
             [-1] * (width - len(row)) + list(range(start, start + len(row)))
             for row, start in zip(tokens, starts, strict=True)
         ]
+        if self.ragged:
+            return self._extend_ragged(tokens, positions, keep)
+        ids = [[0] * (width - len(row)) + list(row) for row in tokens]
         position_ids = torch.tensor(positions, device=self._device)
-        self._first, self._fanned = first, 0
-        self._visible = max(row[-1] for row in positions) + 1
         self._row_numbers = torch.arange(first, first + len(tokens), device=self._device)[:, None]
         self._targets = position_ids + 1
-        return self._forward(
-            torch.tensor(ids, device=self._device), position_ids.clamp_min(0), keep
-        )
+        position_ids.clamp_(min=0)
+        ids_tensor = torch.tensor(ids, device=self._device)
+        return _lists(self._forward(ids_tensor, position_ids, self._mask(position_ids), keep))
+
+    def _extend_ragged(
+        self, tokens: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], keep: int
+    ) -> list[list[int]]:
+        """Extend by tokens in one sequence; `positions` (rows, width) has -1 where none is."""
+        laid_out = torch.tensor(positions, device=self._device)
+        row, column = torch.where(laid_out >= 0)
+        layout = RaggedRows(row, column, *laid_out.shape)
+        position_ids = laid_out[row, column][None]
+        self._row_numbers, self._targets = self._first + row[None], position_ids + 1
+        kept = column >= layout.width - keep
+        ids = torch.tensor([[token for new in tokens for token in new]], device=self._device)
+        mask = self._mask(laid_out.clamp_min(0))
+        with ragged(layout):
+            flat = self._forward(ids, position_ids, mask, torch.where(kept)[0])
+        predicted = laid_out.new_zeros(layout.rows, keep)
+        predicted[row[kept], column[kept] - (layout.width - keep)] = flat[0]
+        return _lists(predicted)
 
     def fan_out(
         self, tokens: Sequence[int], splits: Sequence[int], first: int, keep: int
@@ -217,21 +240,28 @@ class Slots:
         ids = torch.tensor([list(tokens)], device=self._device)
         positions = self._places[None, : len(tokens)]
         with _splitting(self._model, splits):
-            return self._forward(ids, positions, keep)
+            return _lists(self._forward(ids, positions, self._mask(positions), keep))
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, keep: int) -> list[list[int]]:
-        """Run the model; return what `extend` returns."""
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | dict[str, torch.Tensor],
+        keep: int | torch.Tensor,
+    ) -> torch.Tensor:
+        """Run the model; return the most probable token after the last `keep`, or those places."""
         logits = self._model(
             input_ids=ids,
             position_ids=positions,
-            attention_mask=self._mask(positions),
+            attention_mask=mask,
             use_cache=True,
             logits_to_keep=keep,
             **{self._cache_name: self},
         ).logits
-        self._check(logits[:, -keep:])
-        predicted: list[list[int]] = logits[:, -keep:].float().argmax(-1).tolist()
-        return predicted
+        if isinstance(keep, int):
+            logits = logits[:, -keep:]
+        self._check(logits)
+        return logits.float().argmax(-1)
 
     def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the additive mask (rows, 1, new, visible), by kind of layer if there are two."""
@@ -252,6 +282,11 @@ class Slots:
         for stored in self._stored.values():
             for slots in stored:
                 slots[target] = slots[source]
+
+
+def _lists(tokens: torch.Tensor) -> list[list[int]]:
+    rows: list[list[int]] = tokens.tolist()
+    return rows
 
 
 def _windows(config: ModelConfig) -> Mapping[str, int | None]:

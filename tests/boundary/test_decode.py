@@ -28,6 +28,7 @@ class ScriptedSlots:
     """Stands in for the cache and the model: each boundary writes what WRITTEN says."""
 
     passes: list[tuple[str, list[tuple[int, str]]]]
+    ragged = False
 
     def __init__(self, model: Any, rows: int, length: int) -> None:
         self.rows = [""] * rows
@@ -66,7 +67,7 @@ class ScriptedSlots:
 class Boundaries:
     """Stands in for the gates."""
 
-    def set(self, cuts: Sequence[Cut]) -> None:
+    def set(self, cuts: Sequence[Cut], tokens: Sequence[int] | None = None) -> None:
         self.boundaries = [sum(map(bool, cut.factors)) for cut in cuts]
 
     def of(self, rows: int) -> list[int]:

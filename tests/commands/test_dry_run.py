@@ -188,7 +188,7 @@ def test_the_slots_of_a_search_take_what_is_said(
     held = []
 
     class Watched(Slots):
-        def _forward(self, *arguments: Any) -> list[list[int]]:
+        def _forward(self, *arguments: Any) -> Any:
             predicted = super()._forward(*arguments)
             held.append(sum(part.nbytes for pair in self._stored.values() for part in pair))
             return predicted
