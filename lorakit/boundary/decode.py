@@ -23,7 +23,7 @@ differs from that of the fan's first row, and "highest" is the first in descendi
 When rows leave the batch, their places go to other prompts, or to the next few boundaries of a
 prompt, whose draft is the output of the lowest boundary done. There are at most `batch_size` rows.
 Where a row's keys and values are stored is decided in kv_cache.py, which layers apply LoRA to it in
-gates.py.
+gates.py. Rows that come and go, and guesses, are those of models/decoding.py.
 """
 
 from __future__ import annotations
@@ -37,60 +37,21 @@ import torch
 
 from lorakit.boundary.cuts import Cut, bottom
 from lorakit.boundary.gates import Gates
-from lorakit.boundary.kv_cache import Slots, can_slot
 from lorakit.models.base import Base
-from lorakit.models.generation import check_finite
+from lorakit.models.completions import check_finite, until_end
+from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
+from lorakit.models.kv_cache import REFUSALS, Slots, can_slot
 
 FANNED = 4  # cuts that share one pass over a prompt and its draft
-GUESSED = 4  # tokens guessed for a row in one step
 _TRIED = 4  # cuts under which can_pool tries a model
-_RUNS = (3, 2, 1)  # lengths of the runs of tokens that guesses are based on, longest first
-# What a model raises whose code cannot work with the slots of kv_cache.py.
-_REFUSALS = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
 
 
-class Drafts:
-    """Guesses how a text of one prompt goes on, from all the texts of that prompt.
-
-    It remembers what last followed every run of up to three tokens, in the prompt and in the texts
-    written: after 5 6 7 8 and then 5 6 9, what follows 1 5 6 is guessed to be 9. A wrong guess
-    costs no more than its room in the batch.
-    """
-
-    def __init__(self, prompt: Sequence[int]) -> None:
-        self._after: dict[tuple[int, ...], tuple[Sequence[int], int]] = {}
-        for place in range(1, len(prompt)):
-            self.add(prompt, place)
-
-    def add(self, ids: Sequence[int], place: int) -> None:
-        """Note that ids[place] follows the tokens before it; `ids` may grow later."""
-        for run in _RUNS:
-            if run <= place:
-                self._after[tuple(ids[place - run : place])] = (ids, place)
-
-    def guess(self, ids: Sequence[int], most: int) -> Sequence[int]:
-        """Return up to `most` tokens that may follow `ids`: those after its longest known run."""
-        if most > 0:
-            for run in _RUNS:
-                if run <= len(ids) and (source := self._after.get(tuple(ids[-run:]))):
-                    text, place = source
-                    return text[place : place + most]
-        return ()
-
-
-@dataclass
-class _Row:
-    """A prompt (its number) under a cut, as a row of the batch.
-
-    `ids` are the prompt's tokens and those written so far, which begin at `start`; `guess` are the
-    tokens guessed to follow, which the model reads after them and verifies.
-    """
+@dataclass(kw_only=True)
+class _CutRow(Row):
+    """A prompt (its number) under a cut, as a row of the batch."""
 
     prompt: int
     cut: Cut
-    ids: list[int]
-    start: int
-    guess: Sequence[int] = ()
 
 
 class Output(NamedTuple):
@@ -116,11 +77,13 @@ class Pool:
         batch_size: int,
     ) -> None:
         self._gates, self._most, self._size = gates, max_new_tokens, batch_size
-        self._ends = frozenset(base.end_tokens)
+        self._end_tokens = base.end_tokens
         self._prompts = [list(prompt) for prompt in prompts]
         self._drafts = [Drafts(prompt) for prompt in self._prompts]
         self._slots = Slots(base.model, batch_size, max(map(len, prompts)) + max_new_tokens)
-        self._rows: list[_Row] = []  # the row at place i of the list has the slots of row i
+        self._batch: RowBatch[_CutRow] = RowBatch(
+            self._slots, Ending(frozenset(base.end_tokens), max_new_tokens)
+        )
 
     @torch.inference_mode()
     def run(self, cuts: Sequence[Cut], done: Done | None = None) -> Iterator[Output]:
@@ -138,18 +101,17 @@ class Pool:
         waiting = [number for number in numbers if (highest, number) not in done]
         begun = [number for number in numbers if (highest, number) in done]
         drafts = deque(filter(None, (_last_draft(n, highest, below, done) for n in begun)))
-        while waiting or drafts or self._rows:
-            free = self._size - len(self._rows)
+        while waiting or drafts or self._batch.rows:
+            free = self._size - len(self._batch.rows)
             if waiting and free >= min(len(waiting), max(1, self._size // 2)):
-                outputs = self._join(
-                    [waiting.pop() for _ in range(min(free, len(waiting)))], highest
-                )
+                numbers = [waiting.pop() for _ in range(min(free, len(waiting)))]
+                rows = self._join(numbers, highest)
             elif drafts and free >= len(below[drafts[0].cut]):
                 draft = drafts.popleft()
-                outputs = self._fan_out(draft, below[draft.cut])
+                rows = self._fan_out(draft, below[draft.cut])
             else:
-                outputs = self._step()
-            for output in outputs:
+                rows = self._step()
+            for output in map(self._output, rows):
                 if output.cut in below:
                     drafts.append(output)
                 yield output
@@ -159,73 +121,34 @@ class Pool:
         size = min(FANNED, self._size)
         return [cuts[first : first + size] for first in range(0, len(cuts), size)]
 
-    def _join(self, numbers: Sequence[int], cut: Cut) -> Iterator[Output]:
+    def _join(self, numbers: Sequence[int], cut: Cut) -> list[_CutRow]:
         """Add rows for prompts (their numbers) under a cut, and decode their first token."""
-        first = len(self._rows)
-        prompts = [self._prompts[number] for number in numbers]
         self._gates.set([cut])
-        predicted = self._slots.extend(prompts, [0] * len(prompts), first, 1)
-        rows = [self._new_row(number, cut, ()) for number in numbers]
-        yield from self._advance(first, rows, predicted)
+        return self._batch.join([self._new_row(number, cut, ()) for number in numbers])
 
-    def _fan_out(self, draft: Output, cuts: Sequence[Cut]) -> Iterator[Output]:
+    def _fan_out(self, draft: Output, cuts: Sequence[Cut]) -> list[_CutRow]:
         """Add a row for the draft's prompt under each cut, highest first, and check the draft."""
-        first, order = len(self._rows), _fan_order(cuts)
+        order = _fan_order(cuts)
         self._gates.set(order)
-        ids = [*self._prompts[draft.prompt], *draft.tokens]
-        predicted = self._slots.fan_out(ids, _splits(order), first, len(draft.tokens) + 1)
         rows = [self._new_row(draft.prompt, cut, draft.tokens) for cut in order]
-        yield from self._advance(first, rows, predicted)
+        return self._batch.fan_out(rows, _splits(order))
 
-    def _new_row(self, number: int, cut: Cut, guess: Sequence[int]) -> _Row:
-        prompt = self._prompts[number]
-        return _Row(number, cut, list(prompt), len(prompt), guess)
+    def _new_row(self, number: int, cut: Cut, guess: Sequence[int]) -> _CutRow:
+        prompt, drafts = self._prompts[number], self._drafts[number]
+        return _CutRow(list(prompt), len(prompt), drafts, guess, prompt=number, cut=cut)
 
-    def _step(self) -> Iterator[Output]:
+    def _step(self) -> list[_CutRow]:
         """Feed every row of the batch its last token and a new guess."""
-        for row in self._rows:
-            most = min(GUESSED, self._most - (len(row.ids) - row.start) - 1)
-            row.guess = self._drafts[row.prompt].guess(row.ids, most)
-        tokens = [[row.ids[-1], *row.guess] for row in self._rows]
-        self._gates.set([row.cut for row in self._rows])
-        starts = [len(row.ids) - 1 for row in self._rows]
-        predicted = self._slots.extend(tokens, starts, 0, max(map(len, tokens)))
-        rows, self._rows = self._rows, []
-        yield from self._advance(0, rows, predicted)
+        rows = self._batch.rows
+        for row in rows:
+            most = min(GUESSED, self._most - len(row.written) - 1)
+            row.guess = row.drafts.guess(row.ids, most)
+        lengths = [len(row.guess) + 1 for row in rows] if self._slots.ragged else None
+        self._gates.set([row.cut for row in rows], lengths)
+        return self._batch.step()
 
-    def _advance(
-        self, first: int, rows: Sequence[_Row], predicted: Sequence[Sequence[int]]
-    ) -> Iterator[Output]:
-        """Append to each row the predicted tokens that it accepts; yield the outputs that are done.
-
-        `rows` have the slots of rows `first` …; rows that go on move up to close gaps.
-        """
-        done = []
-        for place, (row, tokens) in enumerate(zip(rows, predicted, strict=True), first):
-            if self._accept(row, tokens[len(tokens) - len(row.guess) - 1 :]):
-                done.append(row)
-            else:
-                if len(self._rows) != place:
-                    self._slots.move(place, len(self._rows))
-                self._rows.append(row)
-        for row in done:
-            tokens = row.ids[row.start :]
-            ended = tokens and tokens[-1] in self._ends
-            yield Output(row.prompt, row.cut, tokens[:-1] if ended else tokens)
-
-    def _accept(self, row: _Row, predicted: Sequence[int]) -> bool:
-        """Append the predictions that confirm the guess and the next one; return whether done.
-
-        The first of `predicted` follows the row's last token, each later one a token of the guess.
-        """
-        for place, token in enumerate(predicted):
-            row.ids.append(token)
-            self._drafts[row.prompt].add(row.ids, len(row.ids) - 1)
-            if token in self._ends or len(row.ids) - row.start == self._most:
-                return True
-            if place < len(row.guess) and row.guess[place] != token:
-                return False
-        return False
+    def _output(self, row: _CutRow) -> Output:
+        return Output(row.prompt, row.cut, until_end(row.written, self._end_tokens))
 
 
 def _last_draft(
@@ -280,7 +203,7 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
         ]
         gates.set(order)
         fanned = slots.fan_out(prompt, _splits(order), 0, len(prompt))[0]
-    except _REFUSALS:
+    except REFUSALS:
         return False
     alike: int = sum(a == b == c for a, b, c in zip(in_parts, fanned, expected, strict=True))
     needed = 1.0 if base.dtype == torch.float32 else 0.8

@@ -25,7 +25,8 @@ from lorakit.boundary.gates import Gates
 from lorakit.boundary.strip import check_layers_are_named
 from lorakit.files import open_text_output
 from lorakit.models.base import Base
-from lorakit.models.generation import complete, text_of
+from lorakit.models.completions import text_of
+from lorakit.models.generation import complete
 from lorakit.models.lora import attach
 from lorakit.models.memory import BatchSize, in_batches
 from lorakit.models.predictions import encoder_of

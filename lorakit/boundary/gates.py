@@ -35,15 +35,18 @@ class Gates:
     def __init__(self, layers: Mapping[str, PeftLayer]) -> None:
         self._layers = layers
         self._cuts: tuple[Cut, ...] = ()
+        self._tokens: Sequence[int] | None = None
         self._gates: dict[int | None, torch.Tensor | float] = {}
 
-    def set(self, cuts: Sequence[Cut]) -> None:
+    def set(self, cuts: Sequence[Cut], tokens: Sequence[int] | None = None) -> None:
         """Set the cut of every row of the next batches; a single one applies to all rows.
 
-        A batch with fewer rows uses the first ones.
+        A batch with fewer rows uses the first ones. With `tokens`, how many each row has, the rows
+        come as one sequence.
         """
-        if self._cuts != tuple(cuts):
-            self._cuts = tuple(cuts)
+        tokens = None if tokens is None else tuple(tokens)
+        if (self._cuts, self._tokens) != (tuple(cuts), tokens):
+            self._cuts, self._tokens = tuple(cuts), tokens
             self._gates = {}
 
     @contextlib.contextmanager
@@ -69,7 +72,7 @@ class Gates:
                 return plain
             low = linear(x.to(a.dtype), a)
             if isinstance(gate, torch.Tensor):
-                low = low * gate[: len(x)]
+                low = low * (gate[: len(x)] if self._tokens is None else gate)
             elif gate != 1.0:
                 low = low * gate
             adapted: torch.Tensor = plain + linear(low, b) * scale
@@ -78,10 +81,16 @@ class Gates:
         return forward
 
     def _gate(self, number: int | None, device: torch.device) -> torch.Tensor | float:
-        """Return the factor of each row in layer `number`: (rows, 1, 1), a number if all agree."""
+        """Return the factor of each row in layer `number`, a number if all agree.
+
+        It is (rows, 1, 1), or (1, tokens, 1) where rows come as one sequence.
+        """
         if number not in self._gates:
             gate = [cut.left_in(number) for cut in self._cuts]
             alike = len(set(gate)) == 1
             by_row = torch.tensor(gate, device=device).view(-1, 1, 1)
+            if self._tokens is not None:
+                lengths = torch.tensor(self._tokens, device=device)
+                by_row = by_row.repeat_interleave(lengths, 0).transpose(0, 1)
             self._gates[number] = gate[0] if alike else by_row
         return self._gates[number]

@@ -9,12 +9,13 @@ import torch
 from lorakit.adapters.adapter import Adapter
 from lorakit.boundary.choice import check_rule
 from lorakit.boundary.cuts import pick_boundaries, search_points
-from lorakit.boundary.decode import FANNED, GUESSED
+from lorakit.boundary.decode import FANNED
 from lorakit.boundary.evaluate import draw_sample
 from lorakit.boundary.loss import TOKENS_PER_ROW
 from lorakit.boundary.strip import check_layers_are_named
 from lorakit.models.base import Base
 from lorakit.models.batches import completion_logits, lay_out, micro_batches
+from lorakit.models.decoding import GUESSED
 from lorakit.models.devices import device_name
 from lorakit.models.estimate import Part, training_pass
 from lorakit.models.lengths import Row, cut_row, length_row, read_lengths

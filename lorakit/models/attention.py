@@ -8,7 +8,12 @@ rows, and attention is computed for each alone, with the model's own mask (causa
         model(...)                # tokens 0-3 see tokens 0-3, tokens 4 and 5 see tokens 4 and 5
     model(...)                    # outside the block all six tokens are one row
 
-How rows are packed is decided in batches.py and not known here.
+Rows whose keys and values lie in a cache may have new tokens in different numbers. Inside `ragged`
+they too come as one sequence, so that no layer computes padding but attention, where it is cheap:
+
+    row 0 reads a b c, row 1 reads d: the layers see a b c d, attention sees  a b c / d · ·
+
+How rows are packed is decided in batches.py, which keys rows have in kv_cache.py.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import transformers
 from lorakit.models.architecture import Model
 
 BY_ROW = "sdpa_by_row"
+_ragged: ContextVar[RaggedRows | None] = ContextVar("ragged", default=None)
 _lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths", default=None)
 
 
@@ -35,6 +41,38 @@ class RowMasks(NamedTuple):
 
     lengths: list[int]
     masks: list[torch.Tensor | None]
+
+
+class RaggedRows(NamedTuple):
+    """Where each token of a sequence belongs in a batch of `rows` rows of `width` tokens.
+
+    `row` and `column` are (tokens,).
+    """
+
+    row: torch.Tensor
+    column: torch.Tensor
+    rows: int
+    width: int
+
+    def laid_out(self, query: torch.Tensor) -> torch.Tensor:
+        """Return (rows, heads, width, values) from (1, heads, tokens, values), 0 elsewhere."""
+        rows = query.new_zeros(self.rows, self.width, query.shape[1], query.shape[3])
+        rows[self.row, self.column] = query[0].transpose(0, 1)
+        return rows.transpose(1, 2)
+
+    def in_sequence(self, attended: torch.Tensor) -> torch.Tensor:
+        """Return (1, tokens, heads, values) from (rows, width, heads, values)."""
+        return attended[self.row, self.column][None]
+
+
+@contextlib.contextmanager
+def ragged(rows: RaggedRows | None) -> Iterator[None]:
+    """Inside the block, a sequence holds the new tokens of rows whose keys a cache returns."""
+    token = _ragged.set(rows)
+    try:
+        yield
+    finally:
+        _ragged.reset(token)
 
 
 @contextlib.contextmanager
@@ -66,17 +104,20 @@ def _attention(
     query, key and value are (1 or rows, heads, tokens, width).
     """
     attend = transformers.AttentionInterface()["sdpa"]
-    wide = [tensor.float() for tensor in (query, key, value)]
+    rows = _ragged.get()
+    laid_out = query if rows is None else rows.laid_out(query)
+    wide = [tensor.float() for tensor in (laid_out, key, value)]
     if isinstance(mask, RowMasks):
-        rows = zip(*(tensor.split(mask.lengths, 2) for tensor in wide), strict=True)
+        parts = zip(*(tensor.split(mask.lengths, 2) for tensor in wide), strict=True)
         attended = [
-            attend(module, *row, row_mask, **settings)[0]
-            for row, row_mask in zip(rows, mask.masks, strict=True)
+            attend(module, *part, part_mask, **settings)[0]
+            for part, part_mask in zip(parts, mask.masks, strict=True)
         ]
         return torch.cat(attended, 1).to(query.dtype), None
     if mask is not None and mask.is_floating_point():
         mask = mask.float()
-    return attend(module, *wide, mask, **settings)[0].to(query.dtype), None
+    whole = attend(module, *wide, mask, **settings)[0].to(query.dtype)
+    return (whole if rows is None else rows.in_sequence(whole)), None
 
 
 def _mask(**arguments: object) -> torch.Tensor | RowMasks | None:

@@ -17,6 +17,7 @@ from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model, text_config
 from lorakit.models.batches import can_pack
 from lorakit.models.chat import Chat, Tokenizer
+from lorakit.models.kv_cache import can_batch_continuously
 from lorakit.models.tokens import Encoder
 from lorakit.reach import TINY
 from lorakit.settings import GenerationSettings, TrainingSettings
@@ -79,6 +80,11 @@ class Base:
     def packs(self) -> bool:
         """Whether rows can be packed into one sequence; found by a trial on first use."""
         return can_pack(self.model)
+
+    @functools.cached_property
+    def batches_continuously(self) -> bool:
+        """Whether rows can come and go while others are decoded; found by a trial on first use."""
+        return can_batch_continuously(self.model)
 
     @property
     def fingerprint(self) -> str:

@@ -1,9 +1,10 @@
 """Generate completions for a stream of records, in order.
 
-Records are taken a window at a time, so that memory holds one window. Within it they are batched by
-length, which leaves little padding, and yielded in their original order. In float32 the output for
-a record is the same in a batch as alone. Several processes take the batches of a window in turn.
-Files are read and written in predictions.py.
+Records are taken a window at a time, so that memory holds one window, and yielded in their
+original order. Greedy decoding is continuous batching (greedy.py). Sampling, and models whose cache
+nothing can stand in for, take transformers' own loop, in batches by length. In float32 the output
+for a record is the same in a batch as alone. Several processes take batches, or groups of them, in
+turn. Files are read and written in predictions.py.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 import transformers
 
-from lorakit.errors import LorakitError
 from lorakit.models.base import Base
-from lorakit.models.chat import reasons
+from lorakit.models.completions import StopTexts, check_finite, completion_of, until_end
+from lorakit.models.greedy import complete_greedily
 from lorakit.models.memory import BatchSize, in_batches
 from lorakit.models.sharing import ALONE, Team
 from lorakit.models.tokens import Encoder, Example
-from lorakit.records.completions import Completion, completion_in, stopped, with_completions
+from lorakit.records.completions import Completion, with_completions
 from lorakit.records.few_shot import NO_EXAMPLES, FewShot
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
 
 BATCHES_A_WINDOW = 16
+_BATCHES_A_GROUP = 4  # whose rows are decoded by one process, in one continuous batch
 _SEEDS_APART = 0x9E37_79B9_7F4A_7C15  # the seeds of a window's batches: 2^64 over the golden ratio
 
 
@@ -83,22 +85,50 @@ def _complete_window(
     Each batch draws from a seed of its own, so that it may be any process's.
     """
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
+    grouped = _BATCHES_A_GROUP if is_continuous(base, settings) else 1
 
     def complete_rows(places: Sequence[int]) -> list[Completion]:
         rows = [prompts[place].ids for place in places]
         opened = [prompts[place].opens_reasoning for place in places]
-        written = zip(complete(base, rows, settings, opened), opened, strict=True)
+        ids = complete_prompts(base, rows, settings, opened, at_once=batch_size.rows)
+        written = zip(ids, opened, strict=True)
         return [completion_of(base, ids, settings.stop, opened=opens) for ids, opens in written]
+
+    def in_groups(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+        return in_batches(rows, grouped * size)
 
     def complete_batch(numbered: tuple[int, Sequence[int]]) -> list[Completion]:
         index, places = numbered
         torch.manual_seed((seed + index * _SEEDS_APART) % 2**63)
-        return [row for part in batch_size.over(places, complete_rows) for row in part]
+        parts = batch_size.over(places, complete_rows, in_groups)
+        return [row for part in parts for row in part]
 
-    batches = list(enumerate(in_batches(order, settings.batch_size)))
+    batches = list(enumerate(in_groups(order, settings.batch_size)))
     completions = (row for batch in team.in_turn(batches, complete_batch) for row in batch)
     by_place = dict(zip(order, completions, strict=True))
     return [by_place[place] for place in range(len(prompts))]
+
+
+def is_continuous(base: Base, settings: GenerationSettings) -> bool:
+    """Return whether completions are decoded by continuous batching."""
+    return not settings.temperature and base.batches_continuously
+
+
+def complete_prompts(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    opened: Sequence[bool] = (),
+    *,
+    at_once: int,
+) -> list[list[int]]:
+    """Return what `complete` returns, in the faster way where the model and settings allow it.
+
+    There, at most `at_once` prompts are decoded at a time.
+    """
+    if is_continuous(base, settings):
+        return complete_greedily(base, prompts, settings, opened, at_once=at_once)
+    return complete(base, prompts, settings, opened)
 
 
 @torch.inference_mode()
@@ -130,78 +160,28 @@ def complete(
         stopping_criteria=_stopping(base, settings.stop, length, opened or [False] * len(prompts)),
     )
     ends = set(base.end_tokens)
-    return [_until(row, ends) for row in sequences[:, length:].tolist()]
-
-
-def text_of(base: Base, ids: Sequence[int]) -> str:
-    """Return the answer in new tokens: without special tokens, reasoning and outer white space."""
-    return completion_of(base, ids).prediction
-
-
-def completion_of(
-    base: Base, ids: Sequence[int], stop: Sequence[str] = (), *, opened: bool = False
-) -> Completion:
-    """Return the answer and the reasoning in new tokens; `opened`: the prompt began reasoning."""
-    text = _decoded(base, ids)
-    return completion_in(text, stop=stop, reasons=reasons(base.tokenizer), opened=opened)
-
-
-def _decoded(base: Base, ids: Sequence[int]) -> str:
-    """Return the text of tokens, special ones left out."""
-    return str(
-        base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
+    return [until_end(row, ends) for row in sequences[:, length:].tolist()]
 
 
 def _stopping(
     base: Base, stop: Sequence[str], length: int, opened: Sequence[bool]
 ) -> transformers.StoppingCriteriaList:
-    criteria = [_StopTexts(base, stop, length, opened)] if stop else []
+    criteria = [_Stopping(StopTexts(base, stop), length, opened)] if stop else []
     return transformers.StoppingCriteriaList(criteria)
 
 
-class _StopTexts(transformers.StoppingCriteria):
-    """Ends a row once its answer holds a stop text.
+class _Stopping(transformers.StoppingCriteria):
+    """Ends a row once its answer, which begins at `length`, holds a stop text."""
 
-    A text that has just been completed lies in the last tokens: each but the special ones holds a
-    byte of it at least. Only where it is found there are all tokens of the row decoded.
-    """
-
-    def __init__(
-        self, base: Base, stop: Sequence[str], length: int, opened: Sequence[bool]
-    ) -> None:
-        self._base, self._stop, self._length, self._opened = base, stop, length, opened
-        self._special = frozenset(base.tokenizer.all_special_ids)
-        self._tail = max(len(text.encode("utf-8", "surrogatepass")) for text in stop) + 4
-        self._reasons = reasons(base.tokenizer)
+    def __init__(self, stop: StopTexts, length: int, opened: Sequence[bool]) -> None:
+        self._stop, self._length, self._opened = stop, length, opened
 
     def __call__(
         self, input_ids: torch.Tensor, scores: torch.Tensor | None, **_: object
     ) -> torch.Tensor:
         rows = zip(input_ids[:, self._length :].tolist(), self._opened, strict=True)
-        ended = [self._ended(ids, opened) for ids, opened in rows]
+        ended = [self._stop.end(ids, opened) for ids, opened in rows]
         return torch.tensor(ended, device=input_ids.device)
-
-    def _ended(self, ids: list[int], opened: bool) -> bool:
-        tail = _decoded(self._base, self._last(ids))
-        if not any(text in tail for text in self._stop):
-            return False
-        written = _decoded(self._base, ids)
-        return stopped(written, stop=self._stop, reasons=self._reasons, opened=opened)
-
-    def _last(self, ids: list[int]) -> list[int]:
-        """Return the last tokens in which a stop text can have been completed."""
-        plain = (token for token in reversed(ids) if token not in self._special)
-        return list(itertools.islice(plain, self._tail))[::-1]
-
-
-def check_finite(logits: torch.Tensor, name: str) -> None:
-    """Raise LorakitError where a base named `name` has computed logits that are no numbers."""
-    if bool(torch.isnan(logits).any()):
-        raise LorakitError(
-            f"{name}: its logits are not finite; take a whole copy of the model, or give --dtype "
-            "float32 where its weights are"
-        )
 
 
 class _FiniteLogits(transformers.LogitsProcessor):
@@ -233,8 +213,3 @@ def _generation_config(
         pad_token_id=pad,
         **decoding,
     )
-
-
-def _until(ids: list[int], ends: set[int]) -> list[int]:
-    """Return the ids before the first end token."""
-    return list(itertools.takewhile(lambda token: token not in ends, ids))

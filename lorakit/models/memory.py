@@ -57,7 +57,7 @@ class BatchSize:
 
         Raises LorakitError if that was a single row.
         """
-        if tried <= 1:
+        if min(self.rows, tried) <= 1:
             raise LorakitError(
                 "memory does not suffice for a single record; give a smaller --max-length or "
                 "--max-new-tokens, or another --device"

@@ -28,7 +28,7 @@ from lorakit.models.estimate import (
     padded_pass,
     trained_parts,
 )
-from lorakit.models.generation import complete, window_size
+from lorakit.models.generation import complete_prompts, window_size
 from lorakit.models.lengths import Row, cut_row, length_row, read_lengths
 from lorakit.models.lora import check_fits
 from lorakit.models.memory import in_batches
@@ -92,10 +92,11 @@ def generation_parts(
 ) -> list[Part]:
     """Return what decoding a batch takes: prompts of these lengths, and so many new tokens.
 
-    The last new token is never read, so it has no keys. `cache` sets the positions stored a row.
+    `cache` sets the positions stored a row: without it one for every token but the last, which is
+    never read, and one for padding.
     """
     longest, rows = max(batch), len(batch)
-    positions = longest + new - 1 if cache is None else cache
+    positions = longest + new if cache is None else cache
     size = padded_pass(batch, rows)
     working = forward_bytes(skeleton.decoder, skeleton.precision, size)
     stored = cache_bytes(skeleton.decoder, skeleton.precision, rows, positions)
@@ -200,8 +201,8 @@ def seconds_of_batch(
     base: Base, prompts: Sequence[Sequence[int]], settings: GenerationSettings
 ) -> float:
     """Return how long one batch takes, after a first token that warms up."""
-    complete(base, prompts, replace(settings, max_new_tokens=1, stop=()))
-    return timed(lambda: complete(base, prompts, replace(settings, stop=())))
+    complete_prompts(base, prompts, replace(settings, max_new_tokens=1), at_once=len(prompts))
+    return timed(lambda: complete_prompts(base, prompts, settings, at_once=len(prompts)))
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -12,9 +12,9 @@ import torch
 
 from lorakit.adapters.storage import load_adapter
 from lorakit.boundary import decode
-from lorakit.boundary.kv_cache import Slots
 from lorakit.commands import _dry_run
 from lorakit.commands._dry_run import duration, size
+from lorakit.models.kv_cache import Slots
 from lorakit.training import train
 from lorakit.training.trainer import Trainer
 from tests.support.in_process import Ended, run_here
@@ -188,7 +188,7 @@ def test_the_slots_of_a_search_take_what_is_said(
     held = []
 
     class Watched(Slots):
-        def _forward(self, *arguments: Any) -> list[list[int]]:
+        def _forward(self, *arguments: Any) -> Any:
             predicted = super()._forward(*arguments)
             held.append(sum(part.nbytes for pair in self._stored.values() for part in pair))
             return predicted
@@ -218,7 +218,7 @@ def test_generate_counts_its_batches_and_the_cache_of_the_largest(folder: Path) 
     assert section(said, "work")["outputs"] == 8
     prompts = [len(row["prompt"]) + 1 for row in rows(4, seed=1)]
     widths = 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
-    assert section(said, "memory", "cache")["bytes"] == 3 * (max(prompts) + 5 - 1) * widths
+    assert section(said, "memory", "cache")["bytes"] == 3 * (max(prompts) + 5) * widths
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapters.storage import load_adapter
-from lorakit.models.generation import completion_of
+from lorakit.models.completions import completion_of
 from lorakit.models.predictions import encoder_of
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings

@@ -15,7 +15,8 @@ from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.errors import LorakitError
 from lorakit.models import predictions
 from lorakit.models.base import Base
-from lorakit.models.generation import complete, completion_of, generate, window_size
+from lorakit.models.completions import completion_of
+from lorakit.models.generation import complete, generate, window_size
 from lorakit.models.predictions import write_predictions, write_predictions_of_each
 from lorakit.models.sharing import ALONE, Team
 from lorakit.records.completions import CLOSE, OPEN, until_stop

@@ -11,8 +11,10 @@ from lorakit.adapters.adapter import Adapter, tensors_of
 from lorakit.adapters.names import layer_of
 from lorakit.adapters.targets import peft_config
 from lorakit.models.base import Base
-from lorakit.models.generation import generate
+from lorakit.models.completions import text_of
+from lorakit.models.generation import complete
 from lorakit.models.lora import attach, default_targets, is_transposed, pick_modules, projections
+from lorakit.models.memory import in_batches
 from lorakit.records.record import Record
 from lorakit.reporting import Silent
 from lorakit.settings import GenerationSettings
@@ -75,8 +77,10 @@ def alone(
     records: Sequence[Record],
     settings: GenerationSettings,
 ) -> list[str]:
-    """Return what `generate` writes with this adapter, or with the base alone."""
+    """Return what transformers' own loop writes with this adapter, or with the base alone."""
     if adapter is not None:
         attach(base, adapter)
-    outputs = generate(base, base.encoder(chat="off"), records, settings)
-    return [record.prediction for record, _ in outputs]
+    encoder = base.encoder(chat="off")
+    prompts = [encoder.prompt(record, settings.max_new_tokens).ids for record in records]
+    batches = in_batches(prompts, settings.batch_size)
+    return [text_of(base, ids) for batch in batches for ids in complete(base, batch, settings)]

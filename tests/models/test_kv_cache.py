@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.boundary.kv_cache import Slots
+from lorakit.models.kv_cache import Slots
 
 LAYERS = 3
 

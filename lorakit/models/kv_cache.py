@@ -10,15 +10,17 @@ Two rows of four slots, given tokens by `extend`, row by row:
     x       e f       3, 1     · x   / e f       a b c x   d e f .      e f was a guess, f is wrong:
     .       g         -, 2             g         a b c x   d e g .      g goes into the slot of f
 
-The padding (·) of shorter rows is on the left and goes into an extra slot that no token sees. When
-a row splits by its cut in the middle of the model, `fan_out` fills several rows at once. Which
-tokens are guessed, and which rows come and go, is decided in decode.py.
+The padding (·) of shorter rows is on the left and goes into an extra slot that no token sees; where
+attention is lorakit's own, there is none (`ragged`). What all rows begin with is read once, by
+`read_prefix`. When rows differ only from some layer on,
+`fan_out` fills several at once. Which tokens are guessed, and which rows come and go, is decided in
+decoding.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -29,13 +31,18 @@ from lorakit.models.architecture import (
     forward_parameters,
     text_config,
 )
-from lorakit.models.attention import BY_ROW
+from lorakit.models.attention import BY_ROW, RaggedRows, ragged
 
 _KINDS = {"full_attention", "sliding_attention"}
 _ATTENTIONS = {"eager", "sdpa", BY_ROW}
 _NEEDED = {"position_ids", "attention_mask", "logits_to_keep"}
 _CACHES = ("cache", "past_key_values")  # what transformers calls the cache, since 5.24 and before
+# What a model raises whose code cannot work with slots.
+REFUSALS = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
+_TRIED = range(3, 19)  # tokens that are read in a trial
+_AHEAD = 128  # positions for which slots are added at once
 _LayerInputs = tuple[torch.Tensor, ...]
+_KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def can_slot(model: Model) -> bool:
@@ -50,6 +57,34 @@ def can_slot(model: Model) -> bool:
     )
 
 
+@torch.inference_mode()
+def can_batch_continuously(model: Model) -> bool:
+    """Return whether rows can come and go in a model's cache, by its config and by a trial.
+
+    In the trial, tokens read in parts beside another row have to give the same most probable tokens
+    as those read whole by the model's own forward (in half precision, nearly all of them).
+    """
+    if not can_slot(model):
+        return False
+    size = text_config(model).vocab_size
+    tokens = [token % size for token in _TRIED]
+    slots = Slots(model, 2, len(tokens))
+    try:
+        plain = model(input_ids=torch.tensor([tokens], device=model.device)).logits[0]
+        expected = plain.float().argmax(-1).tolist()
+        slots.extend([tokens[:1], tokens[:-6:-1]], [0, 0], 0, 5)
+        slots.read_prefix(tokens[:2])
+        slots.begin(1, 1)
+        predicted = slots.extend([tokens[1:], tokens[2:]], [1, 2], 0, len(tokens) - 2)
+    except REFUSALS:
+        return False
+    alike = sum(
+        one == each for row in predicted for one, each in zip(row, expected[2:], strict=True)
+    )
+    needed = 1.0 if model.dtype == torch.float32 else 0.8
+    return bool(alike >= needed * 2 * (len(tokens) - 2))
+
+
 def _cache_parameter(model: Model) -> str | None:
     """Return the name by which a model's forward takes a cache, None where it takes none."""
     parameters = forward_parameters(model)
@@ -57,16 +92,27 @@ def _cache_parameter(model: Model) -> str | None:
 
 
 class Slots:
-    """A model's cache of `rows` rows of `length` positions; the model calls `update`.
+    """A model's cache of `rows` rows of up to `length` positions; the model calls `update`.
 
-    The batch that is being computed is the run of rows that begins at row `first`.
+    The batch that is being computed is the run of rows that begins at row `first`. Position p lies
+    in slot p + 1, padding in slot 0; slots are added as rows grow. `check` gets the logits that
+    tokens are taken from.
     """
 
-    def __init__(self, model: Model, rows: int, length: int) -> None:
-        self._model, self._rows, self._length = model, rows, length
+    def __init__(
+        self,
+        model: Model,
+        rows: int,
+        length: int,
+        check: Callable[[torch.Tensor], None] = lambda logits: None,
+    ) -> None:
+        self._model, self._rows, self._length, self._check = model, rows, length, check
         self._cache_name = str(_cache_parameter(model))
-        self._stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._stored: dict[int, _KeysAndValues] = {}
+        self._prefix: dict[int, _KeysAndValues] = {}
         self._fanned = 0  # how many rows the batch is fanned out to; 0 while rows are extended
+        attention = getattr(text_config(model), "_attn_implementation", None)
+        self.ragged = attention == BY_ROW  # whether new tokens come as one sequence
         self._device = next(model.parameters()).device
         self._places = torch.arange(length + 1, device=self._device)
         self._windows = _windows(text_config(model))
@@ -88,28 +134,53 @@ class Slots:
 
         A fanned-out batch sees the new ones alone, as its rows begin at position 0.
         """
-        stored = self._stored.get(layer_idx)
-        if stored is None:
-            stored = (self._empty(key), self._empty(value))
-            self._stored[layer_idx] = stored
+        stored = self._stored[layer_idx] = self._roomy(self._stored.get(layer_idx), key, value)
         first = self._first
         if self._fanned:
             for slots, new in zip(stored, (key, value), strict=True):
-                laid = new.transpose(1, 2)
-                slots[first : first + len(new), : laid.shape[1]] = laid
+                laid, end = new.transpose(1, 2), 1 + new.shape[2]
+                slots[first : first + len(new), 1:end] = laid
                 # rows that split off above this layer are still the first row here
-                slots[first + len(new) : first + self._fanned, : laid.shape[1]] = laid[:1]
+                slots[first + len(new) : first + self._fanned, 1:end] = laid[:1]
             return key, value
         visible = []
         for slots, new in zip(stored, (key, value), strict=True):
             slots[self._row_numbers, self._targets] = new.transpose(1, 2)
-            visible.append(slots[first : first + len(new), : self._visible].transpose(1, 2))
+            seen = slots[first : first + self._extended, 1 : 1 + self._visible]
+            visible.append(seen.transpose(1, 2))
         return visible[0], visible[1]
 
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        """Return zeros (rows, length + 1, heads, width) for a layer's keys or values."""
-        heads, width = like.shape[1], like.shape[3]
-        return like.new_zeros(self._rows, self._length + 1, heads, width)
+    def _roomy(
+        self, stored: _KeysAndValues | None, key: torch.Tensor, value: torch.Tensor
+    ) -> _KeysAndValues:
+        """Return a layer's slots (rows, slots, heads, width), enough for what is visible now."""
+        count = 0 if stored is None else stored[0].shape[1]
+        if count > self._visible and stored is not None:
+            return stored
+        wanted = 1 + min(self._length, self._visible + max(_AHEAD, self._visible // 2))
+        roomy = self._empty(key, wanted), self._empty(value, wanted)
+        for slots, before in zip(roomy, stored or (), strict=False):
+            slots[:, :count] = before
+        return roomy
+
+    def _empty(self, like: torch.Tensor, count: int) -> torch.Tensor:
+        """Return zeros (rows, count, heads, width) for a layer's keys or values."""
+        return like.new_zeros(self._rows, count, like.shape[1], like.shape[3])
+
+    def read_prefix(self, tokens: Sequence[int]) -> None:
+        """Read tokens with which rows begin; `begin` gives them to rows without reading again."""
+        self.extend([tokens], [0], 0, 1)
+        end = 1 + len(tokens)
+        self._prefix = {
+            layer: (keys[:1, 1:end].clone(), values[:1, 1:end].clone())
+            for layer, (keys, values) in self._stored.items()
+        }
+
+    def begin(self, first: int, count: int) -> None:
+        """Let `count` rows from `first` on hold the prefix."""
+        for layer, stored in self._stored.items():
+            for slots, prefix in zip(stored, self._prefix.get(layer, ()), strict=False):
+                slots[first : first + count, 1 : 1 + prefix.shape[1]] = prefix
 
     def extend(
         self, tokens: Sequence[Sequence[int]], starts: Sequence[int], first: int, keep: int
@@ -119,21 +190,40 @@ class Slots:
         Return, for each row, the most probable token after each of its last `keep` tokens. For a
         row with fewer new tokens, the values on the left belong to padding and mean nothing.
         """
+        self._first, self._fanned, self._extended = first, 0, len(tokens)
+        self._visible = max(map(sum, zip(starts, map(len, tokens), strict=True)))
         width = max(map(len, tokens))
-        ids = [[0] * (width - len(row)) + list(row) for row in tokens]
         positions = [
             [-1] * (width - len(row)) + list(range(start, start + len(row)))
             for row, start in zip(tokens, starts, strict=True)
         ]
+        if self.ragged:
+            return self._extend_ragged(tokens, positions, keep)
+        ids = [[0] * (width - len(row)) + list(row) for row in tokens]
         position_ids = torch.tensor(positions, device=self._device)
-        self._first, self._fanned = first, 0
-        self._visible = max(row[-1] for row in positions) + 1
         self._row_numbers = torch.arange(first, first + len(tokens), device=self._device)[:, None]
-        # padding goes into the extra slot
-        self._targets = torch.where(position_ids < 0, self._length, position_ids)
-        return self._forward(
-            torch.tensor(ids, device=self._device), position_ids.clamp_min(0), keep
-        )
+        self._targets = position_ids + 1
+        position_ids.clamp_(min=0)
+        ids_tensor = torch.tensor(ids, device=self._device)
+        return _lists(self._forward(ids_tensor, position_ids, self._mask(position_ids), keep))
+
+    def _extend_ragged(
+        self, tokens: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], keep: int
+    ) -> list[list[int]]:
+        """Extend by tokens in one sequence; `positions` (rows, width) has -1 where none is."""
+        laid_out = torch.tensor(positions, device=self._device)
+        row, column = torch.where(laid_out >= 0)
+        layout = RaggedRows(row, column, *laid_out.shape)
+        position_ids = laid_out[row, column][None]
+        self._row_numbers, self._targets = self._first + row[None], position_ids + 1
+        kept = column >= layout.width - keep
+        ids = torch.tensor([[token for new in tokens for token in new]], device=self._device)
+        mask = self._mask(laid_out.clamp_min(0))
+        with ragged(layout):
+            flat = self._forward(ids, position_ids, mask, torch.where(kept)[0])
+        predicted = laid_out.new_zeros(layout.rows, keep)
+        predicted[row[kept], column[kept] - (layout.width - keep)] = flat[0]
+        return _lists(predicted)
 
     def fan_out(
         self, tokens: Sequence[int], splits: Sequence[int], first: int, keep: int
@@ -150,20 +240,28 @@ class Slots:
         ids = torch.tensor([list(tokens)], device=self._device)
         positions = self._places[None, : len(tokens)]
         with _splitting(self._model, splits):
-            return self._forward(ids, positions, keep)
+            return _lists(self._forward(ids, positions, self._mask(positions), keep))
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, keep: int) -> list[list[int]]:
-        """Run the model; return what `extend` returns."""
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | dict[str, torch.Tensor],
+        keep: int | torch.Tensor,
+    ) -> torch.Tensor:
+        """Run the model; return the most probable token after the last `keep`, or those places."""
         logits = self._model(
             input_ids=ids,
             position_ids=positions,
-            attention_mask=self._mask(positions),
+            attention_mask=mask,
             use_cache=True,
             logits_to_keep=keep,
             **{self._cache_name: self},
         ).logits
-        predicted: list[list[int]] = logits[:, -keep:].float().argmax(-1).tolist()
-        return predicted
+        if isinstance(keep, int):
+            logits = logits[:, -keep:]
+        self._check(logits)
+        return logits.float().argmax(-1)
 
     def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the additive mask (rows, 1, new, visible), by kind of layer if there are two."""
@@ -184,6 +282,11 @@ class Slots:
         for stored in self._stored.values():
             for slots in stored:
                 slots[target] = slots[source]
+
+
+def _lists(tokens: torch.Tensor) -> list[list[int]]:
+    rows: list[list[int]] = tokens.tolist()
+    return rows
 
 
 def _windows(config: ModelConfig) -> Mapping[str, int | None]:

@@ -1,0 +1,161 @@
+"""Greedy decoding in a batch whose rows come and go, several tokens of a row at a time.
+
+A row is a prompt and the text being written for it. When it ends, its place goes to the next one,
+so that no place waits for the longest text of a batch. A row may also read tokens that are guessed
+to follow, in the same pass as its last token: those that the model would have written are accepted
+(as in speculative decoding), so that what is written is what one token at a time would have given.
+Two rows in a batch, the first with a guess of two tokens:
+
+    the model reads    and predicts   so that the rows go on as
+    … a | b c          b x y          … a b x          b is confirmed, c should have been x
+    … d                e              … d e
+
+Where a row's keys and values lie is decided in kv_cache.py, which rows come next by whoever calls
+this: generation.py, and boundary/decode.py for the rows of many boundaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from lorakit.models.completions import StopTexts
+from lorakit.models.kv_cache import Slots
+
+GUESSED = 4  # tokens guessed for a row in one step
+_RUNS = (3, 2, 1)  # lengths of the runs of tokens that guesses are based on, longest first
+
+
+class Drafts:
+    """Guesses how a text of one prompt goes on, from all the texts of that prompt.
+
+    It remembers what last followed every run of up to three tokens, in the prompt and in the texts
+    written: after 5 6 7 8 and then 5 6 9, what follows 1 5 6 is guessed to be 9. A wrong guess
+    costs no more than its room in the batch.
+    """
+
+    def __init__(self, prompt: Sequence[int], shortest: int = 1) -> None:
+        self._runs = [run for run in _RUNS if run >= shortest]
+        self._after: dict[tuple[int, ...], tuple[Sequence[int], int]] = {}
+        for place in range(1, len(prompt)):
+            self.add(prompt, place)
+
+    def add(self, ids: Sequence[int], place: int) -> None:
+        """Note that ids[place] follows the tokens before it; `ids` may grow later."""
+        for run in self._runs:
+            if run <= place:
+                self._after[tuple(ids[place - run : place])] = (ids, place)
+
+    def guess(self, ids: Sequence[int], most: int) -> Sequence[int]:
+        """Return up to `most` tokens that may follow `ids`: those after its longest known run."""
+        if most > 0:
+            for run in self._runs:
+                if run <= len(ids) and (source := self._after.get(tuple(ids[-run:]))):
+                    text, place = source
+                    return text[place : place + most]
+        return ()
+
+
+@dataclass
+class Row:
+    """A row of the batch: its tokens, and what is guessed to follow.
+
+    `ids` are the prompt's tokens and those written so far, which begin at `start`; `guess` are the
+    tokens that the model reads after them and verifies. `opened`: the prompt has begun reasoning.
+    """
+
+    ids: list[int]
+    start: int
+    drafts: Drafts
+    guess: Sequence[int] = ()
+    opened: bool = False
+
+    @property
+    def written(self) -> list[int]:
+        return self.ids[self.start :]
+
+    def accept(self, predicted: Sequence[int], ends: Ending) -> bool:
+        """Append the predictions that confirm the guess and the next one; return whether it ends.
+
+        The first of `predicted` follows the row's last token, each later one a token of the guess.
+        """
+        for place, token in enumerate(predicted):
+            self.ids.append(token)
+            self.drafts.add(self.ids, len(self.ids) - 1)
+            if ends(self):
+                return True
+            if place < len(self.guess) and self.guess[place] != token:
+                return False
+        return False
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Says whether a row ends: by an end token, after `most` tokens, or by a stop text."""
+
+    tokens: frozenset[int]
+    most: int
+    stop: StopTexts | None = None
+
+    def __call__(self, row: Row) -> bool:
+        if row.ids[-1] in self.tokens or len(row.ids) - row.start == self.most:
+            return True
+        return self.stop is not None and self.stop.end(row.written, row.opened)
+
+
+R = TypeVar("R", bound=Row)
+
+
+class RowBatch(Generic[R]):
+    """The rows being decoded; the row at place i of `rows` has the slots of row i.
+
+    Every method reads something for some rows, appends what the model predicts, takes the rows for
+    that end out of the batch, and returns them.
+    """
+
+    def __init__(self, slots: Slots, ends: Ending) -> None:
+        self.rows: list[R] = []
+        self._slots, self._ends = slots, ends
+
+    def join(self, rows: Sequence[R], prefix: int = 0) -> list[R]:
+        """Read the prompts of new rows, but for a prefix that the slots hold."""
+        first = len(self.rows)
+        if prefix:
+            self._slots.begin(first, len(rows))
+        tokens = [row.ids[prefix:] for row in rows]
+        return self._advance(
+            first, rows, self._slots.extend(tokens, [prefix] * len(rows), first, 1)
+        )
+
+    def fan_out(self, rows: Sequence[R], splits: Sequence[int]) -> list[R]:
+        """Read prompt and guess, which new rows share, until each splits off before its layer.
+
+        `splits` are those layers for all rows but the first, from the lowest up.
+        """
+        first, row = len(self.rows), rows[0]
+        ids = [*row.ids, *row.guess]
+        predicted = self._slots.fan_out(ids, splits, first, len(row.guess) + 1)
+        return self._advance(first, rows, predicted)
+
+    def step(self) -> list[R]:
+        """Read the last token and the guess of every row."""
+        tokens = [[row.ids[-1], *row.guess] for row in self.rows]
+        starts = [len(row.ids) - 1 for row in self.rows]
+        predicted = self._slots.extend(tokens, starts, 0, max(map(len, tokens)))
+        rows, self.rows = self.rows, []
+        return self._advance(0, rows, predicted)
+
+    def _advance(
+        self, first: int, rows: Sequence[R], predicted: Sequence[Sequence[int]]
+    ) -> list[R]:
+        """Let each row accept its predictions; rows that go on move up to close gaps."""
+        ended = []
+        for place, (row, tokens) in enumerate(zip(rows, predicted, strict=True), first):
+            if row.accept(tokens[len(tokens) - len(row.guess) - 1 :], self._ends):
+                ended.append(row)
+            else:
+                if len(self.rows) != place:
+                    self._slots.move(place, len(self.rows))
+                self.rows.append(row)
+        return ended

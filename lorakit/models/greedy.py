@@ -1,0 +1,101 @@
+"""Greedy completions by continuous batching: what `generate` does where nothing is sampled.
+
+Prompts join a batch of rows (decoding.py) as places become free. What all of them begin with, such
+as the system turn or the examples of `--few-shot`, is read once. How a text goes on is guessed from
+its prompt and itself, for as long as guesses come true. In float32 the completions are those of
+transformers' own loop (generation.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorakit.models.base import Base
+from lorakit.models.completions import StopTexts, check_finite, until_end
+from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
+from lorakit.models.kv_cache import Slots
+from lorakit.settings import GenerationSettings
+
+_JOINING = 4  # rows join when this part of the batch is free: reading few at a time costs more
+_LEAST_PREFIX = 8  # tokens that all prompts begin with, which are worth a pass of their own
+_LEAST_RUN = 2  # tokens after which the next ones are guessed
+
+
+@dataclass(kw_only=True)
+class _NumberedRow(Row):
+    """The row of a prompt (its number), and how many tokens are guessed for it next."""
+
+    number: int
+    guessed: int = 1
+
+    def guess_next(self, most: int) -> None:
+        """Guess up to `most` tokens to follow."""
+        self.guess = self.drafts.guess(self.ids, min(self.guessed, most))
+
+    def accept(self, predicted: Sequence[int], ends: Ending) -> bool:
+        """Accept as every row; guess one token more next time if all came true, else one."""
+        ended = super().accept(predicted, ends)
+        if self.guess:
+            right = tuple(self.ids[-len(self.guess) - 1 : -1]) == tuple(self.guess)
+            self.guessed = min(GUESSED, self.guessed + 1) if right else 1
+        return ended
+
+
+@torch.inference_mode()
+def complete_greedily(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    opened: Sequence[bool] = (),
+    *,
+    at_once: int,
+) -> list[list[int]]:
+    """Return the new tokens of each prompt, up to and without the first end token.
+
+    At most `at_once` prompts are decoded at a time; the rest is as in `complete` of generation.py.
+    """
+    size, most = min(at_once, len(prompts)), settings.max_new_tokens
+    check = functools.partial(check_finite, name=base.name)
+    slots = Slots(base.model, size, max(map(len, prompts)) + most - 1, check)
+    stop = StopTexts(base, settings.stop) if settings.stop else None
+    ending = Ending(frozenset(base.end_tokens), most, stop)
+    prefix = _shared_prefix(prompts)
+    if prefix:
+        slots.read_prefix(prompts[0][:prefix])
+    waiting = deque(
+        _NumberedRow(list(ids), len(ids), Drafts(ids, _LEAST_RUN), opened=opens, number=number)
+        for number, (ids, opens) in enumerate(
+            zip(prompts, opened or [False] * len(prompts), strict=True)
+        )
+    )
+    batch: RowBatch[_NumberedRow] = RowBatch(slots, ending)
+    ended = {row.number: row.written for row in _decoded(batch, waiting, size, prefix, most)}
+    return [until_end(ended[number], base.end_tokens) for number in range(len(prompts))]
+
+
+def _decoded(
+    batch: RowBatch[_NumberedRow], waiting: deque[_NumberedRow], size: int, prefix: int, most: int
+) -> Iterator[_NumberedRow]:
+    """Yield the rows that wait, as they end; `prefix` of their tokens are read already."""
+    while waiting or batch.rows:
+        free = size - len(batch.rows)
+        if waiting and free >= min(len(waiting), max(1, size // _JOINING)):
+            joining = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            yield from batch.join(joining, prefix)
+        else:
+            for row in batch.rows:
+                row.guess_next(most - len(row.written) - 1)
+            yield from batch.step()
+
+
+def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with, each having one more; 0 if too few to pay."""
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what they share, all share
+    differing = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    shared = min(next(differing, len(first)), min(map(len, prompts)) - 1)
+    return shared if len(prompts) > 1 and shared >= _LEAST_PREFIX else 0

@@ -1,0 +1,172 @@
+"""Continuous batching against transformers' own loop, batch after batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.models import generation, kv_cache
+from lorakit.models.base import Base
+from lorakit.models.decoding import Drafts
+from lorakit.models.generation import complete, complete_prompts
+from lorakit.models.greedy import complete_greedily
+from lorakit.models.kv_cache import Slots
+from lorakit.records.record import Record
+from lorakit.settings import GenerationSettings
+from tests.support.models import FAMILIES, open_base, save_model
+from tests.support.training_data import rows
+
+SETTINGS = GenerationSettings(max_new_tokens=14, batch_size=5, device="cpu", dtype="float32")
+
+
+def prompts_of(base: Base, count: int, before: str = "") -> list[Sequence[int]]:
+    encoder = base.encoder(chat="off")
+    records = [Record({**row, "prompt": before + row["prompt"]}, "a row") for row in rows(count)]
+    return [encoder.prompt(record, SETTINGS.max_new_tokens).ids for record in records]
+
+
+def ending_variously(base: Base, prompts: Sequence[Sequence[int]]) -> Base:
+    """Return the base with an end token such that texts end at as many lengths as can be."""
+    texts = complete(base, prompts, SETTINGS)
+
+    def lengths(token: int) -> int:
+        return len({text.index(token) if token in text else -1 for text in texts})
+
+    return replace(
+        base, end_tokens=(max({token for text in texts for token in text}, key=lengths),)
+    )
+
+
+@pytest.fixture(scope="module")
+def base(llama: str) -> Base:
+    base = open_base(llama)
+    return ending_variously(base, prompts_of(base, 23))
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """How many tokens each pass through the model reads, row by row."""
+    lengths: list[list[int]] = []
+    extend = Slots.extend
+
+    def counted(self: Slots, tokens: Any, *others: Any) -> list[list[int]]:
+        lengths.append(list(map(len, tokens)))
+        return extend(self, tokens, *others)
+
+    monkeypatch.setattr(Slots, "extend", counted)
+    return lengths
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completions_are_those_of_transformers_own_loop(family: str, tmp_path: Path) -> None:
+    whole = open_base(save_model(tmp_path, family))
+    assert whole.batches_continuously
+    for before in ("", "All prompts begin so. "):
+        prompts = prompts_of(whole, 23, before)
+        base = ending_variously(whole, prompts)
+        expected = complete(base, prompts, SETTINGS)
+        assert len({len(ids) for ids in expected}) > 1, "texts should end at various lengths"
+        for at_once in (1, random.Random(family).randrange(2, 9), 40):
+            assert complete_greedily(base, prompts, SETTINGS, at_once=at_once) == expected
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_a_sliding_window_shorter_than_the_prefix_is_kept(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FAMILIES[family]()
+    config.sliding_window = 8
+    monkeypatch.setitem(FAMILIES, family, lambda: config)
+    base = open_base(save_model(tmp_path, family))
+    prompts = prompts_of(base, 7, "Twelve words or more. ")
+    expected = complete(base, prompts, SETTINGS)
+    assert complete_greedily(base, prompts, SETTINGS, at_once=3) == expected
+
+
+def test_a_row_that_ends_makes_room_for_the_next(base: Base, passes: list[list[int]]) -> None:
+    prompts = prompts_of(base, 23)
+    longest = max(map(len, complete(base, prompts, SETTINGS)))
+    complete_greedily(base, prompts, SETTINGS, at_once=4)
+    assert max(map(len, passes)) == 4
+    joins = [lengths for lengths in passes if max(lengths) > 5]
+    assert len(joins) > 23 // 4, "rows join a batch that others are in"
+    assert len(passes) < 23 / 4 * longest
+
+
+def test_what_all_prompts_begin_with_is_read_once(base: Base, passes: list[list[int]]) -> None:
+    before = "You are asked many things. "
+    prompts = prompts_of(base, 9, before)
+    complete_greedily(base, prompts, SETTINGS, at_once=3)
+    columns = enumerate(zip(*prompts, strict=False))
+    shared = next(place for place, column in columns if len(set(column)) > 1)
+    assert passes[0] == [shared]
+    assert shared > len(before)
+    reading = [length - shared for length in map(len, prompts)]
+    joining = [length for lengths in passes[1:] for length in lengths if length in reading]
+    assert sorted(reading) == sorted(joining)
+
+
+def test_a_single_prompt_has_no_prefix_of_its_own(base: Base, passes: list[list[int]]) -> None:
+    (prompt,) = prompts_of(base, 1)
+    complete_greedily(base, [prompt], SETTINGS, at_once=3)
+    assert passes[0] == [len(prompt)]
+    passes.clear()
+    complete_greedily(base, [prompt, prompt], SETTINGS, at_once=3)
+    assert passes[:2] == [[len(prompt) - 1], [1, 1]]
+
+
+def test_slots_are_added_as_texts_grow(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, settings = open_base(base.name), replace(SETTINGS, max_new_tokens=60)
+    prompts = prompts_of(base, 6)
+    expected = complete(base, prompts, settings)
+    monkeypatch.setattr(kv_cache, "_AHEAD", 3)
+    assert complete_greedily(base, prompts, settings, at_once=4) == expected
+
+
+def test_guesses_that_come_true_save_passes(llama: str, passes: list[list[int]]) -> None:
+    """A model repeats itself soon: each guess is verified in the pass that reads it."""
+    base, settings = open_base(llama), replace(SETTINGS, max_new_tokens=60)
+    prompts = prompts_of(base, 4)
+    expected = complete(base, prompts, settings)
+    assert complete_greedily(base, prompts, settings, at_once=4) == expected
+    assert len(passes) < 60
+    assert any(max(lengths) > 2 for lengths in passes[1:])
+
+
+def test_a_model_without_slots_takes_transformers_loop(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = open_base(llama)
+    expected = complete(base, prompts_of(base, 3), SETTINGS)
+    monkeypatch.setattr(kv_cache, "can_slot", lambda model: False)
+    monkeypatch.delattr(generation, "complete_greedily")
+    assert complete_prompts(base, prompts_of(base, 3), SETTINGS, at_once=2) == expected
+    assert not base.batches_continuously
+
+
+def test_a_cache_that_loses_its_prefix_is_found_by_the_trial(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Slots, "begin", lambda *arguments: None)
+    assert not open_base(llama).batches_continuously
+
+
+def test_a_guess_is_what_followed_the_longest_run_last() -> None:
+    drafts = Drafts([5, 6, 7, 8])
+    assert list(drafts.guess([1, 5, 6], 4)) == [7, 8]
+    written = [5, 6, 9]
+    drafts.add(written, 2)
+    assert list(drafts.guess([1, 5, 6], 4)) == [9]
+    assert list(drafts.guess([1, 6, 7], 1)) == [8]
+    assert list(drafts.guess([5, 6], 0)) == list(drafts.guess([4], 4)) == []
+
+
+def test_a_guess_needs_a_run_of_the_shortest_length() -> None:
+    drafts = Drafts([5, 6, 7, 8], shortest=2)
+    assert list(drafts.guess([1, 6], 4)) == []
+    assert list(drafts.guess([5, 6], 1)) == [7]
