@@ -45,7 +45,7 @@ class Fused:
             stored = values.to(DTYPES[self.dtype], copy=True)
             if not _is_finite(stored) and _is_finite(values):
                 raise LorakitError(f"{self.key} is beyond {self.dtype}; give --dtype float32")
-            yield memoryview(stored.view(torch.uint8).numpy())
+            yield memoryview(stored.view(torch.uint8).numpy().data)
         self.weight.release()
 
     def rows(self) -> Iterator[torch.Tensor]:

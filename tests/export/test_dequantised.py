@@ -182,7 +182,7 @@ def _drop(name: str) -> Callable[[Weights], None]:
     return change
 
 
-DAMAGE: dict[str, tuple[str, Callable[[Weights], None], str]] = {
+DAMAGE: dict[str, tuple[str, Callable[[Weights], object], str]] = {
     "larger than its bytes": ("nf4", _state(shape=[32, 3200]), "512 in weight, not 51200"),
     "negative": ("nf4", _state(shape=[-32, -32]), "does not know"),
     "another type": ("nf4", _state(quant_type="int4"), "does not know"),

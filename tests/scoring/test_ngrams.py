@@ -43,7 +43,8 @@ def sacrebleus_rows(
 @example([("我爱你 a", ["我爱他", "我爱你 a"])], "zh")
 def test_rows_are_those_of_sacrebleu(examples: list[tuple[str, list[str]]], lang: str) -> None:
     predictions, references = zip(*examples, strict=True)
-    judges = {"bleu": BLEU(tokenize=TOKENIZERS[lang], force=True), "chrf": CHRF()}
+    bleu, chrf = BLEU(tokenize=TOKENIZERS[lang], force=True), CHRF()
+    judges: dict[str, BLEU | CHRF] = {"bleu": bleu, "chrf": chrf}
     for name, judge in judges.items():
         expected = sacrebleus_rows(judge, predictions, references)
         statistics = compute_statistics(predictions, references, metric=name, lang=lang)
