@@ -1,9 +1,9 @@
 """What the program takes to start: its help, `inspect`, and a first step of `train-adapter`.
 
 Three comparisons of whole processes, each in turns: `lorakit --help` against a program of click
-with one command; `inspect` of an adapter of 100 MB against reading and hashing that file in Python; and
-`train-adapter` on two records of the model that ships with lorakit, a single step, against the same
-written by hand with transformers and PEFT. The ratio of each is the peer's time by ours.
+with one command; `inspect` of an adapter of 100 MB against reading and hashing that file in Python;
+and `train-adapter` on two records of the model that ships with lorakit, a single step, against the
+same written by hand with transformers and PEFT. The ratio of each is the peer's time by ours.
 
     python -m tests.benchmarks.start_up [--rounds 5] [--megabytes 100]
 """
