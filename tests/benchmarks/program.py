@@ -50,8 +50,13 @@ def main(
         measured = measure(options)
     except BenchmarkError as error:
         sys.exit(f"Error: {error}")
-    for result in [measured] if isinstance(measured, Result) else measured:
+    for result in results_of(measured):
         print(result.as_json() if as_json else result.as_text(), flush=True)
+
+
+def results_of(measured: Result | Sequence[Result]) -> Sequence[Result]:
+    """Return what a benchmark's `measure` returned as its results."""
+    return [measured] if isinstance(measured, Result) else measured
 
 
 def _options(description: str, default: OptionsT, smoke: OptionsT) -> tuple[OptionsT, bool]:
