@@ -163,8 +163,8 @@ def random_adapter(model: Any) -> Adapter:
     shapes = {name: shape for name, shape in projections(model).items() if "layers." in name}
     pairs = {
         name: (
-            draw.standard_normal((RANK, columns), np.float32) / 50,
-            draw.standard_normal((rows, RANK), np.float32) / 50,
+            np.float32(0.02) * draw.standard_normal((RANK, columns), np.float32),
+            np.float32(0.02) * draw.standard_normal((rows, RANK), np.float32),
         )
         for name, (rows, columns) in shapes.items()
     }
@@ -197,7 +197,7 @@ def run(way: str, folder: Path, output: str, dtype: str, threads: int) -> Turn:
 
 def tensors(folder: Path) -> dict[str, Any]:
     """Return slices of a model's tensors by name, read when they are asked for."""
-    files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+    files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
     return {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
 
 

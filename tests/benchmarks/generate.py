@@ -13,6 +13,7 @@ with once for all.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -116,21 +117,16 @@ def all_sides(
 ) -> Turns:
     """Return what lorakit and the peers write and take in every round, after a short warm-up."""
 
-    def sides(settings: GenerationSettings) -> dict[str, Callable[[], list[str]]]:
-        return {
-            "ours": lambda: by_lorakit(base, records, settings, few_shot),
-            **{
-                peer: lambda peer=peer: by_transformers(base, records, settings, few_shot, peer)
-                for peer in peers
-            },
-        }
-
-    def run(side: Callable[[], list[str]]) -> Callable[[], Timed[list[str]]]:
-        return lambda: timed(side, base.device)
-
-    by_lorakit(base, records[:2], replace(settings, max_new_tokens=2), few_shot)
-    by_transformers(base, records[:2], replace(settings, max_new_tokens=2), few_shot, SORTED)
-    return all_in_turns({name: run(side) for name, side in sides(settings).items()}, rounds)
+    few = replace(settings, max_new_tokens=2)
+    by_lorakit(base, records[:2], few, few_shot)
+    by_transformers(base, records[:2], few, few_shot, SORTED)
+    sides: dict[str, Callable[[], list[str]]] = {
+        "ours": functools.partial(by_lorakit, base, records, settings, few_shot)
+    }
+    for peer in peers:
+        sides[peer] = functools.partial(by_transformers, base, records, settings, few_shot, peer)
+    timings = {name: functools.partial(timed, side, base.device) for name, side in sides.items()}
+    return all_in_turns(timings, rounds)
 
 
 def by_lorakit(
