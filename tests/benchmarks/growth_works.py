@@ -190,9 +190,9 @@ _QUADRATIC_ATTENTION = (
 )
 _BOUNDARIES = "there are as many boundaries as layers, and each runs the layers above it"
 _WRITTEN = (
-    "fans, which read prompts and drafts, grow linearly; but boundaries leave a draft after as many "
-    "tokens whatever its length, so that of more tokens a larger part is written in steps, and each "
-    "attends to all before it"
+    "fans, which read prompts and drafts, grow linearly; but boundaries leave a draft after as "
+    "many tokens whatever its length, so that of more tokens a larger part is written in steps, "
+    "and each step attends to all before it"
 )
 _TRIES = "one pack more is tried until all rows fit, more often where rows are long"
 _QR = "QR of d × R factors costs d·R², and the SVD of their core R³, with R the sum of the ranks"
