@@ -102,7 +102,7 @@ def test_a_process_that_is_alone_decodes_a_window_as_one_batch(
     base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    decode = generation.complete_greedily
+    decode = complete_greedily
 
     def counted(base: Base, prompts: Any, *others: Any, **named: Any) -> list[list[int]]:
         sizes.append(len(prompts))
