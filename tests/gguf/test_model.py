@@ -22,7 +22,7 @@ from lorakit.export.model_folder import open_model_folder
 from lorakit.gguf.model import fuse_gguf
 from lorakit.reporting import Silent
 from lorakit.settings import ModelSettings
-from tests.export.test_gguf_adapter import random_adapter
+from tests.gguf.test_adapter import random_adapter
 from tests.support.gguf import (
     CONFIGS,
     fields_of,
