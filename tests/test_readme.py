@@ -43,7 +43,7 @@ SLOW = [  # the last starts launchers
     "lorakit/runs/README.md",
 ]
 LONGEST_FRONT_PAGE, LONGEST_ROOM_PAGE = 150, 60  # lines
-OPTIONS_OF_OTHERS = {  # of sacrebleu, vLLM, llama.cpp, scripts, Snakemake; launchers', up to "_"
+OPTIONS_OF_OTHERS = {  # of sacrebleu, vLLM, llama.cpp, benchmarks, Snakemake; launchers', to "_"
     "--enable-lora",
     "--lora",
     "--configfile",
@@ -55,6 +55,9 @@ OPTIONS_OF_OTHERS = {  # of sacrebleu, vLLM, llama.cpp, scripts, Snakemake; laun
     "--out",
     "--smoke",
     "--steps",
+    "--rounds",
+    "--work",
+    "--json",
     "--threads",
     "--nproc-per-node",
     "--cpu",

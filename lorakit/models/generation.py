@@ -27,7 +27,6 @@ from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
 
 BATCHES_A_WINDOW = 16
-_BATCHES_A_GROUP = 4  # whose rows are decoded by one process, in one continuous batch
 _SEEDS_APART = 0x9E37_79B9_7F4A_7C15  # the seeds of a window's batches: 2^64 over the golden ratio
 
 
@@ -85,7 +84,9 @@ def _complete_window(
     Each batch draws from a seed of its own, so that it may be any process's.
     """
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
-    grouped = _BATCHES_A_GROUP if is_continuous(base, settings) else 1
+    grouped = 1
+    if is_continuous(base, settings):
+        grouped = _batches_a_group(len(order), settings.batch_size, team)
 
     def complete_rows(places: Sequence[int]) -> list[Completion]:
         rows = [prompts[place].ids for place in places]
@@ -107,6 +108,15 @@ def _complete_window(
     completions = (row for batch in team.in_turn(batches, complete_batch) for row in batch)
     by_place = dict(zip(order, completions, strict=True))
     return [by_place[place] for place in range(len(prompts))]
+
+
+def _batches_a_group(rows: int, size: int, team: Team) -> int:
+    """Return how many batches of a window are decoded as one: each process's share of them.
+
+    At the end of a group places stay empty until its longest text ends; so groups are few.
+    """
+    batches = -(-rows // size)
+    return max(1, -(-batches // team.count))
 
 
 def is_continuous(base: Base, settings: GenerationSettings) -> bool:

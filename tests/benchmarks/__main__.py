@@ -1,4 +1,4 @@
-"""Run the benchmarks, each in a process of its own, and write one line of JSON for each.
+"""Run the benchmarks, each in a process of its own, and write a line of JSON for each result.
 
     python -m tests.benchmarks [NAME …] [--out FILE] [--smoke]
 
@@ -23,9 +23,13 @@ from tests.benchmarks.side import ROOT
 # What each compares. To add a benchmark, write its module (program.py says how) and add a line.
 BENCHMARKS: dict[str, str] = {
     "train_step": "a merge step against PEFT's three active adapters",
+    "generate": "generate against transformers' own loop",
     "find_boundary": "find-boundary against PEFT's generate at every boundary",
     "boundary_loss": "find-boundary --metric loss against a pass for every boundary",
     "static_merge": "merge --method svd against PEFT's add_weighted_adapter",
+    "fuse": "fuse against PEFT's merge_and_unload",
+    "score": "score with intervals and p-values against sacrebleu's command",
+    "start_up": "--help, inspect and a first step against the same by hand",
     "strip_layers": "strip-layers against reading and writing the file",
     "batch_rows": "outputs that change with the batch they are decoded in",
     "checkpointing": "a training step with and without gradient checkpointing",
@@ -33,8 +37,8 @@ BENCHMARKS: dict[str, str] = {
 }
 
 
-def run(name: str, *, smoke: bool) -> dict[str, object]:
-    """Return the record of one benchmark: its result, or the error that it ended with."""
+def run(name: str, *, smoke: bool) -> list[dict[str, object]]:
+    """Return the records of one benchmark: its results, or the error that it ended with."""
     command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--json"]
     started = time.perf_counter()
     done = subprocess.run(
@@ -47,8 +51,9 @@ def run(name: str, *, smoke: bool) -> dict[str, object]:
     took = round(time.perf_counter() - started, 1)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-        return {"name": name, "error": lines[-1].removeprefix("Error: "), "took": took}
-    return {**json.loads(done.stdout.splitlines()[-1]), "took": took}
+        return [{"name": name, "error": lines[-1].removeprefix("Error: "), "took": took}]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return [{**json.loads(line), "took": took} for line in lines]
 
 
 def shown(record: dict[str, object]) -> str:
@@ -86,10 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = 0
     with opened(options.out) as stream:
         for name in options.names or BENCHMARKS:
-            record = run(name, smoke=options.smoke)
-            failed += "error" in record
-            print(json.dumps(record, ensure_ascii=False), file=stream, flush=True)
-            print(f"{shown(record)}  [{record['took']} s]", file=sys.stderr, flush=True)
+            for record in run(name, smoke=options.smoke):
+                failed += "error" in record
+                print(json.dumps(record, ensure_ascii=False), file=stream, flush=True)
+                print(f"{shown(record)}  [{record['took']} s]", file=sys.stderr, flush=True)
     return 1 if failed else 0
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import compileall
+import functools
 import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -14,7 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import lorakit
+from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.result import BenchmarkError, Result
+from tests.benchmarks.rounds import all_in_turns, ratio_of
 
 LORAKIT = (sys.executable, "-m", "lorakit")
 
@@ -39,19 +44,20 @@ def install(folder: Path) -> dict[str, str]:
 
 
 def cost_of(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> Cost:
-    """Run a command in a folder and return its cost; end the benchmark where it fails."""
+    """Run a command in a folder and return its cost; raise BenchmarkError where it fails."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         list(command), env=dict(environment), cwd=folder, capture_output=True, check=False
     )
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        sys.exit(f"{' '.join(command)}: {done.stderr.decode(errors='replace')}")
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise BenchmarkError(f"{' '.join(command[:4])}: {lines[-1] if lines else done.returncode}")
     user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
     return Cost(seconds, user + system)
 
 
-def in_turns(
+def costs_in_turns(
     commands: Mapping[str, Sequence[str]],
     environment: Mapping[str, str],
     folder: Path,
@@ -61,36 +67,34 @@ def in_turns(
 
     Every other round runs them in reverse, so that none is always the one that follows another.
     """
-    costs: dict[str, list[Cost]] = {name: [] for name in commands}
-    for number in range(rounds + 1):
-        order = list(commands) if number % 2 else list(commands)[::-1]
-        for name in order:
-            cost = cost_of(commands[name], environment, folder)
-            if number:
-                costs[name].append(cost)
-    return costs
-
-
-def comparison(
-    name: str, unit: str, ours: Sequence[float], peer: Sequence[float], **details: object
-) -> dict[str, object]:
-    """Return one comparison: medians, and how many times as much the peer takes, round by round."""
-    ratios = [theirs / own for own, theirs in zip(ours, peer, strict=True)]
-    return {
-        "name": name,
-        "unit": unit,
-        "ours": statistics.median(ours),
-        "peer": statistics.median(peer),
-        "ratio": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
-        "details": details,
+    sides = {
+        name: functools.partial(cost_of, command, environment, folder)
+        for name, command in commands.items()
     }
+    return {name: costs[1:] for name, costs in all_in_turns(sides, rounds + 1).items()}
 
 
-def as_text(result: Mapping[str, object]) -> str:
-    """Return a comparison as a line to read."""
-    ours, peer, ratio = (float(str(result[name])) for name in ("ours", "peer", "ratio"))
-    details = result["details"]
-    pairs = details.items() if isinstance(details, Mapping) else ()
-    shown = ", ".join(f"{key} {value}" for key, value in pairs)
-    return f"{result['name']}: {ours:.3g} {result['unit']}, peer {peer:.3g}: {ratio:.2f}×; {shown}"
+def compared(
+    name: str, ours: Sequence[Cost], peer: Sequence[Cost], details: Mapping[str, object]
+) -> Result:
+    """Return the result of commands in turns: by the clock, and in processor time as a detail.
+
+    `name` may hold a second part, after a colon.
+    """
+    ratio = ratio_of([cost.seconds for cost in ours], [cost.seconds for cost in peer])
+    processor = ratio_of([cost.processor for cost in ours], [cost.processor for cost in peer])
+    return Result(
+        name=name,
+        unit="s, of whole processes",
+        ours=min(cost.seconds for cost in ours),
+        peer=min(cost.seconds for cost in peer),
+        ratio=ratio.median,
+        spread=ratio.spread,
+        machine=describe_machine(torch.device("cpu"), torch.float32),
+        details={
+            "processor ratio": processor.median,
+            "processor seconds": min(cost.processor for cost in ours),
+            "processor seconds of the peer": min(cost.processor for cost in peer),
+            **details,
+        },
+    )

@@ -1,28 +1,26 @@
 """`lorakit fuse` against PEFT's merge_and_unload, from files to files: time, memory and tensors.
 
-A random model of Llama 3.2 1B's shape (1.24 billion parameters, bfloat16, one file) and a rank-16
-adapter on all seven projections are written to a temporary folder. PEFT's side loads the model in
-its dtype, merges and saves it. Each side runs in processes of its own, which count whole, Python's
-start included, in turns; PEFT's over lorakit's time is the median of the rounds, by the clock and
-by the processor. Memory is the largest peak of the resident set. In the first round
-lorakit also runs with the check of logits, which PEFT does not make; the goals are without it.
+A random model of Llama 3.2 1B's width (bfloat16, one file; 1.24 billion parameters at its 16
+layers) and a rank-16 adapter on all seven projections are written to a temporary folder. PEFT's
+side loads the model in its dtype, merges and saves it. Each side runs in processes of its own,
+which count whole, Python's start included, in turns; neither side checks logits, which lorakit does
+by default: that way is timed once. Memory is the largest peak of the resident set.
 
 Then both sides write float32, where the tensors must be equal to 1e-6; lorakit's bfloat16 ones must
-be these rounded once. How many of PEFT's differ from them is printed.
+be these rounded once. How many of PEFT's differ from them is counted.
 
-    python tests/benchmarks/fuse.py [--layers 16] [--rounds 3] [--threads 2]
+    python -m tests.benchmarks.fuse [--layers 4] [--rounds 2] [--folder FOLDER]
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,11 +34,29 @@ from lorakit.adapters.adapter import Adapter, tensors_of
 from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.targets import peft_config
 from lorakit.models.lora import projections
+from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.program import main, option
+from tests.benchmarks.result import BenchmarkError, Result
+from tests.benchmarks.rounds import in_turns, ratio_of
 from tests.support.models import byte_tokenizer
 
 RANK = 16
-MOST_MEMORY, LEAST_SPEED = 0.3, 2.0  # the goals: of PEFT's peak, and PEFT's over lorakit's time
-WAYS = ("lorakit --no-check", "PEFT", "lorakit")
+CLOSE = 1e-6  # how far float32 tensors may differ
+OURS, CHECKED, PEER = "lorakit --no-check", "lorakit", "PEFT"
+
+
+@dataclass(frozen=True)
+class Options:
+    layers: int = option(4, "the model's layers; 16 are Llama 3.2 1B, and take 25 GB of disk")
+    width: int = option(2048, "its width, a multiple of 64")
+    words: int = option(128_256, "its vocabulary")
+    rounds: int = option(2, "turns of each side")
+    threads: int = option(os.cpu_count() or 1, "threads of each process")
+    folder: str = option(None, "where the temporary folder is made", str)
+
+
+SMOKE = Options(layers=2, width=64, words=512, rounds=1)
+
 
 # A child reads its own VmHWM: the peak that resource.getrusage gives includes that of its parent.
 MEASURE = """
@@ -48,11 +64,11 @@ import pathlib, time
 lines = pathlib.Path("/proc/self/status").read_text().splitlines()
 print(*(line.split()[1] for line in lines if line.startswith("VmHWM")), time.process_time())
 """
-LORAKIT = f"""
+LORAKIT_CODE = f"""
 from lorakit.cli import lorakit
 lorakit.main(standalone_mode=False)
 {MEASURE}"""
-PEFT = f"""
+PEFT_CODE = f"""
 import sys
 import peft, transformers
 base, adapter, output, dtype = sys.argv[1:]
@@ -68,22 +84,57 @@ class Turn(NamedTuple):
     processor: float
     peak: int
 
-    def words(self) -> str:
-        return (
-            f"{self.seconds:.1f} s, {self.processor:.1f} s of processor time, peak "
-            f"{self.peak / 1e9:.2f} GB"
+
+def measure(options: Options) -> Result:
+    """Fuse by both in turns, compare what they took, and what they wrote."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        prepare(folder, options)
+        checked = run(CHECKED, folder, "checked", "bfloat16", options.threads)
+        ours, theirs = in_turns(
+            lambda: run(OURS, folder, "ours", "bfloat16", options.threads),
+            lambda: run(PEER, folder, "theirs", "bfloat16", options.threads),
+            options.rounds,
         )
+        tensors = compare(folder, options.threads)
+    return compared(ours, theirs, checked, tensors)
 
 
-def prepare(folder: Path, layers: int) -> None:
+def compared(
+    ours: Sequence[Turn], theirs: Sequence[Turn], checked: Turn, tensors: dict[str, object]
+) -> Result:
+    """Return the result of both sides' rounds."""
+    ratio = ratio_of([turn.seconds for turn in ours], [turn.seconds for turn in theirs])
+    processor = ratio_of([turn.processor for turn in ours], [turn.processor for turn in theirs])
+    own, other = (max(turn.peak for turn in side) for side in (ours, theirs))
+    return Result(
+        name="fuse",
+        unit="s, files to files",
+        ours=min(turn.seconds for turn in ours),
+        peer=min(turn.seconds for turn in theirs),
+        ratio=ratio.median,
+        spread=ratio.spread,
+        machine=describe_machine(torch.device("cpu"), torch.bfloat16),
+        details={
+            "processor ratio": processor.median,
+            "seconds with the check of logits": checked.seconds,
+            "memory, of the peer's": own / other,
+            "memory with the check, of the peer's": checked.peak / other,
+            "peak, MB": own / 1e6,
+            **tensors,
+        },
+    )
+
+
+def prepare(folder: Path, options: Options) -> None:
     """Write the base and the adapter."""
     config = transformers.LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        vocab_size=options.words,
+        hidden_size=options.width,
+        intermediate_size=4 * options.width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 64,
+        num_key_value_heads=max(1, options.width // 256),
         head_dim=64,
         tie_word_embeddings=True,
         dtype="bfloat16",
@@ -112,8 +163,8 @@ def random_adapter(model: Any) -> Adapter:
     shapes = {name: shape for name, shape in projections(model).items() if "layers." in name}
     pairs = {
         name: (
-            draw.standard_normal((RANK, columns), np.float32) / 50,
-            draw.standard_normal((rows, RANK), np.float32) / 50,
+            np.float32(0.02) * draw.standard_normal((RANK, columns), np.float32),
+            np.float32(0.02) * draw.standard_normal((rows, RANK), np.float32),
         )
         for name, (rows, columns) in shapes.items()
     }
@@ -121,13 +172,13 @@ def random_adapter(model: Any) -> Adapter:
 
 
 def run(way: str, folder: Path, output: str, dtype: str, threads: int) -> Turn:
-    """Run one side in a process of its own; end where it fails."""
+    """Run one side in a process of its own; raise BenchmarkError where it fails."""
     base, adapter, to = (str(folder / name) for name in ("base", "adapter", output))
-    if way == "PEFT":
-        arguments = [PEFT, base, adapter, to, dtype]
+    if way == PEER:
+        arguments = [PEFT_CODE, base, adapter, to, dtype]
     else:
         options = ["--model", base, "-o", to, "--dtype", dtype, "-q", *way.split()[1:]]
-        arguments = [LORAKIT, "fuse", adapter, *options]
+        arguments = [LORAKIT_CODE, "fuse", adapter, *options]
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", *arguments],
@@ -138,104 +189,44 @@ def run(way: str, folder: Path, output: str, dtype: str, threads: int) -> Turn:
     )
     seconds = time.perf_counter() - started
     if done.returncode:
-        sys.exit(done.stderr)
+        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        raise BenchmarkError(f"{way}: {lines[-1]}")
     peak, processor = done.stdout.split()[-2:]
     return Turn(seconds, float(processor), 1024 * int(peak))
 
 
-def rounds(folder: Path, count: int, threads: int) -> dict[str, list[Turn]]:
-    """Run the ways in turns, with the check in the first alone; the last round's outputs stay."""
-    turns: dict[str, list[Turn]] = {way: [] for way in WAYS}
-    for number in range(count):
-        for place, way in enumerate(WAYS[: 3 if number == 0 else 2]):
-            turn = run(way, folder, f"{number}-{place}", "bfloat16", threads)
-            turns[way].append(turn)
-            print(f"round {number + 1}, {way}: {turn.words()}", flush=True)
-            delete(folder / f"{number - 1}-{place}")
-    return turns
-
-
-def delete(folder: Path) -> None:
-    for path in folder.glob("*"):
-        path.unlink()
-
-
 def tensors(folder: Path) -> dict[str, Any]:
     """Return slices of a model's tensors by name, read when they are asked for."""
-    files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+    files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
     return {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
 
 
-def compare(folder: Path, last: int, threads: int) -> None:
-    """Write float32 on both sides, and compare what all have written."""
-    for place, way in enumerate(("lorakit --no-check", "PEFT")):
-        run(way, folder, f"float32-{place}", "float32", threads)
-    ours, theirs = (tensors(folder / f"{last}-{place}") for place in range(2))
-    exact, peft = (tensors(folder / f"float32-{place}") for place in range(2))
+def compare(folder: Path, threads: int) -> dict[str, object]:
+    """Write float32 on both sides; return what was compared with the last round's outputs.
+
+    Raises BenchmarkError where tensors are not what they should be.
+    """
+    for way, output in ((OURS, "exact"), (PEER, "peft")):
+        run(way, folder, output, "float32", threads)
+    ours, theirs, exact, peft = (
+        tensors(folder / name) for name in ("ours", "theirs", "exact", "peft")
+    )
     if not ours.keys() == exact.keys() == peft.keys() == theirs.keys():
-        sys.exit("the models hold other tensors")
-    farthest, differ, count = 0.0, 0, 0
+        raise BenchmarkError("the models hold other tensors")
+    farthest, differ = 0.0, 0
     for name in ours:
         whole, rounded = exact[name][:], ours[name][:]
         farthest = max(farthest, float((whole - peft[name][:]).abs().max()))
         if not torch.equal(whole.to(torch.bfloat16), rounded):
-            sys.exit(f"{name} is not the float32 weight rounded once")
+            raise BenchmarkError(f"{name} is not the float32 weight rounded once")
         differ += int((rounded != theirs[name][:]).sum())
-        count += rounded.numel()
-    print(f"float32: the largest difference of {count:,} values is {farthest:.1e}")
-    print(f"bfloat16: lorakit's are those rounded once; {differ:,} of PEFT's differ from them")
-    if farthest > 1e-6:
-        sys.exit("the float32 tensors differ")
-
-
-def report(turns: dict[str, list[Turn]]) -> bool:
-    """Print what PEFT takes of each of lorakit's ways, and return whether the goals are met."""
-    for way in ("lorakit --no-check", "lorakit"):
-        by_clock, by_processor = (ratios(turns, way, kind) for kind in range(2))
-        print(
-            f"PEFT over {way}: {words(by_clock)} by the clock, {words(by_processor)} of processor"
-        )
-    peaks = {way: max(turn.peak for turn in taken) for way, taken in turns.items()}
-    memory = {way: peaks[way] / peaks["PEFT"] for way in turns if way != "PEFT"}
-    print(", ".join(f"peak of {way} over PEFT's: {share:.2f}" for way, share in memory.items()))
-    fast = statistics.median(ratios(turns, "lorakit --no-check", 0)) >= LEAST_SPEED
-    return fast and memory["lorakit --no-check"] <= MOST_MEMORY
-
-
-def ratios(turns: dict[str, list[Turn]], way: str, kind: int) -> list[float]:
-    """Return PEFT's over one way's time in each round: 0 by the clock, 1 of the processor."""
-    pairs = zip(turns["PEFT"], turns[way], strict=False)
-    return [theirs[kind] / ours[kind] for theirs, ours in pairs]
-
-
-def words(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f}× ({min(values):.2f} to {max(values):.2f})"
-
-
-def machine(threads: int) -> str:
-    """Return what the machine computes with, in words."""
-    text = Path("/proc/cpuinfo").read_text()
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    useful = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{os.cpu_count()} cores ({', '.join(useful)}), {threads} threads, bfloat16"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--dir", help="where the temporary folder is made: 25 GB for 16 layers")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.dir) as name:
-        folder = Path(name)
-        prepare(folder, options.layers)
-        print(machine(options.threads), flush=True)
-        met = report(rounds(folder, options.rounds, options.threads))
-        compare(folder, options.rounds - 1, options.threads)
-    if not met:
-        sys.exit(f"the goals are {LEAST_SPEED}× the speed and {MOST_MEMORY}× the memory")
+    if farthest > CLOSE:
+        raise BenchmarkError(f"the float32 tensors differ by {farthest:.1e}")
+    return {
+        "largest difference in float32": farthest,
+        "weights of the peer's not rounded once": differ,
+    }
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, Options(), SMOKE)

@@ -18,17 +18,15 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.models.base import Base
-from lorakit.models.generation import generate
 from lorakit.models.lora import _remove_lora_
 from lorakit.models.tokens import Example
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
-from tests.benchmarks import find_boundary
+from tests.benchmarks import find_boundary, generate
 from tests.benchmarks.machine import describe_machine, matrix_rate, pick
 from tests.benchmarks.result import BenchmarkError, Result
-from tests.benchmarks.rounds import Timed, in_turns, ratio_of, timed
+from tests.benchmarks.rounds import Timed, in_turns, ratio_of
 from tests.benchmarks.shapes import (
-    END,
     LLAMA_1B,
     LLAMA_8B,
     SMALL,
@@ -131,47 +129,18 @@ def base_size(base: Base) -> float:
 
 def generation(*, device: str, smoke: bool, prompts: int, new: int) -> dict[str, Any]:
     """Compare `generate` with transformers' own, on the base alone, at the same batch size."""
-    prompts, new, size, rounds = (6, 8, 3, 1) if smoke else (prompts, new, 64, 1)
+    prompts, new, size = (6, 8, 3) if smoke else (prompts, new, 64)
     base = random_base(SMALL if smoke else LLAMA_8B, *pick(device, "auto"))
     records = random_records(base, prompts, *((4, 12) if smoke else (64, 256)))
-    generation_sides(base, records[:2], 2, size, 1)  # to warm up
-    ours, theirs = generation_sides(base, records, new, size, rounds)
-    ratio = ratio_of([r.seconds for r in ours], [r.seconds for r in theirs])
-    seconds = min(r.seconds for r in ours)
-    written = sum(map(len, theirs[0].output))
-    read = sum(len(record.prompt.split()) for record in records)
-    rate, machine = matrix_rate(base.device, base.dtype), describe_machine(base.device, base.dtype)
-    weights = find_boundary.weights_of(base)
-    return asdict(
-        Result(
-            name="gpu",
-            unit="s",
-            ours=seconds,
-            peer=min(r.seconds for r in theirs),
-            ratio=ratio.median,
-            spread=ratio.spread,
-            limit=f"{rate / 1e12:.2f} TFLOP/s, the matrix rate in {machine.dtype}",
-            limit_share=2.0 * weights * (read + written) / seconds / rate,
-            machine=machine,
-            details={
-                "prompts": len(records),
-                "batch size": size,
-                "tokens written/s": written / seconds,
-                "memory, of the peer's": _share(ours, theirs),
-                "outputs that differ": differing(ours[0].output, theirs[0].output),
-            },
-        )
-    )
+    settings = GenerationSettings(batch_size=size, max_new_tokens=new, chat="off")
+    turns = generate.all_sides(base, records, settings, 1, peers=[generate.SORTED])
+    return asdict(generate.compared(base, records, settings, turns, name="gpu"))
 
 
 def _share(ours: Sequence[Timed[Any]], theirs: Sequence[Timed[Any]]) -> float | None:
     """Return the share of the peer's peak of memory; None where it held no more than before."""
     own, other = (max(r.memory for r in side) for side in (ours, theirs))
     return own / other if other else None
-
-
-def differing(ours: Sequence[list[int]], theirs: Sequence[list[int]]) -> int:
-    return sum(own != other for own, other in zip(ours, theirs, strict=True))
 
 
 def random_records(base: Base, count: int, shortest: int, longest: int) -> list[Record]:
@@ -183,26 +152,6 @@ def random_records(base: Base, count: int, shortest: int, longest: int) -> list[
         prompt = " ".join(f"w{draw.randrange(3, words)}" for _ in range(length))
         records.append(Record({"prompt": prompt}, f"random:{number}"))
     return records
-
-
-def generation_sides(
-    base: Base, records: Sequence[Record], new: int, size: int, rounds: int
-) -> tuple[list[Timed[list[list[int]]]], list[Timed[list[list[int]]]]]:
-    """Write by both sides in turns; return the tokens of every record, and what that took."""
-    encoder = base.encoder(chat="off")
-    settings = GenerationSettings(batch_size=size, max_new_tokens=new, chat="off")
-    ids = [encoder.prompt(record, new).ids for record in records]
-    options = replace(find_boundary.SMOKE, batch_size=size, max_new_tokens=new)
-
-    def ours() -> list[list[int]]:
-        texts = [done.prediction for done, _ in generate(base, encoder, records, settings)]
-        return [base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-
-    def theirs() -> list[list[int]]:
-        written = find_boundary.transformers_outputs(base, base.model, ids, options)
-        return [[token for token in row if token > END] for row in written]  # as text has them
-
-    return in_turns(lambda: timed(ours, base.device), lambda: timed(theirs, base.device), rounds)
 
 
 def boundary(*, device: str, smoke: bool, prompts: int, new: int) -> dict[str, Any]:
@@ -244,10 +193,12 @@ def parity(*, device: str, smoke: bool) -> dict[str, Any]:
         for count in (1, 3):
             losses[count] = loss_difference(base, count, batches, Path(folder, str(count)))
     records = random_records(base, 6, 4, 12)
-    ours, theirs = generation_sides(base, records, 8, 3, 1)
+    settings = GenerationSettings(batch_size=3, max_new_tokens=8, chat="off")
+    turns = generate.all_sides(base, records, settings, 1)
     _, own, other = boundary_sides(base, random_adapter(base), records, 6)
+    generated = generate.compared(base, records, settings, turns, name="gpu")
     counts = {
-        "outputs of generate that differ": differing(ours[0].output, theirs[0].output),
+        "outputs of generate that differ": generated.details["texts that differ"],
         "outputs of find-boundary that differ": find_boundary.count_differing(
             own[0].output, other[0].output
         ),

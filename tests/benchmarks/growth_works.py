@@ -189,9 +189,14 @@ _QUADRATIC_ATTENTION = (
     "a token attends to all before it: quadratic where attention outweighs the rest"
 )
 _BOUNDARIES = "there are as many boundaries as layers, and each runs the layers above it"
-_WRITTEN = "the tokens written grow with the prompt, and each attends to all that are before it"
+_WRITTEN = (
+    "fans, which read prompts and drafts, grow linearly; but boundaries leave a draft after as "
+    "many tokens whatever its length, so that of more tokens a larger part is written in steps, "
+    "and each step attends to all before it"
+)
 _TRIES = "one pack more is tried until all rows fit, more often where rows are long"
 _QR = "QR of d × R factors costs d·R², and the SVD of their core R³, with R the sum of the ranks"
+_FACTORS = f"linear while factors are copied; then {_QR}, a quarter of the width at 16 adapters"
 
 WORKS: dict[str, Work] = {
     "merge step": Work(
@@ -228,7 +233,7 @@ WORKS: dict[str, Work] = {
         static_merge,
         {
             "layers": Growth((2, 4, 8, 16)),
-            "adapters": Growth((1, 2, 4, 8, 16), 2.0, _QR),
+            "adapters": Growth((1, 2, 4, 8, 16), 1.0, _FACTORS),
             "rank": Growth((4, 8, 16, 32), 2.0, _QR),
         },
     ),

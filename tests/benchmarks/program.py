@@ -1,7 +1,7 @@
 """The program around one benchmark: its options, and how its result is printed.
 
 A benchmark is a module with `Options`, a frozen dataclass of what can be set, `SMOKE`, the smallest
-of them, and `measure`, which takes Options and returns a Result. It is run as
+of them, and `measure`, which takes Options and returns a Result, or several. It is run as
 
     python -m tests.benchmarks.NAME [--smoke] [--json] [--OPTION VALUE …]
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,24 +40,30 @@ def data_folder(name: str) -> str:
 
 def main(
     description: str | None,
-    measure: Callable[[OptionsT], Result],
+    measure: Callable[[OptionsT], Result | Sequence[Result]],
     default: OptionsT,
     smoke: OptionsT,
 ) -> None:
-    """Measure with the options of the command line, print the result, and exit."""
+    """Measure with the options of the command line, print each result, and exit."""
     options, as_json = _options(description or "", default, smoke)
     try:
-        result = measure(options)
+        measured = measure(options)
     except BenchmarkError as error:
         sys.exit(f"Error: {error}")
-    print(result.as_json() if as_json else result.as_text(), flush=True)
+    for result in results_of(measured):
+        print(result.as_json() if as_json else result.as_text(), flush=True)
+
+
+def results_of(measured: Result | Sequence[Result]) -> Sequence[Result]:
+    """Return what a benchmark's `measure` returned as its results."""
+    return [measured] if isinstance(measured, Result) else measured
 
 
 def _options(description: str, default: OptionsT, smoke: OptionsT) -> tuple[OptionsT, bool]:
     """Return the options of the command line, and whether the result is printed as JSON."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to try the code")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each result")
     for entry in fields(default):  # type: ignore[arg-type]  # a dataclass, as the module says
         name, kind = f"--{entry.name.replace('_', '-')}", entry.metadata["kind"]
         shown = f"{entry.metadata['help']} (default {entry.default})"

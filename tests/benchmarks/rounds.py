@@ -7,7 +7,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -50,15 +50,19 @@ def timed(work: Callable[[], T], device: torch.device) -> Timed[T]:
     return Timed(output, seconds, processor, memory.peak())
 
 
-def in_turns(ours: Callable[[], T], peer: Callable[[], T], rounds: int) -> tuple[list[T], list[T]]:
-    """Call both sides in every round, ours first in every other one; return what they returned."""
-    own: list[T] = []
-    others: list[T] = []
+def all_in_turns(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """Call every side in every round, in reverse in every other one; return what they returned."""
+    results: dict[str, list[T]] = {name: [] for name in sides}
     for number in range(rounds):
-        order = [(ours, own), (peer, others)]
-        for side, results in order if number % 2 == 0 else reversed(order):
-            results.append(side())
-    return own, others
+        for name in list(sides) if number % 2 == 0 else reversed(list(sides)):
+            results[name].append(sides[name]())
+    return results
+
+
+def in_turns(ours: Callable[[], T], peer: Callable[[], T], rounds: int) -> tuple[list[T], list[T]]:
+    """Call both sides in turns, ours first in every other round; return what they returned."""
+    results = all_in_turns({"ours": ours, "peer": peer}, rounds)
+    return results["ours"], results["peer"]
 
 
 def ratio_of(ours: Sequence[float], peer: Sequence[float]) -> Ratio:

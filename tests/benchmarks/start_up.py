@@ -1,21 +1,20 @@
 """What the program takes to start: its help, `inspect`, and a first step of `train-adapter`.
 
-Three comparisons in processor time, each in turns: `lorakit --help` against a program of click with
-one command; `inspect` of an adapter of 100 MB against reading and hashing that file in Python; and
-`train-adapter` on two records of the model that ships with lorakit, a single step, against the same
-written by hand with transformers and PEFT. The ratio of each is the peer's time by ours.
+Three comparisons of whole processes, each in turns: `lorakit --help` against a program of click
+with one command; `inspect` of an adapter of 100 MB against reading and hashing that file in Python;
+and `train-adapter` on two records of the model that ships with lorakit, a single step, against the
+same written by hand with transformers and PEFT. The ratio of each is the peer's time by ours.
 
-    python -m tests.benchmarks.start_up [--rounds 5] [--json]
+    python -m tests.benchmarks.start_up [--rounds 5] [--megabytes 100]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,11 @@ import numpy as np
 from lorakit.adapters.adapter import Adapter, tensors_of
 from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.targets import peft_config
-from tests.benchmarks.commands import LORAKIT, as_text, comparison, in_turns, install
+from tests.benchmarks.commands import LORAKIT, compared, costs_in_turns, install
+from tests.benchmarks.program import main, option
+from tests.benchmarks.result import Result
 
-RANK, WIDTH, MODULES = 64, 4096, 48  # of the adapter: 100 MB
+RANK, WIDTH = 64, 4096  # of the adapter
 BARE = """
 import click
 
@@ -57,10 +58,33 @@ model.save_pretrained(sys.argv[2])
 """
 
 
-def prepare(folder: Path) -> None:
-    """Write an adapter of 100 MB and two records."""
-    draw = np.random.default_rng(0)
-    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(MODULES)]
+@dataclass(frozen=True)
+class Options:
+    rounds: int = option(5, "turns of each side")
+    megabytes: int = option(100, "the size of the adapter that is inspected")
+
+
+SMOKE = Options(rounds=1, megabytes=5)
+
+
+def measure(options: Options) -> list[Result]:
+    """Return the three comparisons."""
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, options.megabytes)
+        environment = install(folder)
+        for what, (ours, peer) in sides(folder).items():
+            lines = {"ours": ours, "peer": peer}
+            costs = costs_in_turns(lines, environment, folder, options.rounds)
+            results.append(compared(f"start_up: {what}", costs["ours"], costs["peer"], {}))
+    return results
+
+
+def prepare(folder: Path, megabytes: int) -> None:
+    """Write an adapter of this size and two records."""
+    draw, modules = np.random.default_rng(0), megabytes * 10**6 // (2 * RANK * WIDTH * 4)
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(modules)]
     shapes = ((RANK, WIDTH), (WIDTH, RANK))
     pairs = [[draw.standard_normal(shape, np.float32) for shape in shapes] for _ in names]
     factors = {name: (a, b) for name, (a, b) in zip(names, pairs, strict=True)}
@@ -88,27 +112,5 @@ def sides(folder: Path) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
     }
 
 
-def measure(folder: Path, environment: Mapping[str, str], rounds: int) -> list[dict[str, object]]:
-    """Return the three comparisons."""
-    results = []
-    for name, (ours, peer) in sides(folder).items():
-        costs = in_turns({"ours": ours, "peer": peer}, environment, folder, rounds)
-        own, others = ([cost.processor for cost in costs[side]] for side in ("ours", "peer"))
-        seconds = statistics.median(cost.seconds for cost in costs["ours"])
-        results.append(comparison(f"start_up: {name}", "s", own, others, by_the_clock=seconds))
-    return results
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print a line of JSON for each")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
-        for result in measure(Path(folder), install(Path(folder)), options.rounds):
-            print(json.dumps(result) if options.json else as_text(result), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, Options(), SMOKE)

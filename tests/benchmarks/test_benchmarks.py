@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,17 @@ from typing import Any
 import pytest
 import torch
 
+from lorakit.records.few_shot import NO_EXAMPLES
+from lorakit.settings import GenerationSettings
 from tests.benchmarks import __main__ as program
-from tests.benchmarks import gpu, growth
+from tests.benchmarks import generate, gpu, growth
+from tests.benchmarks.commands import Cost, compared, cost_of
+from tests.benchmarks.gpu_parts import random_records
 from tests.benchmarks.growth_works import WORKS
 from tests.benchmarks.machine import describe_machine, matrix_rate
-from tests.benchmarks.program import data_folder
+from tests.benchmarks.program import data_folder, results_of
 from tests.benchmarks.result import BenchmarkError, Result
-from tests.benchmarks.rounds import Memory, in_turns, ratio_of, timed
+from tests.benchmarks.rounds import Memory, all_in_turns, in_turns, ratio_of, timed
 from tests.benchmarks.shapes import LLAMA_8B, SMALL, random_base
 from tests.benchmarks.side import in_process
 from tests.benchmarks.steps import padded, random_rows
@@ -27,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", program.BENCHMARKS)
-def test_a_benchmark_has_options_a_smallest_size_and_one_result(name: str) -> None:
+def test_a_benchmark_has_options_a_smallest_size_and_a_measure(name: str) -> None:
     module = importlib.import_module(f"tests.benchmarks.{name}")
     assert dataclasses.is_dataclass(module.Options())
     assert module.Options() != module.SMOKE
@@ -35,12 +42,38 @@ def test_a_benchmark_has_options_a_smallest_size_and_one_result(name: str) -> No
     assert callable(module.measure)
 
 
-@pytest.mark.parametrize("name", ["boundary_loss", "batch_rows"])
+@pytest.mark.parametrize("name", ["boundary_loss", "batch_rows", "generate"])
 def test_a_benchmark_gives_a_line_of_json_and_one_to_read(name: str) -> None:
     module = importlib.import_module(f"tests.benchmarks.{name}")
-    result = module.measure(module.SMOKE)
-    assert json.loads(result.as_json())["name"] == name
+    (result,) = results_of(module.measure(module.SMOKE))
+    assert json.loads(result.as_json())["name"].split(":")[0] == name
     assert result.as_text().startswith(f"{name}: ")
+
+
+def test_a_benchmark_may_have_several_results() -> None:
+    machine = describe_machine(CPU, torch.float32)
+    several = [Result("some: a", "s", 1.0, machine), Result("some: b", "s", 2.0, machine)]
+    assert results_of(several) == several
+    assert results_of(several[0]) == several[:1]
+
+
+def test_batches_by_length_and_as_records_come_give_texts_in_the_records_order() -> None:
+    base = random_base(SMALL, CPU, torch.float32)
+    records = random_records(base, 5, 2, 9)
+    settings = GenerationSettings(batch_size=2, max_new_tokens=6, chat="off")
+    expected = [generate.by_lorakit(base, [record], settings, NO_EXAMPLES)[0] for record in records]
+    for batches in (generate.SORTED, generate.AS_THEY_COME):
+        texts = generate.by_transformers(base, records, settings, NO_EXAMPLES, batches)
+        assert texts == expected
+
+
+def test_examples_before_all_prompts_are_a_prefix_that_is_read_once() -> None:
+    base = random_base(SMALL, CPU, torch.float32)
+    prompts = [(1, 2, 3, 4), (1, 2, 5), (1, 2, 3)]
+    assert generate.shared_prefix(prompts) == 2
+    head = base.model.get_output_embeddings().weight.numel()
+    layers = SMALL.layer_weights * SMALL.layers
+    assert generate.least_flops(base, prompts, 7) == 2.0 * (layers * (6 + 7) + head * 7)
 
 
 @pytest.mark.slow
@@ -48,10 +81,11 @@ def test_all_benchmarks_run_with_their_smallest_sizes(shared: Path, tmp_path: Pa
     out = tmp_path / "lines.jsonl"
     assert program.main(["--smoke", "--out", str(out)]) == 0
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [record["name"] for record in records] == list(program.BENCHMARKS)
+    names = dict.fromkeys(record["name"].split(":")[0] for record in records)
+    assert list(names) == list(program.BENCHMARKS)
     assert all(record["machine"]["dtype"] for record in records)
     compared = [record for record in records if record["peer"] is not None]
-    assert len(compared) >= 6
+    assert len(compared) >= 12
     for record in compared:
         assert record["spread"][0] <= record["ratio"] <= record["spread"][1]
 
@@ -64,7 +98,7 @@ def test_all_parts_for_a_gpu_run_on_the_cpu_with_small_shapes(tmp_path: Path) ->
     assert [record["part"] for record in records] == list(gpu.PARTS)
     steps = [record for record in records if record["unit"] == "s a step"]
     assert all(record["details"]["difference of the first loss"] < 1e-4 for record in steps)
-    assert [r["details"]["outputs that differ"] for r in records if r["part"] == "generate"] == [0]
+    assert [r["details"]["texts that differ"] for r in records if r["part"] == "generate"] == [0]
 
 
 def test_the_parts_for_a_gpu_end_within_ten_minutes() -> None:
@@ -151,6 +185,26 @@ def test_sides_take_turns_and_begin_in_turns() -> None:
     ours, theirs = in_turns(lambda: calls.append("ours"), lambda: calls.append("peer"), 3)
     assert calls == ["ours", "peer", "peer", "ours", "ours", "peer"]
     assert (len(ours), len(theirs)) == (3, 3)
+
+
+def test_every_side_runs_in_every_round_and_in_reverse_in_every_other() -> None:
+    calls: list[str] = []
+    sides = {name: functools.partial(calls.append, name) for name in "abc"}
+    results = all_in_turns(sides, 2)
+    assert "".join(calls) == "abccba"
+    assert {name: len(side) for name, side in results.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_commands_are_compared_by_the_clock_and_in_processor_time() -> None:
+    ours, peer = [Cost(1.0, 2.0), Cost(2.0, 2.0)], [Cost(3.0, 8.0), Cost(6.0, 8.0)]
+    result = compared("some: thing", ours, peer, {"trials": 5})
+    assert (result.ours, result.peer, result.ratio) == (1.0, 3.0, 3.0)
+    assert (result.details["processor ratio"], result.details["trials"]) == (4.0, 5)
+
+
+def test_a_command_that_fails_is_an_error_with_its_last_line(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match=r": no luck$"):
+        cost_of([sys.executable, "-c", "raise SystemExit('no luck')"], os.environ, tmp_path)
 
 
 def test_a_ratio_is_the_median_of_the_rounds_with_its_ends() -> None:

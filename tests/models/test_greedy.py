@@ -13,7 +13,7 @@ import pytest
 from lorakit.models import generation, kv_cache
 from lorakit.models.base import Base
 from lorakit.models.decoding import Drafts
-from lorakit.models.generation import complete, complete_prompts
+from lorakit.models.generation import complete, complete_prompts, generate
 from lorakit.models.greedy import complete_greedily
 from lorakit.models.kv_cache import Slots
 from lorakit.records.record import Record
@@ -96,6 +96,22 @@ def test_a_row_that_ends_makes_room_for_the_next(base: Base, passes: list[list[i
     joins = [lengths for lengths in passes if max(lengths) > 5]
     assert len(joins) > 23 // 4, "rows join a batch that others are in"
     assert len(passes) < 23 / 4 * longest
+
+
+def test_a_process_that_is_alone_decodes_a_window_as_one_batch(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    decode = complete_greedily
+
+    def counted(base: Base, prompts: Any, *others: Any, **named: Any) -> list[list[int]]:
+        sizes.append(len(prompts))
+        return decode(base, prompts, *others, **named)
+
+    monkeypatch.setattr(generation, "complete_greedily", counted)
+    records = [Record(row, "a row") for row in rows(23)]
+    assert len(list(generate(base, base.encoder(chat="off"), records, SETTINGS))) == 23
+    assert sizes == [23]
 
 
 def test_what_all_prompts_begin_with_is_read_once(base: Base, passes: list[list[int]]) -> None:
