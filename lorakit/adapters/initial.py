@@ -30,11 +30,16 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     """Return plain LoRA, at twice the rank, whose ΔW on the unchanged base is the adapter's.
 
     `initial` is the adapter as it was before it was trained. Tensors keep their number formats.
-    Raises LorakitError for an adapter whose initialisation is not in SUBTRACTED_INITS, and naming
-    the module where the two differ in rank, scale or shape.
+    Raises LorakitError for an adapter whose initialisation is not in SUBTRACTED_INITS, for one that
+    equals its initial one, and naming the module where the two differ in rank, scale or shape.
     """
     _check_init(adapter)
     check_plain(adapter, "the conversion")
+    if initial.sha256 == adapter.sha256:
+        raise LorakitError(
+            f"{initial.name} holds the same as {adapter.name}, so that nothing would be left; give "
+            "the adapter as it was before training"
+        )
     before = {module.name: module for module in initial.modules()}
     tensors: dict[str, Tensor] = {}
     for module in adapter.modules():
