@@ -97,12 +97,21 @@ def _path_for(output: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model{SUFFIX}"
         yield path
-        with contextlib.ExitStack() as stack:
-            source = stack.enter_context(open(path, "rb"))
-            to_stdout = output == STDIO
-            pipe = sys.stdout.buffer if to_stdout else stack.enter_context(open(output, "wb"))
-            shutil.copyfileobj(source, pipe)
-            pipe.flush()
+        try:
+            _copy_to_pipe(path, output)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise cannot_write(output, error) from error
+
+
+def _copy_to_pipe(path: Path, output: str) -> None:
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open(path, "rb"))
+        to_stdout = output == STDIO
+        pipe = sys.stdout.buffer if to_stdout else stack.enter_context(open(output, "wb"))
+        shutil.copyfileobj(source, pipe)
+        pipe.flush()
 
 
 def _write(
