@@ -59,10 +59,11 @@ def fuse(
     plan = _plan(adapter, model, weights, dtype)
     key = run_key(adapter.sha256, sorted(_sizes(weights)), dtype, model.as_base.fingerprint)
     with made_folders(folder, output), sole_writer(str(folder / CONFIG_FILE)):
-        done = _begin(folder, key, resume=resume)
+        done = _finished_shards(folder, key, resume=resume)
         left = [tensors for file, tensors in plan.items() if file not in done]
         needed = sum(size_of(tensor) for shard in left for tensor in shard.values())
         check_space(folder, needed, folder)
+        _mark(folder, key)
         for file in reporter.track(list(plan), "fusing"):
             if file not in done:
                 with one_thread():
@@ -152,8 +153,8 @@ def _sizes(weights: Files) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             yield key, tensor.dtype, tensor.shape
 
 
-def _begin(folder: Path, key: str, *, resume: bool) -> set[str]:
-    """Mark a folder as one that is being written; return the shards that an earlier run left.
+def _finished_shards(folder: Path, key: str, *, resume: bool) -> set[str]:
+    """Return the shards that an earlier run left in a folder and that are gone on from.
 
     Raises LorakitError for a folder with other files in it.
     """
@@ -168,11 +169,15 @@ def _begin(folder: Path, key: str, *, resume: bool) -> set[str]:
             f"{folder} holds part of another model, of a run that was stopped; delete it, or give "
             "-o a new folder"
         )
+    return set()
+
+
+def _mark(folder: Path, key: str) -> None:
+    """Mark a folder as one that is being written, by the run of this key."""
     try:
-        marker.write_text(key, encoding="utf-8")
+        (folder / RESUME_FILE).write_text(key, encoding="utf-8")
     except OSError as error:
         raise cannot_write(folder, error) from error
-    return set()
 
 
 def _write_shard(path: Path, tensors: Mapping[str, Tensor | Fused]) -> None:

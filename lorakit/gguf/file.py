@@ -7,6 +7,7 @@ Fields and tensors stand in the order they come in, so that equal input gives eq
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import shutil
 import sys
@@ -84,7 +85,14 @@ def write_gguf(
         try:
             _write(path, architecture, fields, tensors, reporter or Silent())
         except OSError as error:
-            raise cannot_write(output, error) from error
+            raise cannot_write(output, _with_reason(error)) from error
+
+
+def _with_reason(error: OSError) -> OSError:
+    """Return the error that numpy raises, without a reason, where not all could be written."""
+    if error.errno is not None:
+        return error
+    return OSError(errno.ENOSPC, "the disk or the quota has room for a part of it only")
 
 
 @contextlib.contextmanager
