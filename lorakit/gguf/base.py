@@ -18,10 +18,9 @@ from lorakit.foreign_text import parse_json
 from lorakit.gguf.file import Value
 from lorakit.gguf.names import Config
 from lorakit.hub import fetch_model_file
-from lorakit.reach import TINY, check_model, config_paths, is_folder
+from lorakit.reach import MODEL_CONFIG, TINY, check_model, config_paths, is_folder
 
 HISTORY_KEY = "lorakit.header"  # lorakit's own header, as JSON
-CONFIG_FILE = "config.json"
 _LICENCE = re.compile(r"\A---\n(?:(?!---).*\n)*?license: *([\w.-]+) *\n")
 
 
@@ -32,7 +31,7 @@ def read_config(name: str, revision: str | None) -> Config:
     """
     check_model(name, revision)
     is_here = name == TINY or is_folder(name)
-    path = config_paths(name)[0] if is_here else fetch_model_file(name, CONFIG_FILE, revision)
+    path = config_paths(name)[0] if is_here else fetch_model_file(name, MODEL_CONFIG, revision)
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]  # a model's config.json, or what transformers makes of it
 _PERMUTED = {".q_proj": "query", ".k_proj": "key"}
+HEAD = "output.weight"  # llama.cpp's name of the output head
 _SUFFIXES = (".weight", ".bias")
 _MOST = 1 << 20  # of layers, heads or values; gguf makes names for as many layers as it is told
 

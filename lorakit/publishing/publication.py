@@ -18,8 +18,8 @@ from lorakit.export.weight_files import open_weights
 from lorakit.files import atomic_path, explain
 from lorakit.foreign_text import parse_json
 from lorakit.publishing.page import check_page, with_scores
+from lorakit.reach import MODEL_CONFIG
 
-MODEL_CONFIG = "config.json"
 _GGUF_START = b"GGUF"
 _SHOWN_HIDDEN = (".gitattributes",)  # all other hidden files stay here
 
