@@ -58,7 +58,9 @@ COMMANDS = {
         "Let language models rate predictions from 0 to 10 (GPT-Score), or choose (--against)."
     ),
     "inspect": "Show what is in an adapter: config, layers, blocks and history.",
-    "convert": "Write an adapter as a single file or as a folder, of PEFT's or of MLX's.",
+    "convert": (
+        "Write an adapter as a single file or as a folder, of PEFT's, MLX's or vLLM's, or as GGUF."
+    ),
     "fuse": (
         "Fuse an adapter into its base: W0 + ΔW in float32, rounded once to the base's format."
     ),

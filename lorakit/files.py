@@ -229,9 +229,16 @@ def check_space(folder: Path, needed: int, output: str | Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise LorakitError(
-            f"{output} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; make "
-            "room, or choose another -o"
+            f"{output} needs {size(needed)}, and {size(free)} are free; make room, or choose "
+            "another -o"
         )
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in the largest unit of which there is one at least."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = next((p for p in range(len(units)) if count < 1024 ** (p + 1)), len(units) - 1)
+    return f"{count} B" if power == 0 else f"{count / 1024**power:.2f} {units[power]}"
 
 
 def mode_of(path: Path) -> int:

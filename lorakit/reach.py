@@ -19,6 +19,7 @@ from lorakit.errors import LorakitError
 
 WAIT = 2.0  # seconds for the hub's answer
 TINY = "tiny"  # the model in the package
+MODEL_CONFIG = "config.json"
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 _REMEDY = (
@@ -54,7 +55,7 @@ def is_cached(name: str, revision: str | None = None) -> bool:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        found = try_to_load_from_cache(name, MODEL_CONFIG, revision=revision)
     except HFValidationError:
         return False
     return isinstance(found, str)
@@ -70,9 +71,9 @@ def cached_models() -> list[str]:
 def config_paths(name: str) -> list[Path]:
     """Return the config.json of a base that is here: in a folder, the package or the cache."""
     if name == TINY:
-        return [Path(__file__).parent / TINY / "config.json"]
+        return [Path(__file__).parent / TINY / MODEL_CONFIG]
     if is_folder(name):
-        return [Path(os.path.expanduser(name)) / "config.json"]
+        return [Path(os.path.expanduser(name)) / MODEL_CONFIG]
     folder = f"models--{name.replace('/', '--')}"
     return sorted(_cache().glob(f"{glob.escape(folder)}/snapshots/*/config.json"))
 
@@ -144,7 +145,7 @@ def _ask(name: str, revision: str | None) -> str | None:
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
 
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=WAIT)
+        get_hf_file_metadata(hf_hub_url(name, MODEL_CONFIG, revision=revision), timeout=WAIT)
     except errors.GatedRepoError:
         return "it is gated: ask for access on its page and log in with `hf auth login`"
     except errors.RepositoryNotFoundError:

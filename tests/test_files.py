@@ -24,6 +24,7 @@ from lorakit.files import (
     open_text_output,
     reading,
     refuse_terminal,
+    size,
 )
 from lorakit.runs.resume import OutputLines, continuing
 
@@ -279,6 +280,20 @@ def test_bytes_are_refused_by_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -
             refuse_terminal("an adapter")
         replace_stdout(monkeypatch, io.BytesIO())
         refuse_terminal("an adapter")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (3 << 29, "1.50 GiB"),
+        (1 << 50, "1024.00 TiB"),
+    ],
+)
+def test_bytes_are_in_the_largest_unit(count: int, text: str) -> None:
+    assert size(count) == text
 
 
 def test_a_side_file_is_synced_before_it_takes_the_name(

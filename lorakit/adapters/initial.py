@@ -30,11 +30,11 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     """Return plain LoRA, at twice the rank, whose ΔW on the unchanged base is the adapter's.
 
     `initial` is the adapter as it was before it was trained. Tensors keep their number formats.
-    Raises LorakitError for an adapter whose initialisation is not in SUBTRACTED_INITS, and naming
-    the module where the two differ in rank, scale or shape.
+    Raises LorakitError for an adapter whose initialisation is not in SUBTRACTED_INITS, for one that
+    equals its initial one, and naming the module where the two differ in rank, scale or shape.
     """
-    _check_init(adapter)
     check_plain(adapter, "the conversion")
+    _check_init(adapter, initial)
     before = {module.name: module for module in initial.modules()}
     tensors: dict[str, Tensor] = {}
     for module in adapter.modules():
@@ -54,12 +54,18 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     )
 
 
-def _check_init(adapter: Adapter) -> None:
+def _check_init(adapter: Adapter, initial: Adapter) -> None:
+    """Raise LorakitError for an adapter that took nothing out of its base, or got nothing since."""
     init = str(adapter.config.get("init_lora_weights")).lower()
     if not init.startswith(SUBTRACTED_INITS):
         raise LorakitError(
             f"{adapter.name}: init_lora_weights {quote(init)} took nothing out of the base that an "
             "initial adapter tells; leave --initial-adapter out"
+        )
+    if initial.sha256 == adapter.sha256:
+        raise LorakitError(
+            f"{initial.name} holds the same as {adapter.name}, so that nothing would be left; give "
+            "the adapter as it was before training"
         )
 
 

@@ -97,10 +97,10 @@ def _check_magnitude(tensors: Mapping[str, Tensor], module: str, name: str) -> N
         )
 
 
-def check_plain(adapter: Adapter, reader: str = "this command") -> None:
+def check_plain(adapter: Adapter, reader: str = "this command", fused: str = "-o fused/") -> None:
     """Raise LorakitError for an adapter that holds more than A and B, and name the way out.
 
-    `reader` is what cannot read it.
+    `reader` is what cannot read it, and `fused` how `fuse` is told to write what it can.
     """
     if adapter.whole:
         what = f"{quote(next(iter(adapter.whole)))} whole, besides LoRA"
@@ -110,7 +110,7 @@ def check_plain(adapter: Adapter, reader: str = "this command") -> None:
         return
     raise LorakitError(
         f"{adapter.name} holds {what}, which {reader} cannot read; fuse it and go on with that "
-        f"model: lorakit fuse {shlex.quote(adapter.name)} -o fused/"
+        f"model: lorakit fuse {shlex.quote(adapter.name)} {fused}"
     )
 
 

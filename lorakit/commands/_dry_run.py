@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from lorakit.commands import _options
-from lorakit.files import STDIO
+from lorakit.files import STDIO, size
 from lorakit.foreign_text import printable
 from lorakit.runs.processes import is_first_process, leave_others, process_count
 from lorakit.settings import DryRunSettings, GenerationSettings, ModelSettings, TrainingSettings
@@ -187,13 +187,6 @@ def _write_lines(console: Console, lines: Iterable[str]) -> None:
 
     for line in lines:
         console.print(Text(printable(line)), soft_wrap=True)
-
-
-def size(count: int) -> str:
-    """Return a number of bytes in the largest unit of which there is one at least."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = next((p for p in range(len(units)) if count < 1024 ** (p + 1)), len(units) - 1)
-    return f"{count} B" if power == 0 else f"{count / 1024**power:.2f} {units[power]}"
 
 
 def duration(seconds: float) -> str:

@@ -56,7 +56,7 @@ def _save_gguf(adapter: Adapter, output: str, model: ModelSettings, note: Note) 
     from lorakit.adapters.whole import check_plain
     from lorakit.gguf.adapter import convert_to_gguf
 
-    check_plain(adapter, "llama.cpp")
+    check_plain(adapter, "llama.cpp", "--to gguf -o fused.gguf")
     convert_to_gguf(adapter, output, model, note)
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lorakit.commands import _options
 from lorakit.reach import check_model
 from lorakit.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from lorakit.adapters.adapter import Adapter
+    from lorakit.export.model_folder import ModelFolder
+    from lorakit.reporting import Reporter
 
 _SHORT = {"bf16": "bfloat16", "f16": "float16"}  # llama.cpp's names
 
@@ -78,9 +85,7 @@ def fuse(
     from lorakit.adapters.storage import load_adapter
     from lorakit.commands._opening import open_folder
     from lorakit.commands._progress import TerminalReporter
-    from lorakit.export.check import check_fused
     from lorakit.export.fuse import fuse as fuse_into
-    from lorakit.models.devices import DTYPES, pick_device
 
     reporter = TerminalReporter(quiet=quiet)
     adapters = [] if source is None else [load_adapter(source, plain=False)]
@@ -97,14 +102,34 @@ def fuse(
             trust_remote_code=model.trust_remote_code,
             reporter=reporter,
         )
-        reporter.note(f"wrote {output}")
-        return
-    (loaded,) = adapters
+    else:
+        fuse_into(
+            adapters[0],
+            base,
+            output,
+            dtype=dtype,
+            resume=resume,
+            reporter=reporter,
+            check=_comparison(adapters[0], base, model, device, reporter) if check else None,
+        )
+    reporter.note(f"wrote {output}")
+
+
+def _comparison(
+    adapter: Adapter,
+    base: ModelFolder,
+    model: ModelSettings,
+    device: str,
+    reporter: Reporter,
+) -> Callable[[Path, str], None]:
+    """Return the check of a fused folder, whose tensors have a format, against base and adapter."""
+    from lorakit.export.check import check_fused
+    from lorakit.models.devices import DTYPES, pick_device
 
     def compare(folder: Path, stored: str) -> None:
         check_fused(
             folder,
-            loaded,
+            adapter,
             model,
             base.name,
             device=pick_device(device),
@@ -112,16 +137,7 @@ def fuse(
             note=reporter.note,
         )
 
-    fuse_into(
-        loaded,
-        base,
-        output,
-        dtype=dtype,
-        resume=resume,
-        reporter=reporter,
-        check=compare if check else None,
-    )
-    reporter.note(f"wrote {output}")
+    return compare
 
 
 def _check_form(

@@ -83,8 +83,7 @@ def push(
 
 def _show(publication: Publication, layout: str) -> None:
     """List the files with their sizes, and then the page."""
-    from lorakit.commands._dry_run import size
-    from lorakit.files import open_text_output
+    from lorakit.files import open_text_output, size
     from lorakit.foreign_text import printable, printable_lines
     from lorakit.records.jsonl import write_records
 

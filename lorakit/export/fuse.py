@@ -27,11 +27,11 @@ from lorakit.foreign_text import parse_json
 from lorakit.models.devices import DTYPES, FORMATS, one_thread
 from lorakit.models.lora import check_fits
 from lorakit.models.whole import check_whole_fits
+from lorakit.reach import MODEL_CONFIG
 from lorakit.reporting import Reporter
 from lorakit.runs.resume import run_key
 from lorakit.runs.sole_writer import sole_writer
 
-CONFIG_FILE = "config.json"
 RESUME_FILE = ".fuse.resume"
 
 
@@ -58,11 +58,12 @@ def fuse(
     weights = plain_weights(model, open_weights(model.folder, model.name))
     plan = _plan(adapter, model, weights, dtype)
     key = run_key(adapter.sha256, sorted(_sizes(weights)), dtype, model.as_base.fingerprint)
-    with made_folders(folder, output), sole_writer(str(folder / CONFIG_FILE)):
-        done = _begin(folder, key, resume=resume)
+    with made_folders(folder, output), sole_writer(str(folder / MODEL_CONFIG)):
+        done = _finished_shards(folder, key, resume=resume)
         left = [tensors for file, tensors in plan.items() if file not in done]
         needed = sum(size_of(tensor) for shard in left for tensor in shard.values())
         check_space(folder, needed, folder)
+        _mark(folder, key)
         for file in reporter.track(list(plan), "fusing"):
             if file not in done:
                 with one_thread():
@@ -72,7 +73,7 @@ def fuse(
             try:
                 check(folder, _format_of(plan))
             except LorakitError:
-                (folder / CONFIG_FILE).unlink()
+                (folder / MODEL_CONFIG).unlink()
                 raise
         (folder / RESUME_FILE).unlink()
 
@@ -152,13 +153,13 @@ def _sizes(weights: Files) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             yield key, tensor.dtype, tensor.shape
 
 
-def _begin(folder: Path, key: str, *, resume: bool) -> set[str]:
-    """Mark a folder as one that is being written; return the shards that an earlier run left.
+def _finished_shards(folder: Path, key: str, *, resume: bool) -> set[str]:
+    """Return the shards that an earlier run left in a folder and that are gone on from.
 
     Raises LorakitError for a folder with other files in it.
     """
     marker = folder / RESUME_FILE
-    names = {path.name for path in folder.iterdir() if path.name != f".{CONFIG_FILE}.lock"}
+    names = {path.name for path in folder.iterdir() if path.name != f".{MODEL_CONFIG}.lock"}
     if names and not marker.exists():
         raise LorakitError(f"{folder} holds files already; give -o a new folder")
     if names and marker.read_text(encoding="utf-8") == key and resume:
@@ -168,11 +169,15 @@ def _begin(folder: Path, key: str, *, resume: bool) -> set[str]:
             f"{folder} holds part of another model, of a run that was stopped; delete it, or give "
             "-o a new folder"
         )
+    return set()
+
+
+def _mark(folder: Path, key: str) -> None:
+    """Mark a folder as one that is being written, by the run of this key."""
     try:
-        marker.write_text(key, encoding="utf-8")
+        (folder / RESUME_FILE).write_text(key, encoding="utf-8")
     except OSError as error:
         raise cannot_write(folder, error) from error
-    return set()
 
 
 def _write_shard(path: Path, tensors: Mapping[str, Tensor | Fused]) -> None:
@@ -196,7 +201,7 @@ def _write_parts(
 ) -> None:
     """Write all but the weights: what lies beside the base's, the index, the card, the config."""
     for path in _parts(model.folder):
-        if path.name not in (CONFIG_FILE, INDEX):
+        if path.name not in (MODEL_CONFIG, INDEX):
             with atomic_path(folder / path.name) as side:
                 side.write_bytes(path.read_bytes())
     if (model.folder / INDEX).is_file():
@@ -206,12 +211,12 @@ def _write_parts(
         _write_json(folder / INDEX, index)
     with atomic_path(folder / CARD_FILE) as side:
         side.write_text(model_card_text(adapter), encoding="utf-8")
-    config = parse_json((model.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = parse_json((model.folder / MODEL_CONFIG).read_text(encoding="utf-8"))
     if isinstance(config, dict):
         config.pop("quantization_config", None)
     if dtype is not None and isinstance(config, dict):
         config = _with_dtype(config, dtype)
-    _write_json(folder / CONFIG_FILE, config)
+    _write_json(folder / MODEL_CONFIG, config)
 
 
 def _parts(folder: Path) -> list[Path]:

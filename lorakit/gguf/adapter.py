@@ -18,11 +18,9 @@ from lorakit.adapters.tensors import FloatArray, Tensor
 from lorakit.errors import LorakitError
 from lorakit.gguf.base import base_name_fields, header_fields, read_config
 from lorakit.gguf.file import GgufTensor, Value, write_gguf
-from lorakit.gguf.names import Config, GgufNames, names_of
+from lorakit.gguf.names import HEAD, Config, GgufNames, names_of, width_of
 from lorakit.gguf.serving import adapter_lines
 from lorakit.settings import ModelSettings
-
-_HEADS = ("lm_head", "embed_out")
 
 
 def convert_to_gguf(
@@ -72,16 +70,28 @@ def _alpha(module: LoraModule) -> float:
 
 def _tensors(adapter: Adapter, names: GgufNames) -> Iterator[GgufTensor]:
     for module in adapter.modules():
-        if names.ties_head and module.name.endswith(_HEADS):
+        weight = f"{module.name}.weight"
+        name = names.tensor(weight)
+        if names.ties_head and name == HEAD:
             raise LorakitError(
                 f"{adapter.name} has LoRA on {module.name}, whose weights {names.name} shares with "
                 "its embedding, and llama.cpp has no such tensor; leave that module out"
             )
-        weight = f"{module.name}.weight"
-        name = names.tensor(weight)
+        _check_width(module, adapter, names)
         names.in_order(weight, module.b)  # raises an error before the file is begun
         yield _tensor(f"{name}.lora_a", module.tensor_a)
         yield _tensor(f"{name}.lora_b", module.tensor_b, names, weight)
+
+
+def _check_width(module: LoraModule, adapter: Adapter, names: GgufNames) -> None:
+    """Raise LorakitError for a module that neither reads nor writes values of the base's width."""
+    width = width_of(names.config)
+    if width not in module.shape:
+        rows, columns = module.shape
+        raise LorakitError(
+            f"{adapter.name}: {module.name} is {rows}×{columns}, and {names.name} is {width} wide; "
+            "give the base the adapter was trained on by --model"
+        )
 
 
 def _tensor(

@@ -6,19 +6,22 @@ second. The fields are those of the format's own table (general.*).
 
 from __future__ import annotations
 
-from pathlib import PurePath
+import re
+from pathlib import Path, PurePath
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.card import CARD_FILE
 from lorakit.adapters.history import header_text
 from lorakit.errors import LorakitError
+from lorakit.files import explain
 from lorakit.foreign_text import parse_json
 from lorakit.gguf.file import Value
 from lorakit.gguf.names import Config
 from lorakit.hub import fetch_model_file
-from lorakit.reach import TINY, check_model, config_paths, is_folder
+from lorakit.reach import MODEL_CONFIG, TINY, check_model, config_paths, is_folder
 
 HISTORY_KEY = "lorakit.header"  # lorakit's own header, as JSON
-CONFIG_FILE = "config.json"
+_LICENCE = re.compile(r"\A---\n(?:(?!---).*\n)*?license: *([\w.-]+) *\n")
 
 
 def read_config(name: str, revision: str | None) -> Config:
@@ -28,10 +31,12 @@ def read_config(name: str, revision: str | None) -> Config:
     """
     check_model(name, revision)
     is_here = name == TINY or is_folder(name)
-    path = config_paths(name)[0] if is_here else fetch_model_file(name, CONFIG_FILE, revision)
+    path = config_paths(name)[0] if is_here else fetch_model_file(name, MODEL_CONFIG, revision)
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise LorakitError(f"cannot read {path}: {explain(error)}; check --model") from None
+    except ValueError as error:
         raise LorakitError(f"{path} is not JSON ({error}); take a new copy of {name}") from None
     if not isinstance(config, dict):
         raise LorakitError(f"{path} is no JSON object; take a new copy of {name}")
@@ -59,3 +64,12 @@ def header_fields(adapter: Adapter | None) -> dict[str, Value]:
     if adapter is None or not adapter.header:
         return {}
     return {HISTORY_KEY: header_text(adapter.header)}
+
+
+def licence_of(folder: Path) -> str:
+    """Return the licence that the card in a model's folder names, or nothing."""
+    card = folder / CARD_FILE
+    if not card.is_file():
+        return ""
+    match = _LICENCE.match(card.read_text(encoding="utf-8", errors="replace"))
+    return match[1] if match else ""

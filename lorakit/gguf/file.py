@@ -7,6 +7,7 @@ Fields and tensors stand in the order they come in, so that equal input gives eq
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import shutil
 import sys
@@ -84,7 +85,14 @@ def write_gguf(
         try:
             _write(path, architecture, fields, tensors, reporter or Silent())
         except OSError as error:
-            raise cannot_write(output, error) from error
+            raise cannot_write(output, _with_reason(error)) from error
+
+
+def _with_reason(error: OSError) -> OSError:
+    """Return the error that numpy raises, without a reason, where not all could be written."""
+    if error.errno is not None:
+        return error
+    return OSError(errno.ENOSPC, "the disk or the quota has room for a part of it only")
 
 
 @contextlib.contextmanager
@@ -97,12 +105,21 @@ def _path_for(output: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model{SUFFIX}"
         yield path
-        with contextlib.ExitStack() as stack:
-            source = stack.enter_context(open(path, "rb"))
-            to_stdout = output == STDIO
-            pipe = sys.stdout.buffer if to_stdout else stack.enter_context(open(output, "wb"))
-            shutil.copyfileobj(source, pipe)
-            pipe.flush()
+        try:
+            _copy_to_pipe(path, output)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise cannot_write(output, error) from error
+
+
+def _copy_to_pipe(path: Path, output: str) -> None:
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open(path, "rb"))
+        to_stdout = output == STDIO
+        pipe = sys.stdout.buffer if to_stdout else stack.enter_context(open(output, "wb"))
+        shutil.copyfileobj(source, pipe)
+        pipe.flush()
 
 
 def _write(

@@ -20,6 +20,7 @@ from lorakit.gguf.names import (
     heads_of,
     key_heads_of,
     layers_of,
+    width_of,
 )
 
 _ACTIVATIONS = {
@@ -40,7 +41,7 @@ def hyperparameters(names: GgufNames) -> Fields:
     fields: dict[str, Value] = {
         "vocab_size": int(config["vocab_size"]),
         "context_length": context_of(names)[0],
-        "embedding_length": _width(config),
+        "embedding_length": width_of(config),
         "block_count": layers_of(config),
         "feed_forward_length": _inner_width(config),
         "attention.head_count": heads_of(config),
@@ -120,7 +121,7 @@ def _conditions(names: GgufNames) -> Iterator[tuple[str, object, tuple[object, .
     yield "scale_attn_weights", config.get("scale_attn_weights", True), (True,)
     if family in _WINDOWED:
         is_27b = layers_of(config) == _GEMMA_27B[family]
-        width = _width(config) // heads_of(config) if is_27b else _head_width(config)
+        width = width_of(config) // heads_of(config) if is_27b else _head_width(config)
         yield "query_pre_attn_scalar", config.get("query_pre_attn_scalar"), (width,)
         yield "layer_types", config.get("layer_types"), (_layer_types(family, layers_of(config)),)
 
@@ -132,16 +133,12 @@ def _layer_types(family: str, count: int) -> list[str]:
     return [kinds[layer % every == every - 1] for layer in range(count)]
 
 
-def _width(config: Config) -> int:
-    return int(config["n_embd"] if "n_embd" in config else config["hidden_size"])
-
-
 def _inner_width(config: Config) -> int:
-    return int(config.get("n_inner") or config.get("intermediate_size") or 4 * _width(config))
+    return int(config.get("n_inner") or config.get("intermediate_size") or 4 * width_of(config))
 
 
 def _head_width(config: Config) -> int:
-    return int(config.get("head_dim") or _width(config) // heads_of(config))
+    return int(config.get("head_dim") or width_of(config) // heads_of(config))
 
 
 def _norm(config: Config) -> dict[str, Value]:

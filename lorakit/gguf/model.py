@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +20,7 @@ from lorakit.export.fuse import check_fusible, whole_by_key
 from lorakit.export.fused import Fused
 from lorakit.export.model_folder import ModelFolder
 from lorakit.export.weight_files import open_weights
-from lorakit.gguf.base import base_name_fields, header_fields
+from lorakit.gguf.base import base_name_fields, header_fields, licence_of
 from lorakit.gguf.file import BLOCK, GgufTensor, Value, write_gguf
 from lorakit.gguf.hyperparameters import context_of, frequency_factors, hyperparameters
 from lorakit.gguf.names import GgufNames, names_of
@@ -39,7 +37,6 @@ FORMATS = {
     "bfloat16": ("BF16", "MOSTLY_BF16"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
-_LICENCE = re.compile(r"\A---\n(?:(?!---).*\n)*?license: *([\w.-]+) *\n")
 
 
 def fuse_gguf(
@@ -100,15 +97,6 @@ def _general(adapter: Adapter | None, model: ModelFolder, dtype: str | None) -> 
     if dtype == "q8_0":
         fields["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     return fields
-
-
-def licence_of(folder: Path) -> str:
-    """Return the licence that the card in a model's folder names, or nothing."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return ""
-    match = _LICENCE.match(card.read_text(encoding="utf-8", errors="replace"))
-    return match[1] if match else ""
 
 
 def _tensors(

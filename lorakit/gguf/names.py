@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]  # a model's config.json, or what transformers makes of it
 _PERMUTED = {".q_proj": "query", ".k_proj": "key"}
+HEAD = "output.weight"  # llama.cpp's name of the output head
 _SUFFIXES = (".weight", ".bias")
+_MOST = 1 << 20  # of layers, heads or values; gguf makes names for as many layers as it is told
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,16 @@ def layers_of(config: Config) -> int:
     return int(config["n_layer"] if "n_layer" in config else config["num_hidden_layers"])
 
 
+def width_of(config: Config) -> int:
+    """Return how many values stand for a token between layers."""
+    return int(config["n_embd"] if "n_embd" in config else config["hidden_size"])
+
+
 def names_of(config: Config, name: str) -> GgufNames:
     """Return llama.cpp's names for the model `name` with this config.
 
     Raises LorakitError without the package gguf, for a family not in FAMILIES, and for a config
-    that does not give its numbers of layers and heads.
+    that does not give its numbers of layers and heads and its width.
     """
     check_packages("GGUF", "gguf", extra="gguf")
     import gguf
@@ -142,12 +149,20 @@ def names_of(config: Config, name: str) -> GgufNames:
             f"{name} is of the family {kind!r}, and GGUF is written for {', '.join(FAMILIES)}; "
             "convert it with llama.cpp's own scripts"
         )
+    _check_counts(config, name)
     family = FAMILIES[kind]
-    try:
-        layers, _ = layers_of(config), heads_of(config)
-    except (KeyError, TypeError, ValueError):
-        raise LorakitError(
-            f"{name}: its config gives no number of layers or heads; take a new copy of config.json"
-        ) from None
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.architecture], layers)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.architecture], layers_of(config))
     return GgufNames(name, config, family, table)
+
+
+def _check_counts(config: Config, name: str) -> None:
+    """Raise LorakitError for a config whose layers, heads or width are no numbers of such."""
+    try:
+        counts = [count(config) for count in (layers_of, heads_of, key_heads_of, width_of)]
+    except (KeyError, TypeError, ValueError):
+        counts = [0]
+    if not all(0 < count <= _MOST for count in counts):
+        raise LorakitError(
+            f"{name}: its config gives no number of layers or heads, or no width; take a new copy "
+            "of config.json"
+        )

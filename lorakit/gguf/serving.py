@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from lorakit.files import is_stream
 
 
@@ -10,7 +12,7 @@ def adapter_lines(output: str) -> list[str]:
     if is_stream(output):
         return []
     return [
-        f"to serve it: llama-server -m BASE.gguf --lora {output}",
+        f"to serve it: llama-server -m BASE.gguf --lora {shlex.quote(output)}",
         "in an Ollama Modelfile: FROM ./BASE.gguf",
         f"and on the line below it: ADAPTER {_as_path(output)}",
     ]
@@ -21,7 +23,7 @@ def model_lines(output: str) -> list[str]:
     if is_stream(output):
         return []
     return [
-        f"to serve it: llama-server -m {output}",
+        f"to serve it: llama-server -m {shlex.quote(output)}",
         f"in an Ollama Modelfile: FROM {_as_path(output)}",
     ]
 

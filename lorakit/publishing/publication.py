@@ -18,8 +18,8 @@ from lorakit.export.weight_files import open_weights
 from lorakit.files import atomic_path, explain
 from lorakit.foreign_text import parse_json
 from lorakit.publishing.page import check_page, with_scores
+from lorakit.reach import MODEL_CONFIG
 
-MODEL_CONFIG = "config.json"
 _GGUF_START = b"GGUF"
 _SHOWN_HIDDEN = (".gitattributes",)  # all other hidden files stay here
 
@@ -75,13 +75,19 @@ def open_publication(source: str, repo: str, scores: str | None = None) -> Publi
     that the hub would not take.
     """
     folder = Path(source)
+    if not folder.exists():
+        raise LorakitError(f"there is no folder {source}; check the path")
     if not folder.is_dir():
-        raise LorakitError(f"{source} is no folder; lorakit convert {source} -o FOLDER/ makes one")
+        raise LorakitError(
+            f"{source} is no folder; lorakit convert {shlex.quote(source)} -o FOLDER/ makes one"
+        )
     files = _files_of(folder)
     kind = _kind_of(files, source)
     KINDS[kind](folder, files, source)
     old = _read_page(folder)
-    page = card_text(load_adapter(source)) if old is None and kind == "adapter" else old
+    page = old
+    if old is None and kind == "adapter":
+        page = card_text(load_adapter(source, plain=False))
     if scores is not None:
         page = with_scores(page, repo.rpartition("/")[2], scores)
     if page is not None:
@@ -137,7 +143,7 @@ def _is_model_weights(file: str) -> bool:
 
 def _check_adapter(folder: Path, files: Mapping[str, int], name: str) -> None:
     """Raise LorakitError for an adapter that PEFT, or lorakit, could not load from the hub."""
-    load_adapter(name)
+    load_adapter(name, plain=False)
     if CONFIG_FILE not in files:
         raise LorakitError(
             f"{name} holds no {CONFIG_FILE}; run: lorakit convert {shlex.quote(name)} -o "

@@ -117,6 +117,7 @@ def pissa() -> Any:
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "plain LoRA": (tiny(), tiny(), "took nothing out of the base"),
     "LoftQ": (tiny(init_lora_weights="loftq"), tiny(), "'loftq' took nothing out"),
+    "itself": (pissa(), pissa(), "holds the same as tiny"),
     "another rank": (pissa(), tiny(rank=3), "has another rank, shape or scale"),
     "another scale": (pissa(), tiny(lora_alpha=9), "has another rank, shape or scale"),
     "fewer modules": (pissa(), tiny(layers=1), "layers.1.self_attn.q_proj' has another rank"),

@@ -13,7 +13,8 @@ import torch
 from lorakit.adapters.storage import load_adapter
 from lorakit.boundary import decode
 from lorakit.commands import _dry_run
-from lorakit.commands._dry_run import duration, size
+from lorakit.commands._dry_run import duration
+from lorakit.files import size
 from lorakit.models.kv_cache import Slots
 from lorakit.training import train
 from lorakit.training.trainer import Trainer
@@ -369,20 +370,6 @@ def in_a_terminal(command: list[str]) -> str:
             text += part
     os.close(ours)
     return text.decode()
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.00 KiB"),
-        (3 << 29, "1.50 GiB"),
-        (1 << 50, "1024.00 TiB"),
-    ],
-)
-def test_bytes_are_in_the_largest_unit(count: int, text: str) -> None:
-    assert size(count) == text
 
 
 @pytest.mark.parametrize(

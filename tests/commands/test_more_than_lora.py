@@ -38,6 +38,9 @@ ROWS = {
     "convert to a file": ("convert {a} -o {o}.safetensors", CARRIED, CARRIED, CARRIED),
     "convert to a folder": ("convert {a} -o {o}/", CARRIED, CARRIED, CARRIED),
     "convert to MLX": ("convert {a} --to mlx -o {o}/", FUSE, FUSE, FUSE),
+    "convert to GGUF": ("convert {a} --to gguf -o {o}.gguf", *("--to gguf -o fused.gguf",) * 3),
+    "convert for vLLM": ("convert {a} --to vllm -o {o}/", FUSE, FUSE, FUSE),
+    "push": ("push {a} owner/name --dry-run", CARRIED, CARRIED, CARRIED),
     "strip-layers": ("strip-layers {a} --boundary 1 -o {o}/", CARRIED, CARRIED, CARRIED),
     "strip-layers by importance": (
         "strip-layers {a} --by importance --share 0.5 --data {d} -o {o}/",
@@ -97,6 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             head = model.base_model.model.lm_head.modules_to_save["default"].weight
             model.base_model.model.model.embed_tokens.modules_to_save["default"].weight = head
         model.save_pretrained(folder / kind, save_embedding_layers=False)
+        (folder / kind / "README.md").unlink()  # PEFT's, in which the base is a path
     record = {"id": "1", "prompt": "The town", "completion": " is old"}
     (folder / "data.jsonl").write_text(
         json.dumps(record) + "\n" + json.dumps({**record, "id": "2"})

@@ -20,6 +20,7 @@ from lorakit.adapters.tensors import Tensor
 from lorakit.cli import lorakit
 from lorakit.errors import LorakitError
 from lorakit.gguf.adapter import save_gguf_adapter
+from lorakit.gguf.serving import adapter_lines
 from tests.support.adapters import run_python
 from tests.support.gguf import (
     CONFIGS,
@@ -186,12 +187,27 @@ def _with_module(adapter: Adapter, name: str) -> Adapter:
     [
         ({"model_type": "opt"}, None, "of the family 'opt', and GGUF is written for gemma"),
         ({"num_attention_heads": None}, None, "gives no number of layers or heads"),
+        ({"num_attention_heads": 0}, None, "gives no number of layers or heads"),
+        ({"num_key_value_heads": "x"}, None, "gives no number of layers or heads"),
+        ({"num_hidden_layers": 10**9}, None, "gives no number of layers or heads"),
+        ({"hidden_size": 128}, None, "is 64×96, and x is 128 wide; give the base"),
         ({"num_attention_heads": 3}, None, "has 64 rows for 3 heads"),
         ({"num_hidden_layers": 1}, None, "no tensor for model.layers.1"),
         ({}, "model.layers.0.self_attn.rotary", "llama has no tensor for model.layers.0.self_attn"),
         ({"tie_word_embeddings": True}, "lm_head", "shares with its embedding"),
     ],
-    ids=["family", "no heads", "heads", "layers", "module", "tied head"],
+    ids=[
+        "family",
+        "no heads",
+        "zero heads",
+        "no key heads",
+        "too many layers",
+        "width",
+        "heads",
+        "layers",
+        "module",
+        "tied head",
+    ],
 )
 def test_what_llama_cpp_does_not_have_is_refused_by_name(
     config: dict[str, Any], module: str | None, message: str, tmp_path: Path
@@ -246,6 +262,17 @@ def test_the_command_writes_the_file_and_says_how_it_is_served(
     assert piped.stdout_bytes == output.read_bytes()
 
 
+def test_a_name_with_spaces_is_quoted_for_the_shell() -> None:
+    (line, *_) = adapter_lines("my adapter.gguf")
+    assert line.endswith("--lora 'my adapter.gguf'")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_device_is_an_error_that_names_it(files: tuple[Path, Path]) -> None:
+    done = run(files[0], "--to", "gguf", "--model", files[1], "-o", "/dev/full")
+    assert str(done.exception).startswith("cannot write /dev/full: no space left on device;")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -261,6 +288,15 @@ def test_names_and_options_of_another_form_are_refused(
     done = run(files[0], *arguments)
     assert done.exit_code == code
     assert message in (done.stderr + str(done.exception))
+
+
+def test_a_base_without_a_config_is_an_error_that_names_its_path(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (files[1] / "config.json").unlink()
+    done = run(files[0], "--to", "gguf", "--model", files[1], "-o", tmp_path / "a.gguf")
+    expected = f"cannot read {files[1]}/config.json: no such file or directory; check --model"
+    assert str(done.exception) == expected
 
 
 def test_converting_needs_no_model_library(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -226,7 +226,20 @@ def test_a_disk_without_room_is_an_error_that_leaves_nothing(
     save_random("llama", tmp_path / "base")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(LorakitError, match="GiB are free"):
+    with pytest.raises(LorakitError, match=r"needs \d+\.\d\d KiB, and 1000 B are free"):
+        write(tmp_path / "base", tmp_path / "a.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_disk_that_fills_up_is_an_error_that_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(writer: gguf.GGUFWriter, tensor: object) -> None:
+        raise OSError("16384 requested and 1000 written")  # as numpy does
+
+    save_random("llama", tmp_path / "base")
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write_half)
+    with pytest.raises(LorakitError, match="has room for a part of it only; choose another -o"):
         write(tmp_path / "base", tmp_path / "a.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 

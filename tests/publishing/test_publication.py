@@ -124,6 +124,8 @@ def test_what_is_damaged_or_incomplete_is_refused(folder: Path, model: Path) -> 
 
 
 def test_a_folder_of_anything_else_is_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(LorakitError, match="there is no folder missing; check the path"):
+        open_publication("missing", "owner/name")
     with pytest.raises(LorakitError, match="is no folder"):
         open_publication(str(folder / "adapter_model.safetensors"), "owner/name")
     (tmp_path / "empty").mkdir()
