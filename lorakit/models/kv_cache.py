@@ -261,7 +261,8 @@ class Slots:
         if isinstance(keep, int):
             logits = logits[:, -keep:]
         self._check(logits)
-        return logits.float().argmax(-1)
+        predicted: torch.Tensor = logits.float().argmax(-1)
+        return predicted
 
     def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the additive mask (rows, 1, new, visible), by kind of layer if there are two."""
