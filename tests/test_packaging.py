@@ -112,6 +112,7 @@ def test_the_wheel_names_its_pages_and_extras(wheel: Path) -> None:
     assert pages == {"Homepage", "Repository", "Changelog", "Issues"}
     extras = {
         "endpoint",
+        "gguf",
         "html",
         "hub",
         "latex",

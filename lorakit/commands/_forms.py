@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 
 class Form(NamedTuple):
-    """A way to write an adapter: whether an output's name fits, and the writing.
+    """A way to write an adapter: whether an output's name fits, the writing, and how it is served.
 
-    `save` is given the base that the user names, and tells by notes how the output is used.
+    `save` is given the base that the user names; `serving` returns lines about a written output.
     """
 
     check_output: Callable[[str], None]
     save: Callable[[Adapter, str, ModelSettings, Note], None]
+    serving: Callable[[str], Sequence[str]] = lambda output: ()
 
 
 def _save_peft(adapter: Adapter, output: str, model: ModelSettings, note: Note) -> None:
@@ -42,14 +43,19 @@ def _save_mlx(adapter: Adapter, output: str, model: ModelSettings, note: Note) -
 
 def _save_vllm(adapter: Adapter, output: str, model: ModelSettings, note: Note) -> None:
     from lorakit.adapters.portable import make_portable
-    from lorakit.adapters.serving import serving_note, vllm_command
+    from lorakit.adapters.serving import vllm_command
     from lorakit.adapters.storage import save_adapter
 
     portable = make_portable(adapter)
     vllm_command(portable, output)  # raises an error for a rank beyond vLLM's
     save_adapter(portable, output)
-    if line := serving_note(output):
-        note(line)
+
+
+def _vllm_lines(output: str) -> list[str]:
+    from lorakit.adapters.serving import serving_note
+
+    line = serving_note(output)
+    return [line] if line else []
 
 
 def _save_gguf(adapter: Adapter, output: str, model: ModelSettings, note: Note) -> None:
@@ -58,6 +64,12 @@ def _save_gguf(adapter: Adapter, output: str, model: ModelSettings, note: Note) 
 
     check_plain(adapter, "llama.cpp", "--to gguf -o fused.gguf")
     convert_to_gguf(adapter, output, model, note)
+
+
+def _gguf_lines(output: str) -> list[str]:
+    from lorakit.gguf.serving import adapter_lines
+
+    return adapter_lines(output)
 
 
 def _check_file_or_folder(output: str) -> None:
@@ -69,10 +81,14 @@ def _check_file_or_folder(output: str) -> None:
         )
 
 
-def _check_folder(output: str) -> None:
-    """Raise LorakitError for a name that is not a folder's."""
-    if is_stream(output) or not names_folder(output):
-        raise LorakitError(f"MLX and vLLM read folders, and {output} is none; end -o in /")
+def _folder_for(program: str) -> Callable[[str], None]:
+    """Return the check that a name is a folder's, which the program reads alone."""
+
+    def check(output: str) -> None:
+        if is_stream(output) or not names_folder(output):
+            raise LorakitError(f"{program} reads folders, and {output} is none; end -o in /")
+
+    return check
 
 
 def _check_gguf(output: str) -> None:
@@ -83,7 +99,7 @@ def _check_gguf(output: str) -> None:
 
 FORMS = {
     "peft": Form(_check_file_or_folder, _save_peft),
-    "mlx": Form(_check_folder, _save_mlx),
-    "vllm": Form(_check_folder, _save_vllm),
-    "gguf": Form(_check_gguf, _save_gguf),
+    "mlx": Form(_folder_for("MLX"), _save_mlx),
+    "vllm": Form(_folder_for("vLLM"), _save_vllm, _vllm_lines),
+    "gguf": Form(_check_gguf, _save_gguf, _gguf_lines),
 }

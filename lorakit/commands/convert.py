@@ -79,6 +79,8 @@ def convert(
     reporter = TerminalReporter(quiet=quiet)
     FORMS[form].save(loaded, output, model, reporter.note)
     reporter.note(f"wrote {output}")
+    for line in FORMS[form].serving(output):
+        reporter.note(line)
 
 
 def _check_base(form: str) -> None:

@@ -113,6 +113,11 @@ def fuse(
             check=_comparison(adapters[0], base, model, device, reporter) if check else None,
         )
     reporter.note(f"wrote {output}")
+    if form == "gguf":
+        from lorakit.gguf.serving import model_lines
+
+        for line in model_lines(output):
+            reporter.note(line)
 
 
 def _comparison(

@@ -19,7 +19,6 @@ from lorakit.errors import LorakitError
 from lorakit.gguf.base import base_name_fields, header_fields, read_config
 from lorakit.gguf.file import GgufTensor, Value, write_gguf
 from lorakit.gguf.names import HEAD, Config, GgufNames, names_of, width_of
-from lorakit.gguf.serving import adapter_lines
 from lorakit.settings import ModelSettings
 
 
@@ -28,7 +27,7 @@ def convert_to_gguf(
 ) -> None:
     """Write an adapter as GGUF for the base that `model`, or the adapter, names.
 
-    Notes tell which base was taken and how the file is served. Raises LorakitError as
+    A note tells which base was taken, where none was named. Raises LorakitError as
     `save_gguf_adapter` does, and for a base whose config cannot be had.
     """
     name, remark = choose_model(model.model, [adapter])
@@ -36,8 +35,6 @@ def convert_to_gguf(
         note(remark)
     config = read_config(name, model.revision or base_revision([adapter], name))
     save_gguf_adapter(adapter, output, config=config, base=name)
-    for line in adapter_lines(output):
-        note(line)
 
 
 def save_gguf_adapter(adapter: Adapter, output: str, *, config: Config, base: str) -> None:

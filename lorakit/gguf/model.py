@@ -24,7 +24,6 @@ from lorakit.gguf.base import base_name_fields, header_fields, licence_of
 from lorakit.gguf.file import BLOCK, GgufTensor, Value, write_gguf
 from lorakit.gguf.hyperparameters import context_of, frequency_factors, hyperparameters
 from lorakit.gguf.names import GgufNames, names_of
-from lorakit.gguf.serving import model_lines
 from lorakit.gguf.tokenizer import tokenizer_fields
 from lorakit.models.loading import load_encoder
 from lorakit.reporting import Reporter
@@ -52,7 +51,7 @@ def fuse_gguf(
 
     `dtype`, one of FORMATS, is that of the matrices; None: each as the base has it. Vectors are
     float32, and so are positions, as llama.cpp wants them; rows that Q8_0 cannot cut into blocks
-    are float16. Notes tell how the file is served. Raises LorakitError as `fuse` does, and for what
+    are float16. Raises LorakitError as `fuse` does, and for what
     llama.cpp does not compute as transformers does.
     """
     names = names_of(model.model.config.to_dict(), model.name)
@@ -74,8 +73,6 @@ def fuse_gguf(
         reporter.note(remark)
     tensors = [*_tensors(adapter, model, names, dtype), *_factors(names)]
     write_gguf(output, names.architecture, fields, tensors, reporter=reporter)
-    for line in model_lines(output):
-        reporter.note(line)
 
 
 def _general(adapter: Adapter | None, model: ModelFolder, dtype: str | None) -> dict[str, Value]:

@@ -85,7 +85,7 @@ def test_blocks_of_rows_make_no_difference(tmp_path: Path, monkeypatch: pytest.M
     save_both("DoRA on Conv1D", tmp_path)
     whole = stored(fuse_files(tmp_path))
     shutil.rmtree(tmp_path / "fused")
-    monkeypatch.setattr("lorakit.export.fuse._BLOCK", 200)
+    monkeypatch.setattr("lorakit.export.fused._BLOCK", 200)
     for key, tensor in stored(fuse_files(tmp_path)).items():
         torch.testing.assert_close(tensor, whole[key], rtol=1e-6, atol=1e-6)
 
