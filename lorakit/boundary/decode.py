@@ -40,7 +40,7 @@ from lorakit.boundary.gates import Gates
 from lorakit.models.base import Base
 from lorakit.models.completions import check_finite, until_end
 from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
-from lorakit.models.kv_cache import REFUSALS, Slots, can_slot
+from lorakit.models.kv_cache import REFUSALS, Slots, alike_enough, can_slot
 
 FANNED = 4  # cuts that share one pass over a prompt and its draft
 _TRIED = 4  # cuts under which can_pool tries a model
@@ -141,7 +141,7 @@ class Pool:
         """Feed every row of the batch its last token and a new guess."""
         rows = self._batch.rows
         for row in rows:
-            most = min(GUESSED, self._most - len(row.written) - 1)
+            most = min(GUESSED, self._most - row.length - 1)
             row.guess = row.drafts.guess(row.ids, most)
         lengths = [len(row.guess) + 1 for row in rows] if self._slots.ragged else None
         self._gates.set([row.cut for row in rows], lengths)
@@ -205,6 +205,5 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
         fanned = slots.fan_out(prompt, _splits(order), 0, len(prompt))[0]
     except REFUSALS:
         return False
-    alike: int = sum(a == b == c for a, b, c in zip(in_parts, fanned, expected, strict=True))
-    needed = 1.0 if base.dtype == torch.float32 else 0.8
-    return alike >= needed * len(prompt)
+    alike = [a == b == c for a, b, c in zip(in_parts, fanned, expected, strict=True)]
+    return alike_enough(alike, base.dtype)

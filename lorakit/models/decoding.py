@@ -75,6 +75,11 @@ class Row:
     def written(self) -> list[int]:
         return self.ids[self.start :]
 
+    @property
+    def length(self) -> int:
+        """How many tokens are written."""
+        return len(self.ids) - self.start
+
     def accept(self, predicted: Sequence[int], ends: Ending) -> bool:
         """Append the predictions that confirm the guess and the next one; return whether it ends.
 
@@ -99,7 +104,7 @@ class Ending:
     stop: StopTexts | None = None
 
     def __call__(self, row: Row) -> bool:
-        if row.ids[-1] in self.tokens or len(row.ids) - row.start == self.most:
+        if row.ids[-1] in self.tokens or row.length == self.most:
             return True
         return self.stop is not None and self.stop.end(row.written, row.opened)
 

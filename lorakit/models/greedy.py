@@ -97,7 +97,7 @@ def _decoded(
             yield from batch.join(joining, prefix)
         else:
             for row in batch.rows:
-                row.guess_next(most - len(row.written) - 1)
+                row.guess_next(most - row.length - 1)
             yield from batch.step()
 
 
