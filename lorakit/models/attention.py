@@ -19,9 +19,10 @@ How rows are packed is decided in batches.py, which keys rows have in kv_cache.p
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -29,6 +30,7 @@ import transformers
 from lorakit.models.architecture import Model
 
 BY_ROW = "sdpa_by_row"
+_UNGROUPED: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
 _ragged: ContextVar[RaggedRows | None] = ContextVar("ragged", default=None)
 _lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths", default=None)
 
@@ -54,15 +56,21 @@ class RaggedRows(NamedTuple):
     rows: int
     width: int
 
-    def laid_out(self, query: torch.Tensor) -> torch.Tensor:
-        """Return (rows, heads, width, values) from (1, heads, tokens, values), 0 elsewhere."""
-        rows = query.new_zeros(self.rows, self.width, query.shape[1], query.shape[3])
-        rows[self.row, self.column] = query[0].transpose(0, 1)
-        return rows.transpose(1, 2)
+    def laid_out(self, query: torch.Tensor, group: int) -> torch.Tensor:
+        """Return (rows, heads / group, group * width, values), 0 where no token is.
 
-    def in_sequence(self, attended: torch.Tensor) -> torch.Tensor:
-        """Return (1, tokens, heads, values) from (rows, width, heads, values)."""
-        return attended[self.row, self.column][None]
+        query is (1, heads, tokens, values). The queries of a group of heads follow one another.
+        """
+        heads = query.shape[1] // group
+        rows = query.new_zeros(self.rows, heads, group, self.width, query.shape[3])
+        rows[self.row, :, :, self.column] = query[0].transpose(0, 1).unflatten(1, (heads, group))
+        return rows.flatten(2, 3)
+
+    def in_sequence(self, attended: torch.Tensor, group: int) -> torch.Tensor:
+        """Return (1, tokens, heads, values) from (rows, group * width, heads / group, values)."""
+        by_group = attended.unflatten(1, (group, self.width))
+        tokens: torch.Tensor = by_group[self.row, :, self.column].transpose(1, 2)
+        return tokens.reshape(1, len(self.row), -1, attended.shape[-1])
 
 
 @contextlib.contextmanager
@@ -104,9 +112,9 @@ def _attention(
     query, key and value are (1 or rows, heads, tokens, width).
     """
     attend = transformers.AttentionInterface()["sdpa"]
-    rows = _ragged.get()
-    laid_out = query if rows is None else rows.laid_out(query)
-    wide = [tensor.float() for tensor in (laid_out, key, value)]
+    if (rows := _ragged.get()) is not None and isinstance(mask, torch.Tensor):
+        return _attend_ragged(rows, attend, module, query, key, value, mask, **settings), None
+    wide = [tensor.float() for tensor in (query, key, value)]
     if isinstance(mask, RowMasks):
         parts = zip(*(tensor.split(mask.lengths, 2) for tensor in wide), strict=True)
         attended = [
@@ -116,8 +124,32 @@ def _attention(
         return torch.cat(attended, 1).to(query.dtype), None
     if mask is not None and mask.is_floating_point():
         mask = mask.float()
-    whole = attend(module, *wide, mask, **settings)[0].to(query.dtype)
-    return (whole if rows is None else rows.in_sequence(whole)), None
+    return attend(module, *wide, mask, **settings)[0].to(query.dtype), None
+
+
+def _attend_ragged(
+    rows: RaggedRows,
+    attend: Callable[..., tuple[torch.Tensor, None]],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    **settings: object,
+) -> torch.Tensor:
+    """Compute attention (1, tokens, heads, values) of the new tokens of rows; see `ragged`.
+
+    Where heads share keys, transformers copies the keys to each head as soon as rows have two new
+    tokens. Instead, the queries of these heads are taken for more tokens of one head.
+    """
+    group = query.shape[1] // key.shape[1]
+    if settings.get("position_bias") is not None:  # each head has its own
+        group = 1
+    if group > 1:
+        mask, module = mask.repeat(1, 1, group, 1), _UNGROUPED
+    laid_out = rows.laid_out(query, group).float()
+    attended, _ = attend(module, laid_out, key.float(), value.float(), mask.float(), **settings)
+    return rows.in_sequence(attended, group).to(query.dtype)
 
 
 def _mask(**arguments: object) -> torch.Tensor | RowMasks | None:

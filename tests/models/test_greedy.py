@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.models import generation, kv_cache
+from lorakit.models import decoding, generation, kv_cache
 from lorakit.models.base import Base
 from lorakit.models.decoding import Drafts
 from lorakit.models.generation import complete, complete_prompts, generate
@@ -125,6 +125,24 @@ def test_what_all_prompts_begin_with_is_read_once(base: Base, passes: list[list[
     reading = [length - shared for length in map(len, prompts)]
     joining = [length for lengths in passes[1:] for length in lengths if length in reading]
     assert sorted(reading) == sorted(joining)
+
+
+def test_long_prompts_are_read_in_portions(
+    base: Base, passes: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(base, 9, "You are asked many things. ")
+    expected = complete(base, prompts, SETTINGS)
+    complete_greedily(base, prompts, SETTINGS, at_once=6)
+    [[shared], *_] = passes
+    new = sorted(len(prompt) - shared for prompt in prompts)
+    for most in (new[0] - 1, new[-1] + new[-2]):
+        passes.clear()
+        monkeypatch.setattr(decoding, "_READ_AT_ONCE", most)
+        assert complete_greedily(base, prompts, SETTINGS, at_once=6) == expected
+        joins = [lengths for lengths in passes[1:] if min(lengths) > 5]
+        assert sorted(length for lengths in joins for length in lengths) == new
+        assert all(sum(lengths) <= most or len(lengths) == 1 for lengths in joins)
+        assert (max(map(len, joins)) > 1) == (most > new[0])
 
 
 def test_a_single_prompt_has_no_prefix_of_its_own(base: Base, passes: list[list[int]]) -> None:
