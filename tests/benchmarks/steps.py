@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,18 @@ Batches = Sequence[Sequence[Example]]
 class Steps:
     """What some steps took, in seconds each, and their peak of memory in MB; the losses of all.
 
-    The first step, which warms up, is left out of the times. `pruning` is its share of a step.
+    The first step, which warms up, is left out of the times but for `first`. `pruning` is its share
+    of a step, and `products` and `attention` those of matrix products and of attention.
     """
 
     seconds: list[float]
     processor: list[float]
     memory: float
     losses: list[float]
+    first: float = 0.0
     pruning: float = 0.0
+    products: float = 0.0
+    attention: float = 0.0
 
     @property
     def total(self) -> float:
@@ -93,7 +97,7 @@ def timed_steps(
         synchronise(device)
         seconds.append(time.perf_counter() - started)
         processor.append(time.process_time() - used)
-    return Steps(seconds[1:], processor[1:], memory.peak(), losses), seconds
+    return Steps(seconds[1:], processor[1:], memory.peak(), losses, seconds[0]), seconds
 
 
 def lorakit_steps(
@@ -112,14 +116,28 @@ def lorakit_steps(
     with trainer._training_mode():
         updates = [lambda b=batch: trainer._step(b, 10**6).train_loss for batch in batches]
         steps, seconds = timed_steps(updates, memory, base.device)
+        products, attention = parts_of(updates[-1], base.device)
     shares = [a / b for a, b in zip(pruner.seconds[1:], seconds[1:], strict=False)]
-    return Steps(
-        steps.seconds,
-        steps.processor,
-        steps.memory,
-        steps.losses,
-        statistics.median(shares) if shares else 0.0,
+    return replace(
+        steps,
+        pruning=statistics.median(shares) if shares else 0.0,
+        products=products,
+        attention=attention,
     )
+
+
+def parts_of(step: Callable[[], float], device: torch.device) -> tuple[float, float]:
+    """Return the shares of matrix products and of attention in a step, by operation times."""
+    with torch.profiler.profile() as profile:
+        step()
+        synchronise(device)
+    events = profile.key_averages()
+    kind = "device" if device.type == "cuda" else "cpu"
+    times = {event.key: getattr(event, f"self_{kind}_time_total") for event in events}
+    total = sum(times.values())
+    products = sum(times.get(f"aten::{name}", 0.0) for name in ("mm", "addmm", "bmm", "baddbmm"))
+    attention = sum(seconds for name, seconds in times.items() if "dot_product" in name)
+    return products / total, attention / total
 
 
 def merging_trainer(

@@ -23,6 +23,9 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lorakit.adapters.storage import load_adapter
+from lorakit.models.architecture import decoder_layers
+from lorakit.models.attention import BY_ROW
+from lorakit.models.base import Base
 from lorakit.models.batches import epoch_batches
 from lorakit.models.loading import load_base
 from lorakit.models.tokens import Encoder, Example
@@ -56,6 +59,7 @@ class Options:
     device: str = option("cpu", "where both compute")
     dtype: str = option("auto", "the number format; auto: the one the device is fast at")
     micro_batch_tokens: int = option(TrainingSettings.micro_batch_tokens, "tokens at a time, ours")
+    compiled: bool = option(False, "compile our side's layers by torch.compile")
 
 
 SMOKE = Options(shape="small", records=16, steps=1, rounds=1)
@@ -103,6 +107,9 @@ def compared(
             "memory, of the peer's": max(r.memory for r in ours) / max(r.memory for r in theirs),
             "memory above the base, MB": max(r.memory for r in ours),
             "pruning, of a step": min(r.pruning for r in ours),
+            "matrix products, of a step": min(r.products for r in ours),
+            "attention, of a step": min(r.attention for r in ours),
+            "the first step, s": min(r.first for r in ours),
             "tokens/s": tokens / seconds,
             "difference of the first loss": abs(ours[0].losses[0] - theirs[0].losses[0]),
         },
@@ -114,10 +121,20 @@ def run_lorakit(folder: str, **values: Any) -> dict[str, Any]:
     options = Options(**values)
     device, dtype = pick(options.device, options.dtype)
     base = load_base(folder, device=device, dtype=dtype)
+    if options.compiled:
+        compile_layers_(base)
     adapters = [load_adapter(f"{folder}/adapter{number}") for number in range(3)]
     batches = batches_of(Path(folder), base.encoder(chat="off"), options.steps + 1)
     tokens = options.micro_batch_tokens
     return asdict(lorakit_steps(base, adapters, batches, micro_batch_tokens=tokens))
+
+
+def compile_layers_(base: Base) -> None:
+    """Let torch.compile compile every layer, for any length, but for attention by rows."""
+    attend = transformers.AttentionInterface()[BY_ROW]
+    transformers.AttentionInterface.register(BY_ROW, torch.compiler.disable(attend))
+    for layer in decoder_layers(base.model) or ():
+        layer.compile(dynamic=True)
 
 
 def run_peft(folder: str, **values: Any) -> dict[str, Any]:
