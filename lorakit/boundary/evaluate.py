@@ -24,6 +24,7 @@ from lorakit.boundary.decode import Done, Output, Pool, can_pool
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.strip import check_layers_are_named
 from lorakit.files import open_text_output
+from lorakit.models.architecture import steady_positions
 from lorakit.models.base import Base
 from lorakit.models.completions import text_of
 from lorakit.models.generation import complete
@@ -208,7 +209,8 @@ def _outputs(
     if len(done) == len(prompts) * len(cuts):
         return
     batch_size = BatchSize(settings.batch_size, reporter.note)
-    if can_pool(base, gates, prompts[0]):
+    longest = max(map(len, prompts)) + settings.max_new_tokens
+    if longest <= steady_positions(base.model) and can_pool(base, gates, prompts[0]):
         yield from _pooled(base, gates, prompts, cuts, settings.max_new_tokens, batch_size, done)
         return
     reporter.note(f"{base.name} cannot decode boundaries together: one after the other")

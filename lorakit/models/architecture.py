@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,26 @@ def text_config(model: Model) -> ModelConfig:
 def forward_parameters(model: Model) -> Collection[str]:
     """Return the names of the arguments that the model's forward takes."""
     return inspect.signature(model.forward).parameters
+
+
+def steady_positions(model: Model) -> float:
+    """Return up to how many positions a model's rotary frequencies do not depend on the length.
+
+    Those of dynamic NTK and LongRoPE change for every token once one of a batch lies beyond.
+    """
+    config = text_config(model)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer_type = [entry for entry in rope.values() if isinstance(entry, Mapping)]
+    return min((_steady(entry, config) for entry in by_layer_type or [rope]), default=math.inf)
+
+
+def _steady(rope: Mapping[str, Any], config: ModelConfig) -> float:
+    """Return `steady_positions` of one set of rotary parameters."""
+    kind = str(rope.get("rope_type") or rope.get("type"))
+    if "dynamic" not in kind and kind != "longrope":
+        return math.inf
+    name = "original_max_position_embeddings"
+    return float(rope.get(name) or getattr(config, name, None) or config.max_position_embeddings)
 
 
 def decoder_layers(model: Model) -> Sequence[torch.nn.Module] | None:

@@ -13,6 +13,8 @@ they too come as one sequence, so that no layer computes padding but attention, 
 
     row 0 reads a b c, row 1 reads d: the layers see a b c d, attention sees  a b c / d · ·
 
+Rows that read a whole prompt attend one by one, as packed ones do.
+
 How rows are packed is decided in batches.py, which keys rows have in kv_cache.py.
 """
 
@@ -30,6 +32,9 @@ import transformers
 from lorakit.models.architecture import Model
 
 BY_ROW = "sdpa_by_row"
+_WIDE = (
+    16  # new tokens from which a batch of rows gains less than it loses by computing what is hidden
+)
 _UNGROUPED: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
 _ragged: ContextVar[RaggedRows | None] = ContextVar("ragged", default=None)
 _lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths", default=None)
@@ -48,13 +53,26 @@ class RowMasks(NamedTuple):
 class RaggedRows(NamedTuple):
     """Where each token of a sequence belongs in a batch of `rows` rows of `width` tokens.
 
-    `row` and `column` are (tokens,).
+    `row` and `column` are (tokens,). `lengths` are the rows' new tokens, in the last columns, and
+    `visible` those that each sees with those before them.
     """
 
     row: torch.Tensor
     column: torch.Tensor
     rows: int
     width: int
+    lengths: Sequence[int]
+    visible: Sequence[int]
+
+    def apart(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        """Yield query, key, value and mask of each row, all of them (1, heads or 1, …)."""
+        queries = query.split(list(self.lengths), 2)
+        for place, (own, seen) in enumerate(zip(queries, self.visible, strict=True)):
+            row = slice(place, place + 1)
+            own_mask = _plain(mask[row, :, self.width - own.shape[2] :, :seen])
+            yield own, key[row, :, :seen], value[row, :, :seen], own_mask
 
     def laid_out(self, query: torch.Tensor, group: int) -> torch.Tensor:
         """Return (rows, heads / group, group * width, values), 0 where no token is.
@@ -104,13 +122,14 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | RowMasks | None,
+    attention_mask: torch.Tensor | RowMasks | None,
     **settings: object,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention by transformers' own function, in float32 and for each packed row alone.
 
-    query, key and value are (1 or rows, heads, tokens, width).
+    query, key and value are (1 or rows, heads, tokens, width). Some models pass them by name.
     """
+    mask = attention_mask
     attend = transformers.AttentionInterface()["sdpa"]
     if (rows := _ragged.get()) is not None and isinstance(mask, torch.Tensor):
         return _attend_ragged(rows, attend, module, query, key, value, mask, **settings), None
@@ -122,9 +141,7 @@ def _attention(
             for part, part_mask in zip(parts, mask.masks, strict=True)
         ]
         return torch.cat(attended, 1).to(query.dtype), None
-    if mask is not None and mask.is_floating_point():
-        mask = mask.float()
-    return attend(module, *wide, mask, **settings)[0].to(query.dtype), None
+    return attend(module, *wide, _plain(mask), **settings)[0].to(query.dtype), None
 
 
 def _attend_ragged(
@@ -140,8 +157,13 @@ def _attend_ragged(
     """Compute attention (1, tokens, heads, values) of the new tokens of rows; see `ragged`.
 
     Where heads share keys, transformers copies the keys to each head as soon as rows have two new
-    tokens. Instead, the queries of these heads are taken for more tokens of one head.
+    tokens. Instead, the queries of these heads are taken for more tokens of one head. Where there
+    are many new tokens, each row attends alone.
     """
+    if rows.width >= _WIDE:
+        apart = rows.apart(query.float(), key.float(), value.float(), mask)
+        alone = [attend(module, *row, **settings)[0] for row in apart]
+        return torch.cat(alone, 1).to(query.dtype)
     group = query.shape[1] // key.shape[1]
     if settings.get("position_bias") is not None:  # each head has its own
         group = 1
@@ -167,6 +189,20 @@ def _mask(**arguments: object) -> torch.Tensor | RowMasks | None:
         masks.append(None if _is_causal(mask) else mask)
         start += length
     return RowMasks(list(lengths), masks)
+
+
+def _plain(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a mask as attention in float32 takes it, None for the causal mask of one row.
+
+    A mask is (rows, 1, queries, keys), bool or what is added. Without one, PyTorch leaves out what
+    a token does not see.
+    """
+    if mask is None:
+        return None
+    seen = mask == 0 if mask.is_floating_point() else mask
+    if len(mask) == 1 and mask.shape[2] == mask.shape[3] and _is_causal(seen):
+        return None
+    return mask.float() if mask.is_floating_point() else mask
 
 
 def _is_causal(mask: torch.Tensor) -> bool:

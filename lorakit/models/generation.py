@@ -3,7 +3,8 @@
 Records are taken a window at a time, so that memory holds one window, and yielded in their
 original order. Greedy decoding is continuous batching (greedy.py). Sampling, and models whose cache
 nothing can stand in for, take transformers' own loop, in batches by length. In float32 the output
-for a record is the same in a batch as alone. Several processes take batches, or groups of them, in
+for a record is the same in a batch as alone, but where a model's rotary frequencies depend on the
+longest row. Several processes take batches, or groups of them, in
 turn. Files are read and written in predictions.py.
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 import transformers
 
+from lorakit.models.architecture import steady_positions
 from lorakit.models.base import Base
 from lorakit.models.completions import StopTexts, check_finite, completion_of, until_end
 from lorakit.models.greedy import complete_greedily
@@ -85,7 +87,7 @@ def _complete_window(
     """
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))
     grouped = 1
-    if is_continuous(base, settings):
+    if is_continuous(base, settings, max(len(prompt.ids) for prompt in prompts)):
         grouped = _batches_a_group(len(order), settings.batch_size, team)
 
     def complete_rows(places: Sequence[int]) -> list[Completion]:
@@ -119,9 +121,11 @@ def _batches_a_group(rows: int, size: int, team: Team) -> int:
     return max(1, -(-batches // team.count))
 
 
-def is_continuous(base: Base, settings: GenerationSettings) -> bool:
-    """Return whether completions are decoded by continuous batching."""
-    return not settings.temperature and base.batches_continuously
+def is_continuous(base: Base, settings: GenerationSettings, longest: int) -> bool:
+    """Return whether prompts of up to `longest` tokens are decoded by continuous batching."""
+    if settings.temperature or longest + settings.max_new_tokens > steady_positions(base.model):
+        return False
+    return base.batches_continuously
 
 
 def complete_prompts(
@@ -136,7 +140,7 @@ def complete_prompts(
 
     There, at most `at_once` prompts are decoded at a time.
     """
-    if is_continuous(base, settings):
+    if is_continuous(base, settings, max(map(len, prompts))):
         return complete_greedily(base, prompts, settings, opened, at_once=at_once)
     return complete(base, prompts, settings, opened)
 

@@ -35,11 +35,13 @@ from lorakit.models.attention import BY_ROW, RaggedRows, ragged
 
 _KINDS = {"full_attention", "sliding_attention"}
 _ATTENTIONS = {"eager", "sdpa", BY_ROW}
+_WINDOWS = ("sliding_window", "max_window_layers")  # what a config says of windows that Slots has
 _NEEDED = {"position_ids", "attention_mask", "logits_to_keep"}
 _CACHES = ("cache", "past_key_values")  # what transformers calls the cache, since 5.24 and before
 # What a model raises whose code cannot work with slots.
 REFUSALS = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
 _TRIED = range(3, 19)  # tokens that are read in a trial
+_TRIED_WINDOW = 3
 _AHEAD = 128  # positions for which slots are added at once
 _LayerInputs = tuple[torch.Tensor, ...]
 _KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -51,6 +53,7 @@ def can_slot(model: Model) -> bool:
     return (
         config._attn_implementation in _ATTENTIONS
         and set(getattr(config, "layer_types", None) or ()) <= _KINDS
+        and all(any(part in name for part in _WINDOWS) for name in _named_windows(config))
         and set(forward_parameters(model)) >= _NEEDED
         and _cache_parameter(model) is not None
         and decoder_layers(model) is not None
@@ -61,25 +64,45 @@ def can_slot(model: Model) -> bool:
 def can_batch_continuously(model: Model) -> bool:
     """Return whether rows can come and go in a model's cache, by its config and by a trial.
 
-    In the trial, tokens read in parts beside another row have to give the same most probable tokens
-    as those read whole by the model's own forward (in half precision, nearly all of them).
+    In the trial, tokens read in parts beside another row, which ends elsewhere, have to give the
+    same most probable tokens as those read whole by the model's own forward (in half precision,
+    nearly all of them). A sliding window is a short one meanwhile.
     """
     if not can_slot(model):
         return False
     size = text_config(model).vocab_size
     tokens = [token % size for token in _TRIED]
-    slots = Slots(model, 2, len(tokens))
-    try:
-        plain = model(input_ids=torch.tensor([tokens], device=model.device)).logits[0]
-        expected = plain.float().argmax(-1).tolist()
-        slots.extend([tokens[:1], tokens[:-6:-1]], [0, 0], 0, 5)
-        slots.read_prefix(tokens[:2])
-        slots.begin(1, 1)
-        predicted = slots.extend([tokens[1:], tokens[2:]], [1, 2], 0, len(tokens) - 2)
-    except REFUSALS:
-        return False
-    pairs = (pair for row in predicted for pair in zip(row, expected[2:], strict=True))
+    with _short_window(text_config(model)):
+        slots = Slots(model, 2, len(tokens))
+        try:
+            plain = model(input_ids=torch.tensor([tokens], device=model.device)).logits[0]
+            expected = plain.float().argmax(-1).tolist()
+            slots.extend([tokens[:1], tokens[:-6:-1]], [0, 0], 0, 5)
+            slots.read_prefix(tokens[:2])
+            slots.begin(1, 1)
+            short, long = slots.extend([tokens[1:-4], tokens[2:]], [1, 2], 0, len(tokens) - 2)
+        except REFUSALS:
+            return False
+    pairs = [*zip(long, expected[2:], strict=True), *zip(short[3:], expected[1:-4], strict=True)]
     return alike_enough([one == other for one, other in pairs], model.dtype)
+
+
+@contextlib.contextmanager
+def _short_window(config: ModelConfig) -> Iterator[None]:
+    """Inside the block, a sliding window, where there is one, is shorter than a trial."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None:
+        config.sliding_window = min(window, _TRIED_WINDOW)
+    try:
+        yield
+    finally:
+        if window is not None:
+            config.sliding_window = window
+
+
+def _named_windows(config: ModelConfig) -> list[str]:
+    """Return the names of what a config says of windows: models with others mask by themselves."""
+    return [name for name in config.to_dict() if "window" in name]
 
 
 def alike_enough(alike: Sequence[bool], dtype: torch.dtype) -> bool:
@@ -201,7 +224,7 @@ class Slots:
             for row, start in zip(tokens, starts, strict=True)
         ]
         if self.ragged:
-            return self._extend_ragged(tokens, positions, keep)
+            return self._extend_ragged(tokens, starts, positions, keep)
         ids = [[0] * (width - len(row)) + list(row) for row in tokens]
         position_ids = torch.tensor(positions, device=self._device)
         self._row_numbers = torch.arange(first, first + len(tokens), device=self._device)[:, None]
@@ -211,12 +234,18 @@ class Slots:
         return _lists(self._forward(ids_tensor, position_ids, self._mask(position_ids), keep))
 
     def _extend_ragged(
-        self, tokens: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], keep: int
+        self,
+        tokens: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        positions: Sequence[Sequence[int]],
+        keep: int,
     ) -> list[list[int]]:
         """Extend by tokens in one sequence; `positions` (rows, width) has -1 where none is."""
         laid_out = torch.tensor(positions, device=self._device)
         row, column = torch.where(laid_out >= 0)
-        layout = RaggedRows(row, column, *laid_out.shape)
+        lengths = list(map(len, tokens))
+        visible = [start + length for start, length in zip(starts, lengths, strict=True)]
+        layout = RaggedRows(row, column, len(tokens), laid_out.shape[1], lengths, visible)
         position_ids = laid_out[row, column][None]
         self._row_numbers, self._targets = self._first + row[None], position_ids + 1
         kept = column >= layout.width - keep

@@ -99,6 +99,27 @@ def test_a_sliding_window_shorter_than_the_prompt_is_kept(
     assert [outputs[k] for k in EVERY] == naive(name, base.end_tokens, sample)
 
 
+def test_frequencies_that_change_with_the_length_are_decoded_a_boundary_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_of = FAMILIES["llama"]
+
+    def stretched() -> Any:
+        config = config_of()
+        factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 1e4}
+        config.rope_parameters = {"rope_type": "longrope", **factors}
+        config.rope_parameters["original_max_position_embeddings"] = 20
+        return config
+
+    monkeypatch.setitem(FAMILIES, "llama", stretched)
+    monkeypatch.delattr(Pool, "run")
+    name = save_model(tmp_path)
+    base, sample = open_base(name), records(3)
+    settings = replace(SETTINGS, batch_size=1)
+    outputs = decode(base, random_adapter(base), prompts(base, sample), CUTS, settings, Notes())
+    assert set(outputs) == set(CUTS)
+
+
 def test_a_model_that_cannot_be_pooled_is_decoded_a_boundary_at_a_time(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

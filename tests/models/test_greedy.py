@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from lorakit.models import decoding, generation, kv_cache
 from lorakit.models.base import Base
@@ -181,6 +182,55 @@ def test_a_model_without_slots_takes_transformers_loop(
     monkeypatch.delattr(generation, "complete_greedily")
     assert complete_prompts(base, prompts_of(base, 3), SETTINGS, at_once=2) == expected
     assert not base.batches_continuously
+
+
+def tiny(**others: Any) -> dict[str, Any]:
+    """The sizes of a small model of the byte tokenizer's vocabulary."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    return {**sizes, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, **others}
+
+
+def without(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in names}
+
+
+LOCAL = {"attention_types": [[["global", "local"], 1]], "window_size": 256}
+DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+LONG: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": 48}
+LONG |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.GPTNeoConfig(**without(tiny(**LOCAL), "num_attention_heads"), num_heads=4),
+        transformers.LlamaConfig(**tiny(sliding_window=20)),
+    ],
+    ids=["a mask of its own", "a window that it does not heed"],
+)
+def test_a_window_that_slots_would_get_wrong_is_found(
+    config: transformers.PretrainedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "other", lambda: config)
+    base = open_base(save_model(tmp_path, "other"))
+    assert not base.batches_continuously
+    assert getattr(base.model.config, "sliding_window", None) in (None, 20)
+
+
+@pytest.mark.parametrize("rope", [LONG, DYNAMIC], ids=["longrope", "dynamic"])
+def test_frequencies_that_change_with_the_length_leave_long_prompts_to_transformers_loop(
+    rope: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: list[list[int]]
+) -> None:
+    sizes = tiny(max_position_embeddings=48, rope_parameters=rope)
+    monkeypatch.setitem(FAMILIES, "other", lambda: transformers.LlamaConfig(**sizes))
+    base = open_base(save_model(tmp_path, "other"))
+    assert base.batches_continuously
+    for length, continuous in ((48 - SETTINGS.max_new_tokens, True), (40, False), (60, False)):
+        prompts = [range(3, 3 + length)]
+        passes.clear()
+        written = complete_prompts(base, prompts, SETTINGS, at_once=2)
+        assert written == complete(base, prompts, SETTINGS)
+        assert bool(passes) == continuous
 
 
 def test_a_cache_that_loses_its_prefix_is_found_by_the_trial(
