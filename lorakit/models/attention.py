@@ -32,9 +32,8 @@ import transformers
 from lorakit.models.architecture import Model
 
 BY_ROW = "sdpa_by_row"
-_WIDE = (
-    16  # new tokens from which a batch of rows gains less than it loses by computing what is hidden
-)
+# New tokens of a row from which a batch saves less than it loses by computing what is hidden.
+_WIDE = 16
 _UNGROUPED: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
 _ragged: ContextVar[RaggedRows | None] = ContextVar("ragged", default=None)
 _lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths", default=None)

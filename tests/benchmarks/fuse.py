@@ -15,6 +15,7 @@ be these rounded once. How many of PEFT's differ from them is counted.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -174,6 +175,7 @@ def random_adapter(model: Any) -> Adapter:
 def run(way: str, folder: Path, output: str, dtype: str, threads: int) -> Turn:
     """Run one side in a process of its own; raise BenchmarkError where it fails."""
     base, adapter, to = (str(folder / name) for name in ("base", "adapter", output))
+    shutil.rmtree(to, ignore_errors=True)  # of the turn before
     if way == PEER:
         arguments = [PEFT_CODE, base, adapter, to, dtype]
     else:
