@@ -147,7 +147,7 @@ automatic() {
 }
 baselines() { each_seed by_weights | run; }
 by_weights() {
-    combine learned xs+wl+tgt --epochs "$epochs" --method learned-weights
+    combine learned xs+wl+tgt --epochs "$epochs" --method learned-weights --lr 0.03 # as merge has it
     for set in xs+wl xs+wl+tgt; do
         make lorahub.$set.safetensors merge $(adapters_of $set) --data train.jsonl --method lorahub \
             --max-length "$length" --truncate --dtype "$dtype" -q
