@@ -57,6 +57,8 @@ OPTIONS_OF_OTHERS = {  # of sacrebleu, vLLM, llama.cpp, benchmarks, Snakemake; l
     "--steps",
     "--rounds",
     "--work",
+    "--records",
+    "--compiled",
     "--json",
     "--threads",
     "--nproc-per-node",
