@@ -40,7 +40,7 @@ from lorakit.boundary.gates import Gates
 from lorakit.models.base import Base
 from lorakit.models.completions import check_finite, until_end
 from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
-from lorakit.models.kv_cache import REFUSALS, Slots, alike_enough, can_batch_continuously
+from lorakit.models.kv_cache import REFUSALS, Slots, alike_enough
 
 FANNED = 4  # cuts that share one pass over a prompt and its draft
 _TRIED = 4  # cuts under which can_pool tries a model
@@ -185,7 +185,7 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
     layers, half = base.layers, (len(prompt) + 1) // 2
     gates.set([bottom(layers, layers)])
     try:
-        if not can_batch_continuously(base.model):
+        if not base.batches_continuously:
             return False
         plain = base.model(input_ids=torch.tensor([list(prompt)], device=base.device)).logits[0]
     except torch.OutOfMemoryError:

@@ -50,7 +50,7 @@ class RowMasks(NamedTuple):
 
 
 class RaggedRows(NamedTuple):
-    """Where each token of a sequence belongs in a batch of `rows` rows of `width` tokens.
+    """Where each token of a sequence belongs in a batch of rows, all as wide as the longest.
 
     `row` and `column` are (tokens,). `lengths` are the rows' new tokens, in the last columns, and
     `visible` those that each sees with those before them.
@@ -58,10 +58,12 @@ class RaggedRows(NamedTuple):
 
     row: torch.Tensor
     column: torch.Tensor
-    rows: int
-    width: int
     lengths: Sequence[int]
     visible: Sequence[int]
+
+    @property
+    def width(self) -> int:
+        return max(self.lengths)
 
     def apart(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
@@ -79,7 +81,8 @@ class RaggedRows(NamedTuple):
         query is (1, heads, tokens, values). The queries of a group of heads follow one another.
         """
         heads = query.shape[1] // group
-        rows = query.new_zeros(self.rows, heads, group, self.width, query.shape[3])
+        size = len(self.lengths), heads, group, self.width, query.shape[3]
+        rows = query.new_zeros(size)
         rows[self.row, :, :, self.column] = query[0].transpose(0, 1).unflatten(1, (heads, group))
         return rows.flatten(2, 3)
 

@@ -217,14 +217,15 @@ class Slots:
         row with fewer new tokens, the values on the left belong to padding and mean nothing.
         """
         self._first, self._fanned, self._extended = first, 0, len(tokens)
-        self._visible = max(map(sum, zip(starts, map(len, tokens), strict=True)))
+        visible = list(map(sum, zip(starts, map(len, tokens), strict=True)))
+        self._visible = max(visible)
         width = max(map(len, tokens))
         positions = [
             [-1] * (width - len(row)) + list(range(start, start + len(row)))
             for row, start in zip(tokens, starts, strict=True)
         ]
         if self.ragged:
-            return self._extend_ragged(tokens, starts, positions, keep)
+            return self._extend_ragged(tokens, visible, positions, keep)
         ids = [[0] * (width - len(row)) + list(row) for row in tokens]
         position_ids = torch.tensor(positions, device=self._device)
         self._row_numbers = torch.arange(first, first + len(tokens), device=self._device)[:, None]
@@ -236,16 +237,14 @@ class Slots:
     def _extend_ragged(
         self,
         tokens: Sequence[Sequence[int]],
-        starts: Sequence[int],
+        visible: Sequence[int],
         positions: Sequence[Sequence[int]],
         keep: int,
     ) -> list[list[int]]:
         """Extend by tokens in one sequence; `positions` (rows, width) has -1 where none is."""
         laid_out = torch.tensor(positions, device=self._device)
         row, column = torch.where(laid_out >= 0)
-        lengths = list(map(len, tokens))
-        visible = [start + length for start, length in zip(starts, lengths, strict=True)]
-        layout = RaggedRows(row, column, len(tokens), laid_out.shape[1], lengths, visible)
+        layout = RaggedRows(row, column, list(map(len, tokens)), visible)
         position_ids = laid_out[row, column][None]
         self._row_numbers, self._targets = self._first + row[None], position_ids + 1
         kept = column >= layout.width - keep
@@ -253,7 +252,7 @@ class Slots:
         mask = self._mask(laid_out.clamp_min(0))
         with ragged(layout):
             flat = self._forward(ids, position_ids, mask, torch.where(kept)[0])
-        predicted = laid_out.new_zeros(layout.rows, keep)
+        predicted = laid_out.new_zeros(len(tokens), keep)
         predicted[row[kept], column[kept] - (layout.width - keep)] = flat[0]
         return _lists(predicted)
 
