@@ -28,12 +28,11 @@ few="--data train.jsonl --val val.jsonl"
 target="$few --batch-size 2 --epochs 6 --patience 2 --dtype float32 --resume -q"
 merging="$target --lr 3e-3 --prune-ratio"
 
-stage=""
 # make OUTPUT COMMAND…: print a command to run in $folder, unless its output exists
 make() {
     output=$1
     shift
-    [ -e "$folder/$output" ] || echo "$stage$folder lorakit $* -o $output"
+    [ -e "$folder/$output" ] || echo "$folder lorakit $* -o $output"
 }
 data() { # data OUTPUT TASK SPLIT SEED COUNT
     make "$1" build-dataset microworld "$2" --lang "$lang" --split "$3" --seed "$4" --sample "$5" -q
@@ -47,7 +46,6 @@ commands() { # print every command of the experiments, those that others need fi
         folder=$out/$lang
         mkdir -p "$folder"
         for pair in xs:headline wl:howto; do
-            stage=""
             data "${pair%:*}.train.jsonl" "${pair#*:}" train 0 600
             data "${pair%:*}.val.jsonl" "${pair#*:}" validation 0 50
         done
@@ -63,7 +61,6 @@ commands() { # print every command of the experiments, those that others need fi
             done
         done
     done
-    stage="#"
     for lang in $langs; do
         folder=$out/$lang
         for name in xs wl; do
@@ -71,7 +68,6 @@ commands() { # print every command of the experiments, those that others need fi
         done
         each_seed alone
     done
-    stage="##"
     for lang in $langs; do each_seed merges; done
     for lang in $langs; do
         for task in $tasks; do
@@ -81,9 +77,7 @@ commands() { # print every command of the experiments, those that others need fi
             predict wl ../wl.safetensors
         done
     done
-    stage="###"
     for lang in $langs; do each_seed outputs; done
-    stage="####"
     scores
 }
 
@@ -148,7 +142,7 @@ compare() { # compare TABLE BASELINE SYSTEM…: scores of systems with seeds, an
     for name in "$@"; do
         case $name in *.jsonl) systems="$systems $name" ;; *) systems="$systems $(system $name)" ;; esac
     done
-    echo "$stage$out/$lang/$task lorakit score $systems --baseline $baseline --lang $lang" \
+    echo "$out/$lang/$task lorakit score $systems --baseline $baseline --lang $lang" \
         "--metric rougeL,bleu,em --format json -q -o $table.scores.jsonl"
 }
 scores() {

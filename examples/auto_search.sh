@@ -28,11 +28,10 @@ few="--data train.jsonl --val val.jsonl"
 target="$few --batch-size 2 --epochs 6 --patience 2 --dtype float32 --resume -q"
 grid=0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9
 
-stage=""
 make() { # make OUTPUT COMMAND…: print a command to run in $folder, unless its output exists
     output=$1
     shift
-    [ -e "$folder/$output" ] || echo "$stage$folder lorakit $* -o $output"
+    [ -e "$folder/$output" ] || echo "$folder lorakit $* -o $output"
 }
 data() { # data OUTPUT TASK SPLIT SEED COUNT
     make "$1" build-dataset microworld "$2" --lang "$lang" --split "$3" --seed "$4" --sample "$5" -q
@@ -65,12 +64,11 @@ mkdir -p "$root"
         data "${pair%:*}.val.jsonl" "${pair#*:}" validation 0 50
     done
     each records
-    stage="#" folder=$root
+    folder=$root
     for name in xs wl; do
         make $name.safetensors train-adapter --data $name.train.jsonl --val $name.val.jsonl $related
     done
     each alone
-    stage="##"
     each searches
 } | python examples/forks.py ${JOBS:+--jobs "$JOBS"}
 

@@ -32,11 +32,10 @@ metric_of() {
     esac
 }
 lang_of() { [ "$1" = translate ] && echo ja || echo en; } # of the outputs
-stage=""
 make() { # make OUTPUT COMMAND…: print a command to run in $folder, unless its output exists
     output=$1
     shift
-    [ -e "$folder/$output" ] || echo "$stage$folder lorakit $* -o $output"
+    [ -e "$folder/$output" ] || echo "$folder lorakit $* -o $output"
 }
 data() { # data SPLIT COUNT
     make "$1.jsonl" build-dataset microworld "$task" --split "$1" --sample "$2" -q
@@ -90,13 +89,9 @@ outputs() {
 
 {
     each records
-    stage="#"
     each adapters
-    stage="##"
     each boundaries
-    stage="###"
     each stripped
-    stage="####"
     each outputs
 } | python examples/forks.py
 

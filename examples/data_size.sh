@@ -26,11 +26,10 @@ few="--data train.jsonl --val val.jsonl"
 target="$few --batch-size 2 --epochs 6 --patience 2 --dtype float32 --resume -q"
 mkdir -p "$top"
 
-stage=""
 make() { # make OUTPUT COMMAND…: print a command to run in $folder, unless its output exists
     output=$1
     shift
-    [ -e "$folder/$output" ] || echo "$stage$folder lorakit $* -o $output"
+    [ -e "$folder/$output" ] || echo "$folder lorakit $* -o $output"
 }
 data() { # data OUTPUT TASK SPLIT SEED COUNT
     make "$1" build-dataset microworld "$2" --lang "$lang" --split "$3" --seed "$4" --sample "$5" -q
@@ -72,14 +71,12 @@ outputs() {
     folder=$top
     data test.jsonl "$task" test 0 60
     each records
-    stage="#" folder=$root
+    folder=$root
     for name in xs wl; do
         make $name.safetensors train-adapter --data $name.train.jsonl --val $name.val.jsonl $related
     done
     each alone
-    stage="##"
     each merges
-    stage="###"
     each outputs
 } | python examples/forks.py
 

@@ -87,9 +87,11 @@ each_related() { # each_related COMMAND…, in the folder of every related task
 records() {
     { each_related eval 'pair $task "$many" "$few" 0'
       each_target eval 'draw test.jsonl "$tests" 0 $(raw_of "$target" test)'
-      each_seed eval 'pair "$target" "$few" "$few" "$seed"'; } | run
+      each_seed eval 'pair "$target" "$few" "$few" "$seed"'
+      each_size eval 'pair "$target" "$size" "$few" "$seed"'; } | run
     each_related split "$many" "$few"
     each_seed split "$few" "$few"
+    each_size eval 'split "$size" "$few"'
 }
 related() { # related TASK [OPTION…]
     folder=$out/related/$1
@@ -97,12 +99,11 @@ related() { # related TASK [OPTION…]
     train adapter --epochs "$epochs" "$@"
 }
 core() { # Table 2 without its baselines, the ratio of XS+WL+TGT chosen per seed on validation
-    { case $targets in *scitldr*) related dialogsum ;; esac
-      case $targets in *dialogsum*) related scitldr ;; esac
-      related titles
-      each_target single
-      each_seed trained; } | run
-    chosen xs+wl+tgt
+    case $targets in *scitldr*) related dialogsum ;; esac
+    case $targets in *dialogsum*) related scitldr ;; esac
+    related titles
+    each_target single
+    each_seed trained
 }
 single() { # what has no seed
     predict zero-shot.jsonl test.jsonl
@@ -122,30 +123,25 @@ merged() { # merged SET: at every ratio, and the validation outputs that choose 
         predict "$1.$ratio.val.jsonl" val.jsonl "$1.$ratio.safetensors"
     done
 }
-chosen() { # chosen SET: the test outputs without pruning and at the chosen ratio
-    each_seed choose "$1"
-    each_seed chosen_outputs "$1" | run
+choose() { # choose SET: the ratio, if its outputs are there
+    [ -e "$folder/$1.chosen" ] || [ ! -e "$folder/$1.${ratios##* }.val.jsonl" ] ||
+        (cd "$folder" && python "$root/examples/real/choose.py" "$1" $ratios)
 }
-choose() {
-    [ -e "$folder/$1.chosen" ] || (cd "$folder" && python "$root/examples/real/choose.py" "$1" $ratios)
-}
-chosen_outputs() {
+chosen_outputs() { # chosen_outputs SET: without pruning and at the chosen ratio
+    [ -e "$folder/$1.chosen" ] || return 0
     read -r ratio < "$folder/$1.chosen"
     outputs "$1.0"
     [ "$ratio" = 0 ] || outputs "$1.$ratio"
     ln -sf "$1.$ratio.jsonl" "$folder/$1.chosen.jsonl"
 }
-pruned() {
-    each_seed merged xs+wl | run
-    chosen xs+wl
-}
-search() { each_seed automatic | run; }
+pruned() { each_seed merged xs+wl; }
+search() { each_seed automatic; }
 automatic() {
     combine xs+wl+tgt.auto xs+wl+tgt --epochs "$epochs" --prune-ratio auto --metric rougeL \
         --max-new-tokens "$words" --plot auto.svg
     outputs xs+wl+tgt.auto
 }
-baselines() { each_seed by_weights | run; }
+baselines() { each_seed by_weights; }
 by_weights() {
     combine learned xs+wl+tgt --epochs "$epochs" --method learned-weights --lr 0.03 # as merge has it
     for set in xs+wl xs+wl+tgt; do
@@ -155,15 +151,15 @@ by_weights() {
     outputs learned lorahub.xs+wl lorahub.xs+wl+tgt
 }
 far() { # word problems have little to do with either target
-    { related gsm8k --max-length 512 # its answers are long
-      each_target predict far.jsonl test.jsonl "$out/related/gsm8k/adapter.safetensors"
-      each_seed with_far; } | run
+    related gsm8k --max-length 512 # its answers are long
+    each_target predict far.jsonl test.jsonl "$out/related/gsm8k/adapter.safetensors"
+    each_seed with_far
 }
 with_far() {
     combine xs+wl+far+tgt.0 xs+wl+far+tgt --epochs "$epochs" --prune-ratio 0
     outputs xs+wl+far+tgt.0
 }
-ablation() { each_seed ablated | run; }
+ablation() { each_seed ablated; }
 ablated() { # Table 4, at equal dose: three tenths of the parameters at every step
     for how in "gradient parameter zero matrix" "magnitude parameter zero matrix" \
         "input parameter init matrix" "input parameter reinit matrix" "input module zero all" \
@@ -176,13 +172,15 @@ ablated() { # Table 4, at equal dose: three tenths of the parameters at every st
     outputs xs+wl+tgt.0.3
 }
 sizes() { # Figure 6: fewer and more examples, the related adapters and settings as they are
-    for size in $sizes; do each_seed of_size pair "$target" "$size" "$few" "$seed"; done | run
-    for size in $sizes; do each_seed of_size split "$size" "$few"; done
-    for size in $sizes; do each_seed of_size small; done | run
+    each_size small
+}
+each_size() { # each_size COMMAND…, in the folder of every target, seed and size, if that part is run
+    case " $parts " in *" sizes "*) ;; *) return 0 ;; esac
+    for size in $sizes; do each_seed of_size "$@"; done
 }
 of_size() {
     folder=$folder.size$size
-    case $1 in pair) pair "$target" "$size" "$few" "$seed" ;; *) "$@" ;; esac
+    "$@"
 }
 small() {
     train tgt --epochs "$epochs" --seed "$seed"
@@ -191,7 +189,9 @@ small() {
 }
 
 records
-for part in $parts; do $part; done
+for part in $parts; do $part; done | run
+for set in xs+wl xs+wl+tgt; do each_seed choose $set; done
+for set in xs+wl xs+wl+tgt; do each_seed chosen_outputs $set; done | run
 
 system() { # system NAME [SUFFIX]: its outputs over the seeds, as score takes them; nothing if one is missing
     files=""

@@ -91,8 +91,7 @@ search() { # search NAME BY ADAPTER [OPTION…]: the records of find-boundary, N
 answers() { # answers NAME…: outputs for the test records
     for name in "$@"; do
         make "$name.jsonl" generate "$name.safetensors" --data test.jsonl --max-new-tokens "$longest" \
-            --max-length "$room" --truncate --batch-size "$batch" \
-            --dtype "$dtype" -q
+            --max-length "$room" --truncate --batch-size "$batch" --dtype "$dtype" -q
     done
 }
 sweeps() { # sweeps NAME: by the task's metric with standard errors, and by loss
@@ -103,12 +102,18 @@ sweeps() { # sweeps NAME: by the task's metric with standard errors, and by loss
 boundary_of() { # boundary_of FILE best|1se
     python examples/real/boundary_of.py "$folder/$1" --rule "$2"
 }
-cuts() { # cuts NAME: at the best boundary by metric, at that of the rule 1se, and at the best by loss
-    [ -e "$folder/$1.metric.jsonl" ] || return 0
+cuts() { # every adapter that was searched for, at its boundaries, and its neighbours
+    for name in tuned tuned-best rank32; do
+        [ ! -e "$folder/$name.metric.jsonl" ] || cut_at_boundaries "$name"
+    done
+    [ ! -e "$folder/tuned.metric.jsonl" ] || neighbours
+}
+cut_at_boundaries() { # at the best boundary by metric, at that of the rule 1se, and at the best by loss
     make "$1.ours.safetensors" strip-layers "$1.safetensors" -q \
         --boundary "$(boundary_of "$1.metric.jsonl" best)"
     make "$1.ours-1se.safetensors" strip-layers "$1.safetensors" --boundary "$1.metric.jsonl" -q
     make "$1.ours-loss.safetensors" strip-layers "$1.safetensors" --boundary "$1.loss.jsonl" -q
+    answers "$1.ours" "$1.ours-1se" "$1.ours-loss"
 }
 neighbours() { # as many layers as the rule 1se keeps, by LoRA-drop's output and by importance
     kept=$(boundary_of tuned.metric.jsonl 1se)
@@ -117,41 +122,29 @@ neighbours() { # as many layers as the rule 1se keeps, by LoRA-drop's output and
             --share "$(python -c "print(round($kept / $layers, 4))")" --data val.jsonl \
             --max-length "$room" --truncate --dtype "$dtype" -q
     done
+    answers tuned.output tuned.importance
 }
 
 tuned() { # rank 8, the last epoch: Table 1, Figures 1, 2, 4 and 5, bottom against top against random
-    each trained | run
-    { each cuts tuned; each neighbours; } | run
-    each answers tuned.ours tuned.ours-1se tuned.ours-loss tuned.output tuned.importance | run
-}
-trained() {
-    train tuned --keep last
+    variant tuned --keep last
     train partial --keep last --layers "$bottom"
     make zero-shot.jsonl generate --data test.jsonl --max-new-tokens "$longest" --truncate \
         --max-length "$room" --batch-size "$batch" --dtype "$dtype" -q
-    answers tuned partial
-    sweeps tuned
+    answers partial
     search tuned probability tuned --by probability --plot tuned.probability.svg \
         --compare $((layers / 3)),$((layers * 2 / 3)),$((layers * 5 / 6))
     for keep in top random; do search tuned.$keep loss tuned --metric loss --keep $keep; done
     search tuned factors tuned --metric loss --factors 0,0.25,0.5,0.75 \
         --boundaries $((layers / 3)),$((layers / 2)),$((layers * 2 / 3)),$((layers * 5 / 6))
 }
-variant() { # variant NAME [OPTION…]: another adapter, cut likewise
-    name_of=$1
-    each of_variant "$@" | run
-    each cuts "$name_of" | run
-    each answers "$name_of.ours" "$name_of.ours-1se" "$name_of.ours-loss" | run
-}
-of_variant() {
+variant() { # variant NAME [OPTION…]: an adapter, its searches and its answers
     train "$@"
     sweeps "$1"
     answers "$1"
 }
 best() { variant tuned-best; } # the best epoch, as lorakit keeps by default
 rank32() { variant rank32 --keep last --rank 32 --alpha 64; } # Table 6
-other_domains() { each elsewhere | run; } # Table 7: each adapter and its cut on the other tasks' records
-elsewhere() {
+other_domains() { # Table 7: each adapter and its cut on the other tasks' records
     for other in $tasks; do
         [ "$other" = "$task" ] || for name in tuned tuned.ours; do
             make "$other.$name.jsonl" generate "$out/$other/$name.safetensors" --data test.jsonl \
@@ -162,7 +155,9 @@ elsewhere() {
 }
 
 records
-for part in $parts; do $part; done
+for part in $parts; do [ "$part" = other_domains ] || each "$part"; done | run
+{ each cuts
+  case " $parts " in *" other_domains "*) each other_domains ;; esac; } | run
 
 score() { # score TABLE NAME…: the scores of the outputs that exist, each compared with the first
     table=$1 files="" first=""

@@ -27,16 +27,15 @@ else
     export LORAKIT_MODEL=$(cd "$out/../smollm2" && pwd)
 fi
 seeds=${SEEDS:-${seeds:-0 1 2}} few=${few:-50} many=${many:-100} tests=${tests:-150} epochs=${epochs:-3}
-ratios=${ratios:-0 0.1 0.3 0.5 0.7} words=${words:-48} length=${length:-256} batch=${batch:-50}
+ratios=${ratios:-0 0.1 0.3 0.5 0.7} words=${words:-48} length=${length:-256} batch=${batch:-${BATCH:-50}}
 dtype=${DTYPE:-auto}
 
-stage=""
 # make OUTPUT COMMAND…: print a command to run in $folder, unless its output exists
 make() {
     output=$1
     shift
     mkdir -p "$folder"
-    [ -e "$folder/$output" ] || printf '%s\n' "$stage$folder lorakit $* -o $output"
+    [ -e "$folder/$output" ] || printf '%s\n' "$folder lorakit $* -o $output"
 }
 draw() { # draw OUTPUT SAMPLE SEED RECIPE SOURCE [OPTION…]: records of a data set
     output=$1 sample=$2 seed_of=$3
@@ -47,7 +46,10 @@ predict() { # predict NAME DATA [ADAPTER]
     make "$1" generate ${3:+"$3"} --data "$2" --max-new-tokens "$words" --max-length "$length" \
         --truncate --batch-size "$batch" --dtype "$dtype" -q
 }
-run() { python examples/forks.py --jobs "${JOBS:-1}"; } # the printed commands, from stdin
+run() { # the printed commands, from stdin; with $KEEP_GOING, what fails is told and left out
+    python examples/forks.py --jobs "${JOBS:-1}" ${KEEP_GOING:+--keep-going --verbose} ||
+        [ "${KEEP_GOING:-}" ]
+}
 publish() { # publish TARGET: copy its scores and figures to $RESULTS, if that is set
     [ ! "${RESULTS:-}" ] || for file in "$out/$1"/*.scores.jsonl "$out/$1"/*.svg; do
         [ ! -e "$file" ] || cp "$file" "$RESULTS/$(basename "$0" .sh).$1.$(basename "$file")"
