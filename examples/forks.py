@@ -3,10 +3,10 @@
     printf 'FOLDER lorakit generate a.safetensors --data test.jsonl -o a.jsonl\n' |
         python examples/forks.py [--jobs 2] [--keep-going] [--verbose]
 
-Each line is a folder to run in and a command; the same line twice is one. The libraries are imported
-once: importing them takes most of the time of a short command on a small model. A command waits for
-those that write (`-o`) what it reads, and else they start in their order. Stops at the first command
-that fails and names it, or with --keep-going runs all that do not need what failed.
+Each line is a folder to run in and a command; the same line twice is one. The libraries are
+imported once: importing them takes most of the time of a short command on a small model. A command
+waits for those that write (`-o`) what it reads, and else they start in their order. Stops at the
+first command that fails and names it, or with --keep-going runs all that do not need what failed.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def run_all(commands: list[Command], jobs: int, *, keep_going: bool, verbose: bo
         done = running.pop(child)
         waiting.discard(done.output)
         if verbose:
-            print(f"{time.monotonic() - done.begun:.1f} s: {done.line}", file=sys.stderr, flush=True)
+            print(
+                f"{time.monotonic() - done.begun:.1f} s: {done.line}", file=sys.stderr, flush=True
+            )
         if status:
             failed[done.output] = done.line
             if not keep_going:
@@ -110,7 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--keep-going", action="store_true", help="run what needs nothing failed")
-    parser.add_argument("--verbose", action="store_true", help="the seconds of each command, on stderr")
+    parser.add_argument(
+        "--verbose", action="store_true", help="the seconds of each command, on stderr"
+    )
     options = parser.parse_args()
     commands = [parse(line) for line in dict.fromkeys(sys.stdin.read().splitlines())]
     if not commands:
@@ -120,9 +124,7 @@ def main() -> None:
     import lorakit.merging.lorahub
     import lorakit.models.predictions  # noqa: F401
 
-    failed = run_all(
-        commands, options.jobs, keep_going=options.keep_going, verbose=options.verbose
-    )
+    failed = run_all(commands, options.jobs, keep_going=options.keep_going, verbose=options.verbose)
     if failed:
         sys.exit("failed: " + "\nfailed: ".join(failed))
 

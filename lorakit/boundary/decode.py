@@ -38,9 +38,10 @@ import torch
 from lorakit.boundary.cuts import Cut, bottom
 from lorakit.boundary.gates import Gates
 from lorakit.models.base import Base
+from lorakit.models.cache_trial import REFUSALS, alike_enough
 from lorakit.models.completions import check_finite, until_end
 from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
-from lorakit.models.kv_cache import REFUSALS, Slots, alike_enough
+from lorakit.models.kv_cache import Slots
 
 FANNED = 4  # cuts that share one pass over a prompt and its draft
 _TRIED = 4  # cuts under which can_pool tries a model
@@ -143,8 +144,12 @@ class Pool:
         for row in rows:
             most = min(GUESSED, self._most - row.length - 1)
             row.guess = row.drafts.guess(row.ids, most)
-        lengths = [len(row.guess) + 1 for row in rows] if self._slots.ragged else None
-        self._gates.set([row.cut for row in rows], lengths)
+        cuts = [row.cut for row in rows]
+        if self._slots.records:
+            self._gates.hold(cuts, self._size, self._slots.device)
+        else:
+            lengths = [len(row.guess) + 1 for row in rows] if self._slots.ragged else None
+            self._gates.set(cuts, lengths)
         return self._batch.step()
 
     def _output(self, row: _CutRow) -> Output:

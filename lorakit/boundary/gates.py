@@ -37,6 +37,24 @@ class Gates:
         self._cuts: tuple[Cut, ...] = ()
         self._tokens: Sequence[int] | None = None
         self._gates: dict[int | None, torch.Tensor | float] = {}
+        self._numbers = sorted(
+            {layer_of(name) for name in layers}, key=lambda n: -1 if n is None else n
+        )
+        self._held: torch.Tensor | None = None
+
+    def hold(self, cuts: Sequence[Cut], rows: int, device: torch.device) -> None:
+        """Set the cut of every row of the next batches, of up to `rows` rows, as `set` does.
+
+        The factors are written to the same places in memory in every call, and rows without a cut
+        have any, so that what is recorded on a GPU can be replayed (models/step_graphs.py).
+        """
+        by_cut = {cut: [cut.left_in(number) for number in self._numbers] for cut in set(cuts)}
+        if self._held is None or self._held.shape[1] != rows:
+            self._held = torch.zeros(len(self._numbers), rows, 1, 1, device=device)
+        table = torch.tensor([by_cut[cut] for cut in cuts]).T
+        self._held[:, : len(cuts), 0, 0] = table.to(device)
+        self._cuts, self._tokens = (), None  # what `set` gets next is new to it
+        self._gates = dict(zip(self._numbers, self._held, strict=True))
 
     def set(self, cuts: Sequence[Cut], tokens: Sequence[int] | None = None) -> None:
         """Set the cut of every row of the next batches; a single one applies to all rows.

@@ -16,8 +16,8 @@ import torch
 from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model, text_config
 from lorakit.models.batches import can_pack
+from lorakit.models.cache_trial import can_batch_continuously
 from lorakit.models.chat import Chat, Tokenizer
-from lorakit.models.kv_cache import can_batch_continuously
 from lorakit.models.tokens import Encoder
 from lorakit.reach import TINY
 from lorakit.settings import GenerationSettings, TrainingSettings

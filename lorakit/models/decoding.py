@@ -151,7 +151,7 @@ class RowBatch(Generic[R]):
         """Read the last token and the guess of every row."""
         tokens = [[row.ids[-1], *row.guess] for row in self.rows]
         starts = [len(row.ids) - 1 for row in self.rows]
-        predicted = self._slots.extend(tokens, starts, 0, max(map(len, tokens)))
+        predicted = self._slots.step(tokens, starts)
         rows, self.rows = self.rows, []
         return self._advance(0, rows, predicted)
 

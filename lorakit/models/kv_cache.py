@@ -12,9 +12,9 @@ Two rows of four slots, given tokens by `extend`, row by row:
 
 The padding (·) of shorter rows is on the left and goes into an extra slot that no token sees; where
 attention is lorakit's own, there is none (`ragged`). What all rows begin with is read once, by
-`read_prefix`. When rows differ only from some layer on,
-`fan_out` fills several at once. Which tokens are guessed, and which rows come and go, is decided in
-decoding.py.
+`read_prefix`. When rows differ only from some layer on, `fan_out` fills several at once. On a GPU,
+`step` pads rows to few shapes, which are recorded (step_graphs.py). Which tokens are guessed, and
+which rows come and go, is decided in decoding.py.
 """
 
 from __future__ import annotations
@@ -32,86 +32,16 @@ from lorakit.models.architecture import (
     text_config,
 )
 from lorakit.models.attention import BY_ROW, RaggedRows, ragged
+from lorakit.models.step_graphs import StepGraphs
 
-_KINDS = {"full_attention", "sliding_attention"}
-_ATTENTIONS = {"eager", "sdpa", BY_ROW}
-_WINDOWS = ("sliding_window", "max_window_layers")  # what a config says of windows that Slots has
-_NEEDED = {"position_ids", "attention_mask", "logits_to_keep"}
 _CACHES = ("cache", "past_key_values")  # what transformers calls the cache, since 5.24 and before
-# What a model raises whose code cannot work with slots.
-REFUSALS = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
-_TRIED = range(3, 19)  # tokens that are read in a trial
-_TRIED_WINDOW = 3
-_AHEAD = 128  # positions for which slots are added at once
+_AHEAD = 128  # positions for which slots are added at once, and to which recorded steps are padded
+_STEP_WIDTHS = (1, 5)  # new tokens of a row to which recorded steps are padded
 _LayerInputs = tuple[torch.Tensor, ...]
 _KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
-def can_slot(model: Model) -> bool:
-    """Return whether, by its config, a model's layers all attend in a way that Slots supports."""
-    config = text_config(model)
-    return (
-        config._attn_implementation in _ATTENTIONS
-        and set(getattr(config, "layer_types", None) or ()) <= _KINDS
-        and all(any(part in name for part in _WINDOWS) for name in _named_windows(config))
-        and set(forward_parameters(model)) >= _NEEDED
-        and _cache_parameter(model) is not None
-        and decoder_layers(model) is not None
-    )
-
-
-@torch.inference_mode()
-def can_batch_continuously(model: Model) -> bool:
-    """Return whether rows can come and go in a model's cache, by its config and by a trial.
-
-    In the trial, tokens read in parts beside another row, which ends elsewhere, have to give the
-    same most probable tokens as those read whole by the model's own forward (in half precision,
-    nearly all of them). A sliding window is a short one meanwhile.
-    """
-    if not can_slot(model):
-        return False
-    size = text_config(model).vocab_size
-    tokens = [token % size for token in _TRIED]
-    with _short_window(text_config(model)):
-        slots = Slots(model, 2, len(tokens))
-        try:
-            plain = model(input_ids=torch.tensor([tokens], device=model.device)).logits[0]
-            expected = plain.float().argmax(-1).tolist()
-            slots.extend([tokens[:1], tokens[:-6:-1]], [0, 0], 0, 5)
-            slots.read_prefix(tokens[:2])
-            slots.begin(1, 1)
-            short, long = slots.extend([tokens[1:-4], tokens[2:]], [1, 2], 0, len(tokens) - 2)
-        except REFUSALS:
-            return False
-    pairs = [*zip(long, expected[2:], strict=True), *zip(short[3:], expected[1:-4], strict=True)]
-    return alike_enough([one == other for one, other in pairs], model.dtype)
-
-
-@contextlib.contextmanager
-def _short_window(config: ModelConfig) -> Iterator[None]:
-    """Inside the block, a sliding window, where there is one, is shorter than a trial."""
-    window = getattr(config, "sliding_window", None)
-    if window is not None:
-        config.sliding_window = min(window, _TRIED_WINDOW)
-    try:
-        yield
-    finally:
-        if window is not None:
-            config.sliding_window = window
-
-
-def _named_windows(config: ModelConfig) -> list[str]:
-    """Return the names of what a config says of windows: models with others mask by themselves."""
-    return [name for name in config.to_dict() if "window" in name]
-
-
-def alike_enough(alike: Sequence[bool], dtype: torch.dtype) -> bool:
-    """Return whether a trial agrees: at all tokens, or in half precision at four fifths of them."""
-    needed = 1.0 if dtype == torch.float32 else 0.8
-    return sum(alike) >= needed * len(alike)
-
-
-def _cache_parameter(model: Model) -> str | None:
+def cache_parameter(model: Model) -> str | None:
     """Return the name by which a model's forward takes a cache, None where it takes none."""
     parameters = forward_parameters(model)
     return next((name for name in _CACHES if name in parameters), None)
@@ -122,7 +52,7 @@ class Slots:
 
     The batch that is being computed is the run of rows that begins at row `first`. Position p lies
     in slot p + 1, padding in slot 0; slots are added as rows grow. `check` gets the logits that
-    tokens are taken from.
+    tokens are taken from. `records`: steps are padded to few shapes, by default on a GPU.
     """
 
     def __init__(
@@ -131,18 +61,24 @@ class Slots:
         rows: int,
         length: int,
         check: Callable[[torch.Tensor], None] = lambda logits: None,
+        *,
+        records: bool | None = None,
     ) -> None:
         self._model, self._rows, self._length, self._check = model, rows, length, check
-        self._cache_name = str(_cache_parameter(model))
+        self._cache_name = str(cache_parameter(model))
         self._stored: dict[int, _KeysAndValues] = {}
         self._prefix: dict[int, _KeysAndValues] = {}
         self._fanned = 0  # how many rows the batch is fanned out to; 0 while rows are extended
         attention = getattr(text_config(model), "_attn_implementation", None)
         self.ragged = attention == BY_ROW  # whether new tokens come as one sequence
-        self._device = next(model.parameters()).device
-        self._places = torch.arange(length + 1, device=self._device)
+        self.device = next(model.parameters()).device
+        self._places = torch.arange(length + 1, device=self.device)
+        self._numbers = torch.arange(rows, device=self.device)
         self._windows = _windows(text_config(model))
         self._dtype = model.dtype
+        on_gpu = self.device.type == "cuda"
+        self.records = not self.ragged and (on_gpu if records is None else records)
+        self._graphs = StepGraphs(self._compute_step, self.device)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: the model asks, but needs no length, since it is always given positions."""
@@ -184,6 +120,7 @@ class Slots:
         if count > self._visible and stored is not None:
             return stored
         wanted = 1 + min(self._length, self._visible + max(_AHEAD, self._visible // 2))
+        self._graphs.forget()
         roomy = self._empty(key, wanted), self._empty(value, wanted)
         for slots, before in zip(roomy, stored or (), strict=False):
             slots[:, :count] = before
@@ -208,6 +145,42 @@ class Slots:
             for slots, prefix in zip(stored, self._prefix.get(layer, ()), strict=False):
                 slots[first : first + count, 1 : 1 + prefix.shape[1]] = prefix
 
+    def step(self, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[int]]:
+        """Extend all rows, from the first on, by a few tokens each; return what `extend` returns.
+
+        The last tokens of each list belong to the row's new tokens.
+        """
+        longest = max(map(len, tokens))
+        width = next((width for width in _STEP_WIDTHS if width >= longest), None)
+        if not self.records or width is None:
+            return self.extend(tokens, starts, 0, longest)
+        rows = self._rows
+        while rows >= 2 * len(tokens):
+            rows = -(-rows // 2)
+        visible = max(map(sum, zip(starts, map(len, tokens), strict=True)))
+        self._first, self._fanned, self._extended = 0, 0, rows
+        self._visible = min(self._length, -(-visible // _AHEAD) * _AHEAD)
+        read = torch.tensor([[0], [-1]]).repeat(1, rows * width).view(2, rows, width)
+        for place, (row, start) in enumerate(zip(tokens, starts, strict=True)):
+            read[0, place, width - len(row) :] = torch.tensor(row)
+            read[1, place, width - len(row) :] = torch.arange(start, start + len(row))
+        predicted, wrong = self._graphs((rows, width, self._visible), read)
+        if bool(wrong):
+            self._check(torch.full((1,), torch.nan))
+        return _lists(predicted[: len(tokens)])
+
+    def _compute_step(self, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the most probable token after each of `read`, and whether a logit is no number.
+
+        `read` (2, rows, width) are tokens and their positions, -1 for padding.
+        """
+        ids, places = read
+        self._row_numbers = self._numbers[: len(ids), None]
+        self._targets = places + 1
+        positions = places.clamp_min(0)
+        logits = self._logits(ids, positions, self._mask(positions), ids.shape[1])
+        return logits.float().argmax(-1), logits.isnan().any()
+
     def extend(
         self, tokens: Sequence[Sequence[int]], starts: Sequence[int], first: int, keep: int
     ) -> list[list[int]]:
@@ -227,11 +200,11 @@ class Slots:
         if self.ragged:
             return self._extend_ragged(tokens, visible, positions, keep)
         ids = [[0] * (width - len(row)) + list(row) for row in tokens]
-        position_ids = torch.tensor(positions, device=self._device)
-        self._row_numbers = torch.arange(first, first + len(tokens), device=self._device)[:, None]
+        position_ids = torch.tensor(positions, device=self.device)
+        self._row_numbers = self._numbers[first : first + len(tokens), None]
         self._targets = position_ids + 1
         position_ids.clamp_(min=0)
-        ids_tensor = torch.tensor(ids, device=self._device)
+        ids_tensor = torch.tensor(ids, device=self.device)
         return _lists(self._forward(ids_tensor, position_ids, self._mask(position_ids), keep))
 
     def _extend_ragged(
@@ -242,13 +215,13 @@ class Slots:
         keep: int,
     ) -> list[list[int]]:
         """Extend by tokens in one sequence; `positions` (rows, width) has -1 where none is."""
-        laid_out = torch.tensor(positions, device=self._device)
+        laid_out = torch.tensor(positions, device=self.device)
         row, column = torch.where(laid_out >= 0)
         layout = RaggedRows(row, column, list(map(len, tokens)), visible)
         position_ids = laid_out[row, column][None]
         self._row_numbers, self._targets = self._first + row[None], position_ids + 1
         kept = column >= layout.width - keep
-        ids = torch.tensor([[token for new in tokens for token in new]], device=self._device)
+        ids = torch.tensor([[token for new in tokens for token in new]], device=self.device)
         mask = self._mask(laid_out.clamp_min(0))
         with ragged(layout):
             flat = self._forward(ids, position_ids, mask, torch.where(kept)[0])
@@ -268,7 +241,7 @@ class Slots:
         """
         self._first, self._fanned = first, len(splits) + 1
         self._visible = len(tokens)
-        ids = torch.tensor([list(tokens)], device=self._device)
+        ids = torch.tensor([list(tokens)], device=self.device)
         positions = self._places[None, : len(tokens)]
         with _splitting(self._model, splits):
             return _lists(self._forward(ids, positions, self._mask(positions), keep))
@@ -281,7 +254,19 @@ class Slots:
         keep: int | torch.Tensor,
     ) -> torch.Tensor:
         """Run the model; return the most probable token after the last `keep`, or those places."""
-        logits = self._model(
+        logits = self._logits(ids, positions, mask, keep)
+        self._check(logits)
+        return logits.float().argmax(-1)
+
+    def _logits(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | dict[str, torch.Tensor],
+        keep: int | torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the model's logits after the last `keep` tokens of each row, or those places."""
+        logits: torch.Tensor = self._model(
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
@@ -289,11 +274,7 @@ class Slots:
             logits_to_keep=keep,
             **{self._cache_name: self},
         ).logits
-        if isinstance(keep, int):
-            logits = logits[:, -keep:]
-        self._check(logits)
-        predicted: torch.Tensor = logits.float().argmax(-1)
-        return predicted
+        return logits[:, -keep:] if isinstance(keep, int) else logits
 
     def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the additive mask (rows, 1, new, visible), by kind of layer if there are two."""
@@ -306,7 +287,7 @@ class Slots:
         hidden = back < 0
         if window is not None and window < self._visible:
             hidden |= back >= window
-        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self.device)
         return mask.masked_fill_(hidden, torch.finfo(self._dtype).min)
 
     def move(self, source: int, target: int) -> None:

@@ -28,7 +28,7 @@ class ScriptedSlots:
     """Stands in for the cache and the model: each boundary writes what WRITTEN says."""
 
     passes: list[tuple[str, list[tuple[int, str]]]]
-    ragged = False
+    ragged = records = False
 
     def __init__(self, model: Any, rows: int, length: int) -> None:
         self.rows = [""] * rows
@@ -51,6 +51,9 @@ class ScriptedSlots:
         self.passes.append(("extend", list(zip(boundaries, new, strict=True))))
         rows = zip(boundaries, starts, new, strict=True)
         return [self.predict(first + n, k, at, row, keep) for n, (k, at, row) in enumerate(rows)]
+
+    def step(self, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[int]]:
+        return self.extend(tokens, starts, 0, max(map(len, tokens)))
 
     def fan_out(
         self, tokens: Sequence[int], splits: Sequence[int], first: int, keep: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import transformers
 
-from lorakit.models import decoding, generation, kv_cache
+from lorakit.models import cache_trial, decoding, generation, greedy, kv_cache
 from lorakit.models.base import Base
 from lorakit.models.decoding import Drafts
 from lorakit.models.generation import complete, complete_prompts, generate
 from lorakit.models.greedy import complete_greedily
 from lorakit.models.kv_cache import Slots
+from lorakit.models.step_graphs import StepGraphs
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
 from tests.support.models import FAMILIES, open_base, save_model
@@ -74,6 +76,34 @@ def test_completions_are_those_of_transformers_own_loop(family: str, tmp_path: P
         assert len({len(ids) for ids in expected}) > 1, "texts should end at various lengths"
         for at_once in (1, random.Random(family).randrange(2, 9), 40):
             assert complete_greedily(base, prompts, SETTINGS, at_once=at_once) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_padded_to_few_shapes_write_the_same(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = open_base(save_model(tmp_path, family))
+    if whole.packs:
+        whole.model.set_attn_implementation("sdpa")  # as on a GPU
+    shapes: set[Any] = set()
+    call = StepGraphs.__call__
+
+    def noting(self: StepGraphs, key: Any, read: Any) -> Any:
+        shapes.add(key)
+        return call(self, key, read)
+
+    monkeypatch.setattr(StepGraphs, "__call__", noting)
+    monkeypatch.setattr(kv_cache, "_AHEAD", 8)
+    monkeypatch.setattr(greedy, "Slots", functools.partial(Slots, records=True))
+    prompts = prompts_of(whole, 23)
+    base = ending_variously(whole, prompts)
+    expected = complete(base, prompts, SETTINGS)
+    assert complete_greedily(base, prompts, SETTINGS, at_once=6) == expected
+    rows, widths, visible = zip(*shapes, strict=True)
+    assert set(widths) == {1, 5}
+    assert {6, 3} <= set(rows) <= {6, 3, 2, 1}
+    longest = max(map(len, prompts)) + SETTINGS.max_new_tokens - 1
+    assert all(count % 8 == 0 or count == longest for count in visible)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
@@ -178,7 +208,7 @@ def test_a_model_without_slots_takes_transformers_loop(
 ) -> None:
     base = open_base(llama)
     expected = complete(base, prompts_of(base, 3), SETTINGS)
-    monkeypatch.setattr(kv_cache, "can_slot", lambda model: False)
+    monkeypatch.setattr(cache_trial, "can_slot", lambda model: False)
     monkeypatch.delattr(generation, "complete_greedily")
     assert complete_prompts(base, prompts_of(base, 3), SETTINGS, at_once=2) == expected
     assert not base.batches_continuously
