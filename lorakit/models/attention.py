@@ -1,4 +1,4 @@
-"""How a base attends on a CPU: in float32, and row by row if rows are packed into one sequence.
+"""How a base attends: on a CPU in float32, and row by row if rows are packed into one sequence.
 
 On CPUs PyTorch's bfloat16 attention has a slow backward pass, and one mask that keeps packed rows
 apart would cost as much as a single row of their total length. So a packed sequence is cut into its
@@ -14,6 +14,10 @@ they too come as one sequence, so that no layer computes padding but attention, 
     row 0 reads a b c, row 1 reads d: the layers see a b c d, attention sees  a b c / d · ·
 
 Rows that read a whole prompt attend one by one, as packed ones do.
+
+On a GPU a base attends as transformers does, but inside `in_groups` heads that share keys do so
+without a copy of these keys for each (there, only few tokens are new, and keys are most of what is
+read).
 
 How rows are packed is decided in batches.py, which keys rows have in kv_cache.py.
 """
@@ -32,11 +36,13 @@ import transformers
 from lorakit.models.architecture import Model
 
 BY_ROW = "sdpa_by_row"
+IN_GROUPS = "sdpa_in_groups"
 # New tokens of a row from which a batch saves less than it loses by computing what is hidden.
 _WIDE = 16
 _UNGROUPED: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
 _ragged: ContextVar[RaggedRows | None] = ContextVar("ragged", default=None)
 _lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths", default=None)
+_in_groups: ContextVar[bool] = ContextVar("in_groups", default=False)
 
 
 class RowMasks(NamedTuple):
@@ -113,10 +119,20 @@ def packed(lengths: Sequence[int]) -> Iterator[None]:
         _lengths.reset(token)
 
 
-def attend_by_row(model: Model) -> None:
-    """Make a model that uses PyTorch's attention attend in float32, and by row if packed."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(BY_ROW)
+@contextlib.contextmanager
+def in_groups() -> Iterator[None]:
+    """Inside the block, heads that share keys are not given copies of them, on a GPU."""
+    token = _in_groups.set(True)
+    try:
+        yield
+    finally:
+        _in_groups.reset(token)
+
+
+def set_attention(model: Model, device: torch.device) -> None:
+    """Make a model that uses PyTorch's attention attend as this module says on a device."""
+    if model.config._attn_implementation == "sdpa" and device.type in _BY_DEVICE:
+        model.set_attn_implementation(_BY_DEVICE[device.type])
 
 
 def _attention(
@@ -166,14 +182,42 @@ def _attend_ragged(
         apart = rows.apart(query.float(), key.float(), value.float(), mask)
         alone = [attend(module, *row, **settings)[0] for row in apart]
         return torch.cat(alone, 1).to(query.dtype)
-    group = query.shape[1] // key.shape[1]
-    if settings.get("position_bias") is not None:  # each head has its own
-        group = 1
+    group = _group(query, key, **settings)
     if group > 1:
         mask, module = mask.repeat(1, 1, group, 1), _UNGROUPED
     laid_out = rows.laid_out(query, group).float()
     attended, _ = attend(module, laid_out, key.float(), value.float(), mask.float(), **settings)
     return rows.in_sequence(attended, group).to(query.dtype)
+
+
+def _group(query: torch.Tensor, key: torch.Tensor, **settings: object) -> int:
+    """Return how many heads share keys; 1 if each is to be treated by itself."""
+    has_bias = settings.get("position_bias") is not None  # each head has its own
+    return 1 if has_bias else query.shape[1] // key.shape[1]
+
+
+def _attention_in_groups(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **settings: object,
+) -> tuple[torch.Tensor, None]:
+    """Compute attention by transformers' own function; see `in_groups`.
+
+    The queries of heads that share keys are taken for more tokens of one head.
+    """
+    attend = transformers.AttentionInterface()["sdpa"]
+    group = _group(query, key, **settings) if _in_groups.get() else 1
+    if group == 1 or attention_mask is None:
+        attended: torch.Tensor = attend(module, query, key, value, attention_mask, **settings)[0]
+        return attended, None
+    grouped = query.unflatten(1, (-1, group)).flatten(2, 3)
+    mask = attention_mask.repeat(1, 1, group, 1)
+    by_group = attend(_UNGROUPED, grouped, key, value, mask, **settings)[0]
+    apart = by_group.unflatten(1, (group, -1))  # (rows, group, tokens, heads / group, values)
+    return apart.permute(0, 2, 3, 1, 4).flatten(2, 3), None
 
 
 def _mask(**arguments: object) -> torch.Tensor | RowMasks | None:
@@ -211,5 +255,10 @@ def _is_causal(mask: torch.Tensor) -> bool:
     return bool((mask == torch.ones_like(mask).tril()).all())
 
 
+_BY_DEVICE = {"cpu": BY_ROW, "cuda": IN_GROUPS}
 transformers.AttentionInterface.register(BY_ROW, _attention)
 transformers.AttentionMaskInterface.register(BY_ROW, _mask)
+transformers.AttentionInterface.register(IN_GROUPS, _attention_in_groups)
+transformers.AttentionMaskInterface.register(
+    IN_GROUPS, transformers.AttentionMaskInterface()["sdpa"]
+)

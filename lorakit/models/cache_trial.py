@@ -14,11 +14,11 @@ from lorakit.models.architecture import (
     forward_parameters,
     text_config,
 )
-from lorakit.models.attention import BY_ROW
+from lorakit.models.attention import BY_ROW, IN_GROUPS
 from lorakit.models.kv_cache import Slots, cache_parameter
 
 _KINDS = {"full_attention", "sliding_attention"}
-_ATTENTIONS = {"eager", "sdpa", BY_ROW}
+_ATTENTIONS = {"eager", "sdpa", BY_ROW, IN_GROUPS}
 _WINDOWS = ("sliding_window", "max_window_layers")  # what a config says of windows that Slots has
 _NEEDED = {"position_ids", "attention_mask", "logits_to_keep"}
 # What a model raises whose code cannot work with slots.

@@ -31,7 +31,7 @@ from lorakit.models.architecture import (
     forward_parameters,
     text_config,
 )
-from lorakit.models.attention import BY_ROW, RaggedRows, ragged
+from lorakit.models.attention import BY_ROW, RaggedRows, in_groups, ragged
 from lorakit.models.step_graphs import StepGraphs
 
 _CACHES = ("cache", "past_key_values")  # what transformers calls the cache, since 5.24 and before
@@ -178,7 +178,8 @@ class Slots:
         self._row_numbers = self._numbers[: len(ids), None]
         self._targets = places + 1
         positions = places.clamp_min(0)
-        logits = self._logits(ids, positions, self._mask(positions), ids.shape[1])
+        with in_groups():
+            logits = self._logits(ids, positions, self._mask(positions), ids.shape[1])
         return logits.float().argmax(-1), logits.isnan().any()
 
     def extend(

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from lorakit.adapters.safetensors import read_tensors
 from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model, text_config
-from lorakit.models.attention import attend_by_row
+from lorakit.models.attention import set_attention
 from lorakit.models.base import UNLIMITED, Base, new_encoder
 from lorakit.models.chat import Tokenizer
 from lorakit.models.quantisation import check_quantised, keep_gradients, quantising
@@ -178,8 +178,7 @@ def _prepare_(model: Model, device: torch.device) -> None:
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_make_contiguous)
     keep_gradients(model)
-    if device.type == "cpu":
-        attend_by_row(model)
+    set_attention(model, device)
 
 
 @contextlib.contextmanager

@@ -224,7 +224,8 @@ def loss_difference(base: Base, count: int, batches: list[list[Example]], folder
 
 def marked_tests(*, device: str, smoke: bool) -> dict[str, Any]:
     """Run the tests marked `gpu`; with `smoke` they are only collected."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
+    options = ["-q", "-p", "no:cacheprovider", "-W", "default"]  # another version's warnings
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *options, "tests"]
     done = subprocess.run(
         [*command, *(["--collect-only"] if smoke else [])],
         cwd=ROOT,

@@ -30,8 +30,8 @@ def in_process(
 ) -> list[dict[str, Any]]:
     """Return what a function returns in a process of its own, or in several by torchrun.
 
-    Raises BenchmarkError with the last line of its stderr where it fails, or takes more than
-    `limit` seconds.
+    Raises BenchmarkError with the last line of its stderr, all of which is printed, where it fails,
+    or takes more than `limit` seconds.
     """
     launch = ["torch.distributed.run", "--nproc-per-node", str(processes), "-m", "--"]
     module = importlib.import_module(function.__module__).__spec__
@@ -50,6 +50,7 @@ def in_process(
     except subprocess.TimeoutExpired:
         raise BenchmarkError(f"{function.__name__} took more than {limit:.0f} s") from None
     if done.returncode:
+        sys.stderr.write(done.stderr)
         raise BenchmarkError(_last_line(done.stderr) or f"it ended with {done.returncode}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 

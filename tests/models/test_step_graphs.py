@@ -11,6 +11,7 @@ import torch
 from lorakit.boundary.cuts import bottom
 from lorakit.boundary.decode import Pool
 from lorakit.boundary.gates import Gates
+from lorakit.models.attention import IN_GROUPS
 from lorakit.models.base import Base
 from lorakit.models.devices import is_here
 from lorakit.models.generation import complete
@@ -79,7 +80,7 @@ def test_padded_steps_of_a_search_write_what_others_write(
     llama: str, device: torch.device, recordings: list[int]
 ) -> None:
     base = load_base(llama, device=device, dtype=torch.float32)
-    base.model.set_attn_implementation("sdpa")
+    base.model.set_attn_implementation(IN_GROUPS)
     cuts = [bottom(layer, base.layers) for layer in range(base.layers + 1)]
     outputs = []
     with Gates(attach(base, random_adapter(base, strength=0.5))).standing() as gates:
