@@ -5,8 +5,9 @@
 #
 # $JOBS says how many commands of each paper share the GPU; see the two scripts for $DATA, $MODEL,
 # $RESULTS and what to choose. Each command's seconds go to stderr; what needs a command that failed is
-# left out, and made when the script is run again. --smoke tries every command with a few records on the
-# shipped model, on a CPU, too.
+# left out, and made when the script is run again. Small commands share a GPU best under NVIDIA's
+# multi-process service (`nvidia-cuda-mps-control -d` before, `echo quit | nvidia-cuda-mps-control`
+# after). --smoke tries every command with a few records on the shipped model, on a CPU, too.
 
 set -eu
 case ${1:-} in --smoke) smoke=--smoke; shift ;; *) smoke= ;; esac
@@ -15,5 +16,8 @@ export JOBS=${JOBS:-6} BATCH=${BATCH:-256} KEEP_GOING=1
 here=$(dirname "$0")
 sh "$here/paper1.sh" $smoke "$folder/paper1" &
 first=$!
-sh "$here/paper2.sh" $smoke "$folder/paper2"
-wait $first
+sh "$here/paper2.sh" $smoke "$folder/paper2" &
+second=$!
+wait $first && failed= || failed=paper1.sh
+wait $second || failed="$failed${failed:+ and }paper2.sh"
+[ ! "$failed" ] || { echo "Error: $failed failed; run this again to go on" >&2; exit 1; }

@@ -21,6 +21,7 @@ fit="--lr 1e-3 --max-length $length --truncate --dtype $dtype --resume -q"
 titles="--template 'Write the title of the paper with this abstract.\nAbstract: {{article}}\nTitle:'"
 titles="$titles --completion ' {{title}}'"
 
+wanted() { case " $parts " in *" $1 "*) ;; *) return 1 ;; esac; }
 raw_of() { # raw_of SET SPLIT: the recipe and its raw file
     case $1.$2 in
         dialogsum.test) echo "dialogsum $raw/dialogsum/dialogsum.test.jsonl" ;;
@@ -175,7 +176,7 @@ sizes() { # Figure 6: fewer and more examples, the related adapters and settings
     each_size small
 }
 each_size() { # each_size COMMAND…, in the folder of every target, seed and size, if that part is run
-    case " $parts " in *" sizes "*) ;; *) return 0 ;; esac
+    wanted sizes || return 0
     for size in $sizes; do each_seed of_size "$@"; done
 }
 of_size() {
@@ -189,9 +190,10 @@ small() {
 }
 
 records
-for part in $parts; do $part; done | run
+for part in core search baselines pruned far; do ! wanted $part || $part; done | run
 for set in xs+wl xs+wl+tgt; do each_seed choose $set; done
-for set in xs+wl xs+wl+tgt; do each_seed chosen_outputs $set; done | run
+{ for set in xs+wl xs+wl+tgt; do each_seed chosen_outputs $set; done
+  for part in ablation sizes; do ! wanted $part || $part; done; } | run
 
 system() { # system NAME [SUFFIX]: its outputs over the seeds, as score takes them; nothing if one is missing
     files=""

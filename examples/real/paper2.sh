@@ -159,13 +159,13 @@ for part in $parts; do [ "$part" = other_domains ] || each "$part"; done | run
 { each cuts
   case " $parts " in *" other_domains "*) each other_domains ;; esac; } | run
 
-score() { # score TABLE NAME…: the scores of the outputs that exist, each compared with the first
+score() { # score TABLE NAME…: the scores of the outputs that exist, all compared with the first
     table=$1 files="" first=""
     shift
     for name in "$@"; do
         [ ! -e "$folder/$name.jsonl" ] || { files="$files $name.jsonl"; first=${first:-$name.jsonl}; }
     done
-    [ ! "$files" ] || (cd "$folder" && lorakit score $files --baseline "$first" --metric "$metrics" \
+    [ "$files" = " $first" ] || [ ! "$files" ] || (cd "$folder" && lorakit score $files --baseline "$first" --metric "$metrics" \
         --format json -q -o "$table.scores.jsonl")
 }
 scores() {

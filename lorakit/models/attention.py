@@ -130,7 +130,13 @@ def in_groups() -> Iterator[None]:
 
 
 def set_attention(model: Model, device: torch.device) -> None:
-    """Make a model that uses PyTorch's attention attend as this module says on a device."""
+    """Make a model that uses PyTorch's attention attend as this module says on a device.
+
+    On a GPU, PyTorch's other kernels take the place of cuDNN's in this process. Those give gradients
+    that are no numbers for some lengths of masked rows on Hopper (pytorch/pytorch#196678).
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if model.config._attn_implementation == "sdpa" and device.type in _BY_DEVICE:
         model.set_attn_implementation(_BY_DEVICE[device.type])
 
