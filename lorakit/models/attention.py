@@ -132,8 +132,8 @@ def in_groups() -> Iterator[None]:
 def set_attention(model: Model, device: torch.device) -> None:
     """Make a model that uses PyTorch's attention attend as this module says on a device.
 
-    On a GPU, PyTorch's other kernels take the place of cuDNN's in this process. Those give gradients
-    that are no numbers for some lengths of masked rows on Hopper (pytorch/pytorch#196678).
+    On a GPU, PyTorch's other kernels take the place of cuDNN's in this process, which give
+    gradients that are no numbers for some lengths of masked rows (pytorch/pytorch#196678).
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -47,6 +47,7 @@ from tests.benchmarks.steps import (
 
 STEPS, ROUNDS = 4, 2
 COMPLETION = 8  # a row's length over that of its completion
+MARK = "pytest.mark.gpu"
 CLOSE = 1e-4  # relative: how far two sides may differ in float32 after some steps
 
 
@@ -74,7 +75,7 @@ def batches_of(shape: Shape, length: int, rows: int, count: int) -> list[list[Ex
 def training_sides(
     base: Base, count: int, batches: list[list[Example]], folder: Path, rounds: int
 ) -> tuple[list[Steps], list[Steps]]:
-    """Train the same adapters by both sides in turns, on the same base."""
+    """Train the same adapters by both sides in turns, on the same base, after an untimed turn."""
     adapters = [random_adapter(base, seed=seed, strength=0.01) for seed in range(count)]
     folders = save_folders(adapters, folder)
 
@@ -83,7 +84,11 @@ def training_sides(
         _remove_lora_(base.model)
         return steps
 
-    return in_turns(ours, lambda: peft_steps(base.model, folders, batches), rounds)
+    def peer() -> Steps:
+        return peft_steps(base.model, folders, batches)
+
+    in_turns(ours, peer, 1)  # whose memory and kernels' choices the others find
+    return in_turns(ours, peer, rounds)
 
 
 def compared_steps(
@@ -223,9 +228,13 @@ def loss_difference(base: Base, count: int, batches: list[list[Example]], folder
 
 
 def marked_tests(*, device: str, smoke: bool) -> dict[str, Any]:
-    """Run the tests marked `gpu`; with `smoke` they are only collected."""
+    """Run the tests marked `gpu`; with `smoke` they are only collected.
+
+    Files without such tests are left out: they may import what this machine lacks.
+    """
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if MARK in path.read_text()]
     options = ["-q", "-p", "no:cacheprovider", "-W", "default"]  # another version's warnings
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", *options, "tests"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *options, *map(str, sorted(files))]
     done = subprocess.run(
         [*command, *(["--collect-only"] if smoke else [])],
         cwd=ROOT,
@@ -235,6 +244,7 @@ def marked_tests(*, device: str, smoke: bool) -> dict[str, Any]:
     )
     lines = done.stdout.strip().splitlines() or [""]
     if done.returncode:
+        sys.stderr.write(done.stdout)
         raise BenchmarkError(f"pytest -m gpu: {lines[-1]}")
     machine = describe_machine(*pick(device, "auto"))
     return asdict(Result("gpu", "tests failed", 0.0, machine, details={"pytest -m gpu": lines[-1]}))
