@@ -1,9 +1,9 @@
-"""Print the boundary with the best score of find-boundary's records, or that of another rule.
+"""Print the boundary with the best score of find-boundary's records, or the one marked there.
 
     python boundary_of.py boundaries.jsonl [--rule 1se]
 
-The rule 1se takes the smallest boundary within one standard error of the best score. Both are read
-from one search, whichever rule it was made with.
+The records are of a search with `--rule 1se`, which marks the smallest boundary within one standard
+error of the best score; so both can be read from one search.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ def main() -> None:
     parser.add_argument("--rule", choices=["best", "1se"], default="best")
     options = parser.parse_args()
     records = [record.fields for record in read_objects(options.records)]
-    sign = -1 if records[0]["metric"] == "loss" else 1
-    highest = max(sign * record["score"] for record in records)
-    near = [
-        record["boundary"]
-        for record in records
-        if highest - sign * record["score"]
-        <= (record["standard_error"] if options.rule == "1se" else 0)
-    ]
-    print(min(near))
+    if options.rule == "1se":
+        (boundary,) = (record["boundary"] for record in records if record["best"])
+    else:
+        sign = -1 if records[0]["metric"] == "loss" else 1
+        highest = max(records, key=lambda record: (sign * record["score"], -record["boundary"]))
+        boundary = highest["boundary"]
+    print(boundary)
 
 
 if __name__ == "__main__":
