@@ -80,9 +80,11 @@ def run_all(commands: list[Command], jobs: int, *, keep_going: bool, verbose: bo
     waiting = {command.output for command in commands}
     running: dict[int, Command] = {}
     while commands or running:
-        for command in [command for command in commands if command.needs & failed.keys()]:
-            commands.remove(command)
-            failed[command.output] = command.line
+        lacking = [command for command in commands if command.needs & failed.keys()]
+        if lacking:
+            commands = [command for command in commands if command not in lacking]
+            failed |= {command.output: command.line for command in lacking}
+            continue
         ready = [command for command in commands if not command.needs & waiting]
         if ready and len(running) < jobs:
             commands.remove(ready[0])

@@ -47,7 +47,10 @@ at() { # at TASK; `room` is the longest sequence in tokens
 }
 each() { for task in $tasks; do at "$task"; "$@"; done; }
 lines() { # lines FILE FIRST LAST OUTPUT: some records of a file
-    [ -e "$folder/$4" ] || sed -n "$2,$3p" "$folder/$1" > "$folder/$4"
+    if [ -e "$folder/$1" ] && [ ! -e "$folder/$4" ]; then
+        sed -n "$2,$3p" "$folder/$1" > "$folder/$4.part"
+        if [ -s "$folder/$4.part" ]; then mv "$folder/$4.part" "$folder/$4"; else rm "$folder/$4.part"; fi
+    fi
 }
 records() { # train, val and test do not overlap; HotpotQA's subset is one file
     each questions
@@ -74,7 +77,8 @@ drawn() {
 divided() {
     lines all.jsonl 1 "$examples" train.jsonl
     lines all.jsonl $((examples + 1)) $((examples + sweep)) val.jsonl
-    lines all.jsonl $((examples + sweep + 1)) $((examples + sweep + answers)) test.jsonl
+    [ "$task" != hotpotqa ] ||
+        lines all.jsonl $((examples + sweep + 1)) $((examples + sweep + answers)) test.jsonl
 }
 train() { # train NAME [OPTION…]
     name=$1

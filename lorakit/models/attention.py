@@ -36,7 +36,7 @@ import transformers
 from lorakit.models.architecture import Model
 
 BY_ROW = "sdpa_by_row"
-IN_GROUPS = "sdpa_in_groups"
+_pytorchs = transformers.AttentionInterface()["sdpa"]  # transformers' call of PyTorch's attention
 # New tokens of a row from which a batch saves less than it loses by computing what is hidden.
 _WIDE = 16
 _UNGROUPED: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
@@ -132,13 +132,14 @@ def in_groups() -> Iterator[None]:
 def set_attention(model: Model, device: torch.device) -> None:
     """Make a model that uses PyTorch's attention attend as this module says on a device.
 
-    On a GPU, PyTorch's other kernels take the place of cuDNN's in this process, which give
+    On a CPU it gets another name, by which some models would not know it: GPUs keep "sdpa". On a
+    GPU, PyTorch's other kernels take the place of cuDNN's in this process, which give
     gradients that are no numbers for some lengths of masked rows (pytorch/pytorch#196678).
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if model.config._attn_implementation == "sdpa" and device.type in _BY_DEVICE:
-        model.set_attn_implementation(_BY_DEVICE[device.type])
+    if device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(BY_ROW)
 
 
 def _attention(
@@ -154,7 +155,7 @@ def _attention(
     query, key and value are (1 or rows, heads, tokens, width). Some models pass them by name.
     """
     mask = attention_mask
-    attend = transformers.AttentionInterface()["sdpa"]
+    attend = _pytorchs
     if (rows := _ragged.get()) is not None and isinstance(mask, torch.Tensor):
         return _attend_ragged(rows, attend, module, query, key, value, mask, **settings), None
     wide = [tensor.float() for tensor in (query, key, value)]
@@ -214,14 +215,13 @@ def _attention_in_groups(
 
     The queries of heads that share keys are taken for more tokens of one head.
     """
-    attend = transformers.AttentionInterface()["sdpa"]
     group = _group(query, key, **settings) if _in_groups.get() else 1
-    if group == 1 or attention_mask is None:
-        attended: torch.Tensor = attend(module, query, key, value, attention_mask, **settings)[0]
+    if group == 1 or attention_mask is None or attention_mask.shape[1] > 1:
+        attended: torch.Tensor = _pytorchs(module, query, key, value, attention_mask, **settings)[0]
         return attended, None
     grouped = query.unflatten(1, (-1, group)).flatten(2, 3)
     mask = attention_mask.repeat(1, 1, group, 1)
-    by_group = attend(_UNGROUPED, grouped, key, value, mask, **settings)[0]
+    by_group = _pytorchs(_UNGROUPED, grouped, key, value, mask, **settings)[0]
     apart = by_group.unflatten(1, (group, -1))  # (rows, group, tokens, heads / group, values)
     return apart.permute(0, 2, 3, 1, 4).flatten(2, 3), None
 
@@ -261,10 +261,6 @@ def _is_causal(mask: torch.Tensor) -> bool:
     return bool((mask == torch.ones_like(mask).tril()).all())
 
 
-_BY_DEVICE = {"cpu": BY_ROW, "cuda": IN_GROUPS}
 transformers.AttentionInterface.register(BY_ROW, _attention)
 transformers.AttentionMaskInterface.register(BY_ROW, _mask)
-transformers.AttentionInterface.register(IN_GROUPS, _attention_in_groups)
-transformers.AttentionMaskInterface.register(
-    IN_GROUPS, transformers.AttentionMaskInterface()["sdpa"]
-)
+transformers.AttentionInterface.register("sdpa", _attention_in_groups)

@@ -14,11 +14,11 @@ from lorakit.models.architecture import (
     forward_parameters,
     text_config,
 )
-from lorakit.models.attention import BY_ROW, IN_GROUPS
+from lorakit.models.attention import BY_ROW
 from lorakit.models.kv_cache import Slots, cache_parameter
 
 _KINDS = {"full_attention", "sliding_attention"}
-_ATTENTIONS = {"eager", "sdpa", BY_ROW, IN_GROUPS}
+_ATTENTIONS = {"eager", "sdpa", BY_ROW}
 _WINDOWS = ("sliding_window", "max_window_layers")  # what a config says of windows that Slots has
 _NEEDED = {"position_ids", "attention_mask", "logits_to_keep"}
 # What a model raises whose code cannot work with slots.
@@ -61,6 +61,7 @@ def can_batch_continuously(model: Model) -> bool:
             slots.read_prefix(tokens[:2])
             slots.begin(1, 1)
             short, long = slots.extend([tokens[1:-4], tokens[2:]], [1, 2], 0, len(tokens) - 2)
+            slots.step([tokens[1:3], tokens[2:3]], [1, 2])
         except REFUSALS:
             return False
     pairs = [*zip(long, expected[2:], strict=True), *zip(short[3:], expected[1:-4], strict=True)]

@@ -76,9 +76,9 @@ class Slots:
         self._numbers = torch.arange(rows, device=self.device)
         self._windows = _windows(text_config(model))
         self._dtype = model.dtype
-        on_gpu = self.device.type == "cuda"
+        on_gpu = self.device.type == "cuda" and not _is_sharded(model)
         self.records = not self.ragged and (on_gpu if records is None else records)
-        self._graphs = StepGraphs(self._compute_step, self.device)
+        self._graphs = StepGraphs(model, self.device)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: the model asks, but needs no length, since it is always given positions."""
@@ -164,7 +164,8 @@ class Slots:
         for place, (row, start) in enumerate(zip(tokens, starts, strict=True)):
             read[0, place, width - len(row) :] = torch.tensor(row)
             read[1, place, width - len(row) :] = torch.arange(start, start + len(row))
-        predicted, wrong = self._graphs((rows, width, self._visible), read)
+        shape = rows, width, self._visible
+        predicted, wrong = self._graphs(shape, read, self._compute_step)
         if bool(wrong):
             self._check(torch.full((1,), torch.nan))
         return _lists(predicted[: len(tokens)])
@@ -296,6 +297,11 @@ class Slots:
         for stored in self._stored.values():
             for slots in stored:
                 slots[target] = slots[source]
+
+
+def _is_sharded(model: Model) -> bool:
+    """Return whether processes share a model's weights out: they wait for one another."""
+    return any(type(weight).__name__ == "DTensor" for weight in model.parameters())
 
 
 def _lists(tokens: torch.Tensor) -> list[list[int]]:

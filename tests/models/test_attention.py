@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import transformers
 
-from lorakit.models.attention import BY_ROW, IN_GROUPS, in_groups, set_attention
+from lorakit.models.attention import BY_ROW, _pytorchs, in_groups, set_attention
 from tests.support.models import open_base
 
 
 def test_the_tensors_have_the_names_by_which_some_models_pass_them() -> None:
     functions = transformers.AttentionInterface()
-    theirs = list(inspect.signature(functions["sdpa"]).parameters)[:5]
-    for name in (BY_ROW, IN_GROUPS):
+    theirs = list(inspect.signature(_pytorchs).parameters)[:5]
+    for name in (BY_ROW, "sdpa"):
         assert list(inspect.signature(functions[name]).parameters)[:5] == theirs
 
 
 def test_heads_that_share_keys_give_the_same_without_copies_of_them() -> None:
     torch.manual_seed(0)
-    attend = transformers.AttentionInterface()[IN_GROUPS]
-    module = torch.nn.Module()
+    attend = transformers.AttentionInterface()["sdpa"]
+    module: Any = torch.nn.Module()
     module.num_key_value_groups = 3
     query = torch.randn(2, 6, 4, 8)
     key, value = torch.randn(2, 2, 2, 9, 8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import torch
 from lorakit.boundary.cuts import bottom
 from lorakit.boundary.decode import Pool
 from lorakit.boundary.gates import Gates
-from lorakit.models.attention import IN_GROUPS
 from lorakit.models.base import Base
 from lorakit.models.devices import is_here
 from lorakit.models.generation import complete
 from lorakit.models.greedy import complete_greedily
+from lorakit.models.kv_cache import Slots
 from lorakit.models.loading import load_base
 from lorakit.models.lora import attach
 from lorakit.models.step_graphs import StepGraphs
@@ -41,8 +43,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts = []
     call = StepGraphs.__call__
 
-    def counting(self: StepGraphs, key: Any, read: torch.Tensor) -> Any:
-        outputs = call(self, key, read)
+    def counting(self: StepGraphs, *arguments: Any) -> Any:
+        outputs = call(self, *arguments)
         counts.append(self.count)
         return outputs
 
@@ -51,18 +53,40 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_every_call_returns_what_the_function_returns(device: torch.device) -> None:
-    graphs = StepGraphs(lambda read: (read * 2, read.sum()), device)
+    graphs = StepGraphs(torch.nn.Identity(), device)
     for key in (1, 2, 1, 1, 1, 2):
         read = torch.arange(key, key + 3)
-        doubled, total = graphs(key, read)
+        doubled, total = graphs(key, read, lambda place: (place * 2, place.sum()))
         assert (doubled.tolist(), int(total)) == ((2 * read).tolist(), int(read.sum()))
     assert graphs.count == (1 if device.type == "cuda" else 0)
 
 
 def test_what_cannot_be_recorded_is_computed(device: torch.device) -> None:
-    graphs = StepGraphs(lambda read: (torch.tensor(read.tolist()),), device)
-    assert [graphs(0, torch.tensor([value]))[0].item() for value in range(5)] == list(range(5))
+    graphs = StepGraphs(torch.nn.Identity(), device)
+
+    def waiting(place: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.tensor(place.tolist()),)
+
+    outputs = [graphs(0, torch.tensor([value]), waiting)[0].item() for value in range(5)]
+    assert outputs == list(range(5))
     assert graphs.count == 0
+    assert torch.rand(1, device=device).isfinite()
+    if device.type == "cuda":
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_slots_are_freed_with_their_last_name(llama: str, device: torch.device) -> None:
+    base = load_base(llama, device=device, dtype=torch.float32)
+    slots = Slots(base.model, 2, 8, records=True)
+    slots.extend([[3, 4]], [0], 0, 1)
+    slots.step([[5]], [2])
+    seen = weakref.ref(slots)
+    gc.disable()
+    try:
+        del slots
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu
@@ -80,7 +104,7 @@ def test_padded_steps_of_a_search_write_what_others_write(
     llama: str, device: torch.device, recordings: list[int]
 ) -> None:
     base = load_base(llama, device=device, dtype=torch.float32)
-    base.model.set_attn_implementation(IN_GROUPS)
+    base.model.set_attn_implementation("sdpa")
     cuts = [bottom(layer, base.layers) for layer in range(base.layers + 1)]
     outputs = []
     with Gates(attach(base, random_adapter(base, strength=0.5))).standing() as gates:
