@@ -122,6 +122,10 @@ def compared_steps(
             "memory of the peer, MB": other,
             "memory of the base, MB": base_size(base),
             "pruning, of a step": min(r.pruning for r in ours),
+            "operations, of a step": max(r.busy for r in ours),
+            "operations, of a step of the peer": max(r.busy for r in theirs),
+            "matrix products, of operations": max(r.products for r in ours),
+            "attention, of operations": max(r.attention for r in ours),
             "difference of the first loss": abs(ours[0].losses[0] - theirs[0].losses[0]),
         },
     )

@@ -46,7 +46,8 @@ class Steps:
     """What some steps took, in seconds each, and their peak of memory in MB; the losses of all.
 
     The first step, which warms up, is left out of the times but for `first`. `pruning` is its share
-    of a step, and `products` and `attention` those of matrix products and of attention.
+    of a step, and `products` and `attention` those of matrix products and of attention in the time
+    of all operations, which is `busy` of a step: on a GPU less than 1 while it waits for Python.
     """
 
     seconds: list[float]
@@ -57,6 +58,7 @@ class Steps:
     pruning: float = 0.0
     products: float = 0.0
     attention: float = 0.0
+    busy: float = 0.0
 
     @property
     def total(self) -> float:
@@ -116,28 +118,32 @@ def lorakit_steps(
     with trainer._training_mode():
         updates = [lambda b=batch: trainer._step(b, 10**6).train_loss for batch in batches]
         steps, seconds = timed_steps(updates, memory, base.device)
-        products, attention = parts_of(updates[-1], base.device)
+        steps = with_parts(steps, updates[-1], base.device)
     shares = [a / b for a, b in zip(pruner.seconds[1:], seconds[1:], strict=False)]
-    return replace(
-        steps,
-        pruning=statistics.median(shares) if shares else 0.0,
-        products=products,
-        attention=attention,
-    )
+    return replace(steps, pruning=statistics.median(shares) if shares else 0.0)
 
 
-def parts_of(step: Callable[[], float], device: torch.device) -> tuple[float, float]:
-    """Return the shares of matrix products and of attention in a step, by operation times."""
+def with_parts(steps: Steps, step: Callable[[], float], device: torch.device) -> Steps:
+    """Return the steps with the shares of a last one's operations, by their times."""
     with torch.profiler.profile() as profile:
         step()
         synchronise(device)
-    events = profile.key_averages()
     kind = "device" if device.type == "cuda" else "cpu"
-    times = {event.key: getattr(event, f"self_{kind}_time_total") for event in events}
+    times = {
+        event.key: getattr(event, f"self_{kind}_time_total")  # microseconds
+        for event in profile.key_averages()
+        if event.device_type
+        == torch.autograd.DeviceType.CPU  # a kernel's time is in its operation's
+    }
     total = sum(times.values())
     products = sum(times.get(f"aten::{name}", 0.0) for name in ("mm", "addmm", "bmm", "baddbmm"))
     attention = sum(seconds for name, seconds in times.items() if "dot_product" in name)
-    return products / total, attention / total
+    return replace(
+        steps,
+        products=products / total,
+        attention=attention / total,
+        busy=total / 1e6 / steps.seconds[-1],
+    )
 
 
 def merging_trainer(
@@ -204,9 +210,9 @@ def peft_steps(model: Any, folders: Sequence[str], batches: Batches) -> Steps:
         optimizer.zero_grad()
         return float(loss.detach())
 
-    steps, _ = timed_steps(
-        [functools.partial(step, batch) for batch in batches], Memory(device), device
-    )
+    updates = [functools.partial(step, batch) for batch in batches]
+    steps, _ = timed_steps(updates, Memory(device), device)
+    steps = with_parts(steps, updates[-1], device)
     with_lora.unload()
     return steps
 
