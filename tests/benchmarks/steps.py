@@ -132,8 +132,7 @@ def with_parts(steps: Steps, step: Callable[[], float], device: torch.device) ->
     times = {
         event.key: getattr(event, f"self_{kind}_time_total")  # microseconds
         for event in profile.key_averages()
-        if event.device_type
-        == torch.autograd.DeviceType.CPU  # a kernel's time is in its operation's
+        if event.device_type.name == "CPU"  # a kernel's time is in its operation's
     }
     total = sum(times.values())
     products = sum(times.get(f"aten::{name}", 0.0) for name in ("mm", "addmm", "bmm", "baddbmm"))
