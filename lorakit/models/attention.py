@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -155,23 +155,21 @@ def _attention(
     query, key and value are (1 or rows, heads, tokens, width). Some models pass them by name.
     """
     mask = attention_mask
-    attend = _pytorchs
     if (rows := _ragged.get()) is not None and isinstance(mask, torch.Tensor):
-        return _attend_ragged(rows, attend, module, query, key, value, mask, **settings), None
+        return _attend_ragged(rows, module, query, key, value, mask, **settings), None
     wide = [tensor.float() for tensor in (query, key, value)]
     if isinstance(mask, RowMasks):
         parts = zip(*(tensor.split(mask.lengths, 2) for tensor in wide), strict=True)
         attended = [
-            attend(module, *part, part_mask, **settings)[0]
+            _pytorchs(module, *part, part_mask, **settings)[0]
             for part, part_mask in zip(parts, mask.masks, strict=True)
         ]
         return torch.cat(attended, 1).to(query.dtype), None
-    return attend(module, *wide, _plain(mask), **settings)[0].to(query.dtype), None
+    return _pytorchs(module, *wide, _plain(mask), **settings)[0].to(query.dtype), None
 
 
 def _attend_ragged(
     rows: RaggedRows,
-    attend: Callable[..., tuple[torch.Tensor, None]],
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -187,13 +185,13 @@ def _attend_ragged(
     """
     if rows.width >= _WIDE:
         apart = rows.apart(query.float(), key.float(), value.float(), mask)
-        alone = [attend(module, *row, **settings)[0] for row in apart]
+        alone = [_pytorchs(module, *row, **settings)[0] for row in apart]
         return torch.cat(alone, 1).to(query.dtype)
     group = _group(query, key, **settings)
     if group > 1:
         mask, module = mask.repeat(1, 1, group, 1), _UNGROUPED
     laid_out = rows.laid_out(query, group).float()
-    attended, _ = attend(module, laid_out, key.float(), value.float(), mask.float(), **settings)
+    attended, _ = _pytorchs(module, laid_out, key.float(), value.float(), mask.float(), **settings)
     return rows.in_sequence(attended, group).to(query.dtype)
 
 

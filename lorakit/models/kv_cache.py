@@ -207,7 +207,8 @@ class Slots:
         self._targets = position_ids + 1
         position_ids.clamp_(min=0)
         ids_tensor = torch.tensor(ids, device=self.device)
-        return _lists(self._forward(ids_tensor, position_ids, self._mask(position_ids), keep))
+        logits = self._logits(ids_tensor, position_ids, self._mask(position_ids), keep)
+        return _lists(self._predicted(logits))
 
     def _extend_ragged(
         self,
@@ -226,7 +227,7 @@ class Slots:
         ids = torch.tensor([[token for new in tokens for token in new]], device=self.device)
         mask = self._mask(laid_out.clamp_min(0))
         with ragged(layout):
-            flat = self._forward(ids, position_ids, mask, torch.where(kept)[0])
+            flat = self._predicted(self._logits(ids, position_ids, mask, torch.where(kept)[0]))
         predicted = laid_out.new_zeros(len(tokens), keep)
         predicted[row[kept], column[kept] - (layout.width - keep)] = flat[0]
         return _lists(predicted)
@@ -246,17 +247,11 @@ class Slots:
         ids = torch.tensor([list(tokens)], device=self.device)
         positions = self._places[None, : len(tokens)]
         with _splitting(self._model, splits):
-            return _lists(self._forward(ids, positions, self._mask(positions), keep))
+            logits = self._logits(ids, positions, self._mask(positions), keep)
+        return _lists(self._predicted(logits))
 
-    def _forward(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        mask: torch.Tensor | dict[str, torch.Tensor],
-        keep: int | torch.Tensor,
-    ) -> torch.Tensor:
-        """Run the model; return the most probable token after the last `keep`, or those places."""
-        logits = self._logits(ids, positions, mask, keep)
+    def _predicted(self, logits: torch.Tensor) -> torch.Tensor:
+        """Check logits and return the most probable tokens."""
         self._check(logits)
         return logits.float().argmax(-1)
 

@@ -189,10 +189,10 @@ def test_the_slots_of_a_search_take_what_is_said(
     held = []
 
     class Watched(Slots):
-        def _forward(self, *arguments: Any) -> Any:
-            predicted = super()._forward(*arguments)
+        def _logits(self, *arguments: Any) -> Any:
+            logits = super()._logits(*arguments)
             held.append(sum(part.nbytes for pair in self._stored.values() for part in pair))
-            return predicted
+            return logits
 
     said = plan(*FIND)
     monkeypatch.setattr(decode, "Slots", Watched)
