@@ -47,7 +47,7 @@ from tests.benchmarks.steps import (
 
 STEPS, ROUNDS = 4, 2
 COMPLETION = 8  # a row's length over that of its completion
-MARK = "pytest.mark.gpu"
+GPU_TESTS = ("pytest.mark.gpu", "tests.support.devices")  # a file with such tests names one
 CLOSE = 1e-4  # relative: how far two sides may differ in float32 after some steps
 
 
@@ -236,7 +236,8 @@ def marked_tests(*, device: str, smoke: bool) -> dict[str, Any]:
 
     Files without such tests are left out: they may import what this machine lacks.
     """
-    files = [path for path in (ROOT / "tests").rglob("test_*.py") if MARK in path.read_text()]
+    texts = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    files = [path for path, text in texts.items() if any(name in text for name in GPU_TESTS)]
     options = ["-q", "-p", "no:cacheprovider", "-W", "default"]  # another version's warnings
     command = [sys.executable, "-m", "pytest", "-m", "gpu", *options, *map(str, sorted(files))]
     done = subprocess.run(

@@ -13,8 +13,6 @@ import torch
 from lorakit.boundary.cuts import bottom
 from lorakit.boundary.decode import Pool
 from lorakit.boundary.gates import Gates
-from lorakit.models.base import Base
-from lorakit.models.devices import is_here
 from lorakit.models.generation import complete
 from lorakit.models.greedy import complete_greedily
 from lorakit.models.kv_cache import Slots
@@ -23,18 +21,16 @@ from lorakit.models.lora import attach
 from lorakit.models.step_graphs import StepGraphs
 from lorakit.settings import GenerationSettings
 from tests.benchmarks.shapes import random_adapter
+from tests.support.devices import DEVICES, here
 from tests.support.models import FAMILIES, save_model
 
 SETTINGS = GenerationSettings(max_new_tokens=24)
 PROMPTS = [list(range(3, 3 + length)) for length in (4, 9, 6, 12, 5, 7, 8)]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    chosen = torch.device(request.param)
-    if not is_here(chosen):
-        pytest.skip("this machine has no GPU")
-    return chosen
+    return here(request.param)
 
 
 @pytest.fixture
@@ -94,7 +90,7 @@ def test_slots_are_freed_with_their_last_name(llama: str, device: torch.device) 
 def test_replayed_steps_write_what_transformers_own_loop_writes(
     family: str, tmp_path: Path, recordings: list[int]
 ) -> None:
-    base = on_gpu(save_model(tmp_path, family))
+    base = load_base(save_model(tmp_path, family), device=here("cuda"), dtype=torch.float32)
     expected = complete(base, PROMPTS, SETTINGS)
     assert complete_greedily(base, PROMPTS, SETTINGS, at_once=4) == expected
     assert max(recordings) > 0
@@ -114,10 +110,3 @@ def test_padded_steps_of_a_search_write_what_others_write(
             outputs.append({(out.prompt, out.cut): out.tokens for out in pool.run(cuts)})
     assert outputs[0] == outputs[1]
     assert max(recordings) == 0 if device.type == "cpu" else max(recordings) > 0
-
-
-def on_gpu(name: str) -> Base:
-    """Return a base on the GPU in float32; skips where there is none."""
-    if not is_here(torch.device("cuda")):
-        pytest.skip("this machine has no GPU")
-    return load_base(name, device=torch.device("cuda"), dtype=torch.float32)

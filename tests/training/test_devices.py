@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorakit.models.base import Base
-from lorakit.models.devices import is_here, pick_dtype
+from lorakit.models.devices import pick_dtype
 from lorakit.models.loading import load_base
 from lorakit.models.lora import factors, inject, pick_modules
 from lorakit.models.sharing import new_accelerator
@@ -19,17 +19,15 @@ from lorakit.settings import LoraSettings, TrainingSettings
 from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.train import train_adapter
 from lorakit.training.trainer import Trainer
+from tests.support.devices import DEVICES, here
 from tests.support.training_data import Recorder, rows, save_rows
 
 SETTINGS = TrainingSettings(lr=1e-2, epochs=3, batch_size=6, dropout=0.0, dtype="float32")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    chosen = torch.device(request.param)
-    if not is_here(chosen):
-        pytest.skip("this machine has no GPU")
-    return chosen
+    return here(request.param)
 
 
 @pytest.fixture
