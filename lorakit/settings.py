@@ -16,7 +16,15 @@ SCHEDULES = ("linear", "cosine", "constant")
 LEARNED_WEIGHTS_LR = 3e-2  # of `merge --method learned-weights`, whose weights move by tenths
 HOLD_OUT = 0.2  # the share of --data that validates when --val is missing
 _NOT_IN_HISTORY = ("device",)  # where a run computes should not change its result
-_IN_HISTORY_IF_SET = ("cut", "system", "chat_args", "keep", "group", "prune_every")
+_IN_HISTORY_IF_SET = (
+    "cut",
+    "system",
+    "chat_args",
+    "keep",
+    "group",
+    "prune_every",
+    "micro_batch_tokens",
+)
 
 # Ratios or thresholds to choose from: none (pruning stays as set), one or several; with "auto" a
 # ladder search picks them.
@@ -83,7 +91,8 @@ class TrainingSettings:
     steps, `patience` in epochs without a lower validation loss. `keep` says whose epoch's weights
     are the result: those of the `best` epoch on the validation set, or of the `last`, for which
     `patience` does not count. `cut` is the part of a prompt that `truncate` shortens; `system` and
-    `chat_args` (names and values) go to the chat template.
+    `chat_args` (names and values) go to the chat template. Without `micro_batch_tokens` the device
+    decides.
     """
 
     lr: float = 2e-4
@@ -91,7 +100,7 @@ class TrainingSettings:
     patience: int = 3
     keep: str = "best"
     batch_size: int = 8
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int | None = None
     max_length: int | None = None
     truncate: bool = False
     dropout: float = 0.05
@@ -107,6 +116,10 @@ class TrainingSettings:
     chat_args: tuple[tuple[str, object], ...] = ()
     dtype: str = "auto"
     device: str = "auto"
+
+    def tokens_at_once(self, device: str) -> int:
+        """Return the most tokens of a micro-batch on a device of a type: more fill a GPU."""
+        return self.micro_batch_tokens or (8192 if device == "cuda" else 2048)
 
     def history_fields(self) -> dict[str, object]:
         """Return the settings that an adapter's history records; some of them only where set."""

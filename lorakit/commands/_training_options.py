@@ -36,7 +36,11 @@ training = _options.together(
         "The epoch to save: the best on the validation set, or the last, with no early stop.",
     ),
     _training_option("batch_size", Whole(1), "Examples an optimiser step."),
-    _training_option("micro_batch_tokens", Whole(1), "Tokens that are computed together."),
+    _training_option(
+        "micro_batch_tokens",
+        Whole(1),
+        "Tokens that are computed together. [default: 2048, on a GPU 8192]",
+    ),
     _training_option("dropout", _SHARE, "Dropout on LoRA's input."),
     _training_option("warmup", _SHARE, "Share of the steps in which the learning rate rises."),
     _training_option("schedule", click.Choice(SCHEDULES), "How the learning rate falls."),

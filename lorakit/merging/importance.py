@@ -69,7 +69,8 @@ def measure_importance(
     encoder = encoder_of(base, adapter, settings)
     records, _ = load_records(data, "prompt", "completion")
     examples = encode_all(records, encoder.example, (reporter or Silent()).note)
-    shaping = [list(example.ids) for example in examples], settings.micro_batch_tokens
+    at_once = settings.tokens_at_once(base.device.type)
+    shaping = [list(example.ids) for example in examples], at_once
     checkpoint = checkpoint_of(output, "importance", base.record, adapter.sha256, *shaping)
     if not is_first_process():
         checkpoint = Checkpoint(None, checkpoint.key)
@@ -96,7 +97,10 @@ def importance_on(
     layers = attach_stack(base, stacked, dropout=0.0)
     norms = InputNorms(layers)
     losses = BatchLoss(
-        base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
+        base,
+        [],
+        tokens=settings.tokens_at_once(base.device.type),
+        accelerator=new_accelerator(base.device.type),
     )
     with norms.around_validation(losses):
         _read_all(losses, examples, norms, checkpoint or Checkpoint(None, ""))

@@ -150,7 +150,8 @@ def plan_lorahub(
     }
     yield parameter_row(skeleton, len(adapters), lora_size(adapters[0]))
     cut = fill_packs if skeleton.packs else micro_batches
-    runs = cut(reading.examples, settings.micro_batch_tokens)
+    at_once = settings.tokens_at_once(skeleton.device.type)
+    runs = cut(reading.examples, at_once)
     passes = {training_pass(rows, packed=skeleton.packs) for rows in runs}
     yield from memory_rows(
         skeleton,
@@ -161,7 +162,7 @@ def plan_lorahub(
         loaded = load()
         attach(loaded, adapters[0])
         accelerator = new_accelerator(loaded.device.type)
-        losses = BatchLoss(loaded, [], tokens=settings.micro_batch_tokens, accelerator=accelerator)
+        losses = BatchLoss(loaded, [], tokens=at_once, accelerator=accelerator)
         few = runs[0]
         losses.means(few)  # warms up
         part = sum(len(example.ids) for example in few)

@@ -118,10 +118,9 @@ class Pruner(StepHook):
             torch.where(mask, value, weight)
             for mask, value, weight in zip(masks, values, stack.weights, strict=True)
         )
-        for pair, of_a, of_b in zip(stack.pairs, a, b, strict=True):
-            to_a, to_b = pair.of(self._weights[pair.module])
-            to_a.copy_(of_a)
-            to_b.copy_(of_b)
+        places = zip(*(pair.of(self._weights[pair.module]) for pair in stack.pairs), strict=True)
+        for place, new in zip(places, (a, b), strict=True):
+            torch._foreach_copy_(list(place), list(new))
         return a, b
 
     def _reset_values(

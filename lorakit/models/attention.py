@@ -1,12 +1,7 @@
-"""How a base attends: on a CPU in float32, and row by row if rows are packed into one sequence.
+"""How a base attends on a CPU: in float32, and row by row if rows are packed into one sequence.
 
-On CPUs PyTorch's bfloat16 attention has a slow backward pass, and one mask that keeps packed rows
-apart would cost as much as a single row of their total length. So a packed sequence is cut into its
-rows, and attention is computed for each alone, with the model's own mask (causal, sliding window):
-
-    with packed([4, 2]):          # a sequence of six tokens holds a row of four and a row of two
-        model(...)                # tokens 0-3 see tokens 0-3, tokens 4 and 5 see tokens 4 and 5
-    model(...)                    # outside the block all six tokens are one row
+PyTorch's bfloat16 attention has a slow backward pass there. A packed sequence (row_masks.py) is cut
+into its rows, and attention is computed for each alone.
 
 Rows whose keys and values lie in a cache may have new tokens in different numbers. Inside `ragged`
 they too come as one sequence, so that no layer computes padding but attention, where it is cheap:
@@ -15,44 +10,28 @@ they too come as one sequence, so that no layer computes padding but attention, 
 
 Rows that read a whole prompt attend one by one, as packed ones do.
 
-On a GPU a base attends as transformers does, but inside `in_groups` heads that share keys do so
-without a copy of these keys for each (there, only few tokens are new, and keys are most of what is
-read).
-
-How rows are packed is decided in batches.py, which keys rows have in kv_cache.py.
+How rows are packed is decided in batches.py, which keys rows have in kv_cache.py; how a base
+attends on a GPU in gpu_attention.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
 
 from lorakit.models.architecture import Model
+from lorakit.models.gpu_attention import choose_kernels, pytorchs, queries_a_key, ungrouped
+from lorakit.models.row_masks import RowMasks, are_causal, make_masks
 
 BY_ROW = "sdpa_by_row"
-_pytorchs = transformers.AttentionInterface()["sdpa"]  # transformers' call of PyTorch's attention
 # New tokens of a row from which a batch saves less than it loses by computing what is hidden.
 _WIDE = 16
-_UNGROUPED: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
 _ragged: ContextVar[RaggedRows | None] = ContextVar("ragged", default=None)
-_lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths", default=None)
-_in_groups: ContextVar[bool] = ContextVar("in_groups", default=False)
-
-
-class RowMasks(NamedTuple):
-    """The attention mask of packed rows: the length and the mask of each row.
-
-    A mask is bool (1, 1, length, length), or None if it is the causal one.
-    """
-
-    lengths: list[int]
-    masks: list[torch.Tensor | None]
 
 
 class RaggedRows(NamedTuple):
@@ -109,35 +88,13 @@ def ragged(rows: RaggedRows | None) -> Iterator[None]:
         _ragged.reset(token)
 
 
-@contextlib.contextmanager
-def packed(lengths: Sequence[int]) -> Iterator[None]:
-    """Inside the block, treat every sequence that a model reads as rows of these lengths."""
-    token = _lengths.set(lengths)
-    try:
-        yield
-    finally:
-        _lengths.reset(token)
-
-
-@contextlib.contextmanager
-def in_groups() -> Iterator[None]:
-    """Inside the block, heads that share keys are not given copies of them, on a GPU."""
-    token = _in_groups.set(True)
-    try:
-        yield
-    finally:
-        _in_groups.reset(token)
-
-
 def set_attention(model: Model, device: torch.device) -> None:
     """Make a model that uses PyTorch's attention attend as this module says on a device.
 
-    On a CPU it gets another name, by which some models would not know it: GPUs keep "sdpa". On a
-    GPU, PyTorch's other kernels take the place of cuDNN's in this process, which give
-    gradients that are no numbers for some lengths of masked rows (pytorch/pytorch#196678).
+    On a CPU it gets another name, by which some models would not know it: GPUs keep "sdpa".
     """
     if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        choose_kernels()
     if device.type == "cpu" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(BY_ROW)
 
@@ -161,11 +118,11 @@ def _attention(
     if isinstance(mask, RowMasks):
         parts = zip(*(tensor.split(mask.lengths, 2) for tensor in wide), strict=True)
         attended = [
-            _pytorchs(module, *part, part_mask, **settings)[0]
+            pytorchs(module, *part, part_mask, **settings)[0]
             for part, part_mask in zip(parts, mask.masks, strict=True)
         ]
         return torch.cat(attended, 1).to(query.dtype), None
-    return _pytorchs(module, *wide, _plain(mask), **settings)[0].to(query.dtype), None
+    return pytorchs(module, *wide, _plain(mask), **settings)[0].to(query.dtype), None
 
 
 def _attend_ragged(
@@ -185,60 +142,14 @@ def _attend_ragged(
     """
     if rows.width >= _WIDE:
         apart = rows.apart(query.float(), key.float(), value.float(), mask)
-        alone = [_pytorchs(module, *row, **settings)[0] for row in apart]
+        alone = [pytorchs(module, *row, **settings)[0] for row in apart]
         return torch.cat(alone, 1).to(query.dtype)
-    group = _group(query, key, **settings)
+    group = queries_a_key(query, key, **settings)
     if group > 1:
-        mask, module = mask.repeat(1, 1, group, 1), _UNGROUPED
+        mask, module = mask.repeat(1, 1, group, 1), ungrouped
     laid_out = rows.laid_out(query, group).float()
-    attended, _ = _pytorchs(module, laid_out, key.float(), value.float(), mask.float(), **settings)
+    attended, _ = pytorchs(module, laid_out, key.float(), value.float(), mask.float(), **settings)
     return rows.in_sequence(attended, group).to(query.dtype)
-
-
-def _group(query: torch.Tensor, key: torch.Tensor, **settings: object) -> int:
-    """Return how many heads share keys; 1 if each is to be treated by itself."""
-    has_bias = settings.get("position_bias") is not None  # each head has its own
-    return 1 if has_bias else query.shape[1] // key.shape[1]
-
-
-def _attention_in_groups(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **settings: object,
-) -> tuple[torch.Tensor, None]:
-    """Compute attention by transformers' own function; see `in_groups`.
-
-    The queries of heads that share keys are taken for more tokens of one head.
-    """
-    group = _group(query, key, **settings) if _in_groups.get() else 1
-    if group == 1 or attention_mask is None or attention_mask.shape[1] > 1:
-        attended: torch.Tensor = _pytorchs(module, query, key, value, attention_mask, **settings)[0]
-        return attended, None
-    grouped = query.unflatten(1, (-1, group)).flatten(2, 3)
-    mask = attention_mask.repeat(1, 1, group, 1)
-    by_group = _pytorchs(_UNGROUPED, grouped, key, value, mask, **settings)[0]
-    apart = by_group.unflatten(1, (group, -1))  # (rows, group, tokens, heads / group, values)
-    return apart.permute(0, 2, 3, 1, 4).flatten(2, 3), None
-
-
-def _mask(**arguments: object) -> torch.Tensor | RowMasks | None:
-    """Return the mask that transformers makes, or one for each packed row."""
-    make_mask = transformers.AttentionMaskInterface()["sdpa"]
-    lengths = _lengths.get()
-    if lengths is None:
-        whole: torch.Tensor | None = make_mask(**arguments)
-        return whole
-    masks: list[torch.Tensor | None] = []
-    start = 0
-    for length in lengths:
-        row = {"q_length": length, "kv_length": length, "q_offset": start, "kv_offset": start}
-        mask = make_mask(**{**arguments, **row, "allow_is_causal_skip": False})
-        masks.append(None if _is_causal(mask) else mask)
-        start += length
-    return RowMasks(list(lengths), masks)
 
 
 def _plain(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -250,15 +161,10 @@ def _plain(mask: torch.Tensor | None) -> torch.Tensor | None:
     if mask is None:
         return None
     seen = mask == 0 if mask.is_floating_point() else mask
-    if len(mask) == 1 and mask.shape[2] == mask.shape[3] and _is_causal(seen):
+    if len(mask) == 1 and mask.shape[2] == mask.shape[3] and are_causal(seen):
         return None
     return mask.float() if mask.is_floating_point() else mask
 
 
-def _is_causal(mask: torch.Tensor) -> bool:
-    return bool((mask == torch.ones_like(mask).tril()).all())
-
-
 transformers.AttentionInterface.register(BY_ROW, _attention)
-transformers.AttentionMaskInterface.register(BY_ROW, _mask)
-transformers.AttentionInterface.register("sdpa", _attention_in_groups)
+transformers.AttentionMaskInterface.register(BY_ROW, make_masks)

@@ -4,7 +4,7 @@ Logits are needed only where a token is learnt. So a row's last token is only a 
 input, and rows are laid out so that the output head computes little else. Take the rows
 1 5 6 | 7 2 and 1 | 8 2, learnt from the bar on:
 
-    padded (any model)              packed (models that attend by row, see attention.py)
+    padded (any model)              packed (models that attend by row, see row_masks.py)
     input_ids  1 5 6 7              input_ids     1 5 6 7 1 8
                0 0 1 8              position_ids  0 1 2 3 0 1      lengths  4 2
     labels     7 2                  places        2 3 4 5
@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 
 from lorakit.models.architecture import Model, forward_parameters, text_config
-from lorakit.models.attention import BY_ROW, packed
+from lorakit.models.attention import BY_ROW
+from lorakit.models.row_masks import packed
 from lorakit.models.tokens import Example
 
 IGNORED = -100
@@ -206,7 +207,8 @@ def can_pack(model: Model) -> bool:
     the same ones behind any other row. A recurrent state, or a convolution, that crosses the start
     of the row would change them.
     """
-    if text_config(model)._attn_implementation != BY_ROW:
+    by_row = "sdpa" if model.device.type == "cuda" else BY_ROW
+    if text_config(model)._attn_implementation != by_row:
         return False
     if not set(forward_parameters(model)) >= NEEDED_TO_PACK:
         return False

@@ -6,6 +6,7 @@ frozen weights and LoRA on some projections, as lorakit trains it (training/lora
 Per position and decoder layer, torch stores for the backward pass, in bytes:
 
     two norms           2·(4d + 4)          the input, widened to float32, and 1/rms
+                                            (d·b + 4 where norms.py has one kernel do it)
     attention           2·h·w·a + 2·k·w·a   queries, outputs, keys, values
                         + 4h                the logarithm of each softmax's sum
     MLP                 3·i·b               what its activation and product read
@@ -68,11 +69,15 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a value in the base's dtype and inside attention; `eager` stores its matrices."""
+    """Bytes of a value in the base's dtype, inside attention, and of a norm's stored input.
+
+    `eager` attention stores its matrices.
+    """
 
     value: int
     attention: int
     eager: bool = False
+    norm: int = 4
 
 
 class Pass(NamedTuple):
@@ -183,7 +188,7 @@ def activation_bytes(
             sorted(ranks, key=lambda name: layer_of(name) or 0), lambda name: layer_of(name) or 0
         )
     }
-    norm = size.positions * (4 * decoder.hidden + 4)
+    norm = size.positions * (precision.norm * decoder.hidden + 4)
     attention, mlp = _attention_bytes(decoder, precision, size), size.positions * 3
     plain = 2 * norm + attention + mlp * decoder.intermediate * precision.value
     lora = {

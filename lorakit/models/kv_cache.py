@@ -31,7 +31,8 @@ from lorakit.models.architecture import (
     forward_parameters,
     text_config,
 )
-from lorakit.models.attention import BY_ROW, RaggedRows, in_groups, ragged
+from lorakit.models.attention import BY_ROW, RaggedRows, ragged
+from lorakit.models.gpu_attention import in_groups
 from lorakit.models.step_graphs import StepGraphs
 
 _CACHES = ("cache", "past_key_values")  # what transformers calls the cache, since 5.24 and before

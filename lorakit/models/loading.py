@@ -25,6 +25,7 @@ from lorakit.models.architecture import Model, text_config
 from lorakit.models.attention import set_attention
 from lorakit.models.base import UNLIMITED, Base, new_encoder
 from lorakit.models.chat import Tokenizer
+from lorakit.models.norms import fuse_norms_
 from lorakit.models.quantisation import check_quantised, keep_gradients, quantising
 from lorakit.models.sharding import in_turns, shard_
 from lorakit.models.tokens import Encoder
@@ -179,6 +180,8 @@ def _prepare_(model: Model, device: torch.device) -> None:
         head.register_forward_pre_hook(_make_contiguous)
     keep_gradients(model)
     set_attention(model, device)
+    if device.type == "cuda":
+        fuse_norms_(model)
 
 
 @contextlib.contextmanager

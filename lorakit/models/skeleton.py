@@ -34,6 +34,7 @@ from lorakit.models.loading import (
     quieten_transformers,
 )
 from lorakit.models.lora import projections
+from lorakit.models.norms import fusible_norms
 from lorakit.reach import check_model, is_only_cached
 
 
@@ -99,14 +100,20 @@ class Skeleton:
         value = self.base.dtype.itemsize
         attention = text_config(self.base.model)._attn_implementation
         by_row = self.device.type == "cpu" and attention == "sdpa"
-        return Precision(value, 4 if by_row else value, eager=attention == "eager")
+        fused = self.device.type == "cuda" and any(fusible_norms(self.base.model))
+        return Precision(
+            value,
+            4 if by_row else value,
+            eager=attention == "eager",
+            norm=value if fused else 4,
+        )
 
     @property
     def packs(self) -> bool:
         """Whether rows are packed, if the trial that needs weights shows nothing else."""
         model = self.base.model
         return (
-            self.device.type == "cpu"
+            self.device.type in ("cpu", "cuda")
             and text_config(model)._attn_implementation == "sdpa"
             and set(forward_parameters(model)) >= NEEDED_TO_PACK
         )

@@ -85,7 +85,7 @@ class _LoraSum(torch.autograd.Function):
         scales = scales / (1 - share)
         low = linear(_masked(x.to(a.dtype), keep_mask), a) * scales
         ctx.save_for_backward(x, a, b, scales, low, keep_mask)
-        return (from_base + linear(low, b)).to(from_base.dtype)
+        return torch.add(from_base, linear(low, b), out=torch.empty_like(from_base))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

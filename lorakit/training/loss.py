@@ -33,7 +33,8 @@ from lorakit.models.tokens import Example
 
 T = TypeVar("T")
 
-_LOGITS_AT_ONCE = 1 << 20  # converted to float32
+_LOGITS_AT_ONCE = 1 << 20  # converted to float32 on a CPU, where they stay in its cache
+_LOGITS_AT_ONCE_ON_GPU = 1 << 24
 
 
 class Watcher(Protocol):
@@ -275,6 +276,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _parts(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return runs of rows with at most _LOGITS_AT_ONCE logits, or of one row."""
-    parts: tuple[torch.Tensor, ...] = logits.split(max(1, _LOGITS_AT_ONCE // logits.shape[1]))
+    """Return runs of rows of as many logits as are converted at once, or of one row."""
+    at_once = _LOGITS_AT_ONCE_ON_GPU if logits.device.type == "cuda" else _LOGITS_AT_ONCE
+    parts: tuple[torch.Tensor, ...] = logits.split(max(1, at_once // logits.shape[1]))
     return parts

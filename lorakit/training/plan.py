@@ -201,7 +201,7 @@ def _cut(
     batch: Sequence[Example], skeleton: Skeleton, settings: TrainingSettings
 ) -> list[list[Example]]:
     cut = fill_packs if skeleton.packs else micro_batches
-    return cut(batch, settings.micro_batch_tokens)
+    return cut(batch, settings.tokens_at_once(skeleton.device.type))
 
 
 # — time —
@@ -221,7 +221,7 @@ def time_rows(trainer: Trainer, corpus: Corpus, merges: float = 1) -> Iterator[R
     metric are not counted.
     """
     cut = fill_packs if trainer.losses.packed else micro_batches
-    few, speed = cut(corpus.validation, trainer.settings.micro_batch_tokens)[0], _Speed()
+    few, speed = cut(corpus.validation, trainer.losses.tokens)[0], _Speed()
     trainer.begin(corpus.train, few, speed)
     trainer.advance(_TIMED_STEP)
     of_token = timed(lambda: trainer.validate(few)) / _tokens(few)

@@ -40,6 +40,7 @@ from lorakit.reporting import Silent
 from lorakit.settings import LoraSettings, TrainingSettings
 from lorakit.training.train import train_adapter
 from tests.benchmarks.machine import describe_machine, matrix_rate, pick
+from tests.benchmarks.peers import as_transformers_has_it
 from tests.benchmarks.program import main, option
 from tests.benchmarks.result import BenchmarkError, Result
 from tests.benchmarks.rounds import Timed, in_turns, ratio_of, timed
@@ -244,7 +245,7 @@ def transformers_outputs(
         length = max(map(len, rows))
         ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        with torch.inference_mode():
+        with torch.inference_mode(), as_transformers_has_it(base.model):
             sequences = model.generate(
                 input_ids=ids.to(base.device),
                 attention_mask=mask.to(base.device),

@@ -33,6 +33,7 @@ from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
 from tests.benchmarks.find_boundary import records_of, weights_of
 from tests.benchmarks.machine import describe_machine, matrix_rate, pick
+from tests.benchmarks.peers import as_transformers_has_it
 from tests.benchmarks.program import data_folder, main, option
 from tests.benchmarks.result import BenchmarkError, Result
 from tests.benchmarks.rounds import Timed, all_in_turns, ratio_of, timed
@@ -153,7 +154,8 @@ def by_transformers(
     texts = [""] * len(prompts)
     for start in range(0, len(order), settings.batch_size):
         places = order[start : start + settings.batch_size]
-        rows = complete(base, [prompts[place].ids for place in places], settings)
+        with as_transformers_has_it(base.model):
+            rows = complete(base, [prompts[place].ids for place in places], settings)
         for place, ids in zip(places, rows, strict=True):
             texts[place] = completion_of(base, ids).prediction
     return texts

@@ -32,6 +32,7 @@ from lorakit.settings import PruningSettings, TrainingSettings
 from lorakit.training.step_hook import StepHook
 from lorakit.training.trainer import Trainer
 from tests.benchmarks.machine import synchronise
+from tests.benchmarks.peers import as_transformers_has_it
 from tests.benchmarks.rounds import Memory
 from tests.benchmarks.shapes import Shape
 
@@ -107,7 +108,7 @@ def lorakit_steps(
     adapters: Sequence[Adapter],
     batches: Batches,
     *,
-    micro_batch_tokens: int = TrainingSettings.micro_batch_tokens,
+    micro_batch_tokens: int | None = None,
     prunes: bool = True,
 ) -> Steps:
     """Train the stacked adapters on the batches, a step each, pruning as `merge` does."""
@@ -146,7 +147,7 @@ def with_parts(steps: Steps, step: Callable[[], float], device: torch.device) ->
 
 
 def merging_trainer(
-    base: Base, adapters: Sequence[Adapter], micro_batch_tokens: int, *, prunes: bool
+    base: Base, adapters: Sequence[Adapter], micro_batch_tokens: int | None, *, prunes: bool
 ) -> tuple[Trainer, TimedHook]:
     """Return a trainer of the stacked adapters, and its pruner, timed."""
     stacked = stack(adapters)
@@ -210,8 +211,9 @@ def peft_steps(model: Any, folders: Sequence[str], batches: Batches) -> Steps:
         return float(loss.detach())
 
     updates = [functools.partial(step, batch) for batch in batches]
-    steps, _ = timed_steps(updates, Memory(device), device)
-    steps = with_parts(steps, updates[-1], device)
+    with as_transformers_has_it(model):
+        steps, _ = timed_steps(updates, Memory(device), device)
+        steps = with_parts(steps, updates[-1], device)
     with_lora.unload()
     return steps
 

@@ -31,7 +31,6 @@ from lorakit.models.loading import load_base
 from lorakit.models.tokens import Encoder, Example
 from lorakit.recipes.table import build_dataset
 from lorakit.records.record import Record
-from lorakit.settings import TrainingSettings
 from tests.benchmarks.machine import describe_machine, matrix_rate, pick
 from tests.benchmarks.program import as_arguments, data_folder, main, option
 from tests.benchmarks.result import Result
@@ -58,7 +57,7 @@ class Options:
     rounds: int = option(2, "turns of each side")
     device: str = option("cpu", "where both compute")
     dtype: str = option("auto", "the number format; auto: the one the device is fast at")
-    micro_batch_tokens: int = option(TrainingSettings.micro_batch_tokens, "tokens at a time, ours")
+    micro_batch_tokens: int = option(2048, "tokens at a time, ours")
     compiled: bool = option(False, "compile our side's layers by torch.compile")
 
 

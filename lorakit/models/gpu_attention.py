@@ -1,0 +1,221 @@
+"""How a base attends on a GPU: as transformers does, but for packed rows and shared keys.
+
+Packed rows (row_masks.py) attend in one call: PyTorch's attention over rows of several lengths,
+where it takes their dtype; else as a batch padded on the right, where the causal mask hides the
+padding. Rows with another mask, of a sliding window that ends within them, attend one by one.
+
+Inside `in_groups` heads that share keys attend without a copy of these keys for each: there, only
+few tokens are new, and keys are most of what is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import types
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import transformers
+
+from lorakit.models.row_masks import RowMasks, make_masks
+
+pytorchs = transformers.AttentionInterface()["sdpa"]  # transformers' call of PyTorch's attention
+ungrouped: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
+_HALF = (torch.bfloat16, torch.float16)  # what attention over several lengths takes
+_WIDEST = 256  # of its heads
+_CAUSAL = (-1, 0)  # its window: all before a token, nothing after it
+_AMPERE = (8, 0)  # the oldest GPUs that it runs on
+# Without this, torch refuses products while it is to sum in a fixed order; it is Hopper's default.
+_FIXED_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+_in_groups: ContextVar[bool] = ContextVar("in_groups", default=False)
+
+
+@contextlib.contextmanager
+def in_groups() -> Iterator[None]:
+    """Inside the block, heads that share keys are not given copies of them."""
+    token = _in_groups.set(True)
+    try:
+        yield
+    finally:
+        _in_groups.reset(token)
+
+
+def choose_kernels() -> None:
+    """Leave cuDNN's attention out in this process, and let attention sum in a fixed order.
+
+    cuDNN's gives gradients that are no numbers for some lengths of masked rows
+    (pytorch/pytorch#196678).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    os.environ.setdefault(*_FIXED_WORKSPACES)
+
+
+def queries_a_key(query: torch.Tensor, key: torch.Tensor, **settings: object) -> int:
+    """Return how many heads share keys; 1 if each is to be treated by itself."""
+    has_bias = settings.get("position_bias") is not None  # each head has its own
+    return 1 if has_bias else query.shape[1] // key.shape[1]
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | RowMasks | None,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute attention (rows, tokens, heads, values), mostly by transformers' own function.
+
+    query, key and value are (rows, heads, tokens, values). Some models pass them by name.
+    """
+    if query.device.type != "cuda" or not torch.is_grad_enabled():
+        return _attend(module, query, key, value, attention_mask, **settings), None
+    query, key, value = _DeterminismEnds.apply(query, key, value)  # type: ignore[no-untyped-call]
+    attended = _attend(module, query, key, value, attention_mask, **settings)
+    output: torch.Tensor = _DeterminismBegins.apply(attended)  # type: ignore[no-untyped-call]
+    return output, None
+
+
+class _DeterminismBegins(torch.autograd.Function):
+    """Passes attention's output on; from its backward pass on, kernels sum in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        _set_determinism(on=True)
+        return grad
+
+
+class _DeterminismEnds(torch.autograd.Function):
+    """Passes attention's inputs on; its backward pass ends what `_DeterminismBegins` began."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        _set_determinism(on=False)
+        return grads
+
+
+def _set_determinism(*, on: bool) -> None:
+    """Have attention's backward pass sum in a fixed order, so that a run repeats its bytes."""
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | RowMasks | None,
+    **settings: Any,
+) -> torch.Tensor:
+    """Compute attention of any mask.
+
+    Inside `in_groups` the queries of heads that share keys are taken for more tokens of one head.
+    """
+    if isinstance(mask, RowMasks):
+        return _attend_packed(module, query, key, value, mask, **settings)
+    group = queries_a_key(query, key, **settings) if _in_groups.get() else 1
+    if group == 1 or mask is None or mask.shape[1] > 1:
+        attended: torch.Tensor = pytorchs(module, query, key, value, mask, **settings)[0]
+        return attended
+    grouped = query.unflatten(1, (-1, group)).flatten(2, 3)
+    masks = mask.repeat(1, 1, group, 1)
+    by_group = pytorchs(ungrouped, grouped, key, value, masks, **settings)[0]
+    # (rows, group, tokens, heads / group, values)
+    apart: torch.Tensor = by_group.unflatten(1, (group, -1))
+    return apart.permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _attend_packed(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: RowMasks,
+    **settings: Any,
+) -> torch.Tensor:
+    """Compute attention (1, tokens, heads, values) of packed rows."""
+    if not rows.causal:
+        parts = zip(*(part.split(rows.lengths, 2) for part in (query, key, value)), strict=True)
+        attended = [
+            pytorchs(module, *part, mask, **settings)[0]
+            for part, mask in zip(parts, rows.masks, strict=True)
+        ]
+        return torch.cat(attended, 1)
+    tokens = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    if _takes_lengths(module, *tokens, **settings) and (attend := _over_lengths(query.device)):
+        width, scale = max(rows.lengths), settings.get("scaling")
+        ends = rows.ends, rows.ends
+        together = attend(*tokens, *ends, width, width, scale=scale, window_size=_CAUSAL)
+        return together[None]
+    return _attend_padded(module, tokens, rows, **settings)
+
+
+def _takes_lengths(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    **settings: Any,
+) -> bool:
+    """Return whether attention over several lengths computes what these settings ask for."""
+    return (
+        query.dtype in _HALF
+        and query.shape[2] == key.shape[2] == value.shape[2] <= _WIDEST
+        and query.shape[2] % 8 == 0
+        and not settings.get("dropout")
+        and settings.get("position_bias") is None
+        and settings.get("is_causal", getattr(module, "is_causal", True)) is not False
+    )
+
+
+@functools.cache
+def _over_lengths(device: torch.device) -> Callable[..., torch.Tensor] | None:
+    """Return PyTorch's attention over rows of several lengths, None where a device has none."""
+    try:
+        attend: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (AttributeError, ImportError):  # before torch 2.10
+        return None
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    if torch.cuda.get_device_capability(device) < _AMPERE:
+        return None
+    asked = "enable_gqa" in inspect.signature(attend).parameters  # else heads may share keys
+    return functools.partial(attend, **({"enable_gqa": True} if asked else {}))
+
+
+def _attend_padded(
+    module: torch.nn.Module, tokens: list[torch.Tensor], rows: RowMasks, **settings: Any
+) -> torch.Tensor:
+    """Compute attention of packed rows as a batch that is padded on the right.
+
+    Query, key and value are (tokens, heads, values) each.
+    """
+    size = len(rows.lengths), max(rows.lengths)
+    batch = [
+        tensor.new_zeros(size[0] * size[1], *tensor.shape[1:])
+        .index_copy(0, rows.places, tensor)
+        .unflatten(0, size)
+        .transpose(1, 2)
+        for tensor in tokens
+    ]
+    attended: torch.Tensor = pytorchs(module, *batch, None, **settings)[0]
+    return attended.flatten(0, 1).index_select(0, rows.places)[None]
+
+
+transformers.AttentionInterface.register("sdpa", _attention)
+transformers.AttentionMaskInterface.register("sdpa", make_masks)

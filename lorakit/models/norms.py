@@ -1,0 +1,75 @@
+"""Root-mean-square norms on a GPU, by PyTorch's one kernel in place of seven.
+
+transformers writes the norm out in operations that each read and write all hidden states: with its
+backward pass a sixth of a training step. Families' norms differ (Gemma adds one to the weight), so
+those are replaced that a trial shows to compute what the kernel does.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator
+
+import torch
+
+from lorakit.models.architecture import Model
+
+_EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what families call it
+_OWN_AND_INPUT = 2  # parameters of a norm's forward; gated ones take a third
+_ROUNDING = 2.0  # the most by which the outputs of a trial differ, in steps of the number format
+
+
+def fuse_norms_(model: Model) -> None:
+    """Have the norms of a model computed by PyTorch's kernel where that gives the same."""
+    for norm in fusible_norms(model):
+        norm.forward = functools.partial(_fused, norm, _epsilon_of(norm))
+
+
+def fusible_norms(model: Model) -> Iterator[torch.nn.Module]:
+    """Yield the norms that PyTorch's kernel computes; the model may be without weights."""
+    fusible: dict[object, bool] = {}
+    for module in model.modules():
+        if "RMSNorm" not in type(module).__name__ or hasattr(module, "_hf_hook"):
+            continue  # accelerate's hook, which moves inputs between devices, is in `forward`
+        weight, epsilon = getattr(module, "weight", None), _epsilon_of(module)
+        takes_more = len(inspect.signature(type(module).forward).parameters) > _OWN_AND_INPUT
+        if not isinstance(weight, torch.nn.Parameter) or epsilon is None or takes_more:
+            continue
+        kind = type(module), weight.shape, weight.dtype, epsilon
+        if kind not in fusible:
+            fusible[kind] = _computes_the_same(module, epsilon)
+        if fusible[kind]:
+            yield module
+
+
+def _epsilon_of(module: torch.nn.Module) -> float | None:
+    """Return what a norm adds to the mean of squares, None for one that does not tell."""
+    values = (getattr(module, name, None) for name in _EPSILONS)
+    return next((value for value in values if isinstance(value, float)), None)
+
+
+def _fused(norm: torch.nn.Module, epsilon: float | None, x: torch.Tensor) -> torch.Tensor:
+    """Return x / √(mean of x² + ε), rounded to its dtype, times the weight, as Llama has it."""
+    weight = norm.get_parameter("weight")
+    return torch.nn.functional.rms_norm(x, weight.shape, None, epsilon) * weight
+
+
+@torch.no_grad()
+def _computes_the_same(module: torch.nn.Module, epsilon: float) -> bool:
+    """Return whether a norm with random weights gives what the kernel gives, but for rounding."""
+    norm = copy.deepcopy(module).to_empty(device="cpu")
+    weight = norm.get_parameter("weight")
+    draw = torch.Generator().manual_seed(0)
+    weight.normal_(generator=draw)
+    x = torch.randn(3, *weight.shape, generator=draw)
+    x = (x * torch.tensor([1e-3, 1.0, 30.0])[:, None]).to(weight.dtype)
+    try:
+        expected, fused = norm(x), _fused(norm, epsilon, x)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    step = _ROUNDING * torch.finfo(weight.dtype).eps
+    return expected.dtype == fused.dtype and torch.allclose(
+        fused, expected, rtol=step, atol=step / 1024
+    )

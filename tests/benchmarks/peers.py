@@ -1,0 +1,36 @@
+"""A base as its peers have it, where both sides run on one in the same process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+
+from lorakit.models.gpu_attention import choose_kernels, pytorchs
+from lorakit.models.norms import fuse_norms_, fusible_norms
+from lorakit.models.row_masks import transformers_masks
+
+
+@contextlib.contextmanager
+def as_transformers_has_it(model: Any) -> Iterator[None]:
+    """Inside the block, a model on a GPU computes norms and attention as transformers does."""
+    if next(model.parameters()).device.type != "cuda":
+        yield
+        return
+    attentions, masks = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
+    ours = attentions["sdpa"], masks["sdpa"]
+    for norm in fusible_norms(model):
+        norm.__dict__.pop("forward", None)
+    attentions.register("sdpa", pytorchs)
+    masks.register("sdpa", transformers_masks)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        attentions.register("sdpa", ours[0])
+        masks.register("sdpa", ours[1])
+        choose_kernels()
+        fuse_norms_(model)
