@@ -4,7 +4,7 @@
 #     sh examples/real/gpu.sh [--smoke] [FOLDER]    # work goes to FOLDER/paper1 and FOLDER/paper2
 #
 # Their tables are printed in the end, and stay in paper1.md and paper2.md beside the work. $JOBS says how
-# many commands of each paper share the GPU; see the two scripts for $DATA, $MODEL, $RESULTS and what to
+# many commands share the GPU, of which paper 1, the longer, gets five in eight; see the two scripts for $DATA, $MODEL, $RESULTS and what to
 # choose. Each command's seconds go to stderr; what needs a command that failed is left out, and made when
 # the script is run again. Small commands share a GPU best under NVIDIA's multi-process service
 # (`nvidia-cuda-mps-control -d` before, `echo quit | nvidia-cuda-mps-control` after). --smoke tries every
@@ -13,12 +13,13 @@
 set -eu
 case ${1:-} in --smoke) smoke=--smoke; shift ;; *) smoke= ;; esac
 folder=${1:-.}
-export JOBS=${JOBS:-6} BATCH=${BATCH:-256} KEEP_GOING=1
+jobs=${JOBS:-12} of_first=$(((5 * ${JOBS:-12} + 7) / 8))
+export BATCH=${BATCH:-256} KEEP_GOING=1
 here=$(dirname "$0")
 mkdir -p "$folder"
-sh "$here/paper1.sh" $smoke "$folder/paper1" > "$folder/paper1.md" &
+JOBS=$of_first sh "$here/paper1.sh" $smoke "$folder/paper1" > "$folder/paper1.md" &
 first=$!
-sh "$here/paper2.sh" $smoke "$folder/paper2" > "$folder/paper2.md" &
+JOBS=$((jobs > of_first ? jobs - of_first : 1)) sh "$here/paper2.sh" $smoke "$folder/paper2" > "$folder/paper2.md" &
 second=$!
 wait $first && failed= || failed=paper1.sh
 wait $second || failed="$failed${failed:+ and }paper2.sh"

@@ -79,15 +79,15 @@ def training_sides(
     adapters = [random_adapter(base, seed=seed, strength=0.01) for seed in range(count)]
     folders = save_folders(adapters, folder)
 
-    def ours() -> Steps:
-        steps = lorakit_steps(base, adapters, batches, prunes=count > 1)
+    def ours(parts: bool = True) -> Steps:
+        steps = lorakit_steps(base, adapters, batches, prunes=count > 1, parts=parts)
         _remove_lora_(base.model)
         return steps
 
-    def peer() -> Steps:
-        return peft_steps(base.model, folders, batches)
+    def peer(parts: bool = True) -> Steps:
+        return peft_steps(base.model, folders, batches, parts=parts)
 
-    in_turns(ours, peer, 1)  # whose memory and kernels' choices the others find
+    ours(False), peer(False)  # whose memory and kernels' choices the others find
     return in_turns(ours, peer, rounds)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ LR = 2e-4
 RATIO = Decimal("0.1")  # that a merge prunes
 
 Batches = Sequence[Sequence[Example]]
+_ATTENTION = re.compile("dot_product_|(flash|efficient|varlen)_attn|_attention_(for|back)ward")
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,12 @@ def lorakit_steps(
     *,
     micro_batch_tokens: int | None = None,
     prunes: bool = True,
+    parts: bool = True,
 ) -> Steps:
-    """Train the stacked adapters on the batches, a step each, pruning as `merge` does."""
+    """Train the stacked adapters on the batches, a step each, pruning as `merge` does.
+
+    With `parts`, another step tells what operations take.
+    """
     trainer, pruner = merging_trainer(base, adapters, micro_batch_tokens, prunes=prunes)
     memory = Memory(base.device)
     if prunes:
@@ -119,7 +125,7 @@ def lorakit_steps(
     with trainer._training_mode():
         updates = [lambda b=batch: trainer._step(b, 10**6).train_loss for batch in batches]
         steps, seconds = timed_steps(updates, memory, base.device)
-        steps = with_parts(steps, updates[-1], base.device)
+        steps = with_parts(steps, updates[-1], base.device) if parts else steps
     shares = [a / b for a, b in zip(pruner.seconds[1:], seconds[1:], strict=False)]
     return replace(steps, pruning=statistics.median(shares) if shares else 0.0)
 
@@ -137,7 +143,7 @@ def with_parts(steps: Steps, step: Callable[[], float], device: torch.device) ->
     }
     total = sum(times.values())
     products = sum(times.get(f"aten::{name}", 0.0) for name in ("mm", "addmm", "bmm", "baddbmm"))
-    attention = sum(seconds for name, seconds in times.items() if "dot_product" in name)
+    attention = sum(seconds for name, seconds in times.items() if _ATTENTION.search(name))
     return replace(
         steps,
         products=products / total,
@@ -193,8 +199,13 @@ def save_folders(adapters: Sequence[Adapter], folder: Path) -> list[str]:
     return folders
 
 
-def peft_steps(model: Any, folders: Sequence[str], batches: Batches) -> Steps:
-    """Train PEFT's active adapters on the batches, a step each; the model is left without them."""
+def peft_steps(
+    model: Any, folders: Sequence[str], batches: Batches, *, parts: bool = True
+) -> Steps:
+    """Train PEFT's active adapters on the batches, a step each; the model is left without them.
+
+    With `parts`, another step tells what operations take.
+    """
     device = torch.device(next(model.parameters()).device)
     with_lora = active_adapters(model, folders)
     parameters = [p for name, p in with_lora.named_parameters() if "lora_" in name]
@@ -213,7 +224,7 @@ def peft_steps(model: Any, folders: Sequence[str], batches: Batches) -> Steps:
     updates = [functools.partial(step, batch) for batch in batches]
     with as_transformers_has_it(model):
         steps, _ = timed_steps(updates, Memory(device), device)
-        steps = with_parts(steps, updates[-1], device)
+        steps = with_parts(steps, updates[-1], device) if parts else steps
     with_lora.unload()
     return steps
 
