@@ -21,6 +21,7 @@ TITLES = [
     "dialogsum, Table 6",
     "dialogsum, Table 7: the adapter of scitldr and its boundary",
     "hotpotqa, Table 3",
+    "yesno, Table 1 over all seeds",
     "yesno, by boundary",
 ]
 FIGURES = [

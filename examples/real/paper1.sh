@@ -190,10 +190,10 @@ small() {
 }
 
 records
-for part in core search baselines pruned far; do ! wanted $part || $part; done | run
+# The search is the longest command, which others keep company if it starts as soon as it can.
+for part in search core baselines pruned far ablation sizes; do ! wanted $part || $part; done | run
 for set in xs+wl xs+wl+tgt; do each_seed choose $set; done
-{ for set in xs+wl xs+wl+tgt; do each_seed chosen_outputs $set; done
-  for part in ablation sizes; do ! wanted $part || $part; done; } | run
+for set in xs+wl xs+wl+tgt; do each_seed chosen_outputs $set; done | run
 
 system() { # system NAME [SUFFIX]: its outputs over the seeds, as score takes them; nothing if one is missing
     files=""

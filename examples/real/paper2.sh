@@ -3,7 +3,8 @@
 # Tasks: DialogSum, yes/no (does a summary belong to its dialogue), SciTLDR, GSM8K, HotpotQA; adapters of
 # three epochs on 150 examples, the last epoch kept as in the paper, at rank 8 (and 32, and the best epoch,
 # to compare); the boundary searched for on 30 validation records by the task's metric, by loss and by
-# probability; 100 test records.
+# probability; 100 test records. The main comparison is repeated for the other $SEEDS (of examples,
+# initialisation and order; HotpotQA, a subset in one file, keeps its examples).
 #
 #     sh examples/real/paper2.sh [--smoke] [FOLDER]    # work goes to FOLDER, by default ./paper2
 #
@@ -15,7 +16,9 @@
 set -eu
 . "$(dirname "$0")/steps.sh"
 tasks=${TASKS:-dialogsum yesno scitldr gsm8k hotpotqa}
-parts=${PARTS:-tuned best rank32 other_domains}
+parts=${PARTS:-tuned best rank32 seeds other_domains}
+[ ! "$smoke" ] || seeds=${SEEDS:-0 1}
+first_seed=${seeds%% *} other_seeds=${seeds#"${seeds%% *}"} # of which the others are for part seeds
 layers=${LAYERS:-30} # of the model
 examples=150 sweep=30 answers=100
 [ ! "$smoke" ] || { layers=8 examples=6 sweep=4 answers=4; }
@@ -41,11 +44,17 @@ raw_of() { # raw_of TASK train|test: the recipe and its raw file
         hotpotqa.*) echo "hotpotqa $raw"/hotpotqa/hotpot*.json ;; # a subset, in one file
     esac
 }
-at() { # at TASK; `room` is the longest sequence in tokens
-    task=$1 folder=$out/$1 metric=$(metric_of "$1") longest=$(words_of "$1")
+at() { # at TASK [SEED]; `room` is the longest sequence in tokens
+    task=$1 seed=${2:-$first_seed} folder=$out/$1${2:+/seed$2} metric=$(metric_of "$1") longest=$(words_of "$1")
     room=$((length > 2 * longest ? length : 512))
 }
 each() { for task in $tasks; do at "$task"; "$@"; done; }
+each_other_seed() { # each_other_seed COMMAND…, if that part is run
+    case " $parts " in *" seeds "*) ;; *) return 0 ;; esac
+    for task in $tasks; do
+        for seed in $other_seeds; do at "$task" "$seed"; "$@"; done
+    done
+}
 lines() { # lines FILE FIRST LAST OUTPUT: some records of a file
     if [ -e "$folder/$1" ] && [ ! -e "$folder/$4" ]; then
         sed -n "$2,$3p" "$folder/$1" > "$folder/$4.part"
@@ -54,8 +63,9 @@ lines() { # lines FILE FIRST LAST OUTPUT: some records of a file
 }
 records() { # train, val and test do not overlap; HotpotQA's subset is one file
     each questions
-    each drawn | run
+    { each drawn; each_other_seed drawn_anew; } | run
     each divided
+    each_other_seed divided_anew
 }
 questions() {
     mkdir -p "$folder"
@@ -68,10 +78,23 @@ questions() {
 }
 drawn() {
     if [ "$task" = hotpotqa ]; then
-        draw all.jsonl $((examples + sweep + answers)) 0 $(raw_of "$task" train)
+        draw all.jsonl $((examples + sweep + answers)) "$seed" $(raw_of "$task" train)
     else
-        draw all.jsonl $((examples + sweep)) 0 $(raw_of "$task" train)
+        draw all.jsonl $((examples + sweep)) "$seed" $(raw_of "$task" train)
         draw test.jsonl "$answers" 0 $(raw_of "$task" test)
+    fi
+}
+drawn_anew() {
+    [ "$task" = hotpotqa ] || draw all.jsonl $((examples + sweep)) "$seed" $(raw_of "$task" train)
+}
+divided_anew() {
+    mkdir -p "$folder"
+    ln -sf ../test.jsonl "$folder/test.jsonl"
+    if [ "$task" = hotpotqa ]; then
+        ln -sf ../train.jsonl ../val.jsonl "$folder"
+    else
+        lines all.jsonl 1 "$examples" train.jsonl
+        lines all.jsonl $((examples + 1)) $((examples + sweep)) val.jsonl
     fi
 }
 divided() {
@@ -84,7 +107,7 @@ train() { # train NAME [OPTION…]
     name=$1
     shift
     make "$name.safetensors" train-adapter --data train.jsonl --val val.jsonl --lr 1e-3 --epochs "$epochs" \
-        --max-length "$room" --truncate --dtype "$dtype" --resume -q "$@"
+        --max-length "$room" --truncate --dtype "$dtype" --seed "$seed" --resume -q "$@"
 }
 search() { # search NAME BY ADAPTER [OPTION…]: the records of find-boundary, NAME.BY.jsonl
     name=$1 by=$2 adapter=$3
@@ -129,12 +152,15 @@ neighbours() { # as many layers as the rule 1se keeps, by LoRA-drop's output and
     answers tuned.output tuned.importance
 }
 
-tuned() { # rank 8, the last epoch: Table 1, Figures 1, 2, 4 and 5, bottom against top against random
+compared() { # rank 8, the last epoch, all layers or the bottom ones: Table 1
     variant tuned --keep last
     train partial --keep last --layers "$bottom"
+    answers partial
+}
+tuned() { # the same, Figures 1, 2, 4 and 5, bottom against top against random
+    compared
     make zero-shot.jsonl generate --data test.jsonl --max-new-tokens "$longest" --truncate \
         --max-length "$room" --batch-size "$batch" --dtype "$dtype" -q
-    answers partial
     search tuned probability tuned --by probability --plot tuned.probability.svg \
         --compare $((layers / 3)),$((layers * 2 / 3)),$((layers * 5 / 6))
     for keep in top random; do search tuned.$keep loss tuned --metric loss --keep $keep; done
@@ -159,8 +185,10 @@ other_domains() { # Table 7: each adapter and its cut on the other tasks' record
 }
 
 records
-for part in $parts; do [ "$part" = other_domains ] || each "$part"; done | run
+{ for part in $parts; do case $part in seeds | other_domains) ;; *) each "$part" ;; esac; done
+  each_other_seed compared; } | run
 { each cuts
+  each_other_seed eval '[ ! -e "$folder/tuned.metric.jsonl" ] || cut_at_boundaries tuned'
   case " $parts " in *" other_domains "*) each other_domains ;; esac; } | run
 
 score() { # score TABLE NAME…: the scores of the outputs that exist, all compared with the first
@@ -169,8 +197,19 @@ score() { # score TABLE NAME…: the scores of the outputs that exist, all compa
     for name in "$@"; do
         [ ! -e "$folder/$name.jsonl" ] || { files="$files $name.jsonl"; first=${first:-$name.jsonl}; }
     done
-    [ "$files" = " $first" ] || [ ! "$files" ] || (cd "$folder" && lorakit score $files --baseline "$first" --metric "$metrics" \
-        --format json -q -o "$table.scores.jsonl")
+    [ "$files" = " $first" ] || [ ! "$files" ] || (cd "$folder" && lorakit score $files \
+        --baseline "$first" --metric "$metrics" --format json -q -o "$table.scores.jsonl")
+}
+over_seeds() { # over_seeds NAME…: Table 1 with the outputs of all seeds, if there are others
+    systems=""
+    for name in "$@"; do
+        files=$name.jsonl
+        for other in $other_seeds; do files=$files,seed$other/$name.jsonl; done
+        systems="$systems --system $name=$files"
+    done
+    [ ! "$other_seeds" ] || [ ! -e "$folder/seed${other_seeds##* }/tuned.ours.jsonl" ] ||
+        (cd "$folder" && lorakit score zero-shot.jsonl $systems --baseline "$1" --metric "$metrics" \
+            --format json -q -o seeds.scores.jsonl)
 }
 scores() {
     case $task in
@@ -179,6 +218,7 @@ scores() {
     esac
     score table1 tuned zero-shot partial tuned.ours tuned.ours-1se tuned.ours-loss tuned.output \
         tuned.importance
+    over_seeds tuned partial tuned.ours tuned.ours-1se tuned.ours-loss
     score best tuned-best tuned-best.ours tuned-best.ours-1se tuned-best.ours-loss
     score table6 rank32 rank32.ours rank32.ours-1se rank32.ours-loss
     for other in $tasks; do score "table7.$other" "$other.tuned" "$other.tuned.ours"; done

@@ -181,6 +181,8 @@ def print_paper2(folder: Path) -> None:
         name = task.name
         print_scores(task / "table1.scores.jsonl", f"{name}, Table 1", ADAPTERS, "fine-tuned")
         print_scores(task / "table3.scores.jsonl", f"{name}, Table 3", ADAPTERS, "uncut")
+        title = f"{name}, Table 1 over all seeds"
+        print_scores(task / "seeds.scores.jsonl", title, ADAPTERS, "fine-tuned")
         print_scores(task / "best.scores.jsonl", f"{name}, the best epoch", ADAPTERS, "uncut")
         print_scores(task / "table6.scores.jsonl", f"{name}, Table 6", ADAPTERS, "uncut")
         for path in sorted(task.glob("table7.*.scores.jsonl")):
