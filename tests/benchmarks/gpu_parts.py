@@ -18,7 +18,17 @@ import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.models.base import Base
-from lorakit.models.lora import _remove_lora_
+from lorakit.models.estimate import (
+    Precision,
+    activation_bytes,
+    decoder_of,
+    logit_bytes,
+    lora_parameters,
+    trained_parts,
+    training_pass,
+)
+from lorakit.models.lora import _remove_lora_, pick_modules, projections
+from lorakit.models.norms import fusible_norms
 from lorakit.models.tokens import Example
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
@@ -29,6 +39,7 @@ from tests.benchmarks.rounds import Timed, in_turns, ratio_of
 from tests.benchmarks.shapes import (
     LLAMA_1B,
     LLAMA_8B,
+    QUERY_AND_VALUE,
     SMALL,
     Shape,
     random_adapter,
@@ -61,7 +72,7 @@ def merge_steps(
     batches = batches_of(shape, length, rows, steps + 1)
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = training_sides(base, adapters, batches, Path(folder), rounds)
-    return asdict(compared_steps(base, shape, batches, ours, theirs))
+    return asdict(compared_steps(base, shape, adapters, batches, ours, theirs))
 
 
 def batches_of(shape: Shape, length: int, rows: int, count: int) -> list[list[Example]]:
@@ -94,6 +105,7 @@ def training_sides(
 def compared_steps(
     base: Base,
     shape: Shape,
+    adapters: int,
     batches: list[list[Example]],
     ours: Sequence[Steps],
     theirs: Sequence[Steps],
@@ -119,6 +131,7 @@ def compared_steps(
             "tokens/s of the peer": tokens / min(r.total for r in theirs),
             "memory, of the peer's": own / other if other else None,
             "memory above the base, MB": own,
+            "the same by formula, MB": estimated_memory(base, adapters, batches),
             "memory of the peer, MB": other,
             "memory of the base, MB": base_size(base),
             "pruning, of a step": min(r.pruning for r in ours),
@@ -129,6 +142,23 @@ def compared_steps(
             "difference of the first loss": abs(ours[0].losses[0] - theirs[0].losses[0]),
         },
     )
+
+
+def estimated_memory(base: Base, adapters: int, batches: list[list[Example]]) -> float:
+    """Return what --dry-run says that the steps hold above the base, in MB; packed, in one go."""
+    model, value = base.model, base.dtype.itemsize
+    fused = base.device.type == "cuda" and any(fusible_norms(model))
+    precision = Precision(value, value, norm=value if fused else 4)
+    shapes, decoder = projections(model), decoder_of(model.config)
+    ranks = dict.fromkeys(pick_modules(base, QUERY_AND_VALUE, None), 8 * adapters)
+    trained = sum(part.bytes for part in trained_parts(lora_parameters(ranks, shapes)))
+    sizes = [training_pass(batch, packed=True) for batch in batches]
+    activations = (
+        activation_bytes(decoder, precision, size, ranks, shapes, dropout=False)
+        + logit_bytes(decoder, precision, size)
+        for size in sizes
+    )
+    return (max(activations) + trained) / 1e6
 
 
 def base_size(base: Base) -> float:
