@@ -16,15 +16,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 LEARNED_WEIGHTS_LR = 3e-2  # of `merge --method learned-weights`, whose weights move by tenths
 HOLD_OUT = 0.2  # the share of --data that validates when --val is missing
 _NOT_IN_HISTORY = ("device",)  # where a run computes should not change its result
-_IN_HISTORY_IF_SET = (
-    "cut",
-    "system",
-    "chat_args",
-    "keep",
-    "group",
-    "prune_every",
-    "micro_batch_tokens",
-)
+_IN_HISTORY_IF_SET = ("cut", "system", "chat_args", "keep", "group", "prune_every")
 
 # Ratios or thresholds to choose from: none (pruning stays as set), one or several; with "auto" a
 # ladder search picks them.
@@ -116,10 +108,6 @@ class TrainingSettings:
     chat_args: tuple[tuple[str, object], ...] = ()
     dtype: str = "auto"
     device: str = "auto"
-
-    def tokens_at_once(self, device: str) -> int:
-        """Return the most tokens of a micro-batch on a device of a type: more fill a GPU."""
-        return self.micro_batch_tokens or (8192 if device == "cuda" else 2048)
 
     def history_fields(self) -> dict[str, object]:
         """Return the settings that an adapter's history records; some of them only where set."""

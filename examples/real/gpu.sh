@@ -13,7 +13,7 @@
 set -eu
 case ${1:-} in --smoke) smoke=--smoke; shift ;; *) smoke= ;; esac
 folder=${1:-.}
-jobs=${JOBS:-12} of_first=$(((5 * ${JOBS:-12} + 7) / 8))
+jobs=${JOBS:-12} of_first=$(((5 * ${JOBS:-12} + 4) / 8))
 export BATCH=${BATCH:-256} KEEP_GOING=1
 here=$(dirname "$0")
 mkdir -p "$folder"

@@ -184,6 +184,11 @@ other_domains() { # Table 7: each adapter and its cut on the other tasks' record
     done
 }
 
+[ ! -e "$out/seed" ] || [ "$(cat "$out/seed")" = "$first_seed" ] || {
+    echo "Error: $out was begun with seed $(cat "$out/seed") first; take another folder" >&2
+    exit 1
+}
+echo "$first_seed" > "$out/seed"
 records
 { for part in $parts; do case $part in seeds | other_domains) ;; *) each "$part" ;; esac; done
   each_other_seed compared; } | run
@@ -200,16 +205,21 @@ score() { # score TABLE NAME…: the scores of the outputs that exist, all compa
     [ "$files" = " $first" ] || [ ! "$files" ] || (cd "$folder" && lorakit score $files \
         --baseline "$first" --metric "$metrics" --format json -q -o "$table.scores.jsonl")
 }
-over_seeds() { # over_seeds NAME…: Table 1 with the outputs of all seeds, if there are others
-    systems=""
+over_seeds() { # over_seeds NAME…: Table 1 with the outputs of all seeds, as far as they are there
+    systems="" baseline=$1
     for name in "$@"; do
         files=$name.jsonl
         for other in $other_seeds; do files=$files,seed$other/$name.jsonl; done
+        for file in $(echo "$files" | tr , ' '); do
+            [ -e "$folder/$file" ] || continue 2
+        done
         systems="$systems --system $name=$files"
     done
-    [ ! "$other_seeds" ] || [ ! -e "$folder/seed${other_seeds##* }/tuned.ours.jsonl" ] ||
-        (cd "$folder" && lorakit score zero-shot.jsonl $systems --baseline "$1" --metric "$metrics" \
-            --format json -q -o seeds.scores.jsonl)
+    [ ! "$other_seeds" ] || case $systems in
+        *" $baseline="*" --system "*)
+            (cd "$folder" && lorakit score $(ls zero-shot.jsonl 2> /dev/null) $systems \
+                --baseline "$baseline" --metric "$metrics" --format json -q -o seeds.scores.jsonl) ;;
+    esac
 }
 scores() {
     case $task in

@@ -39,7 +39,7 @@ training = _options.together(
     _training_option(
         "micro_batch_tokens",
         Whole(1),
-        "Tokens that are computed together. [default: 2048, on a GPU 8192]",
+        "Tokens that are computed together. [default: 2048, on one GPU 8192]",
     ),
     _training_option("dropout", _SHARE, "Dropout on LoRA's input."),
     _training_option("warmup", _SHARE, "Share of the steps in which the learning rate rises."),

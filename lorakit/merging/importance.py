@@ -22,6 +22,7 @@ from lorakit.merging.joint import attach_stack
 from lorakit.merging.pair_scores import PairScores
 from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
+from lorakit.models.batches import tokens_at_once
 from lorakit.models.lora import check_fits
 from lorakit.models.predictions import encoder_of
 from lorakit.models.sharing import new_accelerator
@@ -69,8 +70,8 @@ def measure_importance(
     encoder = encoder_of(base, adapter, settings)
     records, _ = load_records(data, "prompt", "completion")
     examples = encode_all(records, encoder.example, (reporter or Silent()).note)
-    at_once = settings.tokens_at_once(base.device.type)
-    shaping = [list(example.ids) for example in examples], at_once
+    tokens = tokens_at_once(settings.micro_batch_tokens, base.device)
+    shaping = [list(example.ids) for example in examples], tokens
     checkpoint = checkpoint_of(output, "importance", base.record, adapter.sha256, *shaping)
     if not is_first_process():
         checkpoint = Checkpoint(None, checkpoint.key)
@@ -97,10 +98,7 @@ def importance_on(
     layers = attach_stack(base, stacked, dropout=0.0)
     norms = InputNorms(layers)
     losses = BatchLoss(
-        base,
-        [],
-        tokens=settings.tokens_at_once(base.device.type),
-        accelerator=new_accelerator(base.device.type),
+        base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
     )
     with norms.around_validation(losses):
         _read_all(losses, examples, norms, checkpoint or Checkpoint(None, ""))

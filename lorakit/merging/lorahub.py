@@ -74,10 +74,7 @@ def merge_lorahub(
     examples = encode_all(records, encoder.example, reporter.note)
     layers = attach(base, adapters[0])
     losses = BatchLoss(
-        base,
-        [],
-        tokens=settings.tokens_at_once(base.device.type),
-        accelerator=new_accelerator(base.device.type),
+        base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
     )
     is_main = losses.accelerator.is_main_process
     key = run_key([getattr(settings, name) for name in _SHAPING], digest, base.record)
@@ -197,7 +194,7 @@ def _entry(adapters: Sequence[Adapter], settings: TrainingSettings, digest: str)
         versions=versions(),
         settings={
             "method": "lorahub",
-            **{n: v for n, v in settings.history_fields().items() if n in _SETTINGS_READ},
+            **{name: getattr(settings, name) for name in _SETTINGS_READ},
         },
         parents={n: adapter.sha256 for n, adapter in zip(names, adapters, strict=True)},
         hashes={"data": digest},

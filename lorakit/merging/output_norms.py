@@ -31,10 +31,7 @@ def mean_outputs(
     """
     layers = attach(base, adapter)
     losses = BatchLoss(
-        base,
-        [],
-        tokens=settings.tokens_at_once(base.device.type),
-        accelerator=new_accelerator(base.device.type),
+        base, [], tokens=settings.micro_batch_tokens, accelerator=new_accelerator(base.device.type)
     )
     losses.watcher = sums = _SquareSums(layers, base.device)
     with contextlib.ExitStack() as hooks:

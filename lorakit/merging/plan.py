@@ -16,7 +16,7 @@ from lorakit.merging.pruning_search import Values
 from lorakit.merging.search import BUDGET
 from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
-from lorakit.models.batches import fill_packs, micro_batches
+from lorakit.models.batches import fill_packs, micro_batches, tokens_at_once
 from lorakit.models.devices import device_name
 from lorakit.models.estimate import (
     Part,
@@ -71,7 +71,7 @@ def plan_merge(
     alone. Raises LorakitError as the merge does, for records that are too long after the lines on
     their lengths.
     """
-    settings = resolve_auto(settings, adapters, skeleton.base)
+    settings = resolve_auto(settings, adapters, skeleton.base, skeleton.device)
     encoder = skeleton.base.encoder_for(settings)
     for adapter in adapters:
         check_fits(skeleton.base, adapter)
@@ -135,7 +135,7 @@ def plan_lorahub(
 
     Raises LorakitError as `merge_lorahub` does.
     """
-    settings = resolve_auto(settings, adapters, skeleton.base)
+    settings = resolve_auto(settings, adapters, skeleton.base, skeleton.device)
     check_alike(adapters, reporter.note)
     encoder = skeleton.base.encoder_for(settings)
     reading = read_lengths(load_records(data, "prompt", "completion")[0], encoder)
@@ -150,8 +150,7 @@ def plan_lorahub(
     }
     yield parameter_row(skeleton, len(adapters), lora_size(adapters[0]))
     cut = fill_packs if skeleton.packs else micro_batches
-    at_once = settings.tokens_at_once(skeleton.device.type)
-    runs = cut(reading.examples, at_once)
+    runs = cut(reading.examples, tokens_at_once(settings.micro_batch_tokens, skeleton.device))
     passes = {training_pass(rows, packed=skeleton.packs) for rows in runs}
     yield from memory_rows(
         skeleton,
@@ -162,7 +161,7 @@ def plan_lorahub(
         loaded = load()
         attach(loaded, adapters[0])
         accelerator = new_accelerator(loaded.device.type)
-        losses = BatchLoss(loaded, [], tokens=at_once, accelerator=accelerator)
+        losses = BatchLoss(loaded, [], tokens=settings.micro_batch_tokens, accelerator=accelerator)
         few = runs[0]
         losses.means(few)  # warms up
         part = sum(len(example.ids) for example in few)

@@ -29,6 +29,7 @@ from lorakit.models.architecture import Model, forward_parameters, text_config
 from lorakit.models.attention import BY_ROW
 from lorakit.models.row_masks import packed
 from lorakit.models.tokens import Example
+from lorakit.runs.processes import process_count
 
 IGNORED = -100
 NEEDED_TO_PACK = {"position_ids", "logits_to_keep"}
@@ -63,6 +64,14 @@ class Pack(NamedTuple):
 
 
 # — which rows go together —
+
+
+def tokens_at_once(asked: int | None, device: torch.device) -> int:
+    """Return the most tokens of a micro-batch: those asked for, else what suits the device.
+
+    More of them fill a GPU. Several processes share micro-batches out, and need more of them.
+    """
+    return asked or (8192 if device.type == "cuda" and process_count() == 1 else 2048)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

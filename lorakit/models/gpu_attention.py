@@ -2,7 +2,8 @@
 
 Packed rows (row_masks.py) attend in one call: PyTorch's attention over rows of several lengths,
 where it takes their dtype; else as a batch padded on the right, where the causal mask hides the
-padding. Rows with another mask, of a sliding window that ends within them, attend one by one.
+padding. Rows with another mask, of a sliding window that ends within them, attend one by one, and
+so do rows of which the longest would leave more padding than tokens.
 
 Inside `in_groups` heads that share keys attend without a copy of these keys for each: there, only
 few tokens are new, and keys are most of what is read.
@@ -31,9 +32,11 @@ _HALF = (torch.bfloat16, torch.float16)  # what attention over several lengths t
 _WIDEST = 256  # of its heads
 _CAUSAL = (-1, 0)  # its window: all before a token, nothing after it
 _AMPERE = (8, 0)  # the oldest GPUs that it runs on
+_ASKED = {"scale", "window_size"}  # its arguments, since torch 2.11
 # Without this, torch refuses products while it is to sum in a fixed order; it is Hopper's default.
 _FIXED_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 _in_groups: ContextVar[bool] = ContextVar("in_groups", default=False)
+_before: list[tuple[bool, bool, bool]] = []  # `_kernels` before the backward pass of attention
 
 
 @contextlib.contextmanager
@@ -91,7 +94,8 @@ class _DeterminismBegins(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        _set_determinism(on=True)
+        _before.append(_kernels())
+        _set_kernels(deterministic=True, only_warn=False, fill=False)
         return grad
 
 
@@ -104,14 +108,35 @@ class _DeterminismEnds(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        _set_determinism(on=False)
+        if _before:
+            _set_kernels(*_before.pop())
         return grads
 
 
-def _set_determinism(*, on: bool) -> None:
-    """Have attention's backward pass sum in a fixed order, so that a run repeats its bytes."""
-    torch.use_deterministic_algorithms(on)
-    torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
+@contextlib.contextmanager
+def backward_pass() -> Iterator[None]:
+    """Inside the block, a backward pass runs; if it fails, PyTorch's settings are as before."""
+    kernels = _kernels()
+    try:
+        yield
+    finally:
+        _before.clear()
+        if _kernels() != kernels:
+            _set_kernels(*kernels)
+
+
+def _kernels() -> tuple[bool, bool, bool]:
+    """Return whether kernels are to be deterministic, only warn, and fill what they allocate."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+
+
+def _set_kernels(deterministic: bool, only_warn: bool, fill: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def _attend(
@@ -149,20 +174,43 @@ def _attend_packed(
     **settings: Any,
 ) -> torch.Tensor:
     """Compute attention (1, tokens, heads, values) of packed rows."""
-    if not rows.causal:
-        parts = zip(*(part.split(rows.lengths, 2) for part in (query, key, value)), strict=True)
-        attended = [
-            pytorchs(module, *part, mask, **settings)[0]
-            for part, mask in zip(parts, rows.masks, strict=True)
-        ]
-        return torch.cat(attended, 1)
     tokens = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    if _takes_lengths(module, *tokens, **settings) and (attend := _over_lengths(query.device)):
+    if rows.causal and _takes_lengths(module, *tokens, **settings):
+        attend = _over_lengths(query.device)
         width, scale = max(rows.lengths), settings.get("scaling")
         ends = rows.ends, rows.ends
-        together = attend(*tokens, *ends, width, width, scale=scale, window_size=_CAUSAL)
-        return together[None]
-    return _attend_padded(module, tokens, rows, **settings)
+        if attend is not None:
+            together = attend(*tokens, *ends, width, width, scale=scale, window_size=_CAUSAL)
+            return together[None]
+    if rows.causal and len(rows.lengths) * max(rows.lengths) <= 2 * sum(rows.lengths):
+        return _attend_padded(module, tokens, rows, **settings)
+    parts = [tensor.split(rows.lengths, 2) for tensor in (query, key, value)]
+    attended = [
+        _attend_alone(module, q, k, v, mask, **settings)
+        for q, k, v, mask in zip(*parts, rows.masks, strict=True)
+    ]
+    return torch.cat(attended, 1)
+
+
+def _attend_alone(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **settings: Any,
+) -> torch.Tensor:
+    """Compute attention of rows of one length, with the causal mask where there is none.
+
+    In float32, heads that share keys get copies of them: without a mask PyTorch's fast kernels for
+    that dtype take as many keys as queries, and others hold every score.
+    """
+    group = query.shape[1] // key.shape[1]
+    if mask is None and group > 1 and query.dtype not in _HALF:
+        key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+        module, settings = ungrouped, {**settings, "is_causal": True}
+    attended: torch.Tensor = pytorchs(module, query, key, value, mask, **settings)[0]
+    return attended
 
 
 def _takes_lengths(
@@ -190,12 +238,15 @@ def _over_lengths(device: torch.device) -> Callable[..., torch.Tensor] | None:
         attend: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (AttributeError, ImportError):  # before torch 2.10
         return None
+    takes = inspect.signature(attend).parameters
+    if not takes.keys() >= _ASKED:
+        return None
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     if torch.cuda.get_device_capability(device) < _AMPERE:
         return None
-    asked = "enable_gqa" in inspect.signature(attend).parameters  # else heads may share keys
-    return functools.partial(attend, **({"enable_gqa": True} if asked else {}))
+    # where it cannot be asked for, heads may always share keys
+    return functools.partial(attend, **({"enable_gqa": True} if "enable_gqa" in takes else {}))
 
 
 def _attend_padded(
@@ -213,7 +264,8 @@ def _attend_padded(
         .transpose(1, 2)
         for tensor in tokens
     ]
-    attended: torch.Tensor = pytorchs(module, *batch, None, **settings)[0]
+    query, key, value = batch
+    attended = _attend_alone(module, query, key, value, None, **settings)
     return attended.flatten(0, 1).index_select(0, rows.places)[None]
 
 

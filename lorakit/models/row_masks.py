@@ -73,6 +73,10 @@ def make_masks(**arguments: object) -> torch.Tensor | RowMasks | None:
     if lengths is None:
         whole: torch.Tensor | None = transformers_masks(**arguments)
         return whole
+    if len(lengths) == 1:
+        own: torch.Tensor | None = transformers_masks(**arguments)
+        device = torch.device(str(arguments["device"])) if own is None else own.device
+        return RowMasks(list(lengths), [own], device)
     masks: list[torch.Tensor] = []
     start = 0
     for length in lengths:

@@ -27,7 +27,9 @@ from lorakit.models.batches import (
     micro_batches,
     pack,
     target_logits,
+    tokens_at_once,
 )
+from lorakit.models.gpu_attention import backward_pass
 from lorakit.models.sharing import ALONE, team_of
 from lorakit.models.tokens import Example
 
@@ -73,10 +75,10 @@ class Blind:
 class BatchLoss:
     """The cross-entropy of a base model on the completion tokens of batches of examples.
 
-    `tokens` bounds a micro-batch; `watcher` sees each in `mean` and `read`. Several processes share
-    the micro-batches out, and each gets the sums of one process. Where memory runs out,
-    micro-batches are halved from then on and all examples go through the model once more: `note` is
-    called with a line about it.
+    `tokens` bounds a micro-batch, by default as suits the device; `watcher` sees each in `mean` and
+    `read`. Several processes share the micro-batches out, and each gets the sums of one process.
+    Where memory runs out, micro-batches are halved from then on and all examples go through the
+    model once more: `note` is called with a line about it.
     """
 
     def __init__(
@@ -84,12 +86,12 @@ class BatchLoss:
         base: Base,
         parameters: Sequence[torch.nn.Parameter],
         *,
-        tokens: int,
+        tokens: int | None,
         accelerator: accelerate.Accelerator,
     ) -> None:
         self.base = base
         self.parameters = parameters
-        self.tokens = tokens
+        self.tokens = tokens_at_once(tokens, base.device)
         self.accelerator = accelerator
         self.team = team_of(accelerator)
         self.packed = base.packs
@@ -188,7 +190,8 @@ class BatchLoss:
 
         def compute(rows: Sequence[Example]) -> list[torch.Tensor]:
             loss = self._loss(rows) / targets
-            loss.backward()
+            with backward_pass():
+                loss.backward()
             return [loss.detach(), *(self._take_gradients() if self.team.count > 1 else ())]
 
         for loss, *gradients in self.team.tensors_in_turn(self.micro_batches(batch), compute):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 import torch
 
 from lorakit.models.base import Base
-from lorakit.models.batches import epoch_batches, fill_packs, micro_batches
+from lorakit.models.batches import epoch_batches, fill_packs, micro_batches, tokens_at_once
 from lorakit.models.devices import device_name
 from lorakit.models.estimate import (
     Part,
@@ -66,7 +66,7 @@ def plan_adapter(
     their lengths.
     """
     base = skeleton.base
-    settings = resolve_auto(settings, (), base)
+    settings = resolve_auto(settings, (), base, skeleton.device)
     encoder = base.encoder_for(settings)
     modules = pick_modules(base, targets_of(base, lora, reporter), lora.layers)
     ranks = dict.fromkeys(modules, lora.rank)
@@ -201,7 +201,7 @@ def _cut(
     batch: Sequence[Example], skeleton: Skeleton, settings: TrainingSettings
 ) -> list[list[Example]]:
     cut = fill_packs if skeleton.packs else micro_batches
-    return cut(batch, settings.tokens_at_once(skeleton.device.type))
+    return cut(batch, tokens_at_once(settings.micro_batch_tokens, skeleton.device))
 
 
 # — time —

@@ -19,7 +19,7 @@ from lorakit.adapters.storage import save_adapter
 from lorakit.adapters.targets import peft_config
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
-from lorakit.models.batches import epoch_batches
+from lorakit.models.batches import epoch_batches, tokens_at_once
 from lorakit.models.chat import CHAT_DATE, following
 from lorakit.models.lora import default_targets, inject, is_transposed, pick_modules, projections
 from lorakit.models.sharing import Team, new_accelerator, team_of
@@ -274,14 +274,22 @@ def versions() -> dict[str, str]:
 
 
 def resolve_auto(
-    settings: TrainingSettings, parents: Sequence[Adapter], base: Base
+    settings: TrainingSettings,
+    parents: Sequence[Adapter],
+    base: Base,
+    device: torch.device | None = None,
 ) -> TrainingSettings:
     """Return the settings with `auto` resolved: the base's dtype, and chat `on` or `off`.
 
-    Chat, system turn and arguments are those asked for, else those the parents were trained with;
-    chat is else `on` where the tokenizer has a template. Raises LorakitError where the parents do
-    not agree.
+    Likewise the tokens of a micro-batch, which suit the device, by default the base's. Chat, system
+    turn and arguments are those asked for, else those the parents were trained with; chat is else
+    `on` where the tokenizer has a template. Raises LorakitError where the parents do not agree.
     """
     settings = following(settings, [parent.header for parent in parents])
     chat = "on" if base.uses_chat(settings.chat) else "off"
-    return replace(settings, chat=chat, dtype=str(base.dtype).removeprefix("torch."))
+    return replace(
+        settings,
+        chat=chat,
+        dtype=str(base.dtype).removeprefix("torch."),
+        micro_batch_tokens=tokens_at_once(settings.micro_batch_tokens, device or base.device),
+    )

@@ -66,10 +66,7 @@ class Trainer:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self.losses = BatchLoss(
-            base,
-            self.parameters,
-            tokens=settings.tokens_at_once(base.device.type),
-            accelerator=accelerator,
+            base, self.parameters, tokens=settings.micro_batch_tokens, accelerator=accelerator
         )
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay

@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_training(llama: str, data: str) -> None:
         loss = BatchLoss(
             alone,
             [],
-            tokens=TrainingSettings().tokens_at_once("cpu"),
+            tokens=TrainingSettings.micro_batch_tokens,
             accelerator=new_accelerator("cpu"),
         )
         assert sweep.scores[Point(k)] == pytest.approx(loss.mean(examples_of(alone, 8)), rel=1e-5)

@@ -10,13 +10,14 @@ import pytest
 import torch
 import transformers
 
-from lorakit.models import gpu_attention
+from lorakit.models import gpu_attention, row_masks
 from lorakit.models.attention import set_attention
 from lorakit.models.base import Base
 from lorakit.models.batches import can_pack, pack, target_logits
-from lorakit.models.gpu_attention import in_groups
+from lorakit.models.gpu_attention import backward_pass, in_groups
 from lorakit.models.loading import load_base
 from lorakit.models.lora import factors, inject, pick_modules
+from lorakit.models.row_masks import RowMasks, make_masks
 from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import Example
 from lorakit.settings import TrainingSettings
@@ -64,6 +65,70 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones(
     assert loss == pytest.approx(expected, rel=1e-5)
     for one, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(7, 6, 5), (40, 3, 2, 2)])
+def test_rows_attend_as_each_alone_and_without_much_padding(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups = 3
+    tokens = sum(lengths)
+    query = torch.randn(1, 6, tokens, 8)
+    key, value = torch.randn(2, 1, 2, tokens, 8)
+    rows = RowMasks(list(lengths), [None] * len(lengths), torch.device("cpu"))
+    sizes, attend = [], gpu_attention.pytorchs
+
+    def noting(module: Any, query: torch.Tensor, *others: Any, **settings: Any) -> Any:
+        sizes.append(query.shape[0] * query.shape[2])
+        return attend(module, query, *others, **settings)
+
+    monkeypatch.setattr(gpu_attention, "pytorchs", noting)
+    together = transformers.AttentionInterface()["sdpa"](module, query, key, value, rows)[0]
+    parts = (tensor.split(lengths, 2) for tensor in (query, key, value))
+    alone = [attend(module, *part, None)[0] for part in zip(*parts, strict=True)]
+    assert torch.allclose(together, torch.cat(alone, 1), atol=1e-6)
+    assert max(sizes) <= 2 * tokens
+
+
+def test_a_row_by_itself_has_no_mask_to_hold() -> None:
+    with row_masks.packed([5]):
+        rows = make_masks(
+            batch_size=1, q_length=5, kv_length=5, device=torch.device("cpu"), local_size=None
+        )
+    assert isinstance(rows, RowMasks)
+    assert rows.causal
+
+
+def test_a_backward_pass_that_fails_leaves_pytorchs_settings_as_they_were() -> None:
+    begins: Any = gpu_attention._DeterminismBegins
+    ends: Any = gpu_attention._DeterminismEnds
+    failing: Any = _Failing
+    x = torch.ones(3, requires_grad=True)
+    before = gpu_attention._kernels()
+    with pytest.raises(torch.OutOfMemoryError), backward_pass():
+        begins.apply(failing.apply(ends.apply(x)[0])).sum().backward()
+    assert gpu_attention._kernels() == before
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        begins.apply(ends.apply(x)[0] * 2).sum().backward()
+        assert gpu_attention._kernels() == (True, True, before[2])
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+
+
+class _Failing(torch.autograd.Function):
+    """Runs out of memory in its backward pass, in which sums have a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        assert gpu_attention._kernels() == (True, False, False)
+        raise torch.OutOfMemoryError
 
 
 @pytest.mark.gpu

@@ -62,6 +62,12 @@ def test_a_gated_norm_stays() -> None:
     assert not list(fusible_norms(torch.nn.ModuleList([norm])))
 
 
+def test_a_norm_that_rounds_otherwise_stays() -> None:
+    half = families.olmo2.modeling_olmo2.Olmo2RMSNorm(64).to(torch.bfloat16)
+    assert not list(fusible_norms(torch.nn.ModuleList([half])))
+    assert list(fusible_norms(torch.nn.ModuleList([half.to(torch.float32)])))
+
+
 def test_a_copy_of_a_fused_norm_has_a_weight_of_its_own(llama: str) -> None:
     model = open_base(llama).model
     fuse_norms_(model)
