@@ -15,7 +15,6 @@ import contextlib
 import functools
 import importlib
 import inspect
-import os
 import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -24,6 +23,11 @@ from typing import Any
 import torch
 import transformers
 
+from lorakit.models.fixed_order import (
+    allow_fixed_order,
+    fixed_order_begins,
+    fixed_order_ends,
+)
 from lorakit.models.row_masks import RowMasks, make_masks
 
 pytorchs = transformers.AttentionInterface()["sdpa"]  # transformers' call of PyTorch's attention
@@ -33,10 +37,7 @@ _WIDEST = 256  # of its heads
 _CAUSAL = (-1, 0)  # its window: all before a token, nothing after it
 _AMPERE = (8, 0)  # the oldest GPUs that it runs on
 _ASKED = {"scale", "window_size"}  # its arguments, since torch 2.11
-# Without this, torch refuses products while it is to sum in a fixed order; it is Hopper's default.
-_FIXED_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 _in_groups: ContextVar[bool] = ContextVar("in_groups", default=False)
-_before: list[tuple[bool, bool, bool]] = []  # `_kernels` before the backward pass of attention
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def choose_kernels() -> None:
     (pytorch/pytorch#196678).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-    os.environ.setdefault(*_FIXED_WORKSPACES)
+    allow_fixed_order()
 
 
 def queries_a_key(query: torch.Tensor, key: torch.Tensor, **settings: object) -> int:
@@ -79,64 +80,8 @@ def _attention(
     """
     if query.device.type != "cuda" or not torch.is_grad_enabled():
         return _attend(module, query, key, value, attention_mask, **settings), None
-    query, key, value = _DeterminismEnds.apply(query, key, value)  # type: ignore[no-untyped-call]
-    attended = _attend(module, query, key, value, attention_mask, **settings)
-    output: torch.Tensor = _DeterminismBegins.apply(attended)  # type: ignore[no-untyped-call]
-    return output, None
-
-
-class _DeterminismBegins(torch.autograd.Function):
-    """Passes attention's output on; from its backward pass on, kernels sum in a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        _before.append(_kernels())
-        _set_kernels(deterministic=True, only_warn=False, fill=False)
-        return grad
-
-
-class _DeterminismEnds(torch.autograd.Function):
-    """Passes attention's inputs on; its backward pass ends what `_DeterminismBegins` began."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if _before:
-            _set_kernels(*_before.pop())
-        return grads
-
-
-@contextlib.contextmanager
-def backward_pass() -> Iterator[None]:
-    """Inside the block, a backward pass runs; if it fails, PyTorch's settings are as before."""
-    kernels = _kernels()
-    try:
-        yield
-    finally:
-        _before.clear()
-        if _kernels() != kernels:
-            _set_kernels(*kernels)
-
-
-def _kernels() -> tuple[bool, bool, bool]:
-    """Return whether kernels are to be deterministic, only warn, and fill what they allocate."""
-    return (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
-    )
-
-
-def _set_kernels(deterministic: bool, only_warn: bool, fill: bool) -> None:
-    torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)
-    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+    query, key, value = fixed_order_ends(query, key, value)
+    return fixed_order_begins(_attend(module, query, key, value, attention_mask, **settings)), None
 
 
 def _attend(

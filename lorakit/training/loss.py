@@ -29,7 +29,7 @@ from lorakit.models.batches import (
     target_logits,
     tokens_at_once,
 )
-from lorakit.models.gpu_attention import backward_pass
+from lorakit.models.fixed_order import backward_pass
 from lorakit.models.sharing import ALONE, team_of
 from lorakit.models.tokens import Example
 

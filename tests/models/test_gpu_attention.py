@@ -14,7 +14,7 @@ from lorakit.models import gpu_attention, row_masks
 from lorakit.models.attention import set_attention
 from lorakit.models.base import Base
 from lorakit.models.batches import can_pack, pack, target_logits
-from lorakit.models.gpu_attention import backward_pass, in_groups
+from lorakit.models.gpu_attention import in_groups
 from lorakit.models.loading import load_base
 from lorakit.models.lora import factors, inject, pick_modules
 from lorakit.models.row_masks import RowMasks, make_masks
@@ -99,36 +99,6 @@ def test_a_row_by_itself_has_no_mask_to_hold() -> None:
         )
     assert isinstance(rows, RowMasks)
     assert rows.causal
-
-
-def test_a_backward_pass_that_fails_leaves_pytorchs_settings_as_they_were() -> None:
-    begins: Any = gpu_attention._DeterminismBegins
-    ends: Any = gpu_attention._DeterminismEnds
-    failing: Any = _Failing
-    x = torch.ones(3, requires_grad=True)
-    before = gpu_attention._kernels()
-    with pytest.raises(torch.OutOfMemoryError), backward_pass():
-        begins.apply(failing.apply(ends.apply(x)[0])).sum().backward()
-    assert gpu_attention._kernels() == before
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        begins.apply(ends.apply(x)[0] * 2).sum().backward()
-        assert gpu_attention._kernels() == (True, True, before[2])
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-
-
-class _Failing(torch.autograd.Function):
-    """Runs out of memory in its backward pass, in which sums have a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        assert gpu_attention._kernels() == (True, False, False)
-        raise torch.OutOfMemoryError
 
 
 @pytest.mark.gpu
