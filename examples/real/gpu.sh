@@ -5,10 +5,10 @@
 #
 # Their tables are printed in the end, and stay in paper1.md and paper2.md beside the work. $JOBS says how
 # many commands share the GPU, of which paper 1, the longer, gets five in eight; see the two scripts for
-# $DATA, $MODEL, $RESULTS and what to choose. Each command's seconds go to stderr; what needs a command that failed is left out, and made when
-# the script is run again. Small commands share a GPU best under NVIDIA's multi-process service
-# (`nvidia-cuda-mps-control -d` before, `echo quit | nvidia-cuda-mps-control` after). --smoke tries every
-# command with a few records on the shipped model, on a CPU, too.
+# $DATA, $MODEL, $RESULTS and what to choose. Each command's seconds go to stderr; what needs a command that
+# failed is left out, and made when the script is run again. Small commands share a GPU best under NVIDIA's
+# multi-process service (`nvidia-cuda-mps-control -d` before, `echo quit | nvidia-cuda-mps-control` after).
+# --smoke tries every command with a few records on the shipped model, on a CPU, too.
 
 set -eu
 case ${1:-} in --smoke) smoke=--smoke; shift ;; *) smoke= ;; esac

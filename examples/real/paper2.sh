@@ -80,26 +80,24 @@ drawn() {
     if [ "$task" = hotpotqa ]; then
         draw all.jsonl $((examples + sweep + answers)) "$seed" $(raw_of "$task" train)
     else
-        draw all.jsonl $((examples + sweep)) "$seed" $(raw_of "$task" train)
+        drawn_anew
         draw test.jsonl "$answers" 0 $(raw_of "$task" test)
     fi
 }
-drawn_anew() {
+drawn_anew() { # for another seed, which has the first's test records
     [ "$task" = hotpotqa ] || draw all.jsonl $((examples + sweep)) "$seed" $(raw_of "$task" train)
 }
 divided_anew() {
     mkdir -p "$folder"
     ln -sf ../test.jsonl "$folder/test.jsonl"
-    if [ "$task" = hotpotqa ]; then
-        ln -sf ../train.jsonl ../val.jsonl "$folder"
-    else
-        lines all.jsonl 1 "$examples" train.jsonl
-        lines all.jsonl $((examples + 1)) $((examples + sweep)) val.jsonl
-    fi
+    if [ "$task" = hotpotqa ]; then ln -sf ../train.jsonl ../val.jsonl "$folder"; else fitted; fi
 }
-divided() {
+fitted() { # the records to train and to validate on
     lines all.jsonl 1 "$examples" train.jsonl
     lines all.jsonl $((examples + 1)) $((examples + sweep)) val.jsonl
+}
+divided() {
+    fitted
     [ "$task" != hotpotqa ] ||
         lines all.jsonl $((examples + sweep + 1)) $((examples + sweep + answers)) test.jsonl
 }
@@ -130,12 +128,11 @@ boundary_of() { # boundary_of FILE best|1se
     python examples/real/boundary_of.py "$folder/$1" --rule "$2"
 }
 cuts() { # every adapter that was searched for, at its boundaries, and its neighbours
-    for name in tuned tuned-best rank32; do
-        [ ! -e "$folder/$name.metric.jsonl" ] || cut_at_boundaries "$name"
-    done
+    for name in tuned tuned-best rank32; do cut_at_boundaries "$name"; done
     [ ! -e "$folder/tuned.metric.jsonl" ] || neighbours
 }
 cut_at_boundaries() { # at the best boundary by metric, at that of the rule 1se, and at the best by loss
+    [ -e "$folder/$1.metric.jsonl" ] || return 0
     make "$1.ours.safetensors" strip-layers "$1.safetensors" -q \
         --boundary "$(boundary_of "$1.metric.jsonl" best)"
     make "$1.ours-1se.safetensors" strip-layers "$1.safetensors" --boundary "$1.metric.jsonl" -q
@@ -193,7 +190,7 @@ records
 { for part in $parts; do case $part in seeds | other_domains) ;; *) each "$part" ;; esac; done
   each_other_seed compared; } | run
 { each cuts
-  each_other_seed eval '[ ! -e "$folder/tuned.metric.jsonl" ] || cut_at_boundaries tuned'
+  each_other_seed cut_at_boundaries tuned
   case " $parts " in *" other_domains "*) each other_domains ;; esac; } | run
 
 score() { # score TABLE NAME…: the scores of the outputs that exist, all compared with the first

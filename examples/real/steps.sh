@@ -19,7 +19,7 @@ LORAKIT_EXTRAS=${LORAKIT_EXTRAS:-[plot]}
 mkdir -p "$out"
 if [ "$smoke" ]; then
     export LORAKIT_MODEL=tiny
-    seeds=${SEEDS:-0} few=4 many=6 tests=4 epochs=1 ratios="0 0.3" words=8 length=512 batch=4
+    seeds=0 few=4 many=6 tests=4 epochs=1 ratios="0 0.3" words=8 length=512 batch=4
 elif [ "${MODEL:-}" ]; then
     export LORAKIT_MODEL=$MODEL
 else

@@ -228,8 +228,9 @@ def one_by_one(
         model = base.model
         if folder is not None:
             model = peft.PeftModel.from_pretrained(base.model, folder).eval()
-        for place, ids in enumerate(transformers_outputs(base, model, prompts, options)):
-            outputs[place, boundary] = ids
+        with as_transformers_has_it(base.model):
+            rows = transformers_outputs(base, model, prompts, options)
+        outputs |= {(place, boundary): ids for place, ids in enumerate(rows)}
         if folder is not None:
             model.unload()
     return outputs
@@ -245,7 +246,7 @@ def transformers_outputs(
         length = max(map(len, rows))
         ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        with torch.inference_mode(), as_transformers_has_it(base.model):
+        with torch.inference_mode():
             sequences = model.generate(
                 input_ids=ids.to(base.device),
                 attention_mask=mask.to(base.device),

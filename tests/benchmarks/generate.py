@@ -152,12 +152,12 @@ def by_transformers(
     if batches == SORTED:
         order.sort(key=lambda place: -len(prompts[place].ids))
     texts = [""] * len(prompts)
-    for start in range(0, len(order), settings.batch_size):
-        places = order[start : start + settings.batch_size]
-        with as_transformers_has_it(base.model):
+    with as_transformers_has_it(base.model):
+        for start in range(0, len(order), settings.batch_size):
+            places = order[start : start + settings.batch_size]
             rows = complete(base, [prompts[place].ids for place in places], settings)
-        for place, ids in zip(places, rows, strict=True):
-            texts[place] = completion_of(base, ids).prediction
+            for place, ids in zip(places, rows, strict=True):
+                texts[place] = completion_of(base, ids).prediction
     return texts
 
 

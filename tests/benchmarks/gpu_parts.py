@@ -19,16 +19,14 @@ import torch
 from lorakit.adapters.adapter import Adapter
 from lorakit.models.base import Base
 from lorakit.models.estimate import (
-    Precision,
     activation_bytes,
-    decoder_of,
     logit_bytes,
     lora_parameters,
     trained_parts,
     training_pass,
 )
-from lorakit.models.lora import _remove_lora_, pick_modules, projections
-from lorakit.models.norms import fusible_norms
+from lorakit.models.lora import _remove_lora_, pick_modules
+from lorakit.models.skeleton import Skeleton
 from lorakit.models.tokens import Example
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
@@ -146,10 +144,8 @@ def compared_steps(
 
 def estimated_memory(base: Base, adapters: int, batches: list[list[Example]]) -> float:
     """Return what --dry-run says that the steps hold above the base, in MB; packed, in one go."""
-    model, value = base.model, base.dtype.itemsize
-    fused = base.device.type == "cuda" and any(fusible_norms(model))
-    precision = Precision(value, value, norm=value if fused else 4)
-    shapes, decoder = projections(model), decoder_of(model.config)
+    skeleton = Skeleton(base, base.device)
+    precision, shapes, decoder = skeleton.precision, skeleton.shapes, skeleton.decoder
     ranks = dict.fromkeys(pick_modules(base, QUERY_AND_VALUE, None), 8 * adapters)
     trained = sum(part.bytes for part in trained_parts(lora_parameters(ranks, shapes)))
     sizes = [training_pass(batch, packed=True) for batch in batches]
