@@ -75,6 +75,13 @@ class PairScores:
                 pair = BlockPair(block.name, name, part.span, part.scale)
                 of_a, of_b = pair.of(self.weights[name])
                 self.pairs.setdefault((of_a.shape, of_b.shape), []).append(pair)
+        self._adapters = {
+            shapes: torch.tensor(
+                [self.blocks.index(pair.block) for pair in pairs],
+                device=self.weights[pairs[0].module][0].device,
+            )
+            for shapes, pairs in self.pairs.items()
+        }
         self.gradients: dict[str, Matrices] = {}
         self._sensitivity: dict[str, Matrices] = {}
         self._uncertainty: dict[str, Matrices] = {}
@@ -115,12 +122,11 @@ class PairScores:
         for shapes, pairs in self.pairs.items():
             weights = stacked(self.weights, pairs)
             for_a, for_b = self._evidence(shapes, pairs)
-            numbers = [self.blocks.index(pair.block) for pair in pairs]
             scores = Scores(
                 score(weights[0], for_a),
                 score(weights[1], for_b),
                 self._factors[shapes],
-                torch.tensor(numbers, device=weights[0].device),
+                self._adapters[shapes],
             )
             yield PairStack(pairs, weights, scores)
 

@@ -98,16 +98,17 @@ class BatchLoss:
         self.note: Callable[[str], None] = lambda text: None
         self.watcher: Watcher = Blind()
 
-    def backward(self, batch: Sequence[Example]) -> float:
+    def backward(self, batch: Sequence[Example]) -> torch.Tensor:
         """Add up the gradient of the batch's mean loss over its completion tokens; return the loss.
 
-        Raises LorakitError if memory does not suffice for a single example.
+        It is () float32, on the base's device, which need not have computed it yet. Raises
+        LorakitError if memory does not suffice for a single example.
         """
         loss = self._in_memory(batch, lambda: self._add_gradients(batch))
         for parameter in self.parameters:  # those of unused modules
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return float(loss)
+        return loss
 
     @torch.no_grad()
     def mean(self, examples: Sequence[Example]) -> float:

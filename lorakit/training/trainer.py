@@ -261,11 +261,7 @@ class Trainer:
         torch.manual_seed(
             self.settings.seed * 1_000_003 + progress.step * 1_009 + self.accelerator.process_index
         )
-        loss = self.losses.backward(batch)
-        if not math.isfinite(loss):
-            raise LorakitError(
-                f"the loss is {loss} at step {progress.step + 1}; lower --lr or use --dtype float32"
-            )
+        batch_loss = self.losses.backward(batch)
         for hook in self.hooks:
             hook.before_clipping()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
@@ -273,6 +269,11 @@ class Trainer:
         progress.step += 1
         for hook in self.hooks:
             hook.after_step(progress.step)
+        loss = float(batch_loss)  # waits for a GPU, to which all of the step has now been given
+        if not math.isfinite(loss):
+            raise LorakitError(
+                f"the loss is {loss} at step {progress.step}; lower --lr or use --dtype float32"
+            )
         targets = sum(row.targets for row in batch)
         progress.loss_sum += loss * targets
         progress.targets += targets

@@ -77,6 +77,23 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     return best
 
 
+class Moment:
+    """When a device has done what it was given before: of a GPU, which is not waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._at, self._event = time.perf_counter(), None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def until(self, later: Moment) -> float:
+        """Return the seconds until a later moment."""
+        if self._event is None or later._event is None:
+            return later._at - self._at
+        later._event.synchronize()
+        return float(self._event.elapsed_time(later._event)) / 1000  # from milliseconds
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until a GPU has done what it was given."""
     if device.type == "cuda":

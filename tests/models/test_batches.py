@@ -132,7 +132,7 @@ def test_packed_and_padded_batches_have_one_loss_and_gradient(
     for packed in (True, False):
         losses = losses_of(open_base(name), tokens, packed=packed)
         batch = examples(losses.base, 8)
-        loss = losses.backward(batch)
+        loss = float(losses.backward(batch))
         gradients = [parameter.grad for parameter in losses.parameters]
         results.append((loss, gradients, losses.mean(batch), losses.means(batch)))
     packed_so, padded_so = results
@@ -147,7 +147,7 @@ def test_packed_rows_over_a_bfloat16_base_are_near_the_padded_ones(llama: str) -
     losses_so = []
     for packed in (True, False):
         losses = losses_of(open_base(llama, torch.bfloat16), 10_000, packed=packed)
-        losses_so.append(losses.backward(examples(losses.base, 8)))
+        losses_so.append(float(losses.backward(examples(losses.base, 8))))
     assert losses_so[0] == pytest.approx(losses_so[1], rel=2e-2)
 
 

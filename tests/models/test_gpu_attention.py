@@ -59,7 +59,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones(
         base = open_base(name)
         base.model.set_attn_implementation("sdpa")  # as on a GPU
         losses = losses_of(base, 10_000, packed=packed)
-        loss = losses.backward(examples(base, 8))
+        loss = float(losses.backward(examples(base, 8)))
         results.append((loss, [parameter.grad for parameter in losses.parameters]))
     (loss, gradients), (expected, others) = results
     assert loss == pytest.approx(expected, rel=1e-5)

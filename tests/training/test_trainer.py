@@ -46,7 +46,7 @@ def examples(base: Base, count: int, seed: int = 0) -> list[Any]:
 
 
 def gradients(trainer: Trainer, batch: list[Any]) -> tuple[float, list[torch.Tensor]]:
-    loss = trainer.losses.backward(batch)
+    loss = float(trainer.losses.backward(batch))
     found = [
         parameter.grad.clone() for parameter in trainer.parameters if parameter.grad is not None
     ]
@@ -64,12 +64,12 @@ def test_a_loss_is_the_mean_over_completion_tokens_of_the_whole_batch(llama: str
         for place in range(example.start, len(example.ids)):
             total -= float(logits[place - 1, example.ids[place]].detach())
             count += 1
-    loss = new_trainer(open_base(llama)).losses.backward(batch)
+    loss = float(new_trainer(open_base(llama)).losses.backward(batch))
     base_with_lora = new_trainer(base)
     assert count == sum(example.targets for example in batch)
     for layer in base_with_lora.layers.values():
         torch.nn.init.zeros_(factors(layer)[1])
-    assert base_with_lora.losses.backward(batch) == pytest.approx(total / count, rel=1e-5)
+    assert float(base_with_lora.losses.backward(batch)) == pytest.approx(total / count, rel=1e-5)
     assert loss != pytest.approx(total / count, rel=1e-3)
 
 
