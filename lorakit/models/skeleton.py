@@ -35,6 +35,7 @@ from lorakit.models.loading import (
 )
 from lorakit.models.lora import projections
 from lorakit.models.norms import fusible_norms
+from lorakit.models.rotary import fusible_modules
 from lorakit.reach import check_model, is_only_cached
 
 
@@ -106,6 +107,7 @@ class Skeleton:
             4 if by_row else value,
             eager=attention == "eager",
             norm=value if fused else 4,
+            angles_by_head=self.device.type == "cuda" and any(fusible_modules(self.base.model)),
         )
 
     @property

@@ -170,7 +170,7 @@ def _check_shapes(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
 
 def _restore_(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
     """Put the tensors of a checkpoint into the trainer: weights, moments, best, hooks."""
-    device = trainer.base.device
+    device, counts_there = trainer.base.device, trainer.optimizer.defaults["fused"]
     _check_shapes(trainer, saved)
     for name, layer in trainer.layers.items():
         for part, parameter in trained(layer).items():
@@ -178,7 +178,8 @@ def _restore_(trainer: Trainer, saved: Mapping[str, torch.Tensor]) -> None:
                 parameter.copy_(saved[f"weight.{name}.{part}"])
             moments = {m: saved[f"{m}.{name}.{part}"] for m in _MOMENTS}
             trainer.optimizer.state[parameter] = {
-                m: value if m == "step" else value.to(device) for m, value in moments.items()
+                m: value if m == "step" and not counts_there else value.to(device)
+                for m, value in moments.items()
             }
         trainer.best[name] = tuple(saved[f"best.{name}.{part}"] for part in trained(layer))
     hook_states: dict[str, dict[str, torch.Tensor]] = {}

@@ -1,9 +1,9 @@
 """LoRA's forward and backward pass as one function, which stores little for the backward pass.
 
 PEFT's layers store a float32 copy of their input; here the input stays in its own dtype, as a
-tensor that neighbouring projections share, and the dropout mask takes one byte per value. On a CPU,
-bytes multiply several times faster than booleans, and drawing 16 random bits per value is several
-times faster than torch's own dropout.
+tensor that neighbouring projections share, as they share a float32 copy while each computes. The
+dropout mask takes one byte per value. On a CPU, bytes multiply several times faster than booleans,
+and drawing 16 random bits per value is several times faster than torch's own dropout.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ def fused_forward(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
 
     Without gradients they still compute as PEFT does, as do layers whose A and B are frozen.
     """
+    copies = _Copies()
     try:
         for layer in layers.values():
             if factors(layer)[0].requires_grad:
-                layer.forward = _fused(layer)
+                layer.forward = _fused(layer, copies)
         yield
     finally:
         for layer in layers.values():
@@ -49,7 +50,28 @@ def switch_dropout(layers: Mapping[str, PeftLayer], *, on: bool) -> Iterator[Non
             layer.lora_dropout.train(was_on)
 
 
-def _fused(layer: PeftLayer) -> _Forward:
+class _Copies:
+    """Copies of inputs in another dtype, of which the latest is kept for the next projection."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def of(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return x in a dtype."""
+        if x.dtype == dtype:
+            return x
+        if self._latest is None or not _are_one(self._latest[0], x):
+            self._latest = None  # its memory serves the new one
+            self._latest = x, x.to(dtype)
+        return self._latest[1]
+
+
+def _are_one(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Return whether two tensors, of which none has been changed, are the same memory."""
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+
+
+def _fused(layer: PeftLayer, copies: _Copies) -> _Forward:
     """Return the fused forward of a layer, which without gradients is PEFT's own."""
     pefts_forward, base_layer = layer.forward, layer.get_base_layer()
     dropout = layer.lora_dropout[ADAPTER]
@@ -62,7 +84,7 @@ def _fused(layer: PeftLayer) -> _Forward:
             return plain_result
         share = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
         from_base = base_layer(x, *args, **kwargs)
-        output: torch.Tensor = _LoraSum.apply(from_base, x, a, b, scales, share)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _LoraSum.apply(from_base, x, a, b, scales, share, copies)  # type: ignore[no-untyped-call]
         return output
 
     return forward
@@ -80,11 +102,13 @@ class _LoraSum(torch.autograd.Function):
         b: torch.Tensor,
         scales: torch.Tensor,
         share: float,
+        copies: _Copies,
     ) -> torch.Tensor:
         keep_mask = dropout_mask(x, share) if share else None
-        scales = scales / (1 - share)
-        low = linear(_masked(x.to(a.dtype), keep_mask), a) * scales
+        scales = scales / (1 - share) if share else scales
+        low = linear(_masked(copies.of(x, a.dtype), keep_mask), a) * scales
         ctx.save_for_backward(x, a, b, scales, low, keep_mask)
+        ctx.copies = copies
         return torch.add(from_base, linear(low, b), out=torch.empty_like(from_base))
 
     @staticmethod
@@ -95,9 +119,10 @@ class _LoraSum(torch.autograd.Function):
         x_grad = None
         if ctx.needs_input_grad[1]:
             x_grad = _masked((low_grad @ a).view_as(x), keep_mask).to(x.dtype)
-        a_grad = low_grad.t() @ _masked(x.to(a.dtype), keep_mask).flatten(0, -2)
+        given = _masked(ctx.copies.of(x, a.dtype), keep_mask)
+        a_grad = low_grad.t() @ given.flatten(0, -2)
         b_grad = wide.t() @ low.flatten(0, -2)
-        return grad, x_grad, a_grad, b_grad, None, None
+        return grad, x_grad, a_grad, b_grad, None, None, None
 
 
 def dropout_mask(x: torch.Tensor, share: float) -> torch.Tensor:

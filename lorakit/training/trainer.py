@@ -21,6 +21,7 @@ from lorakit.models.architecture import activation_checkpointing
 from lorakit.models.base import Base
 from lorakit.models.batches import epoch_batches
 from lorakit.models.lora import PeftLayer, trained
+from lorakit.models.rotary import fused_rotary
 from lorakit.models.tokens import Example
 from lorakit.reporting import EpochReport, Reporter, StepReport
 from lorakit.runs.signals import deferred
@@ -69,7 +70,10 @@ class Trainer:
             base, self.parameters, tokens=settings.micro_batch_tokens, accelerator=accelerator
         )
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay
+            self.parameters,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            fused=base.device.type == "cuda",
         )
         self.best = self.weights()
         self._seconds = 0.0  # spent on the steps of the current epoch
@@ -316,5 +320,6 @@ class Trainer:
             if self.settings.gradient_checkpointing:
                 stack.enter_context(activation_checkpointing(self.base.model))
             stack.enter_context(switch_dropout(self.layers, on=True))
+            stack.enter_context(fused_rotary(self.base.model))
             stack.enter_context(fused_forward(self.layers))
             yield

@@ -10,6 +10,7 @@ import torch
 
 from lorakit.models.lora import default_targets, factors, inject, pick_modules, set_rank_scales
 from lorakit.training.lora_step import (
+    _Copies,
     _LoraSum,
     _mask_of_bits,
     _plain_mask,
@@ -130,8 +131,42 @@ def test_the_gradient_is_the_numerical_one(share: float) -> None:
 
     def added(*given: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(7)
-        found: torch.Tensor = _LoraSum.apply(*given, scales, share)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _LoraSum.apply(*given, scales, share, _Copies())  # type: ignore[no-untyped-call]
         return found
 
     given = [tensor.requires_grad_(True) for tensor in (plain, x, a, b)]
     assert torch.autograd.gradcheck(added, given)
+
+
+def test_projections_of_one_input_share_its_copy_and_compute_the_same(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, layers = lora_on(llama, torch.bfloat16, dropout=0.3)
+    with fused_forward(layers):
+        shared = logits_and_gradients(base, layers)
+    made: list[torch.Tensor] = []
+
+    def convert(copies: _Copies, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        made.append(x.to(dtype))
+        return made[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Copies, "of", convert)
+        with fused_forward(layers):
+            alone = logits_and_gradients(base, layers)
+    for one, other in zip(shared, alone, strict=True):
+        assert torch.equal(one, other)
+    assert len(made) == 2 * len(layers), "once forwards and once backwards"
+
+
+def test_a_copy_is_of_what_is_asked_for() -> None:
+    copies = _Copies()
+    x = torch.randn(2, 6, dtype=torch.bfloat16)
+    copy = copies.of(x, torch.float32)
+    assert torch.equal(copy, x.float())
+    assert copies.of(x.detach(), torch.float32) is copy, "the same memory"
+    for other in (x[:1], x[1:], x.t(), x.clone()):
+        assert torch.equal(copies.of(other, torch.float32), other.float())
+        assert torch.equal(copies.of(x, torch.float32), x.float())
+    wide = x.double()
+    assert copies.of(wide, torch.float64) is wide
