@@ -71,15 +71,15 @@ class Decoder:
 class Precision:
     """Bytes of a value in the base's dtype, inside attention, and of a norm's stored input.
 
-    `eager` attention stores its matrices; `angles_by_head` says that rotary angles are stored for
-    every head (rotary.py).
+    `eager` attention stores its matrices; `cosines_by_head` says that those of rotary positions
+    are stored for every head (rotary.py).
     """
 
     value: int
     attention: int
     eager: bool = False
     norm: int = 4
-    angles_by_head: bool = False
+    cosines_by_head: bool = False
 
 
 class Pass(NamedTuple):
@@ -197,8 +197,8 @@ def activation_bytes(
         layer: _lora_bytes(names, precision, size, ranks, shapes, dropout=dropout)
         for layer, names in by_layer.items()
     }
-    heads = sum({decoder.heads, decoder.kv_heads}) if precision.angles_by_head else 1
-    angles = 2 * heads * decoder.head_width * precision.value * size.positions
+    cosines = sum({decoder.heads, decoder.kv_heads}) if precision.cosines_by_head else 1
+    angles = (cosines + 1) * decoder.head_width * precision.value * size.positions
     if checkpointing:
         inputs = decoder.layers * size.positions * decoder.hidden * precision.value
         return inputs + norm + plain + max(lora.values(), default=0)

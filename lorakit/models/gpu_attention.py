@@ -119,7 +119,7 @@ def _attend_packed(
     **settings: Any,
 ) -> torch.Tensor:
     """Compute attention (1, tokens, heads, values) of packed rows."""
-    tokens = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    tokens = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
     if rows.causal and _takes_lengths(module, *tokens, **settings):
         attend = _over_lengths(query.device)
         width, scale = max(rows.lengths), settings.get("scaling")

@@ -57,8 +57,9 @@ class _Rotary:
 
     def __init__(self, plain: _Rotate) -> None:
         self._plain = plain
-        self._given: tuple[Any, Any] = None, None  # the cosines and sines that `_angles` are of
-        self._angles: dict[int, _Pair] = {}  # by the number of heads
+        self._given: tuple[Any, Any] = None, None  # the cosines and sines of what is kept here:
+        self._sin = torch.empty(0)  # with signs, (rows, tokens, 1, width)
+        self._cos: dict[int, torch.Tensor] = {}  # by the number of heads
 
     def __call__(
         self,
@@ -67,40 +68,36 @@ class _Rotary:
         cos: torch.Tensor,
         sin: torch.Tensor,
         *positions: Any,
-        unsqueeze_dim: int = 1,
-        **others: Any,
+        **options: Any,
     ) -> _Pair:
-        """Return q and k turned; they are (rows, heads, tokens, width), cos and sin (rows, tokens,
-        width), or heads come after tokens where `unsqueeze_dim` is 2."""
+        """Return q and k (rows, heads, tokens, width) turned by cos and sin (rows, tokens, width).
+
+        Where the option `unsqueeze_dim` is 2, heads come after tokens.
+        """
         fits = q.shape[-1] == k.shape[-1] == cos.shape[-1] and q.dtype == k.dtype == cos.dtype
-        if positions or others or not fits or cos.dim() != q.dim() - 1:
-            more = {"unsqueeze_dim": unsqueeze_dim, **others}
-            return self._plain(q, k, cos, sin, *positions, **more)
+        if positions or options.keys() - {"unsqueeze_dim"} or not fits or cos.dim() != q.dim() - 1:
+            return self._plain(q, k, cos, sin, *positions, **options)
         if self._given[0] is not cos or self._given[1] is not sin:
-            self._given, self._angles = (cos, sin), {}
-        return self._turned(q, unsqueeze_dim), self._turned(k, unsqueeze_dim)
+            first, second = sin.chunk(2, -1)
+            self._given, self._cos = (cos, sin), {}
+            self._sin = torch.cat([-first, second], -1).unsqueeze(2)
+        heads_at = options.get("unsqueeze_dim", 1)
+        return self._turned(q, heads_at), self._turned(k, heads_at)
 
     def _turned(self, x: torch.Tensor, heads_at: int) -> torch.Tensor:
         """Return queries or keys turned."""
         rows = x.transpose(1, 2) if heads_at == 1 else x  # as projections lay them out
-        heads = rows.shape[2]
-        if heads not in self._angles:
-            self._angles[heads] = _angles(*self._given, heads)
-        turned: torch.Tensor = _Turn.apply(rows, *self._angles[heads])  # type: ignore[no-untyped-call]
+        cos = self._cos_of(rows.shape[2])
+        turned: torch.Tensor = _Turn.apply(rows, cos, self._sin)  # type: ignore[no-untyped-call]
         return turned.transpose(1, 2) if heads_at == 1 else turned
 
-
-def _angles(cos: torch.Tensor, sin: torch.Tensor, heads: int) -> _Pair:
-    """Return the cosines, and the sines with their signs: (rows, tokens, 1, width).
-
-    On a GPU they are (rows, tokens, heads, width).
-    """
-    first, second = sin.chunk(2, -1)
-    pair = cos.unsqueeze(2), torch.cat([-first, second], -1).unsqueeze(2)
-    if cos.device.type == "cpu":
-        return pair
-    of_all, signed = (part.expand(-1, -1, heads, -1).contiguous() for part in pair)
-    return of_all, signed
+    def _cos_of(self, heads: int) -> torch.Tensor:
+        """Return the cosines (rows, tokens, 1, width); (rows, tokens, heads, width) on a GPU."""
+        if heads not in self._cos:
+            cos = self._given[0].unsqueeze(2)
+            on_cpu = cos.device.type == "cpu"
+            self._cos[heads] = cos if on_cpu else cos.expand(-1, -1, heads, -1).contiguous()
+        return self._cos[heads]
 
 
 class _Turn(torch.autograd.Function):
@@ -109,17 +106,23 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return (x * cos).add_(_swapped(x).mul_(sin))
+        first, second = sin.chunk(2, -1)
+        return (x * cos).add_(_crossed(x, first, second))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return (grad * cos).add_(_swapped(grad * sin)), None, None
+        first, second = sin.chunk(2, -1)
+        return (grad * cos).add_(_crossed(grad, second, first)), None, None
 
 
-def _swapped(x: torch.Tensor) -> torch.Tensor:
-    """Return a copy of x (…, width) with the halves of its last dimension swapped."""
-    return x.roll(x.shape[-1] // 2, -1)
+def _crossed(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return the second half of x times `first`, then the first half times `second`."""
+    crossed = torch.empty_like(x)
+    halves = zip(crossed.chunk(2, -1), reversed(x.chunk(2, -1)), (first, second), strict=True)
+    for place, half, factor in halves:
+        torch.mul(half, factor, out=place)
+    return crossed
 
 
 @functools.cache

@@ -107,7 +107,7 @@ class Skeleton:
             4 if by_row else value,
             eager=attention == "eager",
             norm=value if fused else 4,
-            angles_by_head=self.device.type == "cuda" and any(fusible_modules(self.base.model)),
+            cosines_by_head=self.device.type == "cuda" and any(fusible_modules(self.base.model)),
         )
 
     @property
