@@ -8,7 +8,7 @@
 # $DATA, $MODEL, $RESULTS and what to choose. Each command's seconds go to stderr; what needs a command that
 # failed is left out, and made when the script is run again. Small commands share a GPU best under NVIDIA's
 # multi-process service (`nvidia-cuda-mps-control -d` before, `echo quit | nvidia-cuda-mps-control` after).
-# --smoke tries every command with a few records on the shipped model, on a CPU, too.
+# --smoke tries every command with a few records on the shipped model, on a CPU, too: in a minute or two.
 
 set -eu
 case ${1:-} in --smoke) smoke=--smoke; shift ;; *) smoke= ;; esac

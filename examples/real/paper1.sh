@@ -8,15 +8,15 @@
 #
 # Raw data: $DATA/scitldr, $DATA/dialogsum, $DATA/gsm8k. A command whose output exists is skipped, so that
 # a stopped run goes on where it was. $TARGETS, $SEEDS and $PARTS choose less; --smoke tries every command
-# with a few records on the shipped model. What it prints, by tables.py, is in examples/README.md;
-# scores and figures are copied to the folder $RESULTS, if that is set.
+# with a few records on the shipped model, for SciTLDR unless $TARGETS says more. What it prints, by
+# tables.py, is in examples/README.md; scores and figures are copied to the folder $RESULTS, if that is set.
 
 set -eu
 . "$(dirname "$0")/steps.sh"
 targets=${TARGETS:-scitldr dialogsum}
 parts=${PARTS:-core search baselines pruned far ablation sizes}
 sizes=${SIZES:-10 200}
-[ ! "$smoke" ] || sizes=2
+[ ! "$smoke" ] || targets=${TARGETS:-scitldr} sizes=2
 fit="--lr 1e-3 --max-length $length --truncate --dtype $dtype --resume -q"
 titles="--template 'Write the title of the paper with this abstract.\nAbstract: {{article}}\nTitle:'"
 titles="$titles --completion ' {{title}}'"

@@ -10,14 +10,14 @@
 #
 # Raw data: $DATA/dialogsum, scitldr, gsm8k, hotpotqa. A command whose output exists is skipped, so that a
 # stopped run goes on where it was. $TASKS and $PARTS choose less; --smoke tries every command with a few
-# records on the shipped model. What it prints, by tables.py, is in examples/README.md; scores and figures
-# are copied to the folder $RESULTS, if that is set.
+# records on the shipped model, for yes/no and HotpotQA unless $TASKS says more. What it prints, by
+# tables.py, is in examples/README.md; scores and figures are copied to the folder $RESULTS, if that is set.
 
 set -eu
 . "$(dirname "$0")/steps.sh"
 tasks=${TASKS:-dialogsum yesno scitldr gsm8k hotpotqa}
 parts=${PARTS:-tuned best rank32 seeds other_domains}
-[ ! "$smoke" ] || seeds=${SEEDS:-0 1}
+[ ! "$smoke" ] || tasks=${TASKS:-yesno hotpotqa} seeds=${SEEDS:-0 1}
 first_seed=${seeds%% *} other_seeds=${seeds#"${seeds%% *}"} # of which the others are for part seeds
 layers=${LAYERS:-30} # of the model
 examples=150 sweep=30 answers=100
