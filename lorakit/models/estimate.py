@@ -6,7 +6,7 @@ frozen weights and LoRA on some projections, as lorakit trains it (training/lora
 Per position and decoder layer, torch stores for the backward pass, in bytes:
 
     two norms           2·(4d + 4)          the input, widened to float32, and 1/rms
-                                            (d·b + 4 where norms.py has one kernel do it)
+                                            (d·b + 4 where norms.py computes them)
     attention           2·h·w·a + 2·k·w·a   queries, outputs, keys, values
                         + 4h                the logarithm of each softmax's sum
     MLP                 3·i·b               what its activation and product read

@@ -1,16 +1,19 @@
-"""Root-mean-square norms on a GPU, by PyTorch's one kernel in place of seven.
+"""Root-mean-square norms by fewer operations than transformers', and less that they store.
 
-transformers writes the norm out in operations that each read and write all hidden states: with its
-backward pass a sixth of a training step. Families' norms differ (Gemma adds one to the weight), so
-those are replaced that a trial shows to compute what the kernel does.
+transformers writes the norm out in operations that each read and write all hidden states, and so
+does its backward pass: on a GPU a sixth of a training step. There, PyTorch's one kernel computes
+it; on a CPU, in training, one function, to the same bits. Families' norms differ (Gemma adds one to
+the weight), so those are replaced that a trial shows to compute the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -26,8 +29,21 @@ def fuse_norms_(model: Model) -> None:
         norm.forward = functools.partial(_fused, norm, _epsilon_of(norm))
 
 
+@contextlib.contextmanager
+def fused_norms(model: Model) -> Iterator[None]:
+    """Inside the block, the norms of a model on a CPU are one function where gradients are due."""
+    norms = [n for n in fusible_norms(model) if n.get_parameter("weight").device.type == "cpu"]
+    try:
+        for norm in norms:
+            norm.forward = functools.partial(_in_training, norm, _epsilon_of(norm) or 0.0)
+        yield
+    finally:
+        for norm in norms:
+            norm.__dict__.pop("forward")
+
+
 def fusible_norms(model: Model) -> Iterator[torch.nn.Module]:
-    """Yield the norms that PyTorch's kernel computes; the model may be without weights."""
+    """Yield the norms that are computed in another way; the model may be without weights."""
     fusible: dict[object, bool] = {}
     for module in model.modules():
         if "RMSNorm" not in type(module).__name__ or hasattr(module, "_hf_hook"):
@@ -55,6 +71,34 @@ def _fused(norm: torch.nn.Module, epsilon: float | None, x: torch.Tensor) -> tor
     """Return x / √(mean of x² + ε), rounded to its dtype, times the weight, as Llama has it."""
     weight = norm.get_parameter("weight")
     return torch.nn.functional.rms_norm(x, weight.shape, None, epsilon) * weight
+
+
+def _in_training(norm: torch.nn.Module, epsilon: float, x: torch.Tensor) -> torch.Tensor:
+    """Return what `_fused` does, to the bit of what transformers does."""
+    weight = norm.get_parameter("weight")
+    if weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad):
+        plain: torch.Tensor = type(norm).forward(norm, x)
+        return plain
+    normed: torch.Tensor = _Norm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    return normed
+
+
+class _Norm(torch.autograd.Function):
+    """w·x·r with r = 1 / √(mean of x² + ε); its gradient is r·(g·w) − x·r³·(sum of g·w·x) / d."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        wide = x.float()
+        root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, weight, root)
+        return weight * (wide * root).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, root = ctx.saved_tensors
+        wide, weighted = x.float(), (grad * weight).float()
+        along = (weighted * wide).sum(-1, keepdim=True) * root.pow(3) / x.shape[-1]
+        return (weighted * root).sub_(along * wide).to(x.dtype), None, None
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ class Skeleton:
         value = self.base.dtype.itemsize
         attention = text_config(self.base.model)._attn_implementation
         by_row = self.device.type == "cpu" and attention == "sdpa"
-        fused = self.device.type == "cuda" and any(fusible_norms(self.base.model))
+        fused = self.device.type in ("cpu", "cuda") and any(fusible_norms(self.base.model))
         return Precision(
             value,
             4 if by_row else value,

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from lorakit.models.architecture import Model
 from lorakit.models.lora import ADAPTER, PeftLayer, factors, rank_scales
+from lorakit.models.norms import fused_norms
+from lorakit.models.rotary import fused_rotary
 
 _Forward = Callable[..., torch.Tensor]
 
@@ -35,6 +38,13 @@ def fused_forward(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
     finally:
         for layer in layers.values():
             layer.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def lean_passes(model: Model, layers: Mapping[str, PeftLayer]) -> Iterator[None]:
+    """Inside the block, a model and LoRA's layers on it take fewer operations, and store less."""
+    with fused_rotary(model), fused_norms(model), fused_forward(layers):
+        yield
 
 
 @contextlib.contextmanager

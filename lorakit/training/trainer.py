@@ -21,12 +21,11 @@ from lorakit.models.architecture import activation_checkpointing
 from lorakit.models.base import Base
 from lorakit.models.batches import epoch_batches
 from lorakit.models.lora import PeftLayer, trained
-from lorakit.models.rotary import fused_rotary
 from lorakit.models.tokens import Example
 from lorakit.reporting import EpochReport, Reporter, StepReport
 from lorakit.runs.signals import deferred
 from lorakit.settings import TrainingSettings
-from lorakit.training.lora_step import fused_forward, switch_dropout
+from lorakit.training.lora_step import lean_passes, switch_dropout
 from lorakit.training.loss import BatchLoss
 from lorakit.training.progress import Progress
 from lorakit.training.schedule import learning_rate_factor
@@ -320,6 +319,5 @@ class Trainer:
             if self.settings.gradient_checkpointing:
                 stack.enter_context(activation_checkpointing(self.base.model))
             stack.enter_context(switch_dropout(self.layers, on=True))
-            stack.enter_context(fused_rotary(self.base.model))
-            stack.enter_context(fused_forward(self.layers))
+            stack.enter_context(lean_passes(self.base.model, self.layers))
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import transformers.models as families
 
 from lorakit.models.base import Base
 from lorakit.models.loading import load_base
-from lorakit.models.norms import fuse_norms_, fusible_norms
+from lorakit.models.norms import fuse_norms_, fused_norms, fusible_norms
 from tests.support.devices import here
 from tests.support.models import open_base, save_model
 
@@ -91,3 +92,39 @@ def test_the_gradient_is_that_of_the_plain_norm(llama: str) -> None:
         norm(given).square().sum().backward()
         gradients.append(given.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("width", [8, 24, 576])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_training_values_and_gradients_are_those_of_the_plain_norm_to_the_bit(
+    dtype: torch.dtype, width: int
+) -> None:
+    torch.manual_seed(0)
+    norm = families.llama.modeling_llama.LlamaRMSNorm(width).to(dtype).requires_grad_(False)
+    torch.nn.init.normal_(norm.weight)
+    x = (torch.randn(2, 9, width) * torch.tensor([1e-3, 1.0, 30.0]).repeat(3)[:, None]).to(dtype)
+    grad = torch.randn(2, 9, width).to(dtype)
+    found = []
+    for context in (contextlib.nullcontext(), fused_norms(torch.nn.ModuleList([norm]))):
+        given = x.clone().requires_grad_(True)
+        with context:
+            normed = norm(given)
+            normed.backward(grad)
+        assert given.grad is not None
+        found.append((normed, given.grad))
+    assert all(map(torch.equal, *found))
+
+
+def test_only_in_training_norms_are_one_function(llama: str) -> None:
+    model = with_random_norms(open_base(llama)).model.requires_grad_(False)
+    x = torch.randn(5, model.config.hidden_size)
+    norm = next(iter(fusible_norms(model)))
+    with fused_norms(model):
+        assert norm(x).grad_fn is None
+        assert "_Norm" in type(norm(x.clone().requires_grad_(True)).grad_fn).__name__
+        with torch.no_grad():
+            assert norm(x.clone().requires_grad_(True)).grad_fn is None
+        norm.get_parameter("weight").requires_grad_(True)
+        norm(x).sum().backward()
+        assert norm.get_parameter("weight").grad is not None
+    assert "forward" not in vars(norm)

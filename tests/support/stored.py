@@ -12,7 +12,7 @@ from lorakit.models.base import Base
 from lorakit.models.lora import PeftLayer, factors
 from lorakit.models.sharing import new_accelerator
 from lorakit.models.tokens import Example
-from lorakit.training.lora_step import fused_forward, switch_dropout
+from lorakit.training.lora_step import lean_passes, switch_dropout
 from lorakit.training.loss import BatchLoss
 
 
@@ -48,7 +48,7 @@ def stored_bytes(
         if checkpointing:
             stack.enter_context(activation_checkpointing(base.model))
         stack.enter_context(switch_dropout(layers, on=True))
-        stack.enter_context(fused_forward(layers))
+        stack.enter_context(lean_passes(base.model, layers))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         losses.backward(rows)
     return sum(sizes.values())
