@@ -10,6 +10,7 @@ Per position and decoder layer, torch stores for the backward pass, in bytes:
     attention           2·h·w·a + 2·k·w·a   queries, outputs, keys, values
                         + 4h                the logarithm of each softmax's sum
     MLP                 3·i·b               what its activation and product read
+                                            (2·i·b where swiglu.py computes them)
     each LoRA           4r + d_in           A·x, and the dropout mask
     each LoRA's input   d_in·b              once for the projections that share it
 
@@ -71,14 +72,16 @@ class Decoder:
 class Precision:
     """Bytes of a value in the base's dtype, inside attention, and of a norm's stored input.
 
-    `eager` attention stores its matrices; `cosines_by_head` says that those of rotary positions
-    are stored for every head (rotary.py).
+    `mlp` counts the inner values that an MLP stores for each position. `eager` attention stores its
+    matrices; `cosines_by_head` says that those of rotary positions are stored for every head
+    (rotary.py).
     """
 
     value: int
     attention: int
     eager: bool = False
     norm: int = 4
+    mlp: int = 3
     cosines_by_head: bool = False
 
 
@@ -191,7 +194,8 @@ def activation_bytes(
         )
     }
     norm = size.positions * (precision.norm * decoder.hidden + 4)
-    attention, mlp = _attention_bytes(decoder, precision, size), size.positions * 3
+    attention = _attention_bytes(decoder, precision, size)
+    mlp = size.positions * precision.mlp
     plain = 2 * norm + attention + mlp * decoder.intermediate * precision.value
     lora = {
         layer: _lora_bytes(names, precision, size, ranks, shapes, dropout=dropout)

@@ -36,6 +36,7 @@ from lorakit.models.loading import (
 from lorakit.models.lora import projections
 from lorakit.models.norms import fusible_norms
 from lorakit.models.rotary import fusible_modules
+from lorakit.models.swiglu import fusible_mlps
 from lorakit.reach import check_model, is_only_cached
 
 
@@ -107,6 +108,7 @@ class Skeleton:
             4 if by_row else value,
             eager=attention == "eager",
             norm=value if fused else 4,
+            mlp=2 if any(fusible_mlps(self.base.model)) else 3,
             cosines_by_head=self.device.type == "cuda" and any(fusible_modules(self.base.model)),
         )
 

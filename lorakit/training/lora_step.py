@@ -19,6 +19,7 @@ from lorakit.models.architecture import Model
 from lorakit.models.lora import ADAPTER, PeftLayer, factors, rank_scales
 from lorakit.models.norms import fused_norms
 from lorakit.models.rotary import fused_rotary
+from lorakit.models.swiglu import fused_swiglu
 
 _Forward = Callable[..., torch.Tensor]
 
@@ -43,7 +44,7 @@ def fused_forward(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
 @contextlib.contextmanager
 def lean_passes(model: Model, layers: Mapping[str, PeftLayer]) -> Iterator[None]:
     """Inside the block, a model and LoRA's layers on it take fewer operations, and store less."""
-    with fused_rotary(model), fused_norms(model), fused_forward(layers):
+    with fused_rotary(model), fused_norms(model), fused_swiglu(model), fused_forward(layers):
         yield
 
 

@@ -105,7 +105,7 @@ def test_activations_of_other_families_are_within_a_quarter(
 def test_with_checkpointing_what_is_stored_and_one_layer_more_are_counted() -> None:
     stored, estimated = stored_and_estimated("tiny", checkpointing=True)
     whole, _ = stored_and_estimated("tiny")
-    assert stored < whole / 10
+    assert stored < whole / 8
     assert estimated - stored == pytest.approx(whole / 8, rel=0.05)  # tiny has eight layers
 
 
