@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -148,18 +148,34 @@ def _finite_hashes(tensors: Mapping[str, Tensor], name: str) -> dict[str, str]:
     """Return the SHA-256 of every tensor.
 
     Raises LorakitError for a tensor with a value that is not finite. Nothing else done to an
-    adapter takes as long, so each tensor is checked and hashed in one pass, several tensors in
-    parallel.
+    adapter takes as long, so each tensor is checked and hashed in one pass, by several threads with
+    a share of the tensors each: those of one projection take less than to hand them to a thread.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     keys = sorted(tensors)
-    hashes: dict[str, str] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(Tensor.finite_sha256, (tensors[key] for key in keys))
-        for key, digest in zip(keys, digests, strict=True):
-            if digest is None:
-                where = f"{name}: tensor {quote(key)}"
-                raise LorakitError(f"{where} holds values that are not finite; train it again")
-            hashes[key] = digest
+    threads = os.cpu_count() or 1
+    shares = [keys[first::threads] for first in range(min(threads, len(keys)))]
+    hashes: dict[str, str | None] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for of_share in pool.map(lambda share: _hashes_of(tensors, share), shares):
+            hashes |= of_share
+    return {key: _finite(hashes.get(key), key, name) for key in keys}
+
+
+def _hashes_of(tensors: Mapping[str, Tensor], keys: Sequence[str]) -> dict[str, str | None]:
+    """Return the SHA-256 of some tensors, up to the first with a value that is not finite: None."""
+    hashes: dict[str, str | None] = {}
+    for key in keys:
+        hashes[key] = tensors[key].finite_sha256()
+        if hashes[key] is None:
+            break
     return hashes
+
+
+def _finite(digest: str | None, key: str, name: str) -> str:
+    """Return a tensor's SHA-256, or raise LorakitError where it has none."""
+    if digest is None:
+        where = f"{name}: tensor {quote(key)}"
+        raise LorakitError(f"{where} holds values that are not finite; train it again")
+    return digest
