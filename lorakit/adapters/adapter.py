@@ -155,7 +155,8 @@ def _finite_hashes(tensors: Mapping[str, Tensor], name: str) -> dict[str, str]:
 
     keys = sorted(tensors)
     threads = os.cpu_count() or 1
-    shares = [keys[first::threads] for first in range(min(threads, len(keys)))]
+    size = -(-len(keys) // threads) or 1
+    shares = [keys[first : first + size] for first in range(0, len(keys), size)]
     hashes: dict[str, str | None] = {}
     with ThreadPoolExecutor(threads) as pool:
         for of_share in pool.map(lambda share: _hashes_of(tensors, share), shares):

@@ -205,7 +205,7 @@ def activation_bytes(
     angles = (cosines + 1) * decoder.head_width * precision.value * size.positions
     if checkpointing:
         inputs = decoder.layers * size.positions * decoder.hidden * precision.value
-        return inputs + norm + plain + max(lora.values(), default=0)
+        return inputs + norm + plain + max(lora.values(), default=0) + angles
     stored = decoder.layers - min(by_layer, default=decoder.layers)
     first_norm = norm if stored else 0  # of the lowest LoRA's layer, whose input needs no gradient
     return stored * plain - first_norm + sum(lora.values()) + norm + angles

@@ -12,14 +12,16 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from lorakit.models.architecture import Model
+from lorakit.models.trials import compute_the_same
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what families call it
+_Trial = Callable[[torch.nn.Module, float], bool]
 _OWN_AND_INPUT = 2  # parameters of a norm's forward; gated ones take a third
 
 
@@ -32,18 +34,28 @@ def fuse_norms_(model: Model) -> None:
 @contextlib.contextmanager
 def fused_norms(model: Model) -> Iterator[None]:
     """Inside the block, the norms of a model on a CPU are one function where gradients are due."""
-    norms = [n for n in fusible_norms(model) if n.get_parameter("weight").device.type == "cpu"]
+    norms = [n for n in lean_norms(model) if n.get_parameter("weight").device.type == "cpu"]
     try:
         for norm in norms:
             norm.forward = functools.partial(_in_training, norm, _epsilon_of(norm) or 0.0)
         yield
     finally:
         for norm in norms:
-            norm.__dict__.pop("forward")
+            norm.__dict__.pop("forward", None)
 
 
 def fusible_norms(model: Model) -> Iterator[torch.nn.Module]:
-    """Yield the norms that are computed in another way; the model may be without weights."""
+    """Yield the norms that PyTorch's kernel computes; the model may be without weights."""
+    return _norms_by(model, _computes_the_same)
+
+
+def lean_norms(model: Model) -> Iterator[torch.nn.Module]:
+    """Yield the norms that one function computes in training; the model may be without weights."""
+    return (norm for norm in _norms_by(model, _trains_the_same) if "forward" not in vars(norm))
+
+
+def _norms_by(model: Model, trial: _Trial) -> Iterator[torch.nn.Module]:
+    """Yield the norms with a weight alone, of which a trial of each kind tells that it fits."""
     fusible: dict[object, bool] = {}
     for module in model.modules():
         if "RMSNorm" not in type(module).__name__ or hasattr(module, "_hf_hook"):
@@ -56,7 +68,7 @@ def fusible_norms(model: Model) -> Iterator[torch.nn.Module]:
             continue
         kind = type(module), weight.shape, weight.dtype, epsilon
         if kind not in fusible:
-            fusible[kind] = _computes_the_same(module, epsilon)
+            fusible[kind] = trial(module, epsilon)
         if fusible[kind]:
             yield module
 
@@ -104,14 +116,30 @@ class _Norm(torch.autograd.Function):
 @torch.no_grad()
 def _computes_the_same(module: torch.nn.Module, epsilon: float) -> bool:
     """Return whether a norm gives what the kernel does, with random weights and to the bit."""
-    norm = copy.deepcopy(module).to_empty(device="cpu")
-    weight = norm.get_parameter("weight")
-    draw = torch.Generator().manual_seed(0)
-    weight.normal_(generator=draw)
-    x = torch.randn(3, *weight.shape, generator=draw)
-    x = (x * torch.tensor([1e-3, 1.0, 30.0])[:, None]).to(weight.dtype)
+    norm, x = _copy_and_input(module)
     try:
         expected, fused = norm(x), _fused(norm, epsilon, x)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
     return expected.dtype == fused.dtype and torch.equal(fused, expected)
+
+
+def _trains_the_same(module: torch.nn.Module, epsilon: float) -> bool:
+    """Return whether a norm gives what `_Norm` does, with its gradient."""
+    norm, x = _copy_and_input(module)
+    weight = norm.get_parameter("weight").requires_grad_(False)
+    one_function: Callable[..., torch.Tensor] = _Norm.apply
+    return compute_the_same(
+        lambda x: [type(norm).forward(norm, x)], lambda x: [one_function(x, weight, epsilon)], [x]
+    )
+
+
+@torch.no_grad()
+def _copy_and_input(module: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Return a norm with random weights, and what it may be given, small and large."""
+    norm = copy.deepcopy(module).to_empty(device="cpu")
+    weight = norm.get_parameter("weight")
+    draw = torch.Generator().manual_seed(0)
+    weight.normal_(generator=draw)
+    x = torch.randn(3, *weight.shape, generator=draw)
+    return norm, (x * torch.tensor([1e-3, 1.0, 30.0])[:, None]).to(weight.dtype)

@@ -16,11 +16,12 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lorakit.models.architecture import Model
+from lorakit.models.trials import DTYPES, at_the_head, compute_the_same
 
 _NAME = "apply_rotary_pos_emb"  # in transformers' modules of families
 _Pair = tuple[torch.Tensor, torch.Tensor]
@@ -29,12 +30,22 @@ _Rotate = Callable[..., _Pair]
 
 @contextlib.contextmanager
 def fused_rotary(model: Model) -> Iterator[None]:
-    """Inside the block, models of this one's family turn queries and keys by fewer operations."""
+    """Inside the block, models of this one's family turn queries and keys by fewer operations.
+
+    What is replaced is a function of transformers', for all threads.
+    """
     replaced = {module: getattr(module, _NAME) for module in fusible_modules(model)}
+    rotaries = {module: _Rotary(rotate) for module, rotate in replaced.items()}
+
+    def forget() -> None:
+        for rotary in rotaries.values():
+            rotary.forget()
+
     try:
-        for module, rotate in replaced.items():
-            setattr(module, _NAME, _Rotary(rotate))
-        yield
+        for module, rotary in rotaries.items():
+            setattr(module, _NAME, rotary)
+        with at_the_head(model, forget):
+            yield
     finally:
         for module, rotate in replaced.items():
             setattr(module, _NAME, rotate)
@@ -52,52 +63,76 @@ def fusible_modules(model: Model) -> Iterator[ModuleType]:
             yield module
 
 
+class _Angles(NamedTuple):
+    """The cosines and sines that a model gave, and what is made of them."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    signed: torch.Tensor  # the sines with signs, (rows, tokens, 1, width)
+    by_heads: dict[int, torch.Tensor]  # the cosines by the number of heads
+
+
 class _Rotary:
     """Turns queries and keys; by transformers' function where it is asked for anything else."""
 
     def __init__(self, plain: _Rotate) -> None:
         self._plain = plain
-        self._given: tuple[Any, Any] = None, None  # the cosines and sines of what is kept here:
-        self._sin = torch.empty(0)  # with signs, (rows, tokens, 1, width)
-        self._cos: dict[int, torch.Tensor] = {}  # by the number of heads
+        self._angles: list[_Angles] = []  # of this pass: some models have two, for windows
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *positions: Any,
-        **options: Any,
-    ) -> _Pair:
+    def forget(self) -> None:
+        """Forget the angles of a pass."""
+        self._angles = []
+
+    def __call__(self, *given: torch.Tensor, **options: Any) -> _Pair:
         """Return q and k (rows, heads, tokens, width) turned by cos and sin (rows, tokens, width).
 
         Where the option `unsqueeze_dim` is 2, heads come after tokens.
         """
-        fits = q.shape[-1] == k.shape[-1] == cos.shape[-1] and q.dtype == k.dtype == cos.dtype
-        if positions or options.keys() - {"unsqueeze_dim"} or not fits or cos.dim() != q.dim() - 1:
-            return self._plain(q, k, cos, sin, *positions, **options)
-        if self._given[0] is not cos or self._given[1] is not sin:
-            first, second = sin.chunk(2, -1)
-            self._given, self._cos = (cos, sin), {}
-            self._sin = torch.cat([-first, second], -1).unsqueeze(2)
         heads_at = options.get("unsqueeze_dim", 1)
-        return self._turned(q, heads_at), self._turned(k, heads_at)
+        if options.keys() - {"unsqueeze_dim"} or heads_at not in (1, 2) or not _fit(given):
+            return self._plain(*given, **options)
+        q, k, cos, sin = given
+        angles = self._angles_of(cos, sin)
+        return _turned(q, angles, heads_at), _turned(k, angles, heads_at)
 
-    def _turned(self, x: torch.Tensor, heads_at: int) -> torch.Tensor:
-        """Return queries or keys turned."""
-        rows = x.transpose(1, 2) if heads_at == 1 else x  # as projections lay them out
-        cos = self._cos_of(rows.shape[2])
-        turned: torch.Tensor = _Turn.apply(rows, cos, self._sin)  # type: ignore[no-untyped-call]
-        return turned.transpose(1, 2) if heads_at == 1 else turned
+    def _angles_of(self, cos: torch.Tensor, sin: torch.Tensor) -> _Angles:
+        for angles in self._angles:
+            if angles.cos is cos and angles.sin is sin:
+                return angles
+        first, second = sin.chunk(2, -1)
+        signed = torch.cat([-first, second], -1).unsqueeze(2)
+        self._angles.append(_Angles(cos, sin, signed, {}))
+        return self._angles[-1]
 
-    def _cos_of(self, heads: int) -> torch.Tensor:
-        """Return the cosines (rows, tokens, 1, width); (rows, tokens, heads, width) on a GPU."""
-        if heads not in self._cos:
-            cos = self._given[0].unsqueeze(2)
-            on_cpu = cos.device.type == "cpu"
-            self._cos[heads] = cos if on_cpu else cos.expand(-1, -1, heads, -1).contiguous()
-        return self._cos[heads]
+
+def _fit(given: tuple[torch.Tensor, ...]) -> bool:
+    """Return whether these are q, k, cos and sin as `_Rotary` turns them."""
+    if len(given) != 4:
+        return False
+    q, k, cos, sin = given
+    return (
+        q.dim() == k.dim() == 4
+        and cos.dim() == sin.dim() == 3
+        and q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1]
+        and q.dtype == k.dtype == cos.dtype == sin.dtype
+    )
+
+
+def _turned(x: torch.Tensor, angles: _Angles, heads_at: int) -> torch.Tensor:
+    """Return queries or keys turned."""
+    rows = x.transpose(1, 2) if heads_at == 1 else x  # as projections lay them out
+    cos = _cosines(angles, rows.shape[2])
+    turned: torch.Tensor = _Turn.apply(rows, cos, angles.signed)  # type: ignore[no-untyped-call]
+    return turned.transpose(1, 2) if heads_at == 1 else turned
+
+
+def _cosines(angles: _Angles, heads: int) -> torch.Tensor:
+    """Return the cosines (rows, tokens, 1, width); (rows, tokens, heads, width) but on a CPU."""
+    if heads not in angles.by_heads:
+        cos = angles.cos.unsqueeze(2)
+        on_cpu = cos.device.type == "cpu"
+        angles.by_heads[heads] = cos if on_cpu else cos.expand(-1, -1, heads, -1).contiguous()
+    return angles.by_heads[heads]
 
 
 class _Turn(torch.autograd.Function):
@@ -127,12 +162,17 @@ def _crossed(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torc
 
 @functools.cache
 def _computes_the_same(rotate: _Rotate) -> bool:
-    """Return whether a family's function gives what `_Rotary` does, to the bit."""
+    """Return whether a family's function gives what `_Rotary` does, with its gradient."""
     draw = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 3, 5, 8, generator=draw), torch.randn(2, 1, 5, 8, generator=draw)
-    cos, sin = torch.randn(2, 2, 5, 8, generator=draw)
-    try:
-        expected = rotate(q, k, cos, sin)
-        return all(map(torch.equal, expected, _Rotary(rotate)(q, k, cos, sin)))
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        return False
+    angles = torch.randn(2, 2, 5, 8, generator=draw)
+
+    def same(dtype: torch.dtype) -> bool:
+        cos, sin = angles.to(dtype)
+        return compute_the_same(
+            lambda q, k: rotate(q, k, cos, sin),
+            lambda q, k: _Rotary(rotate)(q, k, cos, sin),
+            [q.to(dtype), k.to(dtype)],
+        )
+
+    return all(map(same, DTYPES))

@@ -34,7 +34,7 @@ from lorakit.models.loading import (
     quieten_transformers,
 )
 from lorakit.models.lora import projections
-from lorakit.models.norms import fusible_norms
+from lorakit.models.norms import fusible_norms, lean_norms
 from lorakit.models.rotary import fusible_modules
 from lorakit.models.swiglu import fusible_mlps
 from lorakit.reach import check_model, is_only_cached
@@ -100,16 +100,17 @@ class Skeleton:
     def precision(self) -> Precision:
         """Bytes of the values that the model computes; on a CPU it attends in float32."""
         value = self.base.dtype.itemsize
-        attention = text_config(self.base.model)._attn_implementation
-        by_row = self.device.type == "cpu" and attention == "sdpa"
-        fused = self.device.type in ("cpu", "cuda") and any(fusible_norms(self.base.model))
+        model, on_cpu = self.base.model, self.device.type == "cpu"
+        attention = text_config(model)._attn_implementation
+        by_row = on_cpu and attention == "sdpa"
+        norms = {"cpu": lean_norms, "cuda": fusible_norms}.get(self.device.type)
         return Precision(
             value,
             4 if by_row else value,
             eager=attention == "eager",
-            norm=value if fused else 4,
-            mlp=2 if any(fusible_mlps(self.base.model)) else 3,
-            cosines_by_head=self.device.type == "cuda" and any(fusible_modules(self.base.model)),
+            norm=value if norms and any(norms(model)) else 4,
+            mlp=2 if any(fusible_mlps(model)) else 3,
+            cosines_by_head=not on_cpu and any(fusible_modules(model)),
         )
 
     @property

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from torch.nn.functional import silu
 
 from lorakit.models.architecture import Model
+from lorakit.models.trials import DTYPES, compute_the_same
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # what families call them
 _ACTIVATION = "act_fn"
@@ -38,17 +39,23 @@ def fused_swiglu(model: Model) -> Iterator[None]:
 
 def fusible_mlps(model: Model) -> Iterator[_Mlp]:
     """Yield the MLPs that are computed in another way; the model may be without weights."""
-    fusible: dict[tuple[type, type], bool] = {}
+    fusible: dict[Hashable, bool] = {}
     for module in model.modules():
         if not all(hasattr(module, name) for name in (*_PROJECTIONS, _ACTIVATION)):
             continue
         if hasattr(module, "_hf_hook") or "forward" in vars(module):
             continue  # accelerate's hook, which moves inputs between devices, is in `forward`
-        kind = type(module), type(getattr(module, _ACTIVATION))
+        kind = _kind_of(module)
         if kind not in fusible:
             fusible[kind] = _computes_the_same(module)
         if fusible[kind]:
             yield module
+
+
+def _kind_of(mlp: _Mlp) -> Hashable:
+    """Return what MLPs that compute alike have in common: the numbers that they hold, too."""
+    numbers = {name: value for name, value in vars(mlp).items() if isinstance(value, int | float)}
+    return type(mlp), type(getattr(mlp, _ACTIVATION)), frozenset(numbers.items())
 
 
 def _fused(mlp: _Mlp, x: torch.Tensor) -> torch.Tensor:
@@ -74,20 +81,26 @@ class _SwiGlu(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), up_grad
 
 
-@torch.no_grad()
 def _computes_the_same(mlp: _Mlp) -> bool:
-    """Return whether an MLP of this one's class gives what `_fused` does, to the bit."""
-    width, inner, draw = 4, 6, torch.Generator().manual_seed(0)
-    small = copy.copy(mlp)
-    small._modules = dict(mlp._modules)
-    for name, size in zip(
-        _PROJECTIONS, ((width, inner), (width, inner), (inner, width)), strict=True
-    ):
-        linear = torch.nn.Linear(*size, bias=False, device="cpu", dtype=torch.float32)
-        linear.weight.normal_(generator=draw)
-        small._modules[name] = linear
-    x = torch.randn(2, 3, width, generator=draw)
-    try:
-        return torch.equal(small(x), _fused(small, x))
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    """Return whether an MLP with a few weights gives what `_fused` does, with its gradient.
+
+    Inputs are small and large, as some families bound what the gate lets through. An MLP that has
+    weights of another kind does not.
+    """
+    if mlp._parameters or mlp._buffers or set(mlp._modules) - {*_PROJECTIONS, _ACTIVATION}:
         return False
+    width, inner, draw = 4, 6, torch.Generator().manual_seed(0)
+    sizes = dict.fromkeys(_PROJECTIONS[:2], (width, inner)) | {_PROJECTIONS[2]: (inner, width)}
+    x = torch.randn(3, 5, width, generator=draw) * torch.tensor([1e-3, 1.0, 30.0])[:, None, None]
+
+    def same(dtype: torch.dtype) -> bool:
+        small = copy.copy(mlp)
+        small._modules = dict(mlp._modules)
+        for name, size in sizes.items():
+            linear = torch.nn.Linear(*size, bias=False, device="cpu", dtype=torch.float32)
+            torch.nn.init.normal_(linear.weight, generator=draw)
+            small._modules[name] = linear.to(dtype).requires_grad_(False)
+        ways = (lambda x: [type(mlp).forward(small, x)], lambda x: [_fused(small, x)])
+        return compute_the_same(*ways, [x.to(dtype)])
+
+    return all(map(same, DTYPES))

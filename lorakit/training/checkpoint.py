@@ -42,12 +42,12 @@ class Checkpoint:
     key: str
 
     def save(self, trainer: Trainer) -> None:
-        """Write the state of `trainer`, which is between two steps; before the first there is none.
+        """Write the state of `trainer`, if it is between two steps; before the first there is none.
 
         Of several processes only the main one writes.
         """
-        is_main = trainer.accelerator.is_main_process
-        if self.path is None or not is_main or not trainer.progress.step:
+        is_main, is_due = trainer.accelerator.is_main_process, trainer.progress.step > 0
+        if self.path is None or not is_main or not is_due or not trainer.is_between_steps:
             return
         self._write(dict(_named_tensors(trainer)), json.dumps(dataclasses.asdict(trainer.progress)))
 

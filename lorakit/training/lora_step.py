@@ -1,7 +1,7 @@
 """LoRA's forward and backward pass as one function, which stores little for the backward pass.
 
 PEFT's layers store a float32 copy of their input; here the input stays in its own dtype, as a
-tensor that neighbouring projections share, as they share a float32 copy while each computes. The
+tensor that neighbouring projections share, as they do the float32 copy that they compute with. The
 dropout mask takes one byte per value. On a CPU, bytes multiply several times faster than booleans,
 and drawing 16 random bits per value is several times faster than torch's own dropout.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear
@@ -20,17 +20,19 @@ from lorakit.models.lora import ADAPTER, PeftLayer, factors, rank_scales
 from lorakit.models.norms import fused_norms
 from lorakit.models.rotary import fused_rotary
 from lorakit.models.swiglu import fused_swiglu
+from lorakit.models.trials import at_the_head
 
 _Forward = Callable[..., torch.Tensor]
 
 
 @contextlib.contextmanager
-def fused_forward(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
+def fused_forward(layers: Mapping[str, PeftLayer], copies: _Copies | None = None) -> Iterator[None]:
     """Inside the block, PEFT's layers compute W0·x + B·(s·A·x) as one function.
 
-    Without gradients they still compute as PEFT does, as do layers whose A and B are frozen.
+    Without gradients they still compute as PEFT does, as do layers whose A and B are frozen. They
+    share `copies` of their inputs.
     """
-    copies = _Copies()
+    copies = copies or _Copies()
     try:
         for layer in layers.values():
             if factors(layer)[0].requires_grad:
@@ -44,7 +46,14 @@ def fused_forward(layers: Mapping[str, PeftLayer]) -> Iterator[None]:
 @contextlib.contextmanager
 def lean_passes(model: Model, layers: Mapping[str, PeftLayer]) -> Iterator[None]:
     """Inside the block, a model and LoRA's layers on it take fewer operations, and store less."""
-    with fused_rotary(model), fused_norms(model), fused_swiglu(model), fused_forward(layers):
+    copies = _Copies()
+    with (
+        fused_rotary(model),
+        fused_norms(model),
+        fused_swiglu(model),
+        fused_forward(layers, copies),
+        at_the_head(model, copies.forget),
+    ):
         yield
 
 
@@ -61,25 +70,39 @@ def switch_dropout(layers: Mapping[str, PeftLayer], *, on: bool) -> Iterator[Non
             layer.lora_dropout.train(was_on)
 
 
+class _Copy(NamedTuple):
+    """An input as it was at a version, without its graph, and its copy."""
+
+    of: torch.Tensor
+    version: int
+    copy: torch.Tensor
+
+    def serves(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Return whether it is of the same memory, unchanged since, and in this dtype."""
+        same = self.of.data_ptr() == x.data_ptr() and self.version == x._version
+        alike = self.of.shape == x.shape and self.of.stride() == x.stride()
+        return same and alike and self.copy.dtype == dtype
+
+
 class _Copies:
     """Copies of inputs in another dtype, of which the latest is kept for the next projection."""
 
     def __init__(self) -> None:
-        self._latest: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._latest: _Copy | None = None
 
     def of(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return x in a dtype."""
         if x.dtype == dtype:
             return x
-        if self._latest is None or not _are_one(self._latest[0], x):
-            self._latest = None  # its memory serves the new one
-            self._latest = x, x.to(dtype)
-        return self._latest[1]
+        latest = self._latest
+        if latest is None or not latest.serves(x, dtype):
+            latest = self._latest = None  # its memory serves the new one
+            latest = self._latest = _Copy(x.detach(), x._version, x.to(dtype))
+        return latest.copy
 
-
-def _are_one(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Return whether two tensors, of which none has been changed, are the same memory."""
-    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+    def forget(self) -> None:
+        """Keep none."""
+        self._latest = None
 
 
 def _fused(layer: PeftLayer, copies: _Copies) -> _Forward:

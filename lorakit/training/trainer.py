@@ -60,6 +60,7 @@ class Trainer:
         self.hooks = hooks
         self.measure = measure
         self.progress = Progress()
+        self.is_between_steps = True  # else weights may be ahead of `progress`
         self.parameters = [
             weight for layer in layers.values() for weight in trained(layer).values()
         ]
@@ -268,6 +269,7 @@ class Trainer:
         for hook in self.hooks:
             hook.before_clipping()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self.is_between_steps = False
         rate = self._update_weights_(steps)
         progress.step += 1
         for hook in self.hooks:
@@ -280,6 +282,7 @@ class Trainer:
         targets = sum(row.targets for row in batch)
         progress.loss_sum += loss * targets
         progress.targets += targets
+        self.is_between_steps = True
         tokens = sum(len(row.ids) for row in batch)
         return StepReport(
             step=progress.step,

@@ -117,6 +117,17 @@ def test_eager_attention_stores_its_matrices() -> None:
     assert eager - plain == 2 * 4 * 200 * (4 + 4)  # layers · heads · Σ length² · two tensors
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_where_cosines_are_stored_by_head_they_are_counted_so(checkpointing: bool) -> None:
+    decoder, size = Decoder(2, 32, 48, 4, 2, 8, 300), padded_pass([10, 10], 4)
+    ranks, shapes = {"layers.0.q_proj": 2}, {"layers.0.q_proj": (32, 32)}
+    once, by_head = (
+        activation_bytes(decoder, precision, size, ranks, shapes, checkpointing=checkpointing)
+        for precision in (Precision(2, 2), Precision(2, 2, cosines_by_head=True))
+    )
+    assert by_head - once == (4 + 2 - 1) * 8 * 20 * 2  # of 4 and of 2 heads, for one of none
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_without_weights_take_what_they_take(family: str, tmp_path: Path) -> None:
     name = save_model(tmp_path, family)

@@ -12,7 +12,7 @@ import transformers.models as families
 
 from lorakit.models.base import Base
 from lorakit.models.loading import load_base
-from lorakit.models.norms import fuse_norms_, fused_norms, fusible_norms
+from lorakit.models.norms import fuse_norms_, fused_norms, fusible_norms, lean_norms
 from tests.support.devices import here
 from tests.support.models import open_base, save_model
 
@@ -128,3 +128,29 @@ def test_only_in_training_norms_are_one_function(llama: str) -> None:
         norm(x).sum().backward()
         assert norm.get_parameter("weight").grad is not None
     assert "forward" not in vars(norm)
+
+
+def test_a_norm_with_another_gradient_stays_as_it_is_in_training() -> None:
+    class RMSNormOfPowers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(24)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            root = torch.pow(x.pow(2).mean(-1, keepdim=True) + self.eps, -0.5)
+            return self.weight * (x * root)
+
+    model = torch.nn.ModuleList([RMSNormOfPowers()])
+    plain = families.llama.modeling_llama.LlamaRMSNorm(24)
+    assert not list(lean_norms(model))
+    assert list(lean_norms(torch.nn.ModuleList([plain])))
+
+
+def test_a_block_within_a_block_replaces_nothing(llama: str) -> None:
+    model = open_base(llama).model
+    with fused_norms(model):
+        inside = [vars(norm)["forward"] for norm in fusible_norms(model)]
+        with fused_norms(model):
+            assert [vars(norm)["forward"] for norm in fusible_norms(model)] == inside
+        assert all("forward" in vars(norm) for norm in fusible_norms(model))
+    assert not any("forward" in vars(norm) for norm in fusible_norms(model))

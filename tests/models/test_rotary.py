@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.models.llama import modeling_llama
 
-from lorakit.models.rotary import _Rotary, fused_rotary, fusible_modules
+from lorakit.models.rotary import _computes_the_same, _Rotary, fused_rotary, fusible_modules
 from tests.support import models
 from tests.support.devices import DEVICES, here
 from tests.support.models import open_base, save_model
@@ -65,31 +65,65 @@ def test_the_angles_of_one_pass_are_not_taken_for_those_of_the_next() -> None:
         assert all(map(torch.equal, rotate(q, k, cos, sin), expected))
 
 
-@pytest.mark.parametrize(
-    "given", ["narrow angles", "wide angles", "heads last", "positions by name"]
-)
-def test_what_it_does_not_compute_itself_is_left_to_the_family(given: str) -> None:
-    asked: list[str] = []
+Q, ANGLES = torch.randn(1, 2, 5, 8), torch.randn(1, 5, 8)
+LEFT: dict[str, tuple[tuple[torch.Tensor, ...], dict[str, Any]]] = {
+    "narrow angles": ((Q, Q, ANGLES[..., :4], ANGLES[..., :4]), {}),
+    "wide angles": ((Q, Q, ANGLES.double(), ANGLES.double()), {}),
+    "positions": ((Q, Q, ANGLES, ANGLES), {"position_ids": torch.arange(5)}),
+    "positions without a name": ((Q, Q, ANGLES, ANGLES, torch.arange(5)), {}),
+    "angles by name": ((Q,), {"cos": ANGLES, "sin": ANGLES}),
+    "one row": ((Q[0], Q[0], ANGLES[0], ANGLES[0]), {}),
+    "heads first": ((Q, Q, ANGLES, ANGLES), {"unsqueeze_dim": 0}),
+}
 
-    def plain(q: Any, k: Any, cos: Any, sin: Any, position_ids: Any = None, **_: Any) -> Any:
-        asked.append(given)
-        return q, k
 
-    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
-    cos = sin = torch.randn(1, 5, 8)
-    rotate = _Rotary(plain)
-    if given == "narrow angles":
-        rotate(q, k, cos[..., :4], sin[..., :4])
-    elif given == "wide angles":
-        rotate(q, k, cos.double(), sin.double())
-    elif given == "positions by name":
-        rotate(q, k, cos, sin, position_ids=torch.arange(5))
-    else:
-        expected = modeling_llama.apply_rotary_pos_emb(q, k, cos[:, :2], sin[:, :2], 2)
-        found = rotate(q, k, cos[:, :2], sin[:, :2], unsqueeze_dim=2)
-        assert all(map(torch.equal, found, expected))
-        return
-    assert asked == [given]
+@pytest.mark.parametrize(("given", "options"), LEFT.values(), ids=LEFT.keys())
+def test_what_it_does_not_compute_itself_is_left_to_the_family(
+    given: tuple[torch.Tensor, ...], options: dict[str, Any]
+) -> None:
+    asked: list[Any] = []
+
+    def plain(*given: torch.Tensor, **options: Any) -> Any:
+        asked.append((given, options))
+        return given
+
+    _Rotary(plain)(*given, **options)
+    assert asked == [(given, options)]
+
+
+def test_heads_may_come_after_tokens() -> None:
+    plain = modeling_llama.apply_rotary_pos_emb
+    q, k = torch.randn(2, 1, 5, 2, 8)
+    expected = plain(q, k, ANGLES, ANGLES, 2)
+    found = _Rotary(plain)(q, k, ANGLES, ANGLES, unsqueeze_dim=2)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_angles_of_two_kinds_are_each_prepared_once_in_a_pass(llama: str) -> None:
+    base = open_base(llama)
+    kinds = [(ANGLES, ANGLES.flip(1)), (ANGLES.cos(), ANGLES.sin())]
+    with fused_rotary(base.model):
+        rotate: Any = modeling_llama.apply_rotary_pos_emb
+        for layer in range(6):
+            cos, sin = kinds[layer % 2]
+            expected = rotate._plain(Q, Q, cos, sin)
+            assert all(map(torch.equal, rotate(Q, Q, cos, sin), expected))
+        assert len(rotate._angles) == 2
+        base.model(input_ids=torch.tensor([[3, 4]]))
+        assert not rotate._angles, "at the head they are forgotten"
+
+
+def widening(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Turn in float32, as some families do."""
+    turned = modeling_llama.apply_rotary_pos_emb(*(part.float() for part in (q, k, cos, sin)))
+    return tuple(part.to(q.dtype) for part in turned)
+
+
+def test_a_function_that_widens_half_precision_stays() -> None:
+    assert _computes_the_same(modeling_llama.apply_rotary_pos_emb)
+    assert not _computes_the_same(widening)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from lorakit.models.swiglu import fused_swiglu, fusible_mlps
 from tests.support.models import open_base, save_model
@@ -50,16 +52,50 @@ def test_an_mlp_with_another_activation_or_one_projection_stays(
     assert not list(fusible_mlps(model))
 
 
-def test_an_mlp_that_computes_something_else_stays(llama: str) -> None:
+Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+OTHERS: dict[str, Compute] = {
+    "scaled": lambda gate, up: 0.5 * silu(gate) * up,
+    "of bounded gates": lambda gate, up: silu(gate.clamp(max=10)) * up,
+    "widened": lambda gate, up: (silu(gate.float()) * up.float()).to(gate.dtype),
+}
+
+
+@pytest.mark.parametrize("compute", OTHERS.values(), ids=OTHERS.keys())
+def test_an_mlp_that_computes_something_else_stays(llama: str, compute: Compute) -> None:
     model, mlps = mlps_of(llama)
 
-    class Scaled(type(mlps[0])):  # type: ignore[misc]
+    class Other(type(mlps[0])):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            scaled: torch.Tensor = 0.5 * super().forward(x)
-            return scaled
+            passed: torch.Tensor = self.down_proj(compute(self.gate_proj(x), self.up_proj(x)))
+            return passed
 
-    mlps[0].__class__ = Scaled
+    mlps[0].__class__ = Other
     assert list(fusible_mlps(model)) == mlps[1:]
+
+
+def test_of_mlps_that_a_number_tells_apart_each_is_tried(llama: str) -> None:
+    model, mlps = mlps_of(llama)
+
+    class Bounded(type(mlps[0])):  # type: ignore[misc]
+        limit: float
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate = self.gate_proj(x).clamp(max=self.limit)
+            passed: torch.Tensor = self.down_proj(silu(gate) * self.up_proj(x))
+            return passed
+
+    for mlp, limit in zip(mlps, (float("inf"), 10.0, 10.0, float("inf")), strict=False):
+        mlp.__class__, mlp.limit = Bounded, limit  # type: ignore[assignment]
+    bounded = [mlp for mlp in mlps if getattr(mlp, "limit", 0.0) == 10.0]
+    assert bounded
+    assert list(fusible_mlps(model)) == [mlp for mlp in mlps if mlp not in bounded]
+
+
+def test_an_mlp_with_weights_of_another_kind_stays(llama: str) -> None:
+    model, mlps = mlps_of(llama)
+    mlps[0].register_buffer("scale", torch.ones(1))
+    mlps[1].norm = torch.nn.Identity()
+    assert not {mlps[0], mlps[1]} & set(fusible_mlps(model))
 
 
 def test_a_third_less_is_stored(llama: str) -> None:

@@ -130,6 +130,19 @@ def test_a_resumed_run_gives_the_bytes_of_an_unbroken_one(
     assert broken.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_resumed_run_does_so_with_a_fused_optimiser_too(
+    fused: bool, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = torch.optim.AdamW
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda *given, **named: plain(*given, **{**named, "fused": fused})
+    )
+    test_a_resumed_run_gives_the_bytes_of_an_unbroken_one(
+        llama, torch.device("cpu"), tmp_path, monkeypatch
+    )
+
+
 def test_auto_is_bfloat16_where_the_device_multiplies_it_fast(device: torch.device) -> None:
     """On a CPU by its matrix instructions, on a GPU by its own word."""
     if device.type == "cuda":

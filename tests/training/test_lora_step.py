@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import torch
 from lorakit.models.lora import default_targets, factors, inject, pick_modules, set_rank_scales
 from lorakit.training.lora_step import (
     _Copies,
+    _Copy,
     _LoraSum,
     _mask_of_bits,
     _plain_mask,
     dropout_mask,
     fused_forward,
+    lean_passes,
 )
 from tests.support.models import open_base, save_model
 
@@ -138,25 +142,34 @@ def test_the_gradient_is_the_numerical_one(share: float) -> None:
     assert torch.autograd.gradcheck(added, given)
 
 
+def count_misses(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Return a list that every input is put into that `_Copies` finds to be another than before."""
+    misses: list[torch.Tensor] = []
+    plain = _Copy.serves
+
+    def serves(copy: _Copy, x: torch.Tensor, dtype: torch.dtype) -> bool:
+        found = plain(copy, x, dtype)
+        misses.extend([] if found else [x])
+        return found
+
+    monkeypatch.setattr(_Copy, "serves", serves)
+    return misses
+
+
 def test_projections_of_one_input_share_its_copy_and_compute_the_same(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, layers = lora_on(llama, torch.bfloat16, dropout=0.3)
-    with fused_forward(layers):
+    inputs = len(layers) // 2  # q and v read the same
+    with monkeypatch.context() as patched, fused_forward(layers):
+        misses = count_misses(patched)
         shared = logits_and_gradients(base, layers)
-    made: list[torch.Tensor] = []
-
-    def convert(copies: _Copies, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        made.append(x.to(dtype))
-        return made[-1]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(_Copies, "of", convert)
-        with fused_forward(layers):
-            alone = logits_and_gradients(base, layers)
+    assert len(misses) == 2 * (inputs - 1), "forwards and backwards, but for the first"
+    with monkeypatch.context() as patched, fused_forward(layers):
+        patched.setattr(_Copies, "of", lambda _, x, dtype: x.to(dtype))
+        alone = logits_and_gradients(base, layers)
     for one, other in zip(shared, alone, strict=True):
         assert torch.equal(one, other)
-    assert len(made) == 2 * len(layers), "once forwards and once backwards"
 
 
 def test_a_copy_is_of_what_is_asked_for() -> None:
@@ -168,5 +181,32 @@ def test_a_copy_is_of_what_is_asked_for() -> None:
     for other in (x[:1], x[1:], x.t(), x.clone()):
         assert torch.equal(copies.of(other, torch.float32), other.float())
         assert torch.equal(copies.of(x, torch.float32), x.float())
+    assert copies.of(x, torch.float64).dtype == torch.float64
+    x.add_(1)
+    assert torch.equal(copies.of(x, torch.float64), x.double()), "it has been changed"
     wide = x.double()
     assert copies.of(wide, torch.float64) is wide
+
+
+def test_no_copy_and_no_graph_is_kept_where_a_pass_fails(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, layers = lora_on(llama, torch.bfloat16)
+    kept: list[weakref.ref[torch.Tensor]] = []
+    plain = _Copies.of
+
+    def noting(copies: _Copies, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        kept.append(weakref.ref(x))
+        return plain(copies, x, dtype)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(_Copies, "of", noting)
+    base.model.get_output_embeddings().register_forward_pre_hook(fail)
+    with lean_passes(base.model, layers):
+        with pytest.raises(RuntimeError, match="say"):
+            base.model(input_ids=torch.tensor([[3, 4, 5]]))
+        gc.collect()
+        assert len(kept) == len(layers)
+        assert not any(reference() is not None for reference in kept)

@@ -19,8 +19,10 @@ from lorakit.models.lora import factors, inject, pick_modules
 from lorakit.models.sharing import new_accelerator
 from lorakit.records.record import Record
 from lorakit.settings import LoraSettings, TrainingSettings
+from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.loss import BatchLoss
 from lorakit.training.schedule import learning_rate_factor
+from lorakit.training.step_hook import StepHook
 from lorakit.training.train import hold_out, train_adapter
 from lorakit.training.trainer import Trainer
 from tests.support.models import open_base
@@ -462,3 +464,30 @@ def test_the_log_holds_a_line_a_step_and_a_line_an_epoch(
     }
     assert outcome.stdout == ""
     assert "epoch 2/2" in outcome.stderr
+
+
+class Interrupting(StepHook):
+    """Breaks a run off within its second step, as a second Ctrl-C does."""
+
+    name = "interrupting"
+
+    def after_step(self, step: int) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_is_broken_off_within_a_step_saves_no_half_of_it(
+    llama: str, tmp_path: Path
+) -> None:
+    trainer = new_trainer(open_base(llama))
+    trainer.hooks = (Interrupting(),)
+    data = examples(trainer.base, 20)
+    trainer.begin(data, data, Recorder())
+    checkpoint = Checkpoint(tmp_path / "a.resume", "key")
+    trainer.advance(until=1)
+    checkpoint.save(trainer)
+    saved = (tmp_path / "a.resume").read_bytes()
+    with pytest.raises(KeyboardInterrupt), checkpoint.saving_at_end_of(trainer):
+        trainer.advance()
+    assert (tmp_path / "a.resume").read_bytes() == saved
+    assert not trainer.is_between_steps

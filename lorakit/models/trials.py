@@ -1,0 +1,55 @@
+"""Whether two ways to compute something give the same: values and gradients, to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from lorakit.models.architecture import Model
+
+Tensors = Sequence[torch.Tensor]
+# What a family's code can raise where it is given what it does not expect.
+_REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # some families widen half precision
+
+
+def compute_the_same(
+    one: Callable[..., Tensors], other: Callable[..., Tensors], given: Tensors
+) -> bool:
+    """Return whether both give the same tensors for some, and gradients with respect to them.
+
+    False, too, where one of them refuses what it is given.
+    """
+    try:
+        results = [_values_and_gradients(compute, given) for compute in (one, other)]
+    except _REFUSALS:
+        return False
+    pairs = zip(*results, strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@torch.enable_grad()
+def _values_and_gradients(compute: Callable[..., Tensors], given: Tensors) -> list[torch.Tensor]:
+    inputs = [tensor.detach().clone().requires_grad_(True) for tensor in given]
+    values = compute(*inputs)
+    draw = torch.Generator().manual_seed(1)
+    due = [torch.randn(value.shape, generator=draw).to(value.dtype) for value in values]
+    return [*values, *torch.autograd.grad(values, inputs, due)]
+
+
+@contextlib.contextmanager
+def at_the_head(model: Model, act: Callable[[], None]) -> Iterator[None]:
+    """Inside the block, act before a model's output head computes: when its layers are done.
+
+    And once more in the end.
+    """
+    head = model.get_output_embeddings()
+    handle = None if head is None else head.register_forward_pre_hook(lambda *_: act())
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+        act()
