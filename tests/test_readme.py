@@ -58,6 +58,7 @@ OPTIONS_OF_OTHERS = {  # of sacrebleu, vLLM, llama.cpp, benchmarks, Snakemake; l
     "--rounds",
     "--work",
     "--records",
+    "--train",
     "--compiled",
     "--json",
     "--threads",
