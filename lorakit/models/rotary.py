@@ -2,8 +2,8 @@
 
 transformers turns the two halves of a head by five operations, and by thirteen in the backward
 pass, most of which move or negate a half: on a GPU a tenth of a training step. Here four do, both
-ways, of which only the swap of the halves moves anything, the signs being in the sines. A GPU is
-given the angles of every head, for which its kernels take whole tensors, once for all layers.
+ways, as the sines have the signs. But on a CPU the cosines are repeated for every head, once for
+all layers: other devices' kernels are fast where nothing has to be repeated.
 
 Families' functions differ (GPT-J turns neighbours, not halves), so those are replaced that a trial
 shows to compute the same.
