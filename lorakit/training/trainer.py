@@ -73,7 +73,7 @@ class Trainer:
             self.parameters,
             lr=settings.lr,
             weight_decay=settings.weight_decay,
-            fused=base.device.type == "cuda",
+            fused=base.device.type == "cuda" or None,  # None: as torch finds best
         )
         self.best = self.weights()
         self._seconds = 0.0  # spent on the steps of the current epoch
