@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -157,26 +158,12 @@ def _finite_hashes(tensors: Mapping[str, Tensor], name: str) -> dict[str, str]:
     threads = os.cpu_count() or 1
     size = -(-len(keys) // threads) or 1
     shares = [keys[first : first + size] for first in range(0, len(keys), size)]
-    hashes: dict[str, str | None] = {}
+    hashes: dict[str, str] = {}
     with ThreadPoolExecutor(threads) as pool:
-        for of_share in pool.map(lambda share: _hashes_of(tensors, share), shares):
-            hashes |= of_share
-    return {key: _finite(hashes.get(key), key, name) for key in keys}
-
-
-def _hashes_of(tensors: Mapping[str, Tensor], keys: Sequence[str]) -> dict[str, str | None]:
-    """Return the SHA-256 of some tensors, up to the first with a value that is not finite: None."""
-    hashes: dict[str, str | None] = {}
-    for key in keys:
-        hashes[key] = tensors[key].finite_sha256()
-        if hashes[key] is None:
-            break
+        found = pool.map(lambda share: [tensors[key].finite_sha256() for key in share], shares)
+        for key, digest in zip(keys, itertools.chain.from_iterable(found), strict=True):
+            if digest is None:
+                where = f"{name}: tensor {quote(key)}"
+                raise LorakitError(f"{where} holds values that are not finite; train it again")
+            hashes[key] = digest
     return hashes
-
-
-def _finite(digest: str | None, key: str, name: str) -> str:
-    """Return a tensor's SHA-256, or raise LorakitError where it has none."""
-    if digest is None:
-        where = f"{name}: tensor {quote(key)}"
-        raise LorakitError(f"{where} holds values that are not finite; train it again")
-    return digest

@@ -17,16 +17,15 @@ from is not known here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch.nn.functional import linear
 
 from lorakit.adapters.names import layer_of
 from lorakit.boundary.cuts import Cut
+from lorakit.models.architecture import Forward, other_forwards
 from lorakit.models.lora import ADAPTER, PeftLayer, factors
-
-_Forward = Callable[..., torch.Tensor]
 
 
 class Gates:
@@ -70,15 +69,11 @@ class Gates:
     @contextlib.contextmanager
     def standing(self) -> Iterator[Gates]:
         """Gate PEFT's layers inside the block, and restore them afterwards."""
-        try:
-            for name, layer in self._layers.items():
-                layer.forward = self._gated(layer, layer_of(name))
+        layers = self._layers.items()
+        with other_forwards({layer: self._gated(layer, layer_of(name)) for name, layer in layers}):
             yield self
-        finally:
-            for layer in self._layers.values():
-                layer.__dict__.pop("forward", None)
 
-    def _gated(self, layer: PeftLayer, number: int | None) -> _Forward:
+    def _gated(self, layer: PeftLayer, number: int | None) -> Forward:
         """Return the gated forward of a PEFT layer in decoder layer `number`."""
         base_layer, scale = layer.get_base_layer(), layer.scaling[ADAPTER]
         a, b = factors(layer)

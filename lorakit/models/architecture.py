@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lorakit.errors import LorakitError
 
 Model = Any  # transformers.PreTrainedModel
 ModelConfig = Any  # transformers.PretrainedConfig
+Forward = Callable[..., torch.Tensor]  # what a module computes
 
 
 def text_config(model: Model) -> ModelConfig:
@@ -87,3 +88,31 @@ def activation_checkpointing(model: Model) -> Iterator[None]:
         for layer in layers:
             layer.training = False
         getattr(model, f"{name}_disable")()
+
+
+@contextlib.contextmanager
+def at_the_head(model: Model, act: Callable[[], None]) -> Iterator[None]:
+    """Inside the block, act before a model's output head computes: when its layers are done.
+
+    And once more in the end.
+    """
+    head = model.get_output_embeddings()
+    handle = None if head is None else head.register_forward_pre_hook(lambda *_: act())
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+        act()
+
+
+@contextlib.contextmanager
+def other_forwards(forwards: Mapping[Any, Forward]) -> Iterator[None]:
+    """Inside the block, torch's modules compute by these functions, not by their classes' own."""
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)

@@ -12,16 +12,15 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 
-from lorakit.models.architecture import Model
-from lorakit.models.trials import compute_the_same
+from lorakit.models.architecture import Model, other_forwards
+from lorakit.models.trials import compute_the_same, passing
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what families call it
-_Trial = Callable[[torch.nn.Module, float], bool]
 _OWN_AND_INPUT = 2  # parameters of a norm's forward; gated ones take a third
 
 
@@ -35,28 +34,23 @@ def fuse_norms_(model: Model) -> None:
 def fused_norms(model: Model) -> Iterator[None]:
     """Inside the block, the norms of a model on a CPU are one function where gradients are due."""
     norms = [n for n in lean_norms(model) if n.get_parameter("weight").device.type == "cpu"]
-    try:
-        for norm in norms:
-            norm.forward = functools.partial(_in_training, norm, _epsilon_of(norm) or 0.0)
+    with other_forwards({n: functools.partial(_in_training, n, _epsilon_of(n)) for n in norms}):
         yield
-    finally:
-        for norm in norms:
-            norm.__dict__.pop("forward", None)
 
 
 def fusible_norms(model: Model) -> Iterator[torch.nn.Module]:
     """Yield the norms that PyTorch's kernel computes; the model may be without weights."""
-    return _norms_by(model, _computes_the_same)
+    return passing(_plain_norms(model), _computes_the_same)
 
 
 def lean_norms(model: Model) -> Iterator[torch.nn.Module]:
     """Yield the norms that one function computes in training; the model may be without weights."""
-    return (norm for norm in _norms_by(model, _trains_the_same) if "forward" not in vars(norm))
+    plain = _plain_norms(model)
+    return passing(((k, n) for k, n in plain if "forward" not in vars(n)), _trains_the_same)
 
 
-def _norms_by(model: Model, trial: _Trial) -> Iterator[torch.nn.Module]:
-    """Yield the norms with a weight alone, of which a trial of each kind tells that it fits."""
-    fusible: dict[object, bool] = {}
+def _plain_norms(model: Model) -> Iterator[tuple[Hashable, torch.nn.Module]]:
+    """Yield the norms that hold a weight alone, after what those of a kind have in common."""
     for module in model.modules():
         if "RMSNorm" not in type(module).__name__ or hasattr(module, "_hf_hook"):
             continue  # accelerate's hook, which moves inputs between devices, is in `forward`
@@ -66,11 +60,7 @@ def _norms_by(model: Model, trial: _Trial) -> Iterator[torch.nn.Module]:
             continue
         if hasattr(weight, "device_mesh"):  # a part of it: the base is sharded
             continue
-        kind = type(module), weight.shape, weight.dtype, epsilon
-        if kind not in fusible:
-            fusible[kind] = trial(module, epsilon)
-        if fusible[kind]:
-            yield module
+        yield (type(module), weight.shape, weight.dtype, epsilon), module
 
 
 def _epsilon_of(module: torch.nn.Module) -> float | None:
@@ -85,7 +75,7 @@ def _fused(norm: torch.nn.Module, epsilon: float | None, x: torch.Tensor) -> tor
     return torch.nn.functional.rms_norm(x, weight.shape, None, epsilon) * weight
 
 
-def _in_training(norm: torch.nn.Module, epsilon: float, x: torch.Tensor) -> torch.Tensor:
+def _in_training(norm: torch.nn.Module, epsilon: float | None, x: torch.Tensor) -> torch.Tensor:
     """Return what `_fused` does, to the bit of what transformers does."""
     weight = norm.get_parameter("weight")
     if weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad):
@@ -114,19 +104,19 @@ class _Norm(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _computes_the_same(module: torch.nn.Module, epsilon: float) -> bool:
+def _computes_the_same(module: torch.nn.Module) -> bool:
     """Return whether a norm gives what the kernel does, with random weights and to the bit."""
     norm, x = _copy_and_input(module)
     try:
-        expected, fused = norm(x), _fused(norm, epsilon, x)
+        expected, fused = norm(x), _fused(norm, _epsilon_of(module), x)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
     return expected.dtype == fused.dtype and torch.equal(fused, expected)
 
 
-def _trains_the_same(module: torch.nn.Module, epsilon: float) -> bool:
+def _trains_the_same(module: torch.nn.Module) -> bool:
     """Return whether a norm gives what `_Norm` does, with its gradient."""
-    norm, x = _copy_and_input(module)
+    (norm, x), epsilon = _copy_and_input(module), _epsilon_of(module)
     weight = norm.get_parameter("weight").requires_grad_(False)
     one_function: Callable[..., torch.Tensor] = _Norm.apply
     return compute_the_same(

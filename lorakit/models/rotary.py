@@ -2,8 +2,8 @@
 
 transformers turns the two halves of a head by five operations, and by thirteen in the backward
 pass, most of which move or negate a half: on a GPU a tenth of a training step. Here four do, both
-ways, as the sines have the signs. But on a CPU the cosines are repeated for every head, once for
-all layers: other devices' kernels are fast where nothing has to be repeated.
+ways, as the sines have the signs. On all devices but a CPU the cosines are repeated for every head,
+once for all layers: their kernels are fast where nothing is left to repeat.
 
 Families' functions differ (GPT-J turns neighbours, not halves), so those are replaced that a trial
 shows to compute the same.
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorakit.models.architecture import Model
-from lorakit.models.trials import DTYPES, at_the_head, compute_the_same
+from lorakit.models.architecture import Model, at_the_head
+from lorakit.models.trials import DTYPES, compute_the_same
 
 _NAME = "apply_rotary_pos_emb"  # in transformers' modules of families
 _Pair = tuple[torch.Tensor, torch.Tensor]

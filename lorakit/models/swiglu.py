@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from lorakit.models.architecture import Model
-from lorakit.models.trials import DTYPES, compute_the_same
+from lorakit.models.architecture import Model, other_forwards
+from lorakit.models.trials import DTYPES, compute_the_same, passing
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # what families call them
 _ACTIVATION = "act_fn"
@@ -27,29 +27,23 @@ _Mlp = torch.nn.Module
 @contextlib.contextmanager
 def fused_swiglu(model: Model) -> Iterator[None]:
     """Inside the block, a model's gated MLPs store only what their activation reads."""
-    mlps = list(fusible_mlps(model))
-    try:
-        for mlp in mlps:
-            mlp.forward = functools.partial(_fused, mlp)
+    with other_forwards({mlp: functools.partial(_fused, mlp) for mlp in fusible_mlps(model)}):
         yield
-    finally:
-        for mlp in mlps:
-            mlp.__dict__.pop("forward")
 
 
 def fusible_mlps(model: Model) -> Iterator[_Mlp]:
     """Yield the MLPs that are computed in another way; the model may be without weights."""
-    fusible: dict[Hashable, bool] = {}
+    return passing(((_kind_of(mlp), mlp) for mlp in _gated_mlps(model)), _computes_the_same)
+
+
+def _gated_mlps(model: Model) -> Iterator[_Mlp]:
+    """Yield the modules with the parts of a gated MLP."""
     for module in model.modules():
         if not all(hasattr(module, name) for name in (*_PROJECTIONS, _ACTIVATION)):
             continue
         if hasattr(module, "_hf_hook") or "forward" in vars(module):
             continue  # accelerate's hook, which moves inputs between devices, is in `forward`
-        kind = _kind_of(module)
-        if kind not in fusible:
-            fusible[kind] = _computes_the_same(module)
-        if fusible[kind]:
-            yield module
+        yield module
 
 
 def _kind_of(mlp: _Mlp) -> Hashable:

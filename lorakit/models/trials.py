@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
-from lorakit.models.architecture import Model
-
+T = TypeVar("T")
 Tensors = Sequence[torch.Tensor]
 # What a family's code can raise where it is given what it does not expect.
 _REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
@@ -39,17 +38,11 @@ def _values_and_gradients(compute: Callable[..., Tensors], given: Tensors) -> li
     return [*values, *torch.autograd.grad(values, inputs, due)]
 
 
-@contextlib.contextmanager
-def at_the_head(model: Model, act: Callable[[], None]) -> Iterator[None]:
-    """Inside the block, act before a model's output head computes: when its layers are done.
-
-    And once more in the end.
-    """
-    head = model.get_output_embeddings()
-    handle = None if head is None else head.register_forward_pre_hook(lambda *_: act())
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
-        act()
+def passing(candidates: Iterable[tuple[Hashable, T]], trial: Callable[[T], bool]) -> Iterator[T]:
+    """Yield the candidates that pass a trial, which is made for the first of each kind."""
+    passed: dict[Hashable, bool] = {}
+    for kind, candidate in candidates:
+        if kind not in passed:
+            passed[kind] = trial(candidate)
+        if passed[kind]:
+            yield candidate

@@ -9,20 +9,17 @@ and drawing 16 random bits per value is several times faster than torch's own dr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear
 
-from lorakit.models.architecture import Model
+from lorakit.models.architecture import Forward, Model, at_the_head, other_forwards
 from lorakit.models.lora import ADAPTER, PeftLayer, factors, rank_scales
 from lorakit.models.norms import fused_norms
 from lorakit.models.rotary import fused_rotary
 from lorakit.models.swiglu import fused_swiglu
-from lorakit.models.trials import at_the_head
-
-_Forward = Callable[..., torch.Tensor]
 
 
 @contextlib.contextmanager
@@ -33,14 +30,9 @@ def fused_forward(layers: Mapping[str, PeftLayer], copies: _Copies | None = None
     share `copies` of their inputs.
     """
     copies = copies or _Copies()
-    try:
-        for layer in layers.values():
-            if factors(layer)[0].requires_grad:
-                layer.forward = _fused(layer, copies)
+    trained = [layer for layer in layers.values() if factors(layer)[0].requires_grad]
+    with other_forwards({layer: _fused(layer, copies) for layer in trained}):
         yield
-    finally:
-        for layer in layers.values():
-            layer.__dict__.pop("forward", None)
 
 
 @contextlib.contextmanager
@@ -105,7 +97,7 @@ class _Copies:
         self._latest = None
 
 
-def _fused(layer: PeftLayer, copies: _Copies) -> _Forward:
+def _fused(layer: PeftLayer, copies: _Copies) -> Forward:
     """Return the fused forward of a layer, which without gradients is PEFT's own."""
     pefts_forward, base_layer = layer.forward, layer.get_base_layer()
     dropout = layer.lora_dropout[ADAPTER]

@@ -130,13 +130,12 @@ def test_a_resumed_run_gives_the_bytes_of_an_unbroken_one(
     assert broken.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("fused", [False, True])
 def test_a_resumed_run_does_so_with_a_fused_optimiser_too(
-    fused: bool, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = torch.optim.AdamW
     monkeypatch.setattr(
-        torch.optim, "AdamW", lambda *given, **named: plain(*given, **{**named, "fused": fused})
+        torch.optim, "AdamW", lambda *given, **named: plain(*given, **{**named, "fused": True})
     )
     test_a_resumed_run_gives_the_bytes_of_an_unbroken_one(
         llama, torch.device("cpu"), tmp_path, monkeypatch
