@@ -40,8 +40,8 @@ from lorakit.boundary.gates import Gates
 from lorakit.models.base import Base
 from lorakit.models.cache_trial import REFUSALS, alike_enough
 from lorakit.models.completions import check_finite, until_end
-from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
-from lorakit.models.kv_cache import Slots
+from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch, shared_prefix
+from lorakit.models.kv_cache import Prefix, Slots
 
 FANNED = 4  # cuts that share one pass over a prompt and its draft
 _TRIED = 4  # cuts under which can_pool tries a model
@@ -80,8 +80,11 @@ class Pool:
         self._gates, self._most, self._size = gates, max_new_tokens, batch_size
         self._end_tokens = base.end_tokens
         self._prompts = [list(prompt) for prompt in prompts]
-        self._drafts = [Drafts(prompt) for prompt in self._prompts]
+        self._begins = shared_prefix(self._prompts)
+        self._prefixes: dict[Cut, Prefix] = {}
         self._slots = Slots(base.model, batch_size, max(map(len, prompts)) + max_new_tokens)
+        sparing = self._slots.ragged  # else rows are padded, and a guess costs nothing
+        self._drafts = [Drafts(prompt, sparing=sparing) for prompt in self._prompts]
         self._batch: RowBatch[_CutRow] = RowBatch(
             self._slots, Ending(frozenset(base.end_tokens), max_new_tokens)
         )
@@ -125,14 +128,27 @@ class Pool:
     def _join(self, numbers: Sequence[int], cut: Cut) -> list[_CutRow]:
         """Add rows for prompts (their numbers) under a cut, and decode their first token."""
         self._gates.set([cut])
-        return self._batch.join([self._new_row(number, cut, ()) for number in numbers])
+        rows = [self._new_row(number, cut, ()) for number in numbers]
+        return self._batch.join(rows, self._prefix([cut]))
 
     def _fan_out(self, draft: Output, cuts: Sequence[Cut]) -> list[_CutRow]:
         """Add a row for the draft's prompt under each cut, highest first, and check the draft."""
         order = _fan_order(cuts)
         self._gates.set(order)
         rows = [self._new_row(draft.prompt, cut, draft.tokens) for cut in order]
-        return self._batch.fan_out(rows, _splits(order))
+        return self._batch.fan_out(rows, _splits(order), self._prefix(order))
+
+    def _prefix(self, order: Sequence[Cut]) -> Prefix | None:
+        """Return what rows under cuts hold of what all prompts begin with, if that is read once.
+
+        The gates are set to the cuts, which come first to no other fan.
+        """
+        if not self._begins:
+            return None
+        if order[0] not in self._prefixes:
+            first, splits = len(self._batch.rows), _splits(order)
+            self._prefixes[order[0]] = self._slots.read_prefix(self._begins, first, splits)
+        return self._prefixes[order[0]]
 
     def _new_row(self, number: int, cut: Cut, guess: Sequence[int]) -> _CutRow:
         prompt, drafts = self._prompts[number], self._drafts[number]
@@ -184,8 +200,9 @@ def _splits(order: Sequence[Cut]) -> list[int]:
 def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
     """Return whether a Pool can decode with a model, by trying it on a prompt.
 
-    Reading the prompt in two parts, and fanned out, has to give the same most probable tokens as
-    reading it whole by the model's own forward (in half precision, nearly all of them).
+    Reading the prompt in two parts, fanned out, and fanned out after a prefix, has to give the same
+    most probable tokens as reading it whole by the model's own forward (in half precision, nearly
+    all of them).
     """
     layers, half = base.layers, (len(prompt) + 1) // 2
     gates.set([bottom(layers, layers)])
@@ -207,8 +224,12 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
             for token in slots.extend([part], [start], 0, len(part))[0]
         ]
         gates.set(order)
-        fanned = slots.fan_out(prompt, _splits(order), 0, len(prompt))[0]
+        splits = _splits(order)
+        fanned = slots.fan_out(prompt, splits, 0, len(prompt))[0]
+        prefix, rest = slots.read_prefix(prompt[:half], 0, splits), prompt[half:]
+        after = slots.fan_out(rest, splits, 0, len(rest), prefix)[0] if rest else []
     except REFUSALS:
         return False
-    alike = [a == b == c for a, b, c in zip(in_parts, fanned, expected, strict=True)]
+    ways = zip(in_parts, fanned, fanned[:half] + after, expected, strict=True)
+    alike = [len(set(tokens)) == 1 for tokens in ways]
     return alike_enough(alike, base.dtype)

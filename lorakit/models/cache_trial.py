@@ -58,8 +58,7 @@ def can_batch_continuously(model: Model) -> bool:
             plain = model(input_ids=torch.tensor([tokens], device=model.device)).logits[0]
             expected = plain.float().argmax(-1).tolist()
             slots.extend([tokens[:1], tokens[:-6:-1]], [0, 0], 0, 5)
-            slots.read_prefix(tokens[:2])
-            slots.begin(1, 1)
+            slots.begin(1, 1, slots.read_prefix(tokens[:2]))
             short, long = slots.extend([tokens[1:-4], tokens[2:]], [1, 2], 0, len(tokens) - 2)
             slots.step([tokens[1:3], tokens[2:3]], [1, 2])
         except REFUSALS:

@@ -17,15 +17,14 @@ import torch
 
 from lorakit.models.base import Base
 from lorakit.models.completions import StopTexts, check_finite, until_end
-from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
-from lorakit.models.kv_cache import Slots
+from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch, shared_prefix
+from lorakit.models.kv_cache import Prefix, Slots
 from lorakit.settings import GenerationSettings
 
 # Rows join when this part of the batch is free. A pass costs its reading of the weights besides its
 # tokens: joining one by one repeats that, and waiting leaves places empty. In replays of texts by
 # tiny and SmolLM2, a fourth was cheapest, an eighth or a half hardly dearer, and all of it worst.
 _JOINING = 4
-_LEAST_PREFIX = 8  # tokens that all prompts begin with, which are worth a pass of their own
 # Tokens after which the next ones are guessed. On a CPU a guess costs what any token costs, which
 # at 16 rows is nearly half of a row's share of a step, so that it pays if half of all come true: on
 # SmolLM2's answers they do. After runs of one token fewer come true, after three there are fewer;
@@ -72,9 +71,8 @@ def complete_greedily(
     slots = Slots(base.model, size, max(map(len, prompts)) + most - 1, check)
     stop = StopTexts(base, settings.stop) if settings.stop else None
     ending = Ending(frozenset(base.end_tokens), most, stop)
-    prefix = _shared_prefix(prompts)
-    if prefix:
-        slots.read_prefix(prompts[0][:prefix])
+    begins = shared_prefix(prompts)
+    prefix = slots.read_prefix(begins) if begins else None
     waiting = deque(
         _NumberedRow(list(ids), len(ids), Drafts(ids, _LEAST_RUN), opened=opens, number=number)
         for number, (ids, opens) in enumerate(
@@ -87,9 +85,13 @@ def complete_greedily(
 
 
 def _decoded(
-    batch: RowBatch[_NumberedRow], waiting: deque[_NumberedRow], size: int, prefix: int, most: int
+    batch: RowBatch[_NumberedRow],
+    waiting: deque[_NumberedRow],
+    size: int,
+    prefix: Prefix | None,
+    most: int,
 ) -> Iterator[_NumberedRow]:
-    """Yield the rows that wait, as they end; `prefix` of their tokens are read already."""
+    """Yield the rows that wait, as they end; a prefix of their tokens is read already."""
     while waiting or batch.rows:
         free = size - len(batch.rows)
         if waiting and free >= min(len(waiting), max(1, size // _JOINING)):
@@ -99,11 +101,3 @@ def _decoded(
             for row in batch.rows:
                 row.guess_next(most - row.length - 1)
             yield from batch.step()
-
-
-def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with, each having one more; 0 if too few to pay."""
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what they share, all share
-    differing = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    shared = min(next(differing, len(first)), min(map(len, prompts)) - 1)
-    return shared if len(prompts) > 1 and shared >= _LEAST_PREFIX else 0

@@ -11,8 +11,8 @@ Two rows of four slots, given tokens by `extend`, row by row:
     .       g         -, 2             g         a b c x   d e g .      g goes into the slot of f
 
 The padding (·) of shorter rows is on the left and goes into an extra slot that no token sees; where
-attention is lorakit's own, there is none (`ragged`). What all rows begin with is read once, by
-`read_prefix`. When rows differ only from some layer on, `fan_out` fills several at once. On a GPU,
+attention is lorakit's own, there is none (`ragged`). When rows differ only from some layer on,
+`fan_out` fills several at once. What all rows begin with is read once, by `read_prefix`. On a GPU,
 `step` pads rows to few shapes, which are recorded (step_graphs.py). Which tokens are guessed, and
 which rows come and go, is decided in decoding.py.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -48,6 +49,16 @@ def cache_parameter(model: Model) -> str | None:
     return next((name for name in _CACHES if name in parameters), None)
 
 
+class Prefix(NamedTuple):
+    """What rows hold of the tokens that they begin with: keys and values, by layer.
+
+    They are (rows, tokens, heads, width); rows that split off above a layer have none in it.
+    """
+
+    tokens: int
+    layers: Mapping[int, _KeysAndValues]
+
+
 class Slots:
     """A model's cache of `rows` rows of up to `length` positions; the model calls `update`.
 
@@ -68,8 +79,8 @@ class Slots:
         self._model, self._rows, self._length, self._check = model, rows, length, check
         self._cache_name = str(cache_parameter(model))
         self._stored: dict[int, _KeysAndValues] = {}
-        self._prefix: dict[int, _KeysAndValues] = {}
         self._fanned = 0  # how many rows the batch is fanned out to; 0 while rows are extended
+        self._prefix: Prefix | None = None  # which those rows begin with
         attention = getattr(text_config(model), "_attn_implementation", None)
         self.ragged = attention == BY_ROW  # whether new tokens come as one sequence
         self.device = next(model.parameters()).device
@@ -95,17 +106,21 @@ class Slots:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new keys and values (rows, heads, new, width); return all visible ones.
 
-        A fanned-out batch sees the new ones alone, as its rows begin at position 0.
+        A fanned-out batch sees the new ones alone, where its rows begin at position 0.
         """
         stored = self._stored[layer_idx] = self._roomy(self._stored.get(layer_idx), key, value)
         first = self._first
         if self._fanned:
+            count, end = len(key), 1 + self._visible
             for slots, new in zip(stored, (key, value), strict=True):
-                laid, end = new.transpose(1, 2), 1 + new.shape[2]
-                slots[first : first + len(new), 1:end] = laid
-                # rows that split off above this layer are still the first row here
-                slots[first + len(new) : first + self._fanned, 1:end] = laid[:1]
-            return key, value
+                slots[first : first + count, end - new.shape[2] : end] = new.transpose(1, 2)
+            self._begin(layer_idx, first, count, self._prefix)
+            for slots in stored:  # rows that split off above this layer are the first row here
+                slots[first + count : first + self._fanned, 1:end] = slots[first, 1:end]
+            if self._prefix is None:
+                return key, value
+            seen = [slots[first : first + count, 1:end].transpose(1, 2) for slots in stored]
+            return seen[0], seen[1]
         visible = []
         for slots, new in zip(stored, (key, value), strict=True):
             slots[self._row_numbers, self._targets] = new.transpose(1, 2)
@@ -131,20 +146,30 @@ class Slots:
         """Return zeros (rows, count, heads, width) for a layer's keys or values."""
         return like.new_zeros(self._rows, count, like.shape[1], like.shape[3])
 
-    def read_prefix(self, tokens: Sequence[int]) -> None:
-        """Read tokens with which rows begin; `begin` gives them to rows without reading again."""
-        self.extend([tokens], [0], 0, 1)
-        end = 1 + len(tokens)
-        self._prefix = {
-            layer: (keys[:1, 1:end].clone(), values[:1, 1:end].clone())
-            for layer, (keys, values) in self._stored.items()
-        }
+    def read_prefix(
+        self, tokens: Sequence[int], first: int = 0, splits: Sequence[int] = ()
+    ) -> Prefix:
+        """Read tokens with which rows begin, once for all that do; rows `first` … are overwritten.
 
-    def begin(self, first: int, count: int) -> None:
-        """Let `count` rows from `first` on hold the prefix."""
-        for layer, stored in self._stored.items():
-            for slots, prefix in zip(stored, self._prefix.get(layer, ()), strict=False):
-                slots[first : first + count, 1 : 1 + prefix.shape[1]] = prefix
+        `splits` are those of the rows that begin so: see `fan_out`.
+        """
+        self.fan_out(tokens, splits, first, 1)
+        end, layers = 1 + len(tokens), {}
+        for layer, (keys, values) in self._stored.items():
+            rows = slice(first, first + 1 + sum(split <= layer for split in splits))
+            layers[layer] = keys[rows, 1:end].clone(), values[rows, 1:end].clone()
+        return Prefix(len(tokens), layers)
+
+    def begin(self, first: int, count: int, prefix: Prefix) -> None:
+        """Let `count` rows from `first` on hold a prefix, which was read for one row."""
+        for layer in self._stored:
+            self._begin(layer, first, count, prefix)
+
+    def _begin(self, layer: int, first: int, count: int, prefix: Prefix | None) -> None:
+        """Let rows hold a layer's part of a prefix, if there is one."""
+        parts = () if prefix is None else prefix.layers.get(layer, ())
+        for slots, part in zip(self._stored[layer], parts, strict=False):
+            slots[first : first + count, 1 : 1 + part.shape[1]] = part
 
     def step(self, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[int]]:
         """Extend all rows, from the first on, by a few tokens each; return what `extend` returns.
@@ -234,19 +259,25 @@ class Slots:
         return _lists(predicted)
 
     def fan_out(
-        self, tokens: Sequence[int], splits: Sequence[int], first: int, keep: int
+        self,
+        tokens: Sequence[int],
+        splits: Sequence[int],
+        first: int,
+        keep: int,
+        prefix: Prefix | None = None,
     ) -> list[list[int]]:
-        """Read the same tokens, from position 0, into a row and one more for each of `splits`.
+        """Read the same tokens, after a prefix, into a row and one more for each of `splits`.
 
         A single row enters the model, and each of the others splits off before the layer where it
         begins to differ: `splits`, from the lowest up. The rows are `first` …. With [0, 1], layer 0
-        computes the first two rows, and layers 1 and above all three. Returns what `extend`
-        returns.
+        computes the first two rows, and layers 1 and above all three. A prefix was read with the
+        same splits. Returns what `extend` returns.
         """
-        self._first, self._fanned = first, len(splits) + 1
-        self._visible = len(tokens)
+        start = 0 if prefix is None else prefix.tokens
+        self._first, self._fanned, self._prefix = first, len(splits) + 1, prefix
+        self._visible = start + len(tokens)
         ids = torch.tensor([list(tokens)], device=self.device)
-        positions = self._places[None, : len(tokens)]
+        positions = self._places[None, start : self._visible]
         with _splitting(self._model, splits):
             logits = self._logits(ids, positions, self._mask(positions), keep)
         return _lists(self._predicted(logits))

@@ -26,6 +26,7 @@ from lorakit.models.attention import set_attention
 from lorakit.models.base import UNLIMITED, Base, new_encoder
 from lorakit.models.chat import Tokenizer
 from lorakit.models.norms import fuse_norms_
+from lorakit.models.products import speed_up_products_
 from lorakit.models.quantisation import check_quantised, keep_gradients, quantising
 from lorakit.models.sharding import in_turns, shard_
 from lorakit.models.tokens import Encoder
@@ -182,6 +183,8 @@ def _prepare_(model: Model, device: torch.device) -> None:
     set_attention(model, device)
     if device.type == "cuda":
         fuse_norms_(model)
+    else:
+        speed_up_products_(model)
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ class ScriptedSlots:
         return self.extend(tokens, starts, 0, max(map(len, tokens)))
 
     def fan_out(
-        self, tokens: Sequence[int], splits: Sequence[int], first: int, keep: int
+        self, tokens: Sequence[int], splits: Sequence[int], first: int, keep: int, prefix: None
     ) -> list[list[int]]:
         new, boundaries = text_of(tokens), self.gates.boundaries
         assert list(splits) == boundaries[1:], "boundary k splits off before layer k"

@@ -20,6 +20,7 @@ from lorakit.boundary.gates import Gates
 from lorakit.boundary.strip import strip_layers
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
+from lorakit.models.kv_cache import Slots
 from lorakit.models.lora import attach
 from lorakit.models.tokens import Example
 from lorakit.records.jsonl import load_records
@@ -36,8 +37,11 @@ EVERY = list(range(LAYERS + 1))
 CUTS = {k: bottom(k, LAYERS) for k in EVERY}
 
 
-def records(count: int, seed: int = 0) -> list[Record]:
-    return [Record(row, f"data:{row['id']}") for row in rows(count, seed)]
+def records(count: int, seed: int = 0, before: str = "") -> list[Record]:
+    return [
+        Record({**row, "prompt": before + row["prompt"]}, f"data:{row['id']}")
+        for row in rows(count, seed)
+    ]
 
 
 def prompts(base: Base, sample: list[Record]) -> list[Example]:
@@ -57,10 +61,13 @@ def naive(
     return outputs
 
 
+@pytest.mark.parametrize("before", ["", "All prompts begin so. "])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_boundary_writes_what_it_writes_alone(family: str, tmp_path: Path) -> None:
+def test_every_boundary_writes_what_it_writes_alone(
+    family: str, before: str, tmp_path: Path
+) -> None:
     name = save_model(tmp_path, family)
-    base, sample = open_base(name), records(9)
+    base, sample = open_base(name), records(9, before=before)
     frequent = [ord(letter) for letter in "aeiou"]
     ends = (*base.end_tokens, *frequent)  # so that outputs end at various lengths
     base = replace(base, end_tokens=ends)
@@ -94,7 +101,7 @@ def test_a_sliding_window_shorter_than_the_prompt_is_kept(
 
     monkeypatch.setitem(FAMILIES, family, narrow)
     name = save_model(tmp_path, family)
-    base, sample = open_base(name), records(6)
+    base, sample = open_base(name), records(6, before="All prompts begin so. ")
     outputs = decode(base, random_adapter(base), prompts(base, sample), CUTS, SETTINGS, Notes())
     assert [outputs[k] for k in EVERY] == naive(name, base.end_tokens, sample)
 
@@ -218,6 +225,30 @@ def test_no_more_rows_than_the_batch_size_go_through_a_layer(llama: str) -> None
     texts = decode(base, random_adapter(base), sample, CUTS, settings, Notes())
     assert len(texts) == len(EVERY)
     assert max(seen) == 3
+
+
+def test_what_all_prompts_begin_with_is_read_once_for_each_fan(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, sample = open_base(llama), records(7, before="All prompts begin so. ")
+    lengths: list[int] = []
+    fan_out = Slots.fan_out
+
+    def noting(self: Slots, tokens: Any, *others: Any) -> list[list[int]]:
+        lengths.append(len(tokens))
+        return fan_out(self, tokens, *others)
+
+    own = [list(prompt.ids) for prompt in prompts(base, sample)]
+    begins = next(n for n, column in enumerate(zip(*own, strict=False)) if len(set(column)) > 1)
+    monkeypatch.setattr(Slots, "fan_out", noting)
+    with Gates(attach(base, random_adapter(base))).standing() as gates:
+        pool = Pool(base, gates, own, SETTINGS.max_new_tokens, batch_size=2)
+        list(pool.run(list(CUTS.values())))
+    fans = LAYERS // 2  # of two of the cuts below the highest
+    assert len(lengths) == 1 + fans + fans * len(own)
+    assert lengths.count(begins) >= 1 + fans
+    longest = max(map(len, own)) + SETTINGS.max_new_tokens - begins
+    assert all(length < longest for length in lengths if length != begins)
 
 
 def test_the_model_is_as_it_was_afterwards(llama: str) -> None:

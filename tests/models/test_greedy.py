@@ -55,13 +55,18 @@ def base(llama: str) -> Base:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """How many tokens each pass through the model reads, row by row."""
     lengths: list[list[int]] = []
-    extend = Slots.extend
+    extend, fan_out = Slots.extend, Slots.fan_out
 
     def counted(self: Slots, tokens: Any, *others: Any) -> list[list[int]]:
         lengths.append(list(map(len, tokens)))
         return extend(self, tokens, *others)
 
+    def counted_once(self: Slots, tokens: Any, *others: Any) -> list[list[int]]:
+        lengths.append([len(tokens)])
+        return fan_out(self, tokens, *others)
+
     monkeypatch.setattr(Slots, "extend", counted)
+    monkeypatch.setattr(Slots, "fan_out", counted_once)
     return lengths
 
 
@@ -278,6 +283,14 @@ def test_a_guess_is_what_followed_the_longest_run_last() -> None:
     assert list(drafts.guess([1, 5, 6], 4)) == [9]
     assert list(drafts.guess([1, 6, 7], 1)) == [8]
     assert list(drafts.guess([5, 6], 0)) == list(drafts.guess([4], 4)) == []
+
+
+def test_a_sparing_guess_is_shorter_after_a_shorter_run() -> None:
+    drafts = Drafts([1, 2, 3, 4, 5, 6, 7, 8], sparing=True)
+    assert list(drafts.guess([1, 2, 3], 9)) == [4, 5, 6, 7]
+    assert list(drafts.guess([9, 2, 3], 9)) == [4, 5]
+    assert list(drafts.guess([9, 9, 3], 9)) == [4]
+    assert list(drafts.guess([1, 2, 3], 2)) == [4, 5]
 
 
 def test_a_guess_needs_a_run_of_the_shortest_length() -> None:

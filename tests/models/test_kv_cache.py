@@ -93,3 +93,29 @@ def test_a_row_splits_off_before_the_layer_of_its_boundary() -> None:
     assert [len(model.seen[layer]) for layer in range(LAYERS)] == [2, 3, 3]
     slots.extend([[C], [C], [C]], [2, 2, 2], 1, 1)
     assert all(model.seen[layer] == [[A, B, C]] * 3 for layer in range(LAYERS))
+
+
+def test_rows_that_split_off_hold_a_prefix_that_is_read_once() -> None:
+    model = Model()
+    slots = Slots(model, rows=4, length=5)
+    prefix = slots.read_prefix([A, B], 1, [0, 2])
+    assert prefix.tokens == 2
+    assert [len(prefix.layers[layer][0]) for layer in range(LAYERS)] == [2, 2, 3]
+    for first in (0, 1):
+        slots.fan_out([C, D], [0, 2], first, 1, prefix)
+        assert model.read == [[C, D]]
+        assert model.visible == [[[1, 1, 1, 0], [1, 1, 1, 1]]]
+        assert [model.seen[layer] for layer in range(LAYERS)] == [
+            [[A, B, C, D]] * rows for rows in (2, 2, 3)
+        ]
+        slots.extend([[E], [E], [E]], [4, 4, 4], first, 1)
+        assert all(model.seen[layer] == [[A, B, C, D, E]] * 3 for layer in range(LAYERS))
+
+
+def test_rows_begin_with_a_prefix_that_is_read_once() -> None:
+    model = Model()
+    slots = Slots(model, rows=3, length=4)
+    prefix = slots.read_prefix([A, B], 2)
+    slots.begin(0, 2, prefix)
+    slots.extend([[C], [D]], [2, 2], 0, 1)
+    assert model.seen[0] == [[A, B, C], [A, B, D]]

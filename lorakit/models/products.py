@@ -1,0 +1,99 @@
+"""Products with a base's weights on a CPU, by oneDNN's kernels.
+
+PyTorch multiplies float32 matrices by MKL, which does not use what processors of other makers can
+do (AVX-512 on AMD's), and which rearranges the weights at every call: with few tokens that takes
+as long as the product. oneDNN, which PyTorch has on board for other number formats, is faster with
+few tokens and many; results differ from MKL's by rounding. Which products are large enough to gain
+was measured on such a processor: small ones pay for the call.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from lorakit.models.architecture import Model
+
+_LARGE = 1 << 18  # weights from which a product with a single token gains
+_MUCH = 1 << 24  # multiplications from which any does
+
+
+def speed_up_products_(model: Model) -> None:
+    """Have the linear layers of a model multiply by oneDNN where that is faster: on some CPUs."""
+    if not _is_faster_here():
+        return
+    for module in model.modules():
+        if _is_plain(module):
+            module.forward = functools.partial(_forward, module)
+
+
+def slow_down_products_(model: Model) -> None:
+    """Have the linear layers of a model multiply as PyTorch's do, as they did before."""
+    for module in model.modules():
+        if _is_plain(module, sped_up=True):
+            del module.forward
+
+
+def _is_plain(module: torch.nn.Module, *, sped_up: bool = False) -> bool:
+    """Return whether a module is PyTorch's own linear layer, in float32 on a CPU."""
+    if type(module) is not torch.nn.Linear or ("forward" in vars(module)) != sped_up:
+        return False  # accelerate's hook, which moves inputs between devices, is in `forward`
+    weight = module.weight
+    is_whole = not hasattr(weight, "device_mesh")  # else a part of it: the base is sharded
+    return is_whole and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+@functools.cache
+def _is_faster_here() -> bool:
+    """Return whether PyTorch has oneDNN's product, on a processor where it is the faster one."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=draw) for size in ((3, 5, 70), (33, 70)))
+    try:
+        return torch.allclose(_product(x, weight, None), linear(x, weight), atol=1e-5)
+    except (AttributeError, RuntimeError, TypeError):  # other builds, other signatures
+        return False
+
+
+def _forward(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Return what a linear layer gives for x (…, in), (…, out)."""
+    weight, bias = module.weight, module.bias
+    small = weight.numel() < _LARGE and x.numel() * weight.shape[0] < _MUCH
+    if small or not _multiplies(x, weight) or weight.requires_grad:
+        return linear(x, weight, bias)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _product(x, weight, bias)
+    result: torch.Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _multiplies(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether both are what oneDNN is given here."""
+    return x.dtype == weight.dtype == torch.float32 and x.device == weight.device and x.numel() > 0
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        x.contiguous(), weight, bias, "none", [], ""
+    )
+    return product
+
+
+class _Product(torch.autograd.Function):
+    """W·x + b of a frozen layer, whose backward pass is such a product too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return _product(grad, weight.t(), None), None, None
