@@ -178,7 +178,7 @@ class RowBatch(Generic[R]):
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
-    """Return the tokens that all prompts begin with, each having one more; none if too few to pay."""
+    """Return the tokens that all prompts begin with, each having one more; none if few."""
     first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what they share, all share
     differing = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     shared = min(next(differing, len(first)), min(map(len, prompts)) - 1)

@@ -119,8 +119,8 @@ class Slots:
                 slots[first + count : first + self._fanned, 1:end] = slots[first, 1:end]
             if self._prefix is None:
                 return key, value
-            seen = [slots[first : first + count, 1:end].transpose(1, 2) for slots in stored]
-            return seen[0], seen[1]
+            keys, values = (slots[first : first + count, 1:end] for slots in stored)
+            return keys.transpose(1, 2), values.transpose(1, 2)
         visible = []
         for slots, new in zip(stored, (key, value), strict=True):
             slots[self._row_numbers, self._targets] = new.transpose(1, 2)

@@ -244,7 +244,7 @@ def test_what_all_prompts_begin_with_is_read_once_for_each_fan(
     with Gates(attach(base, random_adapter(base))).standing() as gates:
         pool = Pool(base, gates, own, SETTINGS.max_new_tokens, batch_size=2)
         list(pool.run(list(CUTS.values())))
-    fans = LAYERS // 2  # of two of the cuts below the highest
+    fans = -(-LAYERS // 2)  # of two of the cuts below the highest
     assert len(lengths) == 1 + fans + fans * len(own)
     assert lengths.count(begins) >= 1 + fans
     longest = max(map(len, own)) + SETTINGS.max_new_tokens - begins
