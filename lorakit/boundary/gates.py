@@ -98,12 +98,14 @@ class Gates:
 
         It is (rows, 1, 1), or (1, tokens, 1) where rows come as one sequence.
         """
-        if number not in self._gates:
-            gate = [cut.left_in(number) for cut in self._cuts]
-            alike = len(set(gate)) == 1
-            by_row = torch.tensor(gate, device=device).view(-1, 1, 1)
+        if not self._gates:
+            by_row = [[cut.left_in(number) for cut in self._cuts] for number in self._numbers]
+            table = torch.tensor(by_row, device=device)[:, :, None, None]
             if self._tokens is not None:
                 lengths = torch.tensor(self._tokens, device=device)
-                by_row = by_row.repeat_interleave(lengths, 0).transpose(0, 1)
-            self._gates[number] = gate[0] if alike else by_row
+                table = table.repeat_interleave(lengths, 1).transpose(1, 2)
+            self._gates = {
+                number: own[0] if len(set(own)) == 1 else gate
+                for number, own, gate in zip(self._numbers, by_row, table, strict=True)
+            }
         return self._gates[number]

@@ -9,16 +9,29 @@ from typing import Any
 import torch
 import transformers
 
+from lorakit.models.attention import BY_ROW, set_attention
 from lorakit.models.gpu_attention import choose_kernels, pytorchs
 from lorakit.models.norms import fuse_norms_, fusible_norms
+from lorakit.models.products import slow_down_products_, speed_up_products_
 from lorakit.models.row_masks import transformers_masks
 
 
 @contextlib.contextmanager
 def as_transformers_has_it(model: Any) -> Iterator[None]:
-    """Inside the block, a model on a GPU computes norms and attention as transformers does."""
-    if next(model.parameters()).device.type != "cuda":
-        yield
+    """Inside the block, a model computes as transformers does.
+
+    On a GPU that concerns norms and attention, on a CPU attention and products.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        slow_down_products_(model)
+        if model.config._attn_implementation == BY_ROW:
+            model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            set_attention(model, device)
+            speed_up_products_(model)
         return
     attentions, masks = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
     ours = attentions["sdpa"], masks["sdpa"]
