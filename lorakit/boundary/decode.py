@@ -22,6 +22,8 @@ differs from that of the fan's first row, and "highest" is the first in descendi
 
 When rows leave the batch, their places go to other prompts, or to the next few boundaries of a
 prompt, whose draft is the output of the lowest boundary done. There are at most `batch_size` rows.
+What all prompts begin with goes through the model once for each fan; what is kept of it takes no
+more memory than one and a quarter times as many positions of the rows.
 Where a row's keys and values are stored is decided in kv_cache.py, which layers apply LoRA to it in
 gates.py. Rows that come and go, and guesses, are those of models/decoding.py.
 """

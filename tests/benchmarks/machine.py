@@ -28,6 +28,7 @@ class Machine:
     flags: tuple[str, ...]
     cores: int
     threads: int
+    waiting: str
     device: str
     dtype: str
     torch: str
@@ -35,8 +36,8 @@ class Machine:
     def __str__(self) -> str:
         flags = " ".join(self.flags) or "no matrix flags known"
         return (
-            f"{self.processor} ({flags}), {self.cores} cores, {self.threads} threads; "
-            f"{self.device}, {self.dtype}, torch {self.torch}"
+            f"{self.processor} ({flags}), {self.cores} cores, {self.threads} threads "
+            f"({self.waiting}); {self.device}, {self.dtype}, torch {self.torch}"
         )
 
 
@@ -47,6 +48,7 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> Machine:
         flags=_flags(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
         threads=torch.get_num_threads(),
+        waiting=f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'unset').lower()}",
         device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         torch=torch.__version__,

@@ -24,14 +24,8 @@ def as_transformers_has_it(model: Any) -> Iterator[None]:
     """
     device = next(model.parameters()).device
     if device.type != "cuda":
-        slow_down_products_(model)
-        if model.config._attn_implementation == BY_ROW:
-            model.set_attn_implementation("sdpa")
-        try:
+        with _as_loaded_on_a_cpu(model, device):
             yield
-        finally:
-            set_attention(model, device)
-            speed_up_products_(model)
         return
     attentions, masks = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
     ours = attentions["sdpa"], masks["sdpa"]
@@ -47,3 +41,18 @@ def as_transformers_has_it(model: Any) -> Iterator[None]:
         masks.register("sdpa", ours[1])
         choose_kernels()
         fuse_norms_(model)
+
+
+@contextlib.contextmanager
+def _as_loaded_on_a_cpu(model: Any, device: torch.device) -> Iterator[None]:
+    """Inside the block, undo what lorakit set when it loaded a base; others stay as they are."""
+    if model.config._attn_implementation != BY_ROW:
+        yield
+        return
+    slow_down_products_(model)
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        set_attention(model, device)
+        speed_up_products_(model)

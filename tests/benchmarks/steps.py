@@ -41,6 +41,10 @@ LR = 2e-4
 RATIO = Decimal("0.1")  # that a merge prunes
 
 Batches = Sequence[Sequence[Example]]
+_PRODUCTS = (
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "mkldnn::_linear_pointwise",
+)
 _ATTENTION = re.compile("dot_product_|(flash|efficient|varlen)_attn|_attention_(for|back)ward")
 
 
@@ -142,7 +146,7 @@ def with_parts(steps: Steps, step: Callable[[], float], device: torch.device) ->
         if event.device_type.name == "CPU"  # a kernel's time is in its operation's
     }
     total = sum(times.values())
-    products = sum(times.get(f"aten::{name}", 0.0) for name in ("mm", "addmm", "bmm", "baddbmm"))
+    products = sum(times.get(name, 0.0) for name in _PRODUCTS)
     attention = sum(seconds for name, seconds in times.items() if _ATTENTION.search(name))
     return replace(
         steps,
