@@ -160,8 +160,8 @@ def _plain(mask: torch.Tensor | None) -> torch.Tensor | None:
     """
     if mask is None:
         return None
-    seen = mask == 0 if mask.is_floating_point() else mask
-    if len(mask) == 1 and mask.shape[2] == mask.shape[3] and are_causal(seen):
+    is_square = len(mask) == 1 and mask.shape[2] == mask.shape[3]
+    if is_square and are_causal(mask == 0 if mask.is_floating_point() else mask):
         return None
     return mask.float() if mask.is_floating_point() else mask
 

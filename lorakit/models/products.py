@@ -5,6 +5,9 @@ do (AVX-512 on AMD's), and which rearranges the weights at every call: with few 
 as long as the product. oneDNN, which PyTorch has on board for other number formats, is faster with
 few tokens and many; results differ from MKL's by rounding. Which products are large enough to gain
 was measured on such a processor: small ones pay for the call.
+
+oneDNN writes a program for each shape, and keeps a thousand of them: half a megabyte each where
+tokens are few. So they are filled up to one of few numbers, with tokens of zeros.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import functools
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from lorakit.models.architecture import Model
 
 _LARGE = 1 << 18  # weights from which a product with a single token gains
 _MUCH = 1 << 24  # multiplications from which any does
+# Up to so many tokens, their number is rounded up to a multiple of this; larger programs are small.
+_STEPS = {1: 1, 64: 4, 128: 8, 256: 16, 512: 32}
 
 
 def speed_up_products_(model: Model) -> None:
@@ -77,10 +82,12 @@ def _multiplies(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-        x.contiguous(), weight, bias, "none", [], ""
-    )
-    return product
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    missing = -len(rows) % next((step for most, step in _STEPS.items() if len(rows) <= most), 1)
+    filled = pad(rows, (0, 0, 0, missing)) if missing else rows
+    product = torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")
+    given: torch.Tensor = product[: len(rows)].view(*x.shape[:-1], -1)
+    return given
 
 
 class _Product(torch.autograd.Function):

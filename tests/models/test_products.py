@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,23 @@ def test_values_and_gradients_are_as_exact_as_pytorchs(
         assert ours.shape == pytorchs.shape
         worst = (pytorchs - exact).abs().max()
         assert (ours - exact).abs().max() <= 4 * worst + 1e-7
+
+
+def test_few_shapes_are_multiplied(faster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, counts = layer_of(LARGE), set[int]()
+    plain = copy.deepcopy(layer)
+    multiply = torch.ops.mkldnn._linear_pointwise
+
+    def noting(x: torch.Tensor, *others: Any) -> Any:
+        counts.add(len(x))
+        return multiply(x, *others)
+
+    speed_up_products_(layer)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", noting)
+    x = torch.randn(600, LARGE[1])
+    for count in (*range(1, 70), 127, 129, 250, 257, 500, 512, 513, 600):
+        torch.testing.assert_close(layer(x[:count]), plain(x[:count]), rtol=1e-4, atol=1e-5)
+    assert counts == {1, *range(4, 65, 4), 72, 128, 144, 256, 288, 512, 513, 600}
 
 
 def test_inputs_that_are_slices_and_none_at_all_are_taken(faster: None) -> None:
