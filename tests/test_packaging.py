@@ -54,7 +54,8 @@ def sdist(source: Path) -> Path:
     run(sys.executable, "-c", BUILD.format("sdist", "dist"), cwd=source)
     (archive,) = source.glob("dist/*.tar.gz")
     with tarfile.open(archive) as stream:
-        stream.extractall(source / "dist", filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since 3.11.4
+        stream.extractall(source / "dist", **safely)
     return source / "dist" / archive.name.removesuffix(".tar.gz")
 
 
