@@ -15,6 +15,7 @@ import venv
 import zipfile
 from email.message import Message
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ def sdist(source: Path) -> Path:
     run(sys.executable, "-c", BUILD.format("sdist", "dist"), cwd=source)
     (archive,) = source.glob("dist/*.tar.gz")
     with tarfile.open(archive) as stream:
-        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since 3.11.4
+        safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since 3.11.4
         stream.extractall(source / "dist", **safely)
     return source / "dist" / archive.name.removesuffix(".tar.gz")
 
