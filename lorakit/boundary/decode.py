@@ -22,8 +22,8 @@ differs from that of the fan's first row, and "highest" is the first in descendi
 
 When rows leave the batch, their places go to other prompts, or to the next few boundaries of a
 prompt, whose draft is the output of the lowest boundary done. There are at most `batch_size` rows.
-What all prompts begin with goes through the model once for each fan; what is kept of it takes no
-more memory than one and a quarter times as many positions of the rows.
+What all prompts begin with goes through the model once for each fan, and its keys and values are
+kept: in each layer those of as many rows as the fan has split up into there.
 Where a row's keys and values are stored is decided in kv_cache.py, which layers apply LoRA to it in
 gates.py. Rows that come and go, and guesses, are those of models/decoding.py.
 """
@@ -131,26 +131,27 @@ class Pool:
         """Add rows for prompts (their numbers) under a cut, and decode their first token."""
         self._gates.set([cut])
         rows = [self._new_row(number, cut, ()) for number in numbers]
-        return self._batch.join(rows, self._prefix([cut]))
+        return self._batch.join(rows, self._prefix(cut))
 
     def _fan_out(self, draft: Output, cuts: Sequence[Cut]) -> list[_CutRow]:
         """Add a row for the draft's prompt under each cut, highest first, and check the draft."""
         order = _fan_order(cuts)
+        splits = _splits(order)
         self._gates.set(order)
         rows = [self._new_row(draft.prompt, cut, draft.tokens) for cut in order]
-        return self._batch.fan_out(rows, _splits(order), self._prefix(order))
+        return self._batch.fan_out(rows, splits, self._prefix(order[0], splits))
 
-    def _prefix(self, order: Sequence[Cut]) -> Prefix | None:
+    def _prefix(self, cut: Cut, splits: Sequence[int] = ()) -> Prefix | None:
         """Return what rows under cuts hold of what all prompts begin with, if that is read once.
 
-        The gates are set to the cuts, which come first to no other fan.
+        The gates are set to the cuts, of which `cut` is the first, and of no other fan.
         """
         if not self._begins:
             return None
-        if order[0] not in self._prefixes:
-            first, splits = len(self._batch.rows), _splits(order)
-            self._prefixes[order[0]] = self._slots.read_prefix(self._begins, first, splits)
-        return self._prefixes[order[0]]
+        if cut not in self._prefixes:
+            first = len(self._batch.rows)
+            self._prefixes[cut] = self._slots.read_prefix(self._begins, first, splits)
+        return self._prefixes[cut]
 
     def _new_row(self, number: int, cut: Cut, guess: Sequence[int]) -> _CutRow:
         prompt, drafts = self._prompts[number], self._drafts[number]

@@ -47,11 +47,9 @@ class Gates:
         The factors are written to the same places in memory in every call, and rows without a cut
         have any, so that what is recorded on a GPU can be replayed (models/step_graphs.py).
         """
-        by_cut = {cut: [cut.left_in(number) for number in self._numbers] for cut in set(cuts)}
         if self._held is None or self._held.shape[1] != rows:
             self._held = torch.zeros(len(self._numbers), rows, 1, 1, device=device)
-        table = torch.tensor([by_cut[cut] for cut in cuts]).T
-        self._held[:, : len(cuts), 0, 0] = table.to(device)
+        self._held[:, : len(cuts), 0, 0] = torch.tensor(self._by_layer(cuts)).to(device)
         self._cuts, self._tokens = (), None  # what `set` gets next is new to it
         self._gates = dict(zip(self._numbers, self._held, strict=True))
 
@@ -99,13 +97,17 @@ class Gates:
         It is (rows, 1, 1), or (1, tokens, 1) where rows come as one sequence.
         """
         if not self._gates:
-            by_row = [[cut.left_in(number) for cut in self._cuts] for number in self._numbers]
-            table = torch.tensor(by_row, device=device)[:, :, None, None]
+            by_layer = self._by_layer(self._cuts)
+            table = torch.tensor(by_layer, device=device)[:, :, None, None]
             if self._tokens is not None:
                 lengths = torch.tensor(self._tokens, device=device)
                 table = table.repeat_interleave(lengths, 1).transpose(1, 2)
             self._gates = {
                 number: own[0] if len(set(own)) == 1 else gate
-                for number, own, gate in zip(self._numbers, by_row, table, strict=True)
+                for number, own, gate in zip(self._numbers, by_layer, table, strict=True)
             }
         return self._gates[number]
+
+    def _by_layer(self, cuts: Sequence[Cut]) -> list[list[float]]:
+        """Return, for each layer with LoRA, its factor in each of the cuts."""
+        return [[cut.left_in(number) for cut in cuts] for number in self._numbers]
