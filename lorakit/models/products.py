@@ -13,6 +13,7 @@ tokens are few. So they are filled up to one of few numbers, with tokens of zero
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,23 +29,19 @@ _STEPS = {1: 1, 64: 4, 128: 8, 256: 16, 512: 32}
 
 def speed_up_products_(model: Model) -> None:
     """Have the linear layers of a model multiply by oneDNN where that is faster: on some CPUs."""
-    if not _is_faster_here():
-        return
-    for module in model.modules():
-        if _is_plain(module):
-            module.forward = functools.partial(_forward, module)
+    for layer in fast_layers(model):
+        layer.forward = functools.partial(_forward, layer)
 
 
-def slow_down_products_(model: Model) -> None:
-    """Have the linear layers of a model multiply as PyTorch's do, as they did before."""
-    for module in model.modules():
-        if _is_plain(module, sped_up=True):
-            del module.forward
+def fast_layers(model: Model) -> Iterator[Any]:
+    """Yield the linear layers of a model that multiply faster by oneDNN here."""
+    if _is_faster_here():
+        yield from filter(_is_plain, model.modules())
 
 
-def _is_plain(module: torch.nn.Module, *, sped_up: bool = False) -> bool:
+def _is_plain(module: torch.nn.Module) -> bool:
     """Return whether a module is PyTorch's own linear layer, in float32 on a CPU."""
-    if type(module) is not torch.nn.Linear or ("forward" in vars(module)) != sped_up:
+    if type(module) is not torch.nn.Linear or hasattr(module, "_hf_hook"):
         return False  # accelerate's hook, which moves inputs between devices, is in `forward`
     weight = module.weight
     is_whole = not hasattr(weight, "device_mesh")  # else a part of it: the base is sharded

@@ -12,7 +12,7 @@ import transformers
 from lorakit.models.attention import BY_ROW, set_attention
 from lorakit.models.gpu_attention import choose_kernels, pytorchs
 from lorakit.models.norms import fuse_norms_, fusible_norms
-from lorakit.models.products import slow_down_products_, speed_up_products_
+from lorakit.models.products import fast_layers, speed_up_products_
 from lorakit.models.row_masks import transformers_masks
 
 
@@ -49,7 +49,8 @@ def _as_loaded_on_a_cpu(model: Any, device: torch.device) -> Iterator[None]:
     if model.config._attn_implementation != BY_ROW:
         yield
         return
-    slow_down_products_(model)
+    for layer in fast_layers(model):
+        layer.__dict__.pop("forward", None)
     model.set_attn_implementation("sdpa")
     try:
         yield
