@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -64,6 +66,12 @@ def decoder_prefix(model: Model) -> str:
         return ""
     decoder = model.get_decoder()
     return next(str(name) for name, module in model.named_modules() if module is decoder)
+
+
+def python_modules(model: Model) -> Iterator[ModuleType]:
+    """Yield the Python modules that a model's classes are from, by name."""
+    names = {type(part).__module__ for part in model.modules()}
+    yield from (sys.modules[name] for name in sorted(names))
 
 
 @contextlib.contextmanager

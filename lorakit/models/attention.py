@@ -17,20 +17,26 @@ attends on a GPU in gpu_attention.py.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import transformers
 
-from lorakit.models.architecture import Model
+from lorakit.models.architecture import Model, python_modules
 from lorakit.models.gpu_attention import choose_kernels, pytorchs, queries_a_key, ungrouped
 from lorakit.models.row_masks import RowMasks, are_causal, make_masks
 
 BY_ROW = "sdpa_by_row"
 # New tokens of a row from which a batch saves less than it loses by computing what is hidden.
 _WIDE = 16
+# How families ask whether they use PyTorch's attention, if they do: by its name.
+_NAMED = re.compile(r"_attn_implementation\s*(==|!=|(not\s+)?in\b)[^\n]*[\"']sdpa[\"']")
 _ragged: ContextVar[RaggedRows | None] = ContextVar("ragged", default=None)
 
 
@@ -91,12 +97,23 @@ def ragged(rows: RaggedRows | None) -> Iterator[None]:
 def set_attention(model: Model, device: torch.device) -> None:
     """Make a model that uses PyTorch's attention attend as this module says on a device.
 
-    On a CPU it gets another name, by which some models would not know it: GPUs keep "sdpa".
+    On a CPU it gets another name, but in families that compute otherwise under a name that they do
+    not know (Gemma 4, DeepSeek V3.2): those keep "sdpa", as all do on a GPU.
     """
     if device.type == "cuda":
         choose_kernels()
-    if device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    is_pytorchs = model.config._attn_implementation == "sdpa"
+    if device.type == "cpu" and is_pytorchs and not any(map(_asks, python_modules(model))):
         model.set_attn_implementation(BY_ROW)
+
+
+@functools.cache
+def _asks(module: ModuleType) -> bool:
+    """Return whether the code of a Python module asks for the attention by its name."""
+    try:
+        return _NAMED.search(inspect.getsource(module)) is not None
+    except (OSError, TypeError):  # there is no source
+        return False
 
 
 def _attention(

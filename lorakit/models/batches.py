@@ -216,8 +216,7 @@ def can_pack(model: Model) -> bool:
     the same ones behind any other row. A recurrent state, or a convolution, that crosses the start
     of the row would change them.
     """
-    by_row = "sdpa" if model.device.type == "cuda" else BY_ROW
-    if text_config(model)._attn_implementation != by_row:
+    if text_config(model)._attn_implementation not in (BY_ROW, "sdpa"):
         return False
     if not set(forward_parameters(model)) >= NEEDED_TO_PACK:
         return False

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from lorakit.models.architecture import Model, at_the_head
+from lorakit.models.architecture import Model, at_the_head, python_modules
 from lorakit.models.trials import DTYPES, compute_the_same
 
 _NAME = "apply_rotary_pos_emb"  # in transformers' modules of families
@@ -56,8 +55,7 @@ def fusible_modules(model: Model) -> Iterator[ModuleType]:
 
     The model may be without weights.
     """
-    names = {type(part).__module__ for part in model.modules()}
-    for module in (sys.modules[name] for name in sorted(names)):
+    for module in python_modules(model):
         rotate = getattr(module, _NAME, None)
         if rotate is not None and not isinstance(rotate, _Rotary) and _computes_the_same(rotate):
             yield module

@@ -118,8 +118,15 @@ def test_a_model_whose_rows_would_leak_is_padded(
 
 def test_a_model_set_to_attend_otherwise_is_padded(llama: str) -> None:
     base = open_base(llama)
-    base.model.set_attn_implementation("sdpa")
+    base.model.set_attn_implementation("eager")
     assert not can_pack(base.model)
+
+
+def test_a_model_that_keeps_the_name_of_pytorchs_attention_packs(llama: str) -> None:
+    base = open_base(llama)
+    base.model.set_attn_implementation("sdpa")
+    assert can_pack(base.model)
+    assert_rows_are_their_own(base, examples(base, 7), 1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 60, 10_000])
