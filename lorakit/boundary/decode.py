@@ -22,14 +22,16 @@ differs from that of the fan's first row, and "highest" is the first in descendi
 
 When rows leave the batch, their places go to other prompts, or to the next few boundaries of a
 prompt, whose draft is the output of the lowest boundary done. There are at most `batch_size` rows.
-What all prompts begin with goes through the model once for each fan, and its keys and values are
-kept: in each layer those of as many rows as the fan has split up into there.
+What all prompts begin with goes through the model once for each fan. Its keys and values are kept,
+in each layer those of as many rows as the fan has split up into there, until together they would
+take more memory than the batch: then those of the fan that was the longest ago are read again.
 Where a row's keys and values are stored is decided in kv_cache.py, which layers apply LoRA to it in
 gates.py. Rows that come and go, and guesses, are those of models/decoding.py.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +44,9 @@ from lorakit.boundary.gates import Gates
 from lorakit.models.base import Base
 from lorakit.models.cache_trial import REFUSALS, alike_enough
 from lorakit.models.completions import check_finite, until_end
-from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch, shared_prefix
-from lorakit.models.kv_cache import Prefix, Slots
+from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
+from lorakit.models.kv_cache import Slots
+from lorakit.models.prefixes import Prefix, Prefixes, shared_prefix
 
 FANNED = 4  # cuts that share one pass over a prompt and its draft
 _TRIED = 4  # cuts under which can_pool tries a model
@@ -83,7 +86,7 @@ class Pool:
         self._end_tokens = base.end_tokens
         self._prompts = [list(prompt) for prompt in prompts]
         self._begins = shared_prefix(self._prompts)
-        self._prefixes: dict[Cut, Prefix] = {}
+        self._prefixes = Prefixes()
         self._slots = Slots(base.model, batch_size, max(map(len, prompts)) + max_new_tokens)
         sparing = self._slots.ragged  # else rows are padded, and a guess costs nothing
         self._drafts = [Drafts(prompt, sparing=sparing) for prompt in self._prompts]
@@ -148,10 +151,9 @@ class Pool:
         """
         if not self._begins:
             return None
-        if cut not in self._prefixes:
-            first = len(self._batch.rows)
-            self._prefixes[cut] = self._slots.read_prefix(self._begins, first, splits)
-        return self._prefixes[cut]
+        first = len(self._batch.rows)
+        read = functools.partial(self._slots.read_prefix, self._begins, first, splits)
+        return self._prefixes.get(cut, read, room=self._slots.nbytes)
 
     def _new_row(self, number: int, cut: Cut, guess: Sequence[int]) -> _CutRow:
         prompt, drafts = self._prompts[number], self._drafts[number]

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from lorakit.models.completions import StopTexts
-from lorakit.models.kv_cache import Prefix, Slots
+from lorakit.models.kv_cache import Slots
+from lorakit.models.prefixes import Prefix
 
 # Prompts are read so many tokens at a time, but never less than one prompt. That bounds memory, and
 # what a layer computes stays in a CPU's cache: on SmolLM2, 3,500 tokens took a quarter less time.
 _READ_AT_ONCE = 2048
-_LEAST_PREFIX = 8  # tokens that all prompts begin with, which are worth a pass of their own
 GUESSED = 4  # tokens guessed for a row in one step
 _RUNS = (3, 2, 1)  # lengths of the runs of tokens that guesses are based on, longest first
 # Tokens guessed after a run where each costs what any token costs: up to the last of which a fourth
@@ -175,14 +175,6 @@ class RowBatch(Generic[R]):
                     self._slots.move(place, len(self.rows))
                 self.rows.append(row)
         return ended
-
-
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
-    """Return the tokens that all prompts begin with, each having one more; none if few."""
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what they share, all share
-    differing = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    shared = min(next(differing, len(first)), min(map(len, prompts)) - 1)
-    return first[:shared] if len(prompts) > 1 and shared >= _LEAST_PREFIX else ()
 
 
 def _length(prefix: Prefix | None) -> int:

@@ -17,8 +17,9 @@ import torch
 
 from lorakit.models.base import Base
 from lorakit.models.completions import StopTexts, check_finite, until_end
-from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch, shared_prefix
-from lorakit.models.kv_cache import Prefix, Slots
+from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
+from lorakit.models.kv_cache import Slots
+from lorakit.models.prefixes import Prefix, shared_prefix
 from lorakit.settings import GenerationSettings
 
 # Rows join when this part of the batch is free. A pass costs its reading of the weights besides its

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -34,29 +33,19 @@ from lorakit.models.architecture import (
 )
 from lorakit.models.attention import BY_ROW, RaggedRows, ragged
 from lorakit.models.gpu_attention import in_groups
+from lorakit.models.prefixes import KeysAndValues, Prefix
 from lorakit.models.step_graphs import StepGraphs
 
 _CACHES = ("cache", "past_key_values")  # what transformers calls the cache, since 5.24 and before
 _AHEAD = 128  # positions for which slots are added at once, and to which recorded steps are padded
 _STEP_WIDTHS = (1, 5)  # new tokens of a row to which recorded steps are padded
 _LayerInputs = tuple[torch.Tensor, ...]
-_KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def cache_parameter(model: Model) -> str | None:
     """Return the name by which a model's forward takes a cache, None where it takes none."""
     parameters = forward_parameters(model)
     return next((name for name in _CACHES if name in parameters), None)
-
-
-class Prefix(NamedTuple):
-    """What rows hold of the tokens that they begin with: keys and values, by layer.
-
-    They are (rows, tokens, heads, width); rows that split off above a layer have none in it.
-    """
-
-    tokens: int
-    layers: Mapping[int, _KeysAndValues]
 
 
 class Slots:
@@ -78,7 +67,7 @@ class Slots:
     ) -> None:
         self._model, self._rows, self._length, self._check = model, rows, length, check
         self._cache_name = str(cache_parameter(model))
-        self._stored: dict[int, _KeysAndValues] = {}
+        self._stored: dict[int, KeysAndValues] = {}
         self._fanned = 0  # how many rows the batch is fanned out to; 0 while rows are extended
         self._prefix: Prefix | None = None  # which those rows begin with
         attention = getattr(text_config(model), "_attn_implementation", None)
@@ -91,6 +80,11 @@ class Slots:
         on_gpu = self.device.type == "cuda" and not _is_sharded(model)
         self.records = not self.ragged and (on_gpu if records is None else records)
         self._graphs = StepGraphs(model, self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the slots take."""
+        return sum(slots.nbytes for stored in self._stored.values() for slots in stored)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: the model asks, but needs no length, since it is always given positions."""
@@ -129,8 +123,8 @@ class Slots:
         return visible[0], visible[1]
 
     def _roomy(
-        self, stored: _KeysAndValues | None, key: torch.Tensor, value: torch.Tensor
-    ) -> _KeysAndValues:
+        self, stored: KeysAndValues | None, key: torch.Tensor, value: torch.Tensor
+    ) -> KeysAndValues:
         """Return a layer's slots (rows, slots, heads, width), enough for what is visible now."""
         count = 0 if stored is None else stored[0].shape[1]
         if count > self._visible and stored is not None:

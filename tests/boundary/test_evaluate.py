@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lorakit.adapters.adapter import Adapter, tensors_of
 from lorakit.adapters.names import layer_of
 from lorakit.adapters.storage import save_adapter
+from lorakit.boundary import decode as decode_module
 from lorakit.boundary import evaluate as module
 from lorakit.boundary.cuts import Point, bottom, cut_at, layer_order
 from lorakit.boundary.decode import Pool, can_pool
@@ -22,6 +24,7 @@ from lorakit.errors import LorakitError
 from lorakit.models.base import Base
 from lorakit.models.kv_cache import Slots
 from lorakit.models.lora import attach
+from lorakit.models.prefixes import Prefix
 from lorakit.models.tokens import Example
 from lorakit.records.jsonl import load_records
 from lorakit.records.record import Record
@@ -79,6 +82,33 @@ def test_every_boundary_writes_what_it_writes_alone(
         adapter = random_adapter(base)
         outputs = decode(base, adapter, prompts(base, sample), CUTS, settings, Notes())
         assert [outputs[k] for k in EVERY] == expected
+
+
+def test_prefixes_that_would_take_more_than_the_batch_are_read_again(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    read_prefix = Slots.read_prefix
+
+    def noted(slots: Slots, tokens: Sequence[int], *rest: Any) -> Prefix:
+        read.append(len(tokens))
+        return read_prefix(slots, tokens, *rest)
+
+    monkeypatch.setattr(Slots, "read_prefix", noted)
+    monkeypatch.setattr(decode_module, "FANNED", 1)
+    base, sample = open_base(llama), records(6, before="All prompts begin so. ")
+    expected = naive(llama, base.end_tokens, sample)
+    assert base.batches_continuously  # tried once, here
+    counts = []
+    for room in (1 << 30, 0):
+        monkeypatch.setattr(Slots, "nbytes", room)
+        read.clear()
+        settings = replace(SETTINGS, batch_size=2)
+        outputs = decode(base, random_adapter(base), prompts(base, sample), CUTS, settings, Notes())
+        assert [outputs[k] for k in EVERY] == expected
+        counts.append(len(read))
+    assert counts[0] == 1 + len(EVERY)  # can_pool tries one
+    assert counts[1] > counts[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
