@@ -314,10 +314,11 @@ class Slots:
         return mask.masked_fill_(hidden, torch.finfo(self._dtype).min)
 
     def move(self, source: int, target: int) -> None:
-        """Copy a row onto another."""
+        """Copy a row onto another, as far as the last batch goes."""
+        end = 1 + self._visible
         for stored in self._stored.values():
             for slots in stored:
-                slots[target] = slots[source]
+                slots[target, 1:end] = slots[source, 1:end]
 
 
 def _is_sharded(model: Model) -> bool:

@@ -4,16 +4,18 @@ An adapter is trained on a task of the microworld, by default titles on `tiny`; 
 decoded greedily in float32 at every boundary, once by PEFT and transformers' `generate` on the
 stripped adapters, in batches of the records as they come, and once by lorakit, with as many rows in
 a batch. Both must write the same tokens, or the run ends with an error. The limit is the matrix
-rate, had every token of every output gone through the model once.
+rate, had every token gone only through layers in which boundaries differ: see `least_flops`.
 With `--layers` the model is a random Llama of that depth instead, its adapter random; with
 `--model` it is a folder's.
 
     python -m tests.benchmarks.find_boundary [--task title] [--sample 32] [--batch-size 16]
-        [--rounds 2] [--no-baseline] [--device cpu|cuda] [--layers 32] [--model FOLDER]
+        [--peer-batch-size 1] [--rounds 2] [--no-baseline] [--device cpu|cuda] [--layers 32]
+        [--model FOLDER]
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +59,7 @@ class Options:
     epochs: int = option(4, "epochs to train")
     sample: int = option(32, "records to decode")
     batch_size: int = option(16, "rows at a time, on both sides")
+    peer_batch_size: int = option(0, "the peer's rows at a time; 0: as many")
     max_new_tokens: int = option(128, "tokens that are written at most")
     rounds: int = option(2, "turns of each side")
     no_baseline: bool = option(False, "leave boundary 0 out")
@@ -140,7 +143,7 @@ def compared(
     outputs = theirs[0].output
     ratio = ratio_of([r.seconds for r in ours], [r.seconds for r in theirs])
     seconds, rate = min(r.seconds for r in ours), matrix_rate(base.device, base.dtype)
-    tokens = sum(len(prompts[number]) + len(ids) for (number, _), ids in outputs.items())
+    least = least_flops(base, prompts, outputs) / rate
     boundaries = sorted({boundary for _, boundary in outputs})
     machine = describe_machine(base.device, base.dtype)
     return Result(
@@ -151,7 +154,7 @@ def compared(
         ratio=ratio.median,
         spread=ratio.spread,
         limit=f"{rate / 1e9:.0f} GFLOP/s, the matrix rate in {machine.dtype}",
-        limit_share=2.0 * weights_of(base) * tokens / seconds / rate,
+        limit_share=least / seconds,
         machine=machine,
         details={
             "processor ratio": ratio_of(
@@ -163,9 +166,33 @@ def compared(
             "records": len(prompts),
             "tokens an output": sum(map(len, outputs.values())) / len(outputs),
             "outputs that differ": count_differing(ours[0].output, outputs),
-            "layers / 2, of which the ratio is": ratio.median / (base.layers / 2),
+            "ratio at the limit": min(r.seconds for r in theirs) / least,
         },
     )
+
+
+def least_flops(base: Base, prompts: Prompts, outputs: Outputs) -> float:
+    """Return the multiplications and additions that no program can do without.
+
+    A prompt and its outputs go through the layers above their boundaries, those of the highest
+    boundary through all layers; what all prompts begin with does so once. The output head computes
+    the tokens that are written, and the last one's end. Attention is left out.
+    """
+    head = int(base.model.get_output_embeddings().weight.numel())
+    shared, boundaries = shared_prefix(prompts), {boundary for _, boundary in outputs}
+    above = {k: base.layers - k for k in boundaries} | {max(boundaries): base.layers}
+    layered = shared * sum(above.values()) + sum(
+        (len(prompts[number]) - shared + len(ids)) * above[k]
+        for (number, k), ids in outputs.items()
+    )
+    written = sum(len(ids) + 1 for ids in outputs.values())
+    return 2.0 * ((weights_of(base) - head) / base.layers * layered + head * written)
+
+
+def shared_prefix(prompts: Prompts) -> int:
+    """Return how many tokens all prompts begin with."""
+    columns = zip(*prompts, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def weights_of(base: Base) -> int:
@@ -241,8 +268,9 @@ def transformers_outputs(
 ) -> list[list[int]]:
     """Return what transformers' own `generate` writes, batch by batch, without the end token."""
     pad, ends, outputs = base.end_tokens[0], set(base.end_tokens), []
-    for start in range(0, len(prompts), options.batch_size):
-        rows = prompts[start : start + options.batch_size]
+    size = options.peer_batch_size or options.batch_size
+    for start in range(0, len(prompts), size):
+        rows = prompts[start : start + size]
         length = max(map(len, rows))
         ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])

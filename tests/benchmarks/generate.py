@@ -31,7 +31,7 @@ from lorakit.recipes.table import build_dataset
 from lorakit.records.few_shot import NO_EXAMPLES, FewShot
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
-from tests.benchmarks.find_boundary import records_of, weights_of
+from tests.benchmarks.find_boundary import records_of, shared_prefix, weights_of
 from tests.benchmarks.machine import describe_machine, matrix_rate, pick
 from tests.benchmarks.peers import as_transformers_has_it
 from tests.benchmarks.program import data_folder, main, option
@@ -241,12 +241,6 @@ def least_flops(base: Base, prompts: Sequence[Sequence[int]], written: int) -> f
     read = shared + sum(len(prompt) - shared for prompt in prompts)
     head = int(base.model.get_output_embeddings().weight.numel())
     return 2.0 * ((weights_of(base) - head) * (read + written) + head * written)
-
-
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with."""
-    columns = zip(*prompts, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def differing(ours: Sequence[str], theirs: Sequence[str]) -> int:

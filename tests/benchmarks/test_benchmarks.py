@@ -18,7 +18,7 @@ import torch
 from lorakit.records.few_shot import NO_EXAMPLES
 from lorakit.settings import GenerationSettings
 from tests.benchmarks import __main__ as program
-from tests.benchmarks import generate, gpu, growth
+from tests.benchmarks import find_boundary, generate, gpu, growth
 from tests.benchmarks.commands import Cost, compared, cost_of
 from tests.benchmarks.gpu_parts import random_records
 from tests.benchmarks.growth_works import WORKS
@@ -70,10 +70,22 @@ def test_batches_by_length_and_as_records_come_give_texts_in_the_records_order()
 def test_examples_before_all_prompts_are_a_prefix_that_is_read_once() -> None:
     base = random_base(SMALL, CPU, torch.float32)
     prompts = [(1, 2, 3, 4), (1, 2, 5), (1, 2, 3)]
-    assert generate.shared_prefix(prompts) == 2
+    assert find_boundary.shared_prefix(prompts) == 2
     head = base.model.get_output_embeddings().weight.numel()
     layers = SMALL.layer_weights * SMALL.layers
     assert generate.least_flops(base, prompts, 7) == 2.0 * (layers * (6 + 7) + head * 7)
+
+
+def test_boundaries_differ_in_the_layers_above_them_alone() -> None:
+    base = random_base(SMALL, CPU, torch.float32)
+    top, below = SMALL.layers, SMALL.layers - 1
+    prompts = [(1, 2, 3, 4), (1, 2, 5)]
+    outputs = {(0, top): [7, 8], (1, top): [7], (0, below): [], (1, below): [9]}
+    head = base.model.get_output_embeddings().weight.numel()
+    through_all, through_one = (2 + 2) + (1 + 1) + 2, (2 + 0) + (1 + 1) + 2
+    layered = SMALL.layer_weights * (through_all * SMALL.layers + through_one)
+    least = find_boundary.least_flops(base, prompts, outputs)
+    assert least == 2.0 * (layered + head * (3 + 2 + 1 + 2))
 
 
 @pytest.mark.slow
