@@ -25,8 +25,8 @@ prompt, whose draft is the output of the lowest boundary done. There are at most
 What all prompts begin with goes through the model once for each fan. Its keys and values are kept,
 in each layer those of as many rows as the fan has split up into there, until together they would
 take more memory than the batch: then those of the fan that was the longest ago are read again.
-Where a row's keys and values are stored is decided in kv_cache.py, which layers apply LoRA to it in
-gates.py. Rows that come and go, and guesses, are those of models/decoding.py.
+How rows split up is decided in models/reading.py, which layers apply LoRA to them in gates.py. Rows
+that come and go, and guesses, are those of models/decoding.py.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from lorakit.models.base import Base
 from lorakit.models.cache_trial import REFUSALS, alike_enough
 from lorakit.models.completions import check_finite, until_end
 from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
-from lorakit.models.kv_cache import Slots
 from lorakit.models.prefixes import Prefix, Prefixes, shared_prefix
+from lorakit.models.reading import Reader
 
 FANNED = 4  # cuts that share one pass over a prompt and its draft
 _TRIED = 4  # cuts under which can_pool tries a model
@@ -87,11 +87,11 @@ class Pool:
         self._prompts = [list(prompt) for prompt in prompts]
         self._begins = shared_prefix(self._prompts)
         self._prefixes = Prefixes()
-        self._slots = Slots(base.model, batch_size, max(map(len, prompts)) + max_new_tokens)
-        sparing = self._slots.ragged  # else rows are padded, and a guess costs nothing
+        self._reader = Reader(base.model, batch_size, max(map(len, prompts)) + max_new_tokens)
+        sparing = self._reader.ragged  # else rows are padded, and a guess costs nothing
         self._drafts = [Drafts(prompt, sparing=sparing) for prompt in self._prompts]
         self._batch: RowBatch[_CutRow] = RowBatch(
-            self._slots, Ending(frozenset(base.end_tokens), max_new_tokens)
+            self._reader, Ending(frozenset(base.end_tokens), max_new_tokens)
         )
 
     @torch.inference_mode()
@@ -152,8 +152,8 @@ class Pool:
         if not self._begins:
             return None
         first = len(self._batch.rows)
-        read = functools.partial(self._slots.read_prefix, self._begins, first, splits)
-        return self._prefixes.get(cut, read, room=self._slots.nbytes)
+        read = functools.partial(self._reader.read_prefix, self._begins, first, splits)
+        return self._prefixes.get(cut, read, room=self._reader.cache.nbytes)
 
     def _new_row(self, number: int, cut: Cut, guess: Sequence[int]) -> _CutRow:
         prompt, drafts = self._prompts[number], self._drafts[number]
@@ -166,10 +166,10 @@ class Pool:
             most = min(GUESSED, self._most - row.length - 1)
             row.guess = row.drafts.guess(row.ids, most)
         cuts = [row.cut for row in rows]
-        if self._slots.records:
-            self._gates.hold(cuts, self._size, self._slots.device)
+        if self._reader.records:
+            self._gates.hold(cuts, self._size, self._reader.device)
         else:
-            lengths = [len(row.guess) + 1 for row in rows] if self._slots.ragged else None
+            lengths = [len(row.guess) + 1 for row in rows] if self._reader.ragged else None
             self._gates.set(cuts, lengths)
         return self._batch.step()
 
@@ -220,19 +220,19 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
     check_finite(plain, base.name)
     expected = plain.float().argmax(-1).tolist()
     order = [bottom(k, layers) for k in [layers, *range(1, layers)][:_TRIED]]
-    slots = Slots(base.model, len(order), len(prompt))
+    reader = Reader(base.model, len(order), len(prompt))
     try:
         in_parts = [
             token
             for part, start in ((prompt[:half], 0), (prompt[half:], half))
             if part
-            for token in slots.extend([part], [start], 0, len(part))[0]
+            for token in reader.extend([part], [start], 0, len(part))[0]
         ]
         gates.set(order)
         splits = _splits(order)
-        fanned = slots.fan_out(prompt, splits, 0, len(prompt))[0]
-        prefix, rest = slots.read_prefix(prompt[:half], 0, splits), prompt[half:]
-        after = slots.fan_out(rest, splits, 0, len(rest), prefix)[0] if rest else []
+        fanned = reader.fan_out(prompt, splits, 0, len(prompt))[0]
+        prefix, rest = reader.read_prefix(prompt[:half], 0, splits), prompt[half:]
+        after = reader.fan_out(rest, splits, 0, len(rest), prefix)[0] if rest else []
     except REFUSALS:
         return False
     ways = zip(in_parts, fanned, fanned[:half] + after, expected, strict=True)

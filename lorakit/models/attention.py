@@ -10,7 +10,7 @@ they too come as one sequence, so that no layer computes padding but attention, 
 
 Rows that read a whole prompt attend one by one, as packed ones do.
 
-How rows are packed is decided in batches.py, which keys rows have in kv_cache.py; how a base
+How rows are packed is decided in batches.py, which tokens rows read in reading.py; how a base
 attends on a GPU in gpu_attention.py.
 """
 

@@ -1,4 +1,4 @@
-"""Whether Slots (kv_cache.py) can stand in for a model's cache: by its config, and by a trial."""
+"""Whether a model can have KVCache in the place of its own: by its config, and by a trial."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from lorakit.models.architecture import (
     text_config,
 )
 from lorakit.models.attention import BY_ROW
-from lorakit.models.kv_cache import Slots, cache_parameter
+from lorakit.models.kv_cache import cache_parameter
+from lorakit.models.reading import Reader
 
 _KINDS = {"full_attention", "sliding_attention"}
 _ATTENTIONS = {"eager", "sdpa", BY_ROW}
-_WINDOWS = ("sliding_window", "max_window_layers")  # what a config says of windows that Slots has
+_WINDOWS = (
+    "sliding_window",
+    "max_window_layers",
+)  # what a config says of windows that Reader has
 _NEEDED = {"position_ids", "attention_mask", "logits_to_keep"}
-# What a model raises whose code cannot work with slots.
+# What a model raises whose code cannot work with that cache.
 REFUSALS = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
 _TRIED = range(3, 19)  # tokens that are read in a trial
 _TRIED_WINDOW = 3
 
 
 def can_slot(model: Model) -> bool:
-    """Return whether, by its config, a model's layers all attend in a way that Slots supports."""
+    """Return whether, by its config, a model's layers attend in a way that Reader supports."""
     config = text_config(model)
     return (
         config._attn_implementation in _ATTENTIONS
@@ -53,14 +57,14 @@ def can_batch_continuously(model: Model) -> bool:
     size = text_config(model).vocab_size
     tokens = [token % size for token in _TRIED]
     with _short_window(text_config(model)):
-        slots = Slots(model, 2, len(tokens))
+        reader = Reader(model, 2, len(tokens))
         try:
             plain = model(input_ids=torch.tensor([tokens], device=model.device)).logits[0]
             expected = plain.float().argmax(-1).tolist()
-            slots.extend([tokens[:1], tokens[:-6:-1]], [0, 0], 0, 5)
-            slots.begin(1, 1, slots.read_prefix(tokens[:2]))
-            short, long = slots.extend([tokens[1:-4], tokens[2:]], [1, 2], 0, len(tokens) - 2)
-            slots.step([tokens[1:3], tokens[2:3]], [1, 2])
+            reader.extend([tokens[:1], tokens[:-6:-1]], [0, 0], 0, 5)
+            reader.cache.hold(1, 1, reader.read_prefix(tokens[:2]))
+            short, long = reader.extend([tokens[1:-4], tokens[2:]], [1, 2], 0, len(tokens) - 2)
+            reader.step([tokens[1:3], tokens[2:3]], [1, 2])
         except REFUSALS:
             return False
     pairs = [*zip(long, expected[2:], strict=True), *zip(short[3:], expected[1:-4], strict=True)]

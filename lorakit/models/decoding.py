@@ -10,8 +10,8 @@ Two rows in a batch, the first with a guess of two tokens:
     … a | b c          b x y          … a b x          b is confirmed, c should have been x
     … d                e              … d e
 
-Where a row's keys and values lie is decided in kv_cache.py, which rows come next by whoever calls
-this: generation.py, and boundary/decode.py for the rows of many boundaries.
+How tokens are read into rows is decided in reading.py, which rows come next by whoever calls this:
+generation.py, and boundary/decode.py for the rows of many boundaries.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from lorakit.models.completions import StopTexts
-from lorakit.models.kv_cache import Slots
 from lorakit.models.prefixes import Prefix
+from lorakit.models.reading import Reader
 
 # Prompts are read so many tokens at a time, but never less than one prompt. That bounds memory, and
 # what a layer computes stays in a CPU's cache: on SmolLM2, 3,500 tokens took a quarter less time.
@@ -120,15 +120,15 @@ R = TypeVar("R", bound=Row)
 
 
 class RowBatch(Generic[R]):
-    """The rows being decoded; the row at place i of `rows` has the slots of row i.
+    """The rows being decoded; the row at place i of `rows` is row i of the reader.
 
     Every method reads something for some rows, appends what the model predicts, takes the rows for
     that end out of the batch, and returns them.
     """
 
-    def __init__(self, slots: Slots, ends: Ending) -> None:
+    def __init__(self, reader: Reader, ends: Ending) -> None:
         self.rows: list[R] = []
-        self._slots, self._ends = slots, ends
+        self._reader, self._ends = reader, ends
 
     def join(self, rows: Sequence[R], prefix: Prefix | None = None) -> list[R]:
         """Read the prompts of new rows, but for a prefix that was read."""
@@ -136,9 +136,9 @@ class RowBatch(Generic[R]):
         for part in _portions(rows, start):
             first, starts = len(self.rows), [start] * len(part)
             if prefix is not None:
-                self._slots.begin(first, len(part), prefix)
+                self._reader.cache.hold(first, len(part), prefix)
             tokens = [row.ids[start:] for row in part]
-            ended += self._advance(first, part, self._slots.extend(tokens, starts, first, 1))
+            ended += self._advance(first, part, self._reader.extend(tokens, starts, first, 1))
         return ended
 
     def fan_out(
@@ -151,14 +151,14 @@ class RowBatch(Generic[R]):
         """
         first, row = len(self.rows), rows[0]
         ids = [*row.ids, *row.guess][_length(prefix) :]
-        predicted = self._slots.fan_out(ids, splits, first, len(row.guess) + 1, prefix)
+        predicted = self._reader.fan_out(ids, splits, first, len(row.guess) + 1, prefix)
         return self._advance(first, rows, predicted)
 
     def step(self) -> list[R]:
         """Read the last token and the guess of every row."""
         tokens = [[row.ids[-1], *row.guess] for row in self.rows]
         starts = [len(row.ids) - 1 for row in self.rows]
-        predicted = self._slots.step(tokens, starts)
+        predicted = self._reader.step(tokens, starts)
         rows, self.rows = self.rows, []
         return self._advance(0, rows, predicted)
 
@@ -172,7 +172,7 @@ class RowBatch(Generic[R]):
                 ended.append(row)
             else:
                 if len(self.rows) != place:
-                    self._slots.move(place, len(self.rows))
+                    self._reader.cache.move(place, len(self.rows))
                 self.rows.append(row)
         return ended
 

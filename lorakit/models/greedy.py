@@ -18,8 +18,8 @@ import torch
 from lorakit.models.base import Base
 from lorakit.models.completions import StopTexts, check_finite, until_end
 from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
-from lorakit.models.kv_cache import Slots
 from lorakit.models.prefixes import Prefix, shared_prefix
+from lorakit.models.reading import Reader
 from lorakit.settings import GenerationSettings
 
 # Rows join when this part of the batch is free. A pass costs its reading of the weights besides its
@@ -69,18 +69,18 @@ def complete_greedily(
     """
     size, most = min(at_once, len(prompts)), settings.max_new_tokens
     check = functools.partial(check_finite, name=base.name)
-    slots = Slots(base.model, size, max(map(len, prompts)) + most - 1, check)
+    reader = Reader(base.model, size, max(map(len, prompts)) + most - 1, check)
     stop = StopTexts(base, settings.stop) if settings.stop else None
     ending = Ending(frozenset(base.end_tokens), most, stop)
     begins = shared_prefix(prompts)
-    prefix = slots.read_prefix(begins) if begins else None
+    prefix = reader.read_prefix(begins) if begins else None
     waiting = deque(
         _NumberedRow(list(ids), len(ids), Drafts(ids, _LEAST_RUN), opened=opens, number=number)
         for number, (ids, opens) in enumerate(
             zip(prompts, opened or [False] * len(prompts), strict=True)
         )
     )
-    batch: RowBatch[_NumberedRow] = RowBatch(slots, ending)
+    batch: RowBatch[_NumberedRow] = RowBatch(reader, ending)
     ended = {row.number: row.written for row in _decoded(batch, waiting, size, prefix, most)}
     return [until_end(ended[number], base.end_tokens) for number in range(len(prompts))]
 

@@ -1,7 +1,7 @@
 """What all prompts begin with: its tokens, and the keys and values that rows hold of them.
 
-Slots (kv_cache.py) read a prefix once and let any rows begin with it; find-boundary keeps one for
-each of its fans (boundary/decode.py).
+A Reader (reading.py) reads a prefix once, and its cache lets any rows begin with it; find-boundary
+keeps one for each of its fans (boundary/decode.py).
 """
 
 from __future__ import annotations

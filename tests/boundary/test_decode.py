@@ -24,7 +24,7 @@ def text_of(ids: Sequence[int]) -> str:
     return "".join(map(chr, ids))
 
 
-class ScriptedSlots:
+class ScriptedReader:
     """Stands in for the cache and the model: each boundary writes what WRITTEN says."""
 
     passes: list[tuple[str, list[tuple[int, str]]]]
@@ -34,6 +34,7 @@ class ScriptedSlots:
         self.rows = [""] * rows
         self.passes = model.passes
         self.gates = model.gates
+        self.cache = self
 
     def predict(self, row: int, boundary: int, start: int, new: str, keep: int) -> list[int]:
         self.rows[row] = self.rows[row][:start] + new
@@ -78,7 +79,7 @@ class Boundaries:
 
 
 def test_the_worked_example_is_what_the_pool_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "Slots", ScriptedSlots)
+    monkeypatch.setattr(decode, "Reader", ScriptedReader)
     gates: Any = Boundaries()
     model = SimpleNamespace(passes=[], gates=gates)
     base: Any = SimpleNamespace(model=model, end_tokens=tuple(ids_of(END)))

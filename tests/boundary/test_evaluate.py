@@ -22,9 +22,10 @@ from lorakit.boundary.gates import Gates
 from lorakit.boundary.strip import strip_layers
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
-from lorakit.models.kv_cache import Slots
+from lorakit.models.kv_cache import KVCache
 from lorakit.models.lora import attach
 from lorakit.models.prefixes import Prefix
+from lorakit.models.reading import Reader
 from lorakit.models.tokens import Example
 from lorakit.records.jsonl import load_records
 from lorakit.records.record import Record
@@ -88,20 +89,20 @@ def test_prefixes_that_would_take_more_than_the_batch_are_read_again(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    read_prefix = Slots.read_prefix
+    read_prefix = Reader.read_prefix
 
-    def noted(slots: Slots, tokens: Sequence[int], *rest: Any) -> Prefix:
+    def noted(reader: Reader, tokens: Sequence[int], *rest: Any) -> Prefix:
         read.append(len(tokens))
-        return read_prefix(slots, tokens, *rest)
+        return read_prefix(reader, tokens, *rest)
 
-    monkeypatch.setattr(Slots, "read_prefix", noted)
+    monkeypatch.setattr(Reader, "read_prefix", noted)
     monkeypatch.setattr(decode_module, "FANNED", 1)
     base, sample = open_base(llama), records(6, before="All prompts begin so. ")
     expected = naive(llama, base.end_tokens, sample)
     assert base.batches_continuously  # tried once, here
     counts = []
     for room in (1 << 30, 0):
-        monkeypatch.setattr(Slots, "nbytes", room)
+        monkeypatch.setattr(KVCache, "nbytes", room)
         read.clear()
         settings = replace(SETTINGS, batch_size=2)
         outputs = decode(base, random_adapter(base), prompts(base, sample), CUTS, settings, Notes())
@@ -262,15 +263,15 @@ def test_what_all_prompts_begin_with_is_read_once_for_each_fan(
 ) -> None:
     base, sample = open_base(llama), records(7, before="All prompts begin so. ")
     lengths: list[int] = []
-    fan_out = Slots.fan_out
+    fan_out = Reader.fan_out
 
-    def noting(self: Slots, tokens: Any, *others: Any) -> list[list[int]]:
+    def noting(self: Reader, tokens: Any, *others: Any) -> list[list[int]]:
         lengths.append(len(tokens))
         return fan_out(self, tokens, *others)
 
     own = [list(prompt.ids) for prompt in prompts(base, sample)]
     begins = next(n for n, column in enumerate(zip(*own, strict=False)) if len(set(column)) > 1)
-    monkeypatch.setattr(Slots, "fan_out", noting)
+    monkeypatch.setattr(Reader, "fan_out", noting)
     with Gates(attach(base, random_adapter(base))).standing() as gates:
         pool = Pool(base, gates, own, SETTINGS.max_new_tokens, batch_size=2)
         list(pool.run(list(CUTS.values())))

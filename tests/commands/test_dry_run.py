@@ -15,7 +15,7 @@ from lorakit.boundary import decode
 from lorakit.commands import _dry_run
 from lorakit.commands._dry_run import duration
 from lorakit.files import size
-from lorakit.models.kv_cache import Slots
+from lorakit.models.reading import Reader
 from lorakit.training import train
 from lorakit.training.trainer import Trainer
 from tests.support.in_process import Ended, run_here
@@ -188,14 +188,14 @@ def test_the_slots_of_a_search_take_what_is_said(
 ) -> None:
     held = []
 
-    class Watched(Slots):
+    class Watched(Reader):
         def _logits(self, *arguments: Any) -> Any:
             logits = super()._logits(*arguments)
-            held.append(sum(part.nbytes for pair in self._stored.values() for part in pair))
+            held.append(self.cache.nbytes)
             return logits
 
     said = plan(*FIND)
-    monkeypatch.setattr(decode, "Slots", Watched)
+    monkeypatch.setattr(decode, "Reader", Watched)
     assert run_here(*FIND, "-q").code == 0
     assert section(said, "memory", "cache")["bytes"] == held[-1]
     assert section(said, "work")["boundaries"] == 4  # the base and three layers

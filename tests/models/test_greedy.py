@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import transformers
 
-from lorakit.models import cache_trial, decoding, generation, greedy, kv_cache
+from lorakit.models import cache_trial, decoding, generation, greedy, kv_cache, reading
 from lorakit.models.base import Base
 from lorakit.models.decoding import Drafts
 from lorakit.models.generation import complete, complete_prompts, generate
 from lorakit.models.greedy import complete_greedily
-from lorakit.models.kv_cache import Slots
+from lorakit.models.kv_cache import KVCache
+from lorakit.models.reading import Reader
 from lorakit.models.step_graphs import StepGraphs
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
@@ -55,18 +56,18 @@ def base(llama: str) -> Base:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """How many tokens each pass through the model reads, row by row."""
     lengths: list[list[int]] = []
-    extend, fan_out = Slots.extend, Slots.fan_out
+    extend, fan_out = Reader.extend, Reader.fan_out
 
-    def counted(self: Slots, tokens: Any, *others: Any) -> list[list[int]]:
+    def counted(self: Reader, tokens: Any, *others: Any) -> list[list[int]]:
         lengths.append(list(map(len, tokens)))
         return extend(self, tokens, *others)
 
-    def counted_once(self: Slots, tokens: Any, *others: Any) -> list[list[int]]:
+    def counted_once(self: Reader, tokens: Any, *others: Any) -> list[list[int]]:
         lengths.append([len(tokens)])
         return fan_out(self, tokens, *others)
 
-    monkeypatch.setattr(Slots, "extend", counted)
-    monkeypatch.setattr(Slots, "fan_out", counted_once)
+    monkeypatch.setattr(Reader, "extend", counted)
+    monkeypatch.setattr(Reader, "fan_out", counted_once)
     return lengths
 
 
@@ -99,7 +100,8 @@ def test_steps_padded_to_few_shapes_write_the_same(
 
     monkeypatch.setattr(StepGraphs, "__call__", noting)
     monkeypatch.setattr(kv_cache, "_AHEAD", 8)
-    monkeypatch.setattr(greedy, "Slots", functools.partial(Slots, records=True))
+    monkeypatch.setattr(reading, "_POSITIONS", 8)
+    monkeypatch.setattr(greedy, "Reader", functools.partial(Reader, records=True))
     prompts = prompts_of(whole, 23)
     base = ending_variously(whole, prompts)
     expected = complete(base, prompts, SETTINGS)
@@ -271,7 +273,7 @@ def test_frequencies_that_change_with_the_length_leave_long_prompts_to_transform
 def test_a_cache_that_loses_its_prefix_is_found_by_the_trial(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Slots, "begin", lambda *arguments: None)
+    monkeypatch.setattr(KVCache, "hold", lambda *arguments: None)
     assert not open_base(llama).batches_continuously
 
 

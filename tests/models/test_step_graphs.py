@@ -15,9 +15,9 @@ from lorakit.boundary.decode import Pool
 from lorakit.boundary.gates import Gates
 from lorakit.models.generation import complete
 from lorakit.models.greedy import complete_greedily
-from lorakit.models.kv_cache import Slots
 from lorakit.models.loading import load_base
 from lorakit.models.lora import attach
+from lorakit.models.reading import Reader
 from lorakit.models.step_graphs import StepGraphs
 from lorakit.settings import GenerationSettings
 from tests.benchmarks.shapes import random_adapter
@@ -71,16 +71,16 @@ def test_what_cannot_be_recorded_is_computed(device: torch.device) -> None:
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
-def test_slots_are_freed_with_their_last_name(llama: str, device: torch.device) -> None:
+def test_what_rows_hold_is_freed_with_its_reader(llama: str, device: torch.device) -> None:
     base = load_base(llama, device=device, dtype=torch.float32)
-    slots = Slots(base.model, 2, 8, records=True)
-    slots.extend([[3, 4]], [0], 0, 1)
-    slots.step([[5]], [2])
-    seen = weakref.ref(slots)
+    reader = Reader(base.model, 2, 8, records=True)
+    reader.extend([[3, 4]], [0], 0, 1)
+    reader.step([[5]], [2])
+    seen = weakref.ref(reader), weakref.ref(reader.cache)
     gc.disable()
     try:
-        del slots
-        assert seen() is None
+        del reader
+        assert [one() for one in seen] == [None, None]
     finally:
         gc.enable()
 
@@ -106,7 +106,7 @@ def test_padded_steps_of_a_search_write_what_others_write(
     with Gates(attach(base, random_adapter(base, strength=0.5))).standing() as gates:
         for records in (True, False):
             pool = Pool(base, gates, PROMPTS, 24, 5)
-            pool._slots.records = records
+            pool._reader.records = records
             outputs.append({(out.prompt, out.cut): out.tokens for out in pool.run(cuts)})
     assert outputs[0] == outputs[1]
     assert max(recordings) == 0 if device.type == "cpu" else max(recordings) > 0
