@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,7 +104,7 @@ class Pool:
         """
         done = done or {}
         highest, *others = sorted(cuts, reverse=True)
-        fans = self._fans(others)
+        fans = _fans(others, self._size)
         below = dict(zip([highest, *(fan[-1] for fan in fans)], fans, strict=False))
         numbers = sorted(range(len(self._prompts)), key=lambda n: len(self._prompts[n]))
         waiting = [number for number in numbers if (highest, number) not in done]
@@ -124,11 +124,6 @@ class Pool:
                 if output.cut in below:
                     drafts.append(output)
                 yield output
-
-    def _fans(self, cuts: Sequence[Cut]) -> list[Sequence[Cut]]:
-        """Divide cuts, highest first, into fans: those that share one pass over a prompt."""
-        size = min(FANNED, self._size)
-        return [cuts[first : first + size] for first in range(0, len(cuts), size)]
 
     def _join(self, numbers: Sequence[int], cut: Cut) -> list[_CutRow]:
         """Add rows for prompts (their numbers) under a cut, and decode their first token."""
@@ -175,6 +170,20 @@ class Pool:
 
     def _output(self, row: _CutRow) -> Output:
         return Output(row.prompt, row.cut, until_end(row.written, self._end_tokens))
+
+
+def prefix_rows(cuts: Iterable[Cut], batch_size: int) -> int:
+    """Return how many rows of a layer hold what all prompts begin with, in all layers and fans."""
+    highest, *others = sorted(cuts, reverse=True)
+    layers = len(highest.factors)
+    orders = [[highest], *map(_fan_order, _fans(others, batch_size))]
+    return sum(layers + sum(layers - split for split in _splits(order)) for order in orders)
+
+
+def _fans(cuts: Sequence[Cut], batch_size: int) -> list[Sequence[Cut]]:
+    """Divide cuts, highest first, into fans: those that share one pass over a prompt."""
+    size = min(FANNED, batch_size)
+    return [cuts[first : first + size] for first in range(0, len(cuts), size)]
 
 
 def _last_draft(

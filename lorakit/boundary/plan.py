@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.names import layer_of
 from lorakit.boundary.choice import check_rule
-from lorakit.boundary.cuts import pick_boundaries, search_points
-from lorakit.boundary.decode import FANNED
+from lorakit.boundary.cuts import cut_at, layer_order, pick_boundaries, search_points
+from lorakit.boundary.decode import FANNED, prefix_rows
 from lorakit.boundary.evaluate import draw_sample
 from lorakit.boundary.loss import TOKENS_PER_ROW
 from lorakit.boundary.strip import check_layers_are_named
@@ -17,7 +18,7 @@ from lorakit.models.base import Base
 from lorakit.models.batches import completion_logits, lay_out, micro_batches
 from lorakit.models.decoding import GUESSED
 from lorakit.models.devices import device_name
-from lorakit.models.estimate import Part, training_pass
+from lorakit.models.estimate import Part, cache_bytes, training_pass
 from lorakit.models.lengths import Row, cut_row, length_row, read_lengths
 from lorakit.models.lora import attach, check_fits
 from lorakit.models.memory import in_batches
@@ -35,6 +36,7 @@ from lorakit.models.plan import (
     timed,
 )
 from lorakit.models.predictions import encoder_of
+from lorakit.models.prefixes import shared_prefix
 from lorakit.models.skeleton import Skeleton
 from lorakit.models.tokens import Example
 from lorakit.settings import LOSS, BoundarySettings, GenerationSettings
@@ -95,9 +97,10 @@ def _plan_decoding(
     cache, read = generation_parts(
         skeleton, batch + [longest] * (rows - len(batch)), new, cache=longest + new + 1
     )
+    prefixes = _prefix_part(skeleton, adapter, prompts, settings, generation, cache)
     yield from memory_rows(
         skeleton,
-        [skeleton.base_part(), *adapter_parts([adapter]), cache],
+        [skeleton.base_part(), *adapter_parts([adapter]), cache, *prefixes],
         [read],
         [_verified_part(skeleton, rows, new)],
     )
@@ -109,6 +112,27 @@ def _plan_decoding(
         seconds = seconds_of_batch(loaded, middle, generation)
         more = " at most: what boundaries share is computed once"
         yield from batch_time_rows(loaded, seconds, batches * len(points), more)
+
+
+def _prefix_part(
+    skeleton: Skeleton,
+    adapter: Adapter,
+    prompts: Sequence[Example],
+    settings: BoundarySettings,
+    generation: GenerationSettings,
+    cache: Part,
+) -> list[Part]:
+    """Return what the keys take of what all prompts begin with: no more than those of the batch."""
+    shared = len(shared_prefix([prompt.ids for prompt in prompts]))
+    if not shared:
+        return []
+    layers, places = skeleton.base.layers, {layer_of(module.name) for module in adapter.modules()}
+    order = layer_order(settings.keep, layers, generation.seed)
+    cuts = {cut_at(point, order).on(places) for point in search_points(settings, layers)}
+    rows = prefix_rows(cuts, generation.batch_size)
+    taken = cache_bytes(skeleton.decoder, skeleton.precision, rows, shared) // layers
+    remark = f"what all prompts begin with: {shared} tokens"
+    return [Part("prefixes", min(taken, cache.bytes), remark)]
 
 
 def _verified_part(skeleton: Skeleton, rows: int, new: int) -> Part:

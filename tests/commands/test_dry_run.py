@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lorakit.boundary import decode
 from lorakit.commands import _dry_run
 from lorakit.commands._dry_run import duration
 from lorakit.files import size
+from lorakit.models.prefixes import Prefix, Prefixes
 from lorakit.models.reading import Reader
 from lorakit.training import train
 from lorakit.training.trainer import Trainer
@@ -200,6 +202,34 @@ def test_the_slots_of_a_search_take_what_is_said(
     assert section(said, "memory", "cache")["bytes"] == held[-1]
     assert section(said, "work")["boundaries"] == 4  # the base and three layers
     assert section(said, "work")["outputs"] == 4 * 4
+
+
+def test_what_prompts_begin_with_takes_what_is_said_but_no_more_than_the_slots(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = "All prompts begin so. "
+    save_rows(
+        folder / "val.jsonl",
+        [{**row, "prompt": begin + row["prompt"]} for row in rows(4, seed=1)],
+    )
+    held = []
+
+    class Watched(Prefixes):
+        def get(self, key: Hashable, read: Callable[[], Prefix], room: int) -> Prefix:
+            prefix = super().get(key, read, room)
+            held.append(sum(kept.nbytes for kept in self._kept.values()))
+            return prefix
+
+    monkeypatch.setattr(decode, "Prefixes", Watched)
+    for rows_at_once in ("16", "1"):
+        said = plan(*FIND, "--batch-size", rows_at_once)
+        held.clear()
+        assert run_here(*FIND, "-q", "--batch-size", rows_at_once).code == 0
+        taken = section(said, "memory", "prefixes")
+        if rows_at_once == "16":
+            assert taken["bytes"] == max(held)
+        else:
+            assert max(held) <= taken["bytes"] == section(said, "memory", "cache")["bytes"]
 
 
 def test_a_metric_that_decides_needs_a_cache_in_place_of_activations(folder: Path) -> None:
