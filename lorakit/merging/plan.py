@@ -16,7 +16,7 @@ from lorakit.merging.pruning_search import Values
 from lorakit.merging.search import BUDGET
 from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
-from lorakit.models.batches import fill_packs, micro_batches, tokens_at_once
+from lorakit.models.batches import cut_into_runs, tokens_at_once
 from lorakit.models.devices import device_name
 from lorakit.models.estimate import (
     Part,
@@ -149,8 +149,8 @@ def plan_lorahub(
         "tokens": EVALUATIONS * tokens,
     }
     yield parameter_row(skeleton, len(adapters), lora_size(adapters[0]))
-    cut = fill_packs if skeleton.packs else micro_batches
-    runs = cut(reading.examples, tokens_at_once(settings.micro_batch_tokens, skeleton.device))
+    tokens = tokens_at_once(settings.micro_batch_tokens, skeleton.device)
+    runs = cut_into_runs(reading.examples, tokens, packed=skeleton.packs)
     passes = {training_pass(rows, packed=skeleton.packs) for rows in runs}
     yield from memory_rows(
         skeleton,

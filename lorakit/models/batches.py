@@ -90,6 +90,11 @@ def epoch_batches(
         yield [examples[index] for index in order[first : first + batch_size]]
 
 
+def cut_into_runs(examples: Sequence[Example], tokens: int, *, packed: bool) -> list[list[Example]]:
+    """Return runs of at most `tokens` tokens that go through a model, packed or padded."""
+    return fill_packs(examples, tokens) if packed else micro_batches(examples, tokens)
+
+
 def micro_batches(examples: Sequence[Example], tokens: int) -> list[list[Example]]:
     """Sort examples by length and cut them into runs of at most `tokens` tokens with padding.
 

@@ -22,9 +22,8 @@ from lorakit.models.base import Base
 from lorakit.models.batches import (
     IGNORED,
     completion_logits,
-    fill_packs,
+    cut_into_runs,
     lay_out,
-    micro_batches,
     pack,
     target_logits,
     tokens_at_once,
@@ -130,9 +129,7 @@ class BatchLoss:
 
     def micro_batches(self, examples: Sequence[Example]) -> list[list[Example]]:
         """Return the micro-batches that examples are read in, which processes take in turn."""
-        if self.packed:
-            return fill_packs(examples, self.tokens)
-        return micro_batches(examples, self.tokens)
+        return cut_into_runs(examples, self.tokens, packed=self.packed)
 
     @torch.no_grad()
     def read(self, runs: Sequence[Sequence[Example]]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 import torch
 
 from lorakit.models.base import Base
-from lorakit.models.batches import epoch_batches, fill_packs, micro_batches, tokens_at_once
+from lorakit.models.batches import cut_into_runs, epoch_batches, tokens_at_once
 from lorakit.models.devices import device_name
 from lorakit.models.estimate import (
     Part,
@@ -200,8 +200,8 @@ def _batches(
 def _cut(
     batch: Sequence[Example], skeleton: Skeleton, settings: TrainingSettings
 ) -> list[list[Example]]:
-    cut = fill_packs if skeleton.packs else micro_batches
-    return cut(batch, tokens_at_once(settings.micro_batch_tokens, skeleton.device))
+    tokens = tokens_at_once(settings.micro_batch_tokens, skeleton.device)
+    return cut_into_runs(batch, tokens, packed=skeleton.packs)
 
 
 # — time —
@@ -220,8 +220,7 @@ def time_rows(trainer: Trainer, corpus: Corpus, merges: float = 1) -> Iterator[R
     The trainer's weights change. Validation runs on one micro-batch alone here; outputs for a
     metric are not counted.
     """
-    cut = fill_packs if trainer.losses.packed else micro_batches
-    few, speed = cut(corpus.validation, trainer.losses.tokens)[0], _Speed()
+    few, speed = trainer.losses.micro_batches(corpus.validation)[0], _Speed()
     trainer.begin(corpus.train, few, speed)
     trainer.advance(_TIMED_STEP)
     of_token = timed(lambda: trainer.validate(few)) / _tokens(few)
