@@ -23,15 +23,14 @@ differs from that of the fan's first row, and "highest" is the first in descendi
 When rows leave the batch, their places go to other prompts, or to the next few boundaries of a
 prompt, whose draft is the output of the lowest boundary done. There are at most `batch_size` rows.
 What all prompts begin with goes through the model once for each fan. Its keys and values are kept,
-in each layer those of as many rows as the fan has split up into there, until together they would
-take more memory than the batch: then those of the fan that was the longest ago are read again.
+in each layer those of as many rows as the fan has split up into there. Fans for which they would
+take more memory than the batch read it with every prompt.
 How rows split up is decided in models/reading.py, which layers apply LoRA to them in gates.py. Rows
 that come and go, and guesses, are those of models/decoding.py.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,11 +44,14 @@ from lorakit.models.base import Base
 from lorakit.models.cache_trial import REFUSALS, alike_enough
 from lorakit.models.completions import check_finite, until_end
 from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
-from lorakit.models.prefixes import Prefix, Prefixes, shared_prefix
+from lorakit.models.prefixes import Prefix, shared_prefix
 from lorakit.models.reading import Reader
 
 FANNED = 4  # cuts that share one pass over a prompt and its draft
 _TRIED = 4  # cuts under which can_pool tries a model
+
+
+Fan = tuple[Cut, ...]  # cuts that share one pass over a prompt, in the order of their rows
 
 
 @dataclass(kw_only=True)
@@ -85,9 +87,11 @@ class Pool:
         self._gates, self._most, self._size = gates, max_new_tokens, batch_size
         self._end_tokens = base.end_tokens
         self._prompts = [list(prompt) for prompt in prompts]
+        length = max(map(len, prompts)) + max_new_tokens
         self._begins = shared_prefix(self._prompts)
-        self._prefixes = Prefixes()
-        self._reader = Reader(base.model, batch_size, max(map(len, prompts)) + max_new_tokens)
+        self._share = len(self._begins) / length
+        self._prefixes: dict[Fan, Prefix] = {}
+        self._reader = Reader(base.model, batch_size, length)
         sparing = self._reader.ragged  # else rows are padded, and a guess costs nothing
         self._drafts = [Drafts(prompt, sparing=sparing) for prompt in self._prompts]
         self._batch: RowBatch[_CutRow] = RowBatch(
@@ -105,6 +109,7 @@ class Pool:
         done = done or {}
         highest, *others = sorted(cuts, reverse=True)
         fans = _fans(others, self._size)
+        self._holding = fans_that_hold(cuts, self._size, self._share)
         below = dict(zip([highest, *(fan[-1] for fan in fans)], fans, strict=False))
         numbers = sorted(range(len(self._prompts)), key=lambda n: len(self._prompts[n]))
         waiting = [number for number in numbers if (highest, number) not in done]
@@ -129,26 +134,26 @@ class Pool:
         """Add rows for prompts (their numbers) under a cut, and decode their first token."""
         self._gates.set([cut])
         rows = [self._new_row(number, cut, ()) for number in numbers]
-        return self._batch.join(rows, self._prefix(cut))
+        return self._batch.join(rows, self._prefix((cut,)))
 
     def _fan_out(self, draft: Output, cuts: Sequence[Cut]) -> list[_CutRow]:
         """Add a row for the draft's prompt under each cut, highest first, and check the draft."""
-        order = _fan_order(cuts)
-        splits = _splits(order)
-        self._gates.set(order)
-        rows = [self._new_row(draft.prompt, cut, draft.tokens) for cut in order]
-        return self._batch.fan_out(rows, splits, self._prefix(order[0], splits))
+        fan = _fan_order(cuts)
+        self._gates.set(fan)
+        rows = [self._new_row(draft.prompt, cut, draft.tokens) for cut in fan]
+        return self._batch.fan_out(rows, _splits(fan), self._prefix(fan))
 
-    def _prefix(self, cut: Cut, splits: Sequence[int] = ()) -> Prefix | None:
-        """Return what rows under cuts hold of what all prompts begin with, if that is read once.
+    def _prefix(self, fan: Fan) -> Prefix | None:
+        """Return what a fan holds of what all prompts begin with, if it is read once.
 
-        The gates are set to the cuts, of which `cut` is the first, and of no other fan.
+        The gates are set to the fan's cuts.
         """
-        if not self._begins:
+        if fan not in self._holding:
             return None
-        first = len(self._batch.rows)
-        read = functools.partial(self._reader.read_prefix, self._begins, first, splits)
-        return self._prefixes.get(cut, read, room=self._reader.cache.nbytes)
+        if fan not in self._prefixes:
+            first = len(self._batch.rows)
+            self._prefixes[fan] = self._reader.read_prefix(self._begins, first, _splits(fan))
+        return self._prefixes[fan]
 
     def _new_row(self, number: int, cut: Cut, guess: Sequence[int]) -> _CutRow:
         prompt, drafts = self._prompts[number], self._drafts[number]
@@ -172,18 +177,28 @@ class Pool:
         return Output(row.prompt, row.cut, until_end(row.written, self._end_tokens))
 
 
-def prefix_rows(cuts: Iterable[Cut], batch_size: int) -> int:
-    """Return how many rows of a layer hold what all prompts begin with, in all layers and fans."""
-    highest, *others = sorted(cuts, reverse=True)
-    layers = len(highest.factors)
-    orders = [[highest], *map(_fan_order, _fans(others, batch_size))]
-    return sum(layers + sum(layers - split for split in _splits(order)) for order in orders)
-
-
 def _fans(cuts: Sequence[Cut], batch_size: int) -> list[Sequence[Cut]]:
     """Divide cuts, highest first, into fans: those that share one pass over a prompt."""
     size = min(FANNED, batch_size)
     return [cuts[first : first + size] for first in range(0, len(cuts), size)]
+
+
+def fans_that_hold(cuts: Iterable[Cut], batch_size: int, share: float) -> dict[Fan, int]:
+    """Return the fans that hold what all prompts begin with, and in how many rows, by layer, each.
+
+    It is this `share` of a row's positions. From the highest fan on, as many hold it as take no
+    more memory than the batch.
+    """
+    highest, *others = sorted(cuts, reverse=True)
+    layers, holding = len(highest.factors), dict[Fan, int]()
+    room = batch_size * layers / share if share else 0.0
+    for fan in ((highest,), *map(_fan_order, _fans(others, batch_size))):
+        rows = layers + sum(layers - split for split in _splits(fan))
+        room -= rows
+        if room < 0:
+            break
+        holding[fan] = rows
+    return holding
 
 
 def _last_draft(
@@ -199,15 +214,15 @@ def _last_draft(
     return Output(number, cut, list(done[cut, number])) if cut in below else None
 
 
-def _fan_order(cuts: Sequence[Cut]) -> list[Cut]:
+def _fan_order(cuts: Sequence[Cut]) -> Fan:
     """Return the highest cut, then the others from the lowest up, as they split off from it."""
     highest, *others = sorted(cuts, reverse=True)
-    return [highest, *reversed(others)]
+    return (highest, *reversed(others))
 
 
-def _splits(order: Sequence[Cut]) -> list[int]:
+def _splits(fan: Fan) -> list[int]:
     """Return the layers before which all cuts but the first split off from the first."""
-    return [cut.split_from(order[0]) for cut in order[1:]]
+    return [cut.split_from(fan[0]) for cut in fan[1:]]
 
 
 @torch.inference_mode()
@@ -228,8 +243,8 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
         return False
     check_finite(plain, base.name)
     expected = plain.float().argmax(-1).tolist()
-    order = [bottom(k, layers) for k in [layers, *range(1, layers)][:_TRIED]]
-    reader = Reader(base.model, len(order), len(prompt))
+    fan = tuple(bottom(k, layers) for k in [layers, *range(1, layers)][:_TRIED])
+    reader = Reader(base.model, len(fan), len(prompt))
     try:
         in_parts = [
             token
@@ -237,8 +252,8 @@ def can_pool(base: Base, gates: Gates, prompt: Sequence[int]) -> bool:
             if part
             for token in reader.extend([part], [start], 0, len(part))[0]
         ]
-        gates.set(order)
-        splits = _splits(order)
+        gates.set(fan)
+        splits = _splits(fan)
         fanned = reader.fan_out(prompt, splits, 0, len(prompt))[0]
         prefix, rest = reader.read_prefix(prompt[:half], 0, splits), prompt[half:]
         after = reader.fan_out(rest, splits, 0, len(rest), prefix)[0] if rest else []

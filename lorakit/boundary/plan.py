@@ -10,7 +10,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.names import layer_of
 from lorakit.boundary.choice import check_rule
 from lorakit.boundary.cuts import cut_at, layer_order, pick_boundaries, search_points
-from lorakit.boundary.decode import FANNED, prefix_rows
+from lorakit.boundary.decode import FANNED, fans_that_hold
 from lorakit.boundary.evaluate import draw_sample
 from lorakit.boundary.loss import TOKENS_PER_ROW
 from lorakit.boundary.strip import check_layers_are_named
@@ -97,7 +97,7 @@ def _plan_decoding(
     cache, read = generation_parts(
         skeleton, batch + [longest] * (rows - len(batch)), new, cache=longest + new + 1
     )
-    prefixes = _prefix_part(skeleton, adapter, prompts, settings, generation, cache)
+    prefixes = _prefix_part(skeleton, adapter, prompts, settings, generation)
     yield from memory_rows(
         skeleton,
         [skeleton.base_part(), *adapter_parts([adapter]), cache, *prefixes],
@@ -120,19 +120,18 @@ def _prefix_part(
     prompts: Sequence[Example],
     settings: BoundarySettings,
     generation: GenerationSettings,
-    cache: Part,
 ) -> list[Part]:
     """Return what the keys take of what all prompts begin with: no more than those of the batch."""
-    shared = len(shared_prefix([prompt.ids for prompt in prompts]))
+    ids = [prompt.ids for prompt in prompts]
+    shared, length = len(shared_prefix(ids)), max(map(len, ids)) + generation.max_new_tokens
     if not shared:
         return []
-    layers, places = skeleton.base.layers, {layer_of(module.name) for module in adapter.modules()}
+    layers, adapted = skeleton.base.layers, {layer_of(module.name) for module in adapter.modules()}
     order = layer_order(settings.keep, layers, generation.seed)
-    cuts = {cut_at(point, order).on(places) for point in search_points(settings, layers)}
-    rows = prefix_rows(cuts, generation.batch_size)
+    cuts = {cut_at(point, order).on(adapted) for point in search_points(settings, layers)}
+    rows = sum(fans_that_hold(cuts, generation.batch_size, shared / length).values())
     taken = cache_bytes(skeleton.decoder, skeleton.precision, rows, shared) // layers
-    remark = f"what all prompts begin with: {shared} tokens"
-    return [Part("prefixes", min(taken, cache.bytes), remark)]
+    return [Part("prefixes", taken, f"what all prompts begin with: {shared} tokens")]
 
 
 def _verified_part(skeleton: Skeleton, rows: int, new: int) -> Part:

@@ -149,8 +149,8 @@ def plan_lorahub(
         "tokens": EVALUATIONS * tokens,
     }
     yield parameter_row(skeleton, len(adapters), lora_size(adapters[0]))
-    tokens = tokens_at_once(settings.micro_batch_tokens, skeleton.device)
-    runs = cut_into_runs(reading.examples, tokens, packed=skeleton.packs)
+    at_once = tokens_at_once(settings.micro_batch_tokens, skeleton.device)
+    runs = cut_into_runs(reading.examples, at_once, packed=skeleton.packs)
     passes = {training_pass(rows, packed=skeleton.packs) for rows in runs}
     yield from memory_rows(
         skeleton,

@@ -1,7 +1,8 @@
 """How a base attends on a CPU: in float32, and row by row if rows are packed into one sequence.
 
 PyTorch's bfloat16 attention has a slow backward pass there. A packed sequence (row_masks.py) is cut
-into its rows, and attention is computed for each alone.
+into its rows, and attention is computed for each alone. A few families cannot be told to attend so:
+they attend as on a GPU (gpu_attention.py).
 
 Rows whose keys and values lie in a cache may have new tokens in different numbers. Inside `ragged`
 they too come as one sequence, so that no layer computes padding but attention, where it is cheap:
@@ -35,7 +36,7 @@ from lorakit.models.row_masks import RowMasks, are_causal, make_masks
 BY_ROW = "sdpa_by_row"
 # New tokens of a row from which a batch saves less than it loses by computing what is hidden.
 _WIDE = 16
-# How families ask whether they use PyTorch's attention, if they do: by its name.
+# Code that compares the attention's name with that of PyTorch's.
 _NAMED = re.compile(r"_attn_implementation\s*(==|!=|(not\s+)?in\b)[^\n]*[\"']sdpa[\"']")
 _ragged: ContextVar[RaggedRows | None] = ContextVar("ragged", default=None)
 
@@ -95,16 +96,22 @@ def ragged(rows: RaggedRows | None) -> Iterator[None]:
 
 
 def set_attention(model: Model, device: torch.device) -> None:
-    """Make a model that uses PyTorch's attention attend as this module says on a device.
-
-    On a CPU it gets another name, but in families that compute otherwise under a name that they do
-    not know (Gemma 4, DeepSeek V3.2): those keep "sdpa", as all do on a GPU.
-    """
+    """Make a model that uses PyTorch's attention attend as this module says on a device."""
     if device.type == "cuda":
         choose_kernels()
-    is_pytorchs = model.config._attn_implementation == "sdpa"
-    if device.type == "cpu" and is_pytorchs and not any(map(_asks, python_modules(model))):
+    if attends_by_row(model, device):
         model.set_attn_implementation(BY_ROW)
+
+
+def attends_by_row(model: Model, device: torch.device) -> bool:
+    """Return whether a model, as transformers makes it, is set to attend by row on a device.
+
+    It gets another name for its attention then, under which some families would compute otherwise
+    (Gemma 4, DeepSeek V3.2). Those keep "sdpa", as all do on a GPU. The model may be without
+    weights.
+    """
+    is_pytorchs = model.config._attn_implementation == "sdpa"
+    return device.type == "cpu" and is_pytorchs and not any(map(_asks, python_modules(model)))
 
 
 @functools.cache

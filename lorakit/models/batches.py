@@ -4,7 +4,7 @@ Logits are needed only where a token is learnt. So a row's last token is only a 
 input, and rows are laid out so that the output head computes little else. Take the rows
 1 5 6 | 7 2 and 1 | 8 2, learnt from the bar on:
 
-    padded (any model)              packed (models that attend by row, see row_masks.py)
+    padded (any model)              packed (models that keep rows apart, see row_masks.py)
     input_ids  1 5 6 7              input_ids     1 5 6 7 1 8
                0 0 1 8              position_ids  0 1 2 3 0 1      lengths  4 2
     labels     7 2                  places        2 3 4 5

@@ -20,10 +20,8 @@ from lorakit.models.reading import Reader
 
 _KINDS = {"full_attention", "sliding_attention"}
 _ATTENTIONS = {"eager", "sdpa", BY_ROW}
-_WINDOWS = (
-    "sliding_window",
-    "max_window_layers",
-)  # what a config says of windows that Reader has
+# What a config says of windows that Reader has.
+_WINDOWS = ("sliding_window", "max_window_layers")
 _NEEDED = {"position_ids", "attention_mask", "logits_to_keep"}
 # What a model raises whose code cannot work with that cache.
 REFUSALS = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
@@ -31,7 +29,7 @@ _TRIED = range(3, 19)  # tokens that are read in a trial
 _TRIED_WINDOW = 3
 
 
-def can_slot(model: Model) -> bool:
+def can_read(model: Model) -> bool:
     """Return whether, by its config, a model's layers attend in a way that Reader supports."""
     config = text_config(model)
     return (
@@ -52,7 +50,7 @@ def can_batch_continuously(model: Model) -> bool:
     same most probable tokens as those read whole by the model's own forward (in half precision,
     nearly all of them). A sliding window is a short one meanwhile.
     """
-    if not can_slot(model):
+    if not can_read(model):
         return False
     size = text_config(model).vocab_size
     tokens = [token % size for token in _TRIED]

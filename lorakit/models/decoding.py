@@ -11,7 +11,7 @@ Two rows in a batch, the first with a guess of two tokens:
     … d                e              … d e
 
 How tokens are read into rows is decided in reading.py, which rows come next by whoever calls this:
-generation.py, and boundary/decode.py for the rows of many boundaries.
+greedy.py, and boundary/decode.py for the rows of many boundaries.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """How a base attends on a GPU: as transformers does, but for packed rows and shared keys.
 
+So do, on a CPU, those that attention.py cannot tell to attend otherwise.
+
 Packed rows (row_masks.py) attend in one call: PyTorch's attention over rows of several lengths,
 where it takes their dtype; else as a batch padded on the right, where the causal mask hides the
 padding. Rows with another mask, of a sliding window that ends within them, attend one by one, and

@@ -36,7 +36,7 @@ def cache_parameter(model: Model) -> str | None:
 class Extended(NamedTuple):
     """A pass that gives `size` rows, from `first` on, tokens of their own.
 
-    `rows` and `slots` say where they go: (rows, 1) and (rows, new), or (1, tokens) both.
+    `rows` and `slots` say where each goes: (rows, 1) and (rows, new), or (1, tokens) both.
     """
 
     first: int
@@ -56,15 +56,15 @@ class Fanned(NamedTuple):
 class KVCache:
     """Slots of `rows` rows of up to `length` positions; a model calls `update` in every layer.
 
-    Before a pass, `expected` says which rows it gives tokens to, and `visible` up to how many
-    positions they see in it. Position p lies in slot p + 1, padding in slot 0. Slots are added as
-    rows grow; `moved` is told that they lie elsewhere then.
+    Before a pass, `expected` is set to the rows that it gives tokens to, and `visible` to how many
+    positions the longest of them has then. Position p lies in slot p + 1, padding in slot 0. Slots
+    are added as rows grow; `moved` is told that they lie elsewhere then.
     """
 
-    def __init__(self, rows: int, length: int, moved: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, rows: int, length: int, moved: Callable[[], None]) -> None:
         self._rows, self._length, self._moved = rows, length, moved
         self._stored: dict[int, KeysAndValues] = {}
-        self.expected: Extended | Fanned | None = None
+        self.expected: Extended | Fanned
         self.visible = 0
 
     @property
@@ -92,12 +92,10 @@ class KVCache:
         expected = self.expected
         if isinstance(expected, Fanned):
             return self._fan_out(expected, key, value, layer_idx)
-        if expected is None:
-            raise ValueError("no pass was expected")
-        first, size, rows, places = expected
+        first, size, rows, targets = expected
         visible = []
         for slots, new in zip(self._stored[layer_idx], (key, value), strict=True):
-            slots[rows, places] = new.transpose(1, 2)
+            slots[rows, targets] = new.transpose(1, 2)
             visible.append(slots[first : first + size, 1 : 1 + self.visible].transpose(1, 2))
         return visible[0], visible[1]
 
@@ -135,11 +133,11 @@ class KVCache:
         """Return zeros (rows, count, heads, width) for a layer's keys or values."""
         return like.new_zeros(self._rows, count, like.shape[1], like.shape[3])
 
-    def prefix(self, first: int, rows: Callable[[int], int]) -> Prefix:
-        """Return what rows from `first` on hold now, in a layer as many as `rows` says of it."""
+    def copy_prefix(self, first: int, rows_in: Callable[[int], int]) -> Prefix:
+        """Return what rows from `first` on hold now, in a layer as many as `rows_in` says of it."""
         end, layers = 1 + self.visible, {}
         for layer, (keys, values) in self._stored.items():
-            own = slice(first, first + rows(layer))
+            own = slice(first, first + rows_in(layer))
             layers[layer] = keys[own, 1:end].clone(), values[own, 1:end].clone()
         return Prefix(self.visible, layers)
 
@@ -155,7 +153,7 @@ class KVCache:
             slots[first : first + count, 1 : 1 + part.shape[1]] = part
 
     def move(self, source: int, target: int) -> None:
-        """Copy a row onto another, as far as the last batch goes."""
+        """Copy a row onto another; it is one of the last pass, whose positions are all it has."""
         end = 1 + self.visible
         for stored in self._stored.values():
             for slots in stored:

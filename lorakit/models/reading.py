@@ -4,13 +4,12 @@ Rows of any lengths share a batch. Their keys and values are in a cache (kv_cach
 decided how new tokens lie in the batch and what each sees: the positions of its row up to its own,
 within the layer's window if it has one. Three rows that read a b c, d and e f:
 
-    extend              · a b c … as a batch, padded on the left, or without padding as one
-                        · · · d   sequence, a b c d e f, where attention is lorakit's own (`ragged`)
-                        · · e f
-    step                the same of all rows, padded to one of few shapes, which are recorded on a
-                        GPU (step_graphs.py)
-    fan_out             rows that read the same tokens, but differ from some layer on, are one row
-                        below it
+    extend     a b c   as a batch, padded on the left, or without padding as one sequence,
+               · · d   a b c d e f, where attention is lorakit's own (`ragged`)
+               · e f
+    step       the same for all rows of the batch, padded to one of few shapes, which are recorded
+               on a GPU (step_graphs.py)
+    fan_out    rows that read the same tokens, but differ from some layer on, are one row below it
 
 Which tokens are read, guessed ones among them, and which rows come and go, is decided in
 decoding.py.
@@ -82,7 +81,7 @@ class Reader:
         for place, (row, start) in enumerate(zip(tokens, starts, strict=True)):
             read[0, place, width - len(row) :] = torch.tensor(row)
             read[1, place, width - len(row) :] = torch.arange(start, start + len(row))
-        shape = rows, width, self.cache.visible
+        shape = rows, width, self.cache.visible  # what is replayed does not say what it `expected`
         predicted, wrong = self._graphs(shape, read, self._compute_step)
         if bool(wrong):
             self._check(torch.full((1,), torch.nan))
@@ -182,7 +181,11 @@ class Reader:
         `splits` are those of the rows that begin so: see `fan_out`.
         """
         self.fan_out(tokens, splits, first, 1)
-        return self.cache.prefix(first, lambda layer: 1 + sum(split <= layer for split in splits))
+
+        def rows_in(layer: int) -> int:
+            return 1 + sum(split <= layer for split in splits)
+
+        return self.cache.copy_prefix(first, rows_in)
 
     def _predicted(self, logits: torch.Tensor) -> torch.Tensor:
         """Check logits and return the most probable tokens."""

@@ -13,6 +13,7 @@ import transformers
 
 from lorakit.errors import LorakitError
 from lorakit.models.architecture import Model, forward_parameters, text_config
+from lorakit.models.attention import attends_by_row
 from lorakit.models.base import Base
 from lorakit.models.batches import NEEDED_TO_PACK
 from lorakit.models.estimate import (
@@ -98,11 +99,11 @@ class Skeleton:
 
     @property
     def precision(self) -> Precision:
-        """Bytes of the values that the model computes; on a CPU it attends in float32."""
+        """Bytes of the values that the model computes; most attend in float32 on a CPU."""
         value = self.base.dtype.itemsize
         model, on_cpu = self.base.model, self.device.type == "cpu"
         attention = text_config(model)._attn_implementation
-        by_row = on_cpu and attention == "sdpa"
+        by_row = attends_by_row(model, self.device)
         norms = {"cpu": lean_norms, "cuda": fusible_norms}.get(self.device.type)
         return Precision(
             value,

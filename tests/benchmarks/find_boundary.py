@@ -172,11 +172,11 @@ def compared(
 
 
 def least_flops(base: Base, prompts: Prompts, outputs: Outputs) -> float:
-    """Return the multiplications and additions that no program can do without.
+    """Return about as many multiplications and additions as no program can do without.
 
     A prompt and its outputs go through the layers above their boundaries, those of the highest
     boundary through all layers; what all prompts begin with does so once. The output head computes
-    the tokens that are written, and the last one's end. Attention is left out.
+    the tokens that are written, and the end token after each output. Attention is left out.
     """
     head = int(base.model.get_output_embeddings().weight.numel())
     shared, boundaries = shared_prefix(prompts), {boundary for _, boundary in outputs}

@@ -46,14 +46,16 @@ def as_transformers_has_it(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_loaded_on_a_cpu(model: Any, device: torch.device) -> Iterator[None]:
     """Inside the block, undo what lorakit set when it loaded a base; others stay as they are."""
-    if model.config._attn_implementation != BY_ROW:
-        yield
-        return
-    for layer in fast_layers(model):
-        layer.__dict__.pop("forward", None)
-    model.set_attn_implementation("sdpa")
+    fast = [layer for layer in fast_layers(model) if "forward" in vars(layer)]
+    for layer in fast:
+        del layer.forward
+    by_row = model.config._attn_implementation == BY_ROW
+    if by_row:
+        model.set_attn_implementation("sdpa")
     try:
         yield
     finally:
-        set_attention(model, device)
-        speed_up_products_(model)
+        if by_row:
+            set_attention(model, device)
+        if fast:
+            speed_up_products_(model)

@@ -15,16 +15,14 @@ from lorakit.adapters.names import layer_of
 from lorakit.adapters.storage import save_adapter
 from lorakit.boundary import decode as decode_module
 from lorakit.boundary import evaluate as module
-from lorakit.boundary.cuts import Point, bottom, cut_at, layer_order
-from lorakit.boundary.decode import Pool, can_pool
+from lorakit.boundary.cuts import Cut, Point, bottom, cut_at, layer_order
+from lorakit.boundary.decode import Fan, Pool, can_pool, fans_that_hold
 from lorakit.boundary.evaluate import decode, draw_sample, evaluate
 from lorakit.boundary.gates import Gates
 from lorakit.boundary.strip import strip_layers
 from lorakit.errors import LorakitError
 from lorakit.models.base import Base
-from lorakit.models.kv_cache import KVCache
 from lorakit.models.lora import attach
-from lorakit.models.prefixes import Prefix
 from lorakit.models.reading import Reader
 from lorakit.models.tokens import Example
 from lorakit.records.jsonl import load_records
@@ -85,31 +83,37 @@ def test_every_boundary_writes_what_it_writes_alone(
         assert [outputs[k] for k in EVERY] == expected
 
 
-def test_prefixes_that_would_take_more_than_the_batch_are_read_again(
-    llama: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("holding", [0, 1, 2])
+@pytest.mark.parametrize("fanned", [1, 2, 4])
+def test_fans_without_room_for_a_prefix_read_it_with_every_prompt(
+    fanned: int, holding: int, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[int] = []
-    read_prefix = Reader.read_prefix
+    fans = []
 
-    def noted(reader: Reader, tokens: Sequence[int], *rest: Any) -> Prefix:
-        read.append(len(tokens))
-        return read_prefix(reader, tokens, *rest)
+    def first_ones(cuts: Sequence[Cut], size: int, share: float) -> dict[Fan, int]:
+        every = fans_that_hold(cuts, size, share)
+        fans.append(len(every))
+        return dict(list(every.items())[:holding])
 
-    monkeypatch.setattr(Reader, "read_prefix", noted)
-    monkeypatch.setattr(decode_module, "FANNED", 1)
+    monkeypatch.setattr(decode_module, "FANNED", fanned)
+    monkeypatch.setattr(decode_module, "fans_that_hold", first_ones)
     base, sample = open_base(llama), records(6, before="All prompts begin so. ")
-    expected = naive(llama, base.end_tokens, sample)
-    assert base.batches_continuously  # tried once, here
-    counts = []
-    for room in (1 << 30, 0):
-        monkeypatch.setattr(KVCache, "nbytes", room)
-        read.clear()
-        settings = replace(SETTINGS, batch_size=2)
-        outputs = decode(base, random_adapter(base), prompts(base, sample), CUTS, settings, Notes())
-        assert [outputs[k] for k in EVERY] == expected
-        counts.append(len(read))
-    assert counts[0] == 1 + len(EVERY)  # can_pool tries one
-    assert counts[1] > counts[0]
+    settings = replace(SETTINGS, batch_size=4)
+    outputs = decode(base, random_adapter(base), prompts(base, sample), CUTS, settings, Notes())
+    assert [outputs[k] for k in EVERY] == naive(llama, base.end_tokens, sample)
+    assert fans == [1 + -(-LAYERS // fanned)]
+
+
+def test_fans_hold_a_prefix_while_it_takes_no_more_than_the_batch() -> None:
+    cuts = list(CUTS.values())
+    highest, *others = (CUTS[k] for k in reversed(EVERY))
+    assert LAYERS == 3
+    fan = (others[0], others[2], others[1])  # 2, then 0 and 1
+    rows = 3 + 3 + 2
+    assert fans_that_hold(cuts, 4, 0.5) == {(highest,): 3, fan: rows}
+    assert fans_that_hold(cuts, 3, 0.81) == {(highest,): 3, fan: rows}  # 9 / 0.81 > 3 + rows
+    assert fans_that_hold(cuts, 3, 0.82) == {(highest,): 3}
+    assert fans_that_hold(cuts, 4, 0.0) == {}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ import pytest
 import torch
 
 from lorakit.adapters.storage import load_adapter
-from lorakit.boundary import decode
+from lorakit.boundary import decode, evaluate
+from lorakit.boundary.decode import Pool
 from lorakit.commands import _dry_run
 from lorakit.commands._dry_run import duration
 from lorakit.files import size
-from lorakit.models.prefixes import Prefix, Prefixes
+from lorakit.merging import plan as merging_plan
 from lorakit.models.reading import Reader
 from lorakit.training import train
 from lorakit.training.trainer import Trainer
@@ -204,32 +204,42 @@ def test_the_slots_of_a_search_take_what_is_said(
     assert section(said, "work")["outputs"] == 4 * 4
 
 
+@pytest.mark.parametrize("rows_at_once", ["16", "2", "1"])
 def test_what_prompts_begin_with_takes_what_is_said_but_no_more_than_the_slots(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    rows_at_once: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = "All prompts begin so. "
-    save_rows(
-        folder / "val.jsonl",
-        [{**row, "prompt": begin + row["prompt"]} for row in rows(4, seed=1)],
-    )
-    held = []
+    val = [{**row, "prompt": f"All prompts begin so. {row['prompt']}"} for row in rows(4, seed=1)]
+    save_rows(folder / "val.jsonl", val)
+    pools = []
 
-    class Watched(Prefixes):
-        def get(self, key: Hashable, read: Callable[[], Prefix], room: int) -> Prefix:
-            prefix = super().get(key, read, room)
-            held.append(sum(kept.nbytes for kept in self._kept.values()))
-            return prefix
+    class Watched(Pool):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            pools.append(self)
 
-    monkeypatch.setattr(decode, "Prefixes", Watched)
-    for rows_at_once in ("16", "1"):
-        said = plan(*FIND, "--batch-size", rows_at_once)
-        held.clear()
-        assert run_here(*FIND, "-q", "--batch-size", rows_at_once).code == 0
-        taken = section(said, "memory", "prefixes")
-        if rows_at_once == "16":
-            assert taken["bytes"] == max(held)
-        else:
-            assert max(held) <= taken["bytes"] == section(said, "memory", "cache")["bytes"]
+    monkeypatch.setattr(evaluate, "Pool", Watched)
+    command = (*FIND, "--batch-size", rows_at_once)
+    said = plan(*command)
+    assert run_here(*command, "-q").code == 0
+    taken = section(said, "memory", "prefixes")["bytes"]
+    (pool,) = pools
+    assert taken == sum(prefix.nbytes for prefix in pool._prefixes.values()) > 0
+    slots = section(said, "memory", "cache")["bytes"]
+    assert taken <= slots
+    if rows_at_once == "1":
+        assert len(pool._prefixes) < 4, "there is room for all"
+
+
+@pytest.mark.parametrize("records", [4, 8])
+def test_the_time_of_lorahub_is_that_of_all_records(
+    records: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging_plan, "timed", lambda act: 1.0)
+    row = rows(1)[0]
+    save_rows(folder / "train.jsonl", [{**row, "id": str(n)} for n in range(records)])
+    options = ("--method", "lorahub", "--measure", "--micro-batch-tokens", "1", *HERE)
+    said = plan(*LORAHUB, *options)
+    assert section(said, "time", "evaluation")["seconds"] == records  # one at a time
 
 
 def test_a_metric_that_decides_needs_a_cache_in_place_of_activations(folder: Path) -> None:

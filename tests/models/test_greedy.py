@@ -215,7 +215,7 @@ def test_a_model_without_slots_takes_transformers_loop(
 ) -> None:
     base = open_base(llama)
     expected = complete(base, prompts_of(base, 3), SETTINGS)
-    monkeypatch.setattr(cache_trial, "can_slot", lambda model: False)
+    monkeypatch.setattr(cache_trial, "can_read", lambda model: False)
     monkeypatch.delattr(generation, "complete_greedily")
     assert complete_prompts(base, prompts_of(base, 3), SETTINGS, at_once=2) == expected
     assert not base.batches_continuously

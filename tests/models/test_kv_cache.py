@@ -96,6 +96,16 @@ def test_a_row_splits_off_before_the_layer_of_its_boundary() -> None:
     assert all(model.seen[layer] == [[A, B, C]] * 3 for layer in range(LAYERS))
 
 
+def test_a_row_of_the_last_pass_moves_with_all_that_it_has() -> None:
+    model = Model()
+    reader = Reader(model, rows=3, length=4)
+    reader.extend([[A], [B, C, D]], [0, 0], 0, 1)
+    reader.cache.move(1, 0)
+    reader.extend([[E]], [3], 0, 1)
+    assert model.seen[0] == [[B, C, D, E]]
+    assert model.seen[LAYERS - 1] == [[B, C, D, E]]
+
+
 def test_rows_that_split_off_hold_a_prefix_that_is_read_once() -> None:
     model = Model()
     reader = Reader(model, rows=4, length=5)

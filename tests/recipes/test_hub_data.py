@@ -63,6 +63,14 @@ def test_what_is_no_parquet_is_an_error(content: bytes, tmp_path: Path) -> None:
         built("parquet", save(tmp_path / "a.parquet", content), **TEMPLATES)
 
 
+def test_a_columns_name_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    content = parquet_bytes([{"question": "q", "a": "a"}])
+    damaged = content.replace(b"\x08question", b"\x08q\x9cestion")
+    assert damaged != content
+    with pytest.raises(LorakitError, match=r"a\.parquet: not Parquet \(.*utf-8.*\); "):
+        built("parquet", save(tmp_path / "a.parquet", damaged), **TEMPLATES)
+
+
 def test_a_missing_parser_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,7 @@ def parquet_in(part: Part, tally: Tally) -> Iterator[Record]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Record(plain_row(fields), f"{part.name}: record {number}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a name
         raise LorakitError(
             f"{part.name}: not Parquet ({str(error).splitlines()[0]}); check that it is whole"
         ) from error
