@@ -56,6 +56,7 @@ OPTIONS_OF_OTHERS = {  # of sacrebleu, vLLM, llama.cpp, benchmarks, Snakemake; l
     "--smoke",
     "--steps",
     "--rounds",
+    "--peer-batch-size",
     "--work",
     "--records",
     "--train",
