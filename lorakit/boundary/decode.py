@@ -49,8 +49,6 @@ from lorakit.models.reading import Reader
 
 FANNED = 4  # cuts that share one pass over a prompt and its draft
 _TRIED = 4  # cuts under which can_pool tries a model
-
-
 Fan = tuple[Cut, ...]  # cuts that share one pass over a prompt, in the order of their rows
 
 

@@ -16,7 +16,6 @@ from lorakit.merging.pruning_search import Values
 from lorakit.merging.search import BUDGET
 from lorakit.merging.stack import Stack, stack
 from lorakit.models.base import Base
-from lorakit.models.batches import cut_into_runs, tokens_at_once
 from lorakit.models.devices import device_name
 from lorakit.models.estimate import (
     Part,
@@ -44,6 +43,7 @@ from lorakit.training.loss import BatchLoss
 from lorakit.training.plan import (
     corpus_rows,
     example_rows,
+    micro_batches_of,
     step_row,
     time_rows,
     training_memory_rows,
@@ -149,8 +149,7 @@ def plan_lorahub(
         "tokens": EVALUATIONS * tokens,
     }
     yield parameter_row(skeleton, len(adapters), lora_size(adapters[0]))
-    at_once = tokens_at_once(settings.micro_batch_tokens, skeleton.device)
-    runs = cut_into_runs(reading.examples, at_once, packed=skeleton.packs)
+    runs = micro_batches_of(reading.examples, skeleton, settings)
     passes = {training_pass(rows, packed=skeleton.packs) for rows in runs}
     yield from memory_rows(
         skeleton,

@@ -67,11 +67,6 @@ class KVCache:
         self.expected: Extended | Fanned
         self.visible = 0
 
-    @property
-    def nbytes(self) -> int:
-        """How many bytes the slots take."""
-        return sum(slots.nbytes for stored in self._stored.values() for slots in stored)
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: the model asks, but needs no length, since it is always given positions."""
         return 0

@@ -23,11 +23,6 @@ class Prefix(NamedTuple):
     tokens: int
     layers: Mapping[int, KeysAndValues]
 
-    @property
-    def nbytes(self) -> int:
-        """How many bytes the keys and values take."""
-        return sum(part.nbytes for parts in self.layers.values() for part in parts)
-
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
     """Return the tokens that all prompts begin with, each having one more; none if few."""

@@ -110,7 +110,9 @@ def step_row(
 ) -> Row:
     """Return the line on optimiser steps; a search takes those of up to so many `merges`."""
     steps = math.ceil(len(corpus.train) / settings.batch_size)
-    cuts = [_cut(batch, skeleton, settings) for batch in _batches(corpus.train, settings, 0)]
+    cuts = [
+        micro_batches_of(batch, skeleton, settings) for batch in _batches(corpus.train, settings, 0)
+    ]
     return {
         "section": "steps",
         "records": len(corpus.train),
@@ -187,7 +189,7 @@ def _passes(
         training_pass(rows, packed=skeleton.packs)
         for epoch in range(epochs)
         for batch in _batches(examples, settings, epoch)
-        for rows in _cut(batch, skeleton, settings)
+        for rows in micro_batches_of(batch, skeleton, settings)
     }
 
 
@@ -197,9 +199,10 @@ def _batches(
     return epoch_batches(examples, settings.batch_size, settings.seed, epoch + 1)
 
 
-def _cut(
+def micro_batches_of(
     batch: Sequence[Example], skeleton: Skeleton, settings: TrainingSettings
 ) -> list[list[Example]]:
+    """Return the micro-batches in which a run would read examples, as far as a dry run knows."""
     tokens = tokens_at_once(settings.micro_batch_tokens, skeleton.device)
     return cut_into_runs(batch, tokens, packed=skeleton.packs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lorakit.commands import _dry_run
 from lorakit.commands._dry_run import duration
 from lorakit.files import size
 from lorakit.merging import plan as merging_plan
+from lorakit.models.prefixes import KeysAndValues
 from lorakit.models.reading import Reader
 from lorakit.training import train
 from lorakit.training.trainer import Trainer
@@ -185,6 +187,10 @@ def test_weights_and_optimiser_take_what_the_trainers_tensors_do(
     assert section(said, "memory", "optimiser")["bytes"] == moments
 
 
+def bytes_of(layers: Mapping[int, KeysAndValues]) -> int:
+    return sum(part.nbytes for parts in layers.values() for part in parts)
+
+
 def test_the_slots_of_a_search_take_what_is_said(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +199,7 @@ def test_the_slots_of_a_search_take_what_is_said(
     class Watched(Reader):
         def _logits(self, *arguments: Any) -> Any:
             logits = super()._logits(*arguments)
-            held.append(self.cache.nbytes)
+            held.append(bytes_of(self.cache._stored))
             return logits
 
     said = plan(*FIND)
@@ -223,7 +229,7 @@ def test_what_prompts_begin_with_takes_what_is_said_but_no_more_than_the_slots(
     assert run_here(*command, "-q").code == 0
     taken = section(said, "memory", "prefixes")["bytes"]
     (pool,) = pools
-    assert taken == sum(prefix.nbytes for prefix in pool._prefixes.values()) > 0
+    assert taken == sum(bytes_of(prefix.layers) for prefix in pool._prefixes.values()) > 0
     slots = section(said, "memory", "cache")["bytes"]
     assert taken <= slots
     if rows_at_once == "1":
