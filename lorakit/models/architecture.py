@@ -117,10 +117,13 @@ def at_the_head(model: Model, act: Callable[[], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def other_forwards(forwards: Mapping[Any, Forward]) -> Iterator[None]:
     """Inside the block, torch's modules compute by these functions, not by their classes' own."""
+    before = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module in forwards:
+        for module, forward in before.items():
             module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward

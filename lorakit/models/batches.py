@@ -19,6 +19,7 @@ learnt.
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -191,14 +192,11 @@ def pack(rows: Sequence[Example], device: torch.device) -> Pack:
         labels += row.ids[row.start :]
         ids += row.ids[:-1]
     lengths = [len(row.ids) - 1 for row in rows]
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    return Pack(
-        torch.tensor([ids], device=device),
-        positions[None].to(device),
-        lengths,
-        torch.tensor(places, device=device),
-        torch.tensor(labels, device=device),
-    )
+    positions = [position for length in lengths for position in range(length)]
+    parts = (ids, positions, places, labels)
+    together = torch.tensor(list(itertools.chain(*parts))).to(device)  # one copy to a GPU
+    all_ids, all_positions, all_places, all_labels = together.split([len(part) for part in parts])
+    return Pack(all_ids[None], all_positions[None], lengths, all_places, all_labels)
 
 
 def target_logits(model: Model, batch: Pack) -> torch.Tensor:

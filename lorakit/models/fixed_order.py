@@ -68,6 +68,17 @@ class _Ends(torch.autograd.Function):
 
 
 @contextlib.contextmanager
+def fixed_order() -> Iterator[None]:
+    """Inside the block, kernels sum in a fixed order."""
+    kernels = _kernels()
+    _set_kernels(deterministic=True, only_warn=False, fill=False)
+    try:
+        yield
+    finally:
+        _set_kernels(*kernels)
+
+
+@contextlib.contextmanager
 def backward_pass() -> Iterator[None]:
     """Inside the block, a backward pass runs; if it fails, PyTorch's settings are as before."""
     kernels = _kernels()

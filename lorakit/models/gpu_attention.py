@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -27,6 +25,7 @@ import transformers
 
 from lorakit.models.fixed_order import (
     allow_fixed_order,
+    fixed_order,
     fixed_order_begins,
     fixed_order_ends,
 )
@@ -36,9 +35,7 @@ pytorchs = transformers.AttentionInterface()["sdpa"]  # transformers' call of Py
 ungrouped: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
 _HALF = (torch.bfloat16, torch.float16)  # what attention over several lengths takes
 _WIDEST = 256  # of its heads
-_CAUSAL = (-1, 0)  # its window: all before a token, nothing after it
 _AMPERE = (8, 0)  # the oldest GPUs that it runs on
-_ASKED = {"scale", "window_size"}  # its arguments, since torch 2.11
 _in_groups: ContextVar[bool] = ContextVar("in_groups", default=False)
 
 
@@ -80,6 +77,10 @@ def _attention(
 
     query, key and value are (rows, heads, tokens, values). Some models pass them by name.
     """
+    if isinstance(attention_mask, RowMasks) and attention_mask.causal:
+        together = _attend_over_lengths(module, query, key, value, attention_mask, **settings)
+        if together is not None:
+            return together, None
     if query.device.type != "cuda" or not torch.is_grad_enabled():
         return _attend(module, query, key, value, attention_mask, **settings), None
     query, key, value = fixed_order_ends(query, key, value)
@@ -121,16 +122,8 @@ def _attend_packed(
     **settings: Any,
 ) -> torch.Tensor:
     """Compute attention (1, tokens, heads, values) of packed rows."""
-    tokens = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-    if rows.causal and _takes_lengths(module, *tokens, **settings):
-        attend = _over_lengths(query.device)
-        width, scale = max(rows.lengths), settings.get("scaling")
-        ends = rows.ends, rows.ends
-        if attend is not None:
-            together = attend(*tokens, *ends, width, width, scale=scale, window_size=_CAUSAL)
-            return together[None]
     if rows.causal and len(rows.lengths) * max(rows.lengths) <= 2 * sum(rows.lengths):
-        return _attend_padded(module, tokens, rows, **settings)
+        return _attend_padded(module, query, key, value, rows, **settings)
     parts = [tensor.split(rows.lengths, 2) for tensor in (query, key, value)]
     attended = [
         _attend_alone(module, q, k, v, mask, **settings)
@@ -160,6 +153,29 @@ def _attend_alone(
     return attended
 
 
+def _by_tokens(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return a sequence's queries, keys and values as (tokens, heads, values)."""
+    return [tensor.squeeze(0).transpose(0, 1) for tensor in tensors]
+
+
+def _attend_over_lengths(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: RowMasks,
+    **settings: Any,
+) -> torch.Tensor | None:
+    """Compute attention (1, tokens, heads, values) of all packed rows in one call, if one can."""
+    tokens = _by_tokens(query, key, value)
+    if not _takes_lengths(module, *tokens, **settings):
+        return None
+    attend = _over_lengths(query.device)
+    if attend is None:
+        return None
+    return attend(*tokens, rows.ends, max(rows.lengths), settings.get("scaling"))[None]
+
+
 def _takes_lengths(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -180,29 +196,69 @@ def _takes_lengths(
 
 @functools.cache
 def _over_lengths(device: torch.device) -> Callable[..., torch.Tensor] | None:
-    """Return PyTorch's attention over rows of several lengths, None where a device has none."""
-    try:
-        attend: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except (AttributeError, ImportError):  # before torch 2.10
-        return None
-    takes = inspect.signature(attend).parameters
-    if not takes.keys() >= _ASKED:
-        return None
+    """Return attention over rows of several lengths, None where a device has none, by a trial."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     if torch.cuda.get_device_capability(device) < _AMPERE:
         return None
-    # where it cannot be asked for, heads may always share keys
-    return functools.partial(attend, **({"enable_gqa": True} if "enable_gqa" in takes else {}))
+    attend: Callable[..., torch.Tensor] = _OverLengths.apply
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    query = torch.zeros(5, 2, 8, dtype=torch.bfloat16, device=device, requires_grad=True)
+    key = query.detach()[:, :1]
+    try:
+        with torch.enable_grad():
+            attend(query, key, key, ends, 3, None).sum().backward()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return None
+    return attend
+
+
+class _OverLengths(torch.autograd.Function):
+    """Causal attention (tokens, heads, values) of rows in one sequence, by PyTorch's own kernels.
+
+    `torch.nn.attention.varlen` calls the same ones, later in Python and without a fixed order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        ends: torch.Tensor,
+        longest: int,
+        scale: float | None,
+    ) -> torch.Tensor:
+        lengths = ends, ends, longest, longest
+        attended, sums, *state, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *lengths, 0.0, True, False, scale=scale
+        )
+        state = [torch.empty(0, device=query.device) if s is None else s for s in state]
+        ctx.save_for_backward(query, key, value, attended, sums, ends, *state)
+        ctx.longest, ctx.scale = longest, scale
+        return attended  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *given, ends, state, unused = ctx.saved_tensors
+        lengths = ends, ends, ctx.longest, ctx.longest
+        with fixed_order():
+            grads = torch.ops.aten._flash_attention_backward(
+                grad, *given, *lengths, 0.0, True, state, unused, scale=ctx.scale
+            )
+        return *grads, None, None, None
 
 
 def _attend_padded(
-    module: torch.nn.Module, tokens: list[torch.Tensor], rows: RowMasks, **settings: Any
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: RowMasks,
+    **settings: Any,
 ) -> torch.Tensor:
-    """Compute attention of packed rows as a batch that is padded on the right.
-
-    Query, key and value are (tokens, heads, values) each.
-    """
+    """Compute attention of packed rows as a batch that is padded on the right."""
+    tokens = _by_tokens(query, key, value)
     size = len(rows.lengths), max(rows.lengths)
     batch = [
         tensor.new_zeros(size[0] * size[1], *tensor.shape[1:])

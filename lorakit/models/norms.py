@@ -2,8 +2,9 @@
 
 transformers writes the norm out in operations that each read and write all hidden states, and so
 does its backward pass: on a GPU a sixth of a training step. There, PyTorch's one kernel computes
-it; on a CPU, in training, one function, to the same bits. Families' norms differ (Gemma adds one to
-the weight), so those are replaced that a trial shows to compute the same.
+it, and in training, in half precision, one kernel each way; on a CPU, in training, one function, to
+the same bits. Families' norms differ (Gemma adds one to the weight), so those are replaced that a
+trial shows to compute the same.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from lorakit.models.architecture import Model, other_forwards
+from lorakit.models.architecture import Forward, Model, other_forwards
+from lorakit.models.gpu_kernels import kernels_for
 from lorakit.models.trials import compute_the_same, passing
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what families call it
@@ -32,10 +35,19 @@ def fuse_norms_(model: Model) -> None:
 
 @contextlib.contextmanager
 def fused_norms(model: Model) -> Iterator[None]:
-    """Inside the block, the norms of a model on a CPU are one function where gradients are due."""
-    norms = [n for n in lean_norms(model) if n.get_parameter("weight").device.type == "cpu"]
-    with other_forwards({n: functools.partial(_in_training, n, _epsilon_of(n)) for n in norms}):
+    """Inside the block, the norms of a model are one function where gradients are due.
+
+    Not on a GPU that does not compute it as one kernel.
+    """
+    norms = [n for n in lean_norms(model) if _is_faster(n.get_parameter("weight"))]
+    forwards = {n: functools.partial(_in_training, n, _epsilon_of(n), n.forward) for n in norms}
+    with other_forwards(forwards):
         yield
+
+
+def _is_faster(weight: torch.nn.Parameter) -> bool:
+    """Return whether a norm with this weight is faster as one function."""
+    return weight.device.type == "cpu" or kernels_for(weight) is not None
 
 
 def fusible_norms(model: Model) -> Iterator[torch.nn.Module]:
@@ -46,7 +58,13 @@ def fusible_norms(model: Model) -> Iterator[torch.nn.Module]:
 def lean_norms(model: Model) -> Iterator[torch.nn.Module]:
     """Yield the norms that one function computes in training; the model may be without weights."""
     plain = _plain_norms(model)
-    return passing(((k, n) for k, n in plain if "forward" not in vars(n)), _trains_the_same)
+    return passing(((k, n) for k, n in plain if not _is_replaced(n)), _trains_the_same)
+
+
+def _is_replaced(norm: torch.nn.Module) -> bool:
+    """Return whether something other than `fuse_norms_` has replaced a norm's forward."""
+    forward = vars(norm).get("forward")
+    return forward is not None and getattr(forward, "func", None) is not _fused
 
 
 def _plain_norms(model: Model) -> Iterator[tuple[Hashable, torch.nn.Module]]:
@@ -75,21 +93,36 @@ def _fused(norm: torch.nn.Module, epsilon: float | None, x: torch.Tensor) -> tor
     return torch.nn.functional.rms_norm(x, weight.shape, None, epsilon) * weight
 
 
-def _in_training(norm: torch.nn.Module, epsilon: float | None, x: torch.Tensor) -> torch.Tensor:
-    """Return what `_fused` does, to the bit of what transformers does."""
+def _in_training(
+    norm: torch.nn.Module, epsilon: float | None, plain: Forward, x: torch.Tensor
+) -> torch.Tensor:
+    """Return what `_fused` does, on a CPU to the bit of what transformers does."""
     weight = norm.get_parameter("weight")
-    if weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad):
-        plain: torch.Tensor = type(norm).forward(norm, x)
-        return plain
-    normed: torch.Tensor = _Norm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    kernels = _kernels_for(x, weight)
+    due = torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad
+    if not due or (kernels is None and x.device.type != "cpu"):
+        return plain(x)
+    normed: torch.Tensor = _Norm.apply(x, weight, epsilon, kernels)  # type: ignore[no-untyped-call]
     return normed
+
+
+def _kernels_for(x: torch.Tensor, weight: torch.Tensor) -> ModuleType | None:
+    kernels = kernels_for(x) if x.is_contiguous() and x.dtype == weight.dtype else None
+    return None if kernels is None or x.shape[-1] > kernels.WIDEST_NORM else kernels
 
 
 class _Norm(torch.autograd.Function):
     """w·x·r with r = 1 / √(mean of x² + ε); its gradient is r·(g·w) − x·r³·(sum of g·w·x) / d."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, kernels: ModuleType | None
+    ) -> torch.Tensor:
+        ctx.kernels = kernels
+        if kernels is not None:
+            normed, root = kernels.norm(x, weight, epsilon)
+            ctx.save_for_backward(x, weight, root)
+            return normed  # type: ignore[no-any-return]
         wide = x.float()
         root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(x, weight, root)
@@ -98,9 +131,11 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, root = ctx.saved_tensors
+        if ctx.kernels is not None:
+            return ctx.kernels.norm_backward(grad, x, weight, root), None, None, None
         wide, weighted = x.float(), (grad * weight).float()
         along = (weighted * wide).sum(-1, keepdim=True) * root.pow(3) / x.shape[-1]
-        return (weighted * root).sub_(along * wide).to(x.dtype), None, None
+        return (weighted * root).sub_(along * wide).to(x.dtype), None, None, None
 
 
 @torch.no_grad()
@@ -120,7 +155,9 @@ def _trains_the_same(module: torch.nn.Module) -> bool:
     weight = norm.get_parameter("weight").requires_grad_(False)
     one_function: Callable[..., torch.Tensor] = _Norm.apply
     return compute_the_same(
-        lambda x: [type(norm).forward(norm, x)], lambda x: [one_function(x, weight, epsilon)], [x]
+        lambda x: [type(norm).forward(norm, x)],
+        lambda x: [one_function(x, weight, epsilon, None)],
+        [x],
     )
 
 

@@ -1,9 +1,10 @@
 """Rotary positions by fewer operations, to the same bits: x·cos + swapped(x)·(−sin, sin).
 
 transformers turns the two halves of a head by five operations, and by thirteen in the backward
-pass, most of which move or negate a half: on a GPU a tenth of a training step. Here four do, both
-ways, as the sines have the signs. On all devices but a CPU the cosines are repeated for every head,
-once for all layers: their kernels are fast where nothing is left to repeat.
+pass, most of which move or negate a half: on a GPU a tenth of a training step. There, in half
+precision, one kernel does, both ways; elsewhere four operations, as the sines have the signs. On
+all devices but a CPU the cosines are repeated for every head, once for all layers: operations are
+fast where nothing is left to repeat.
 
 Families' functions differ (GPT-J turns neighbours, not halves), so those are replaced that a trial
 shows to compute the same.
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakit.models.architecture import Model, at_the_head, python_modules
+from lorakit.models.gpu_kernels import kernels_for
 from lorakit.models.trials import DTYPES, compute_the_same
 
 _NAME = "apply_rotary_pos_emb"  # in transformers' modules of families
@@ -90,6 +92,11 @@ class _Rotary:
         if options.keys() - {"unsqueeze_dim"} or heads_at not in (1, 2) or not _fit(given):
             return self._plain(*given, **options)
         q, k, cos, sin = given
+        kernels, rows = kernels_for(q), [_by_tokens(x, heads_at) for x in (q, k)]
+        if kernels is not None and all(map(_lies_by_tokens, rows)):
+            cos, sin = cos.contiguous(), sin.contiguous()
+            turned = [_KernelTurn.apply(x, cos, sin, kernels) for x in rows]  # type: ignore[no-untyped-call]
+            return _by_tokens(turned[0], heads_at), _by_tokens(turned[1], heads_at)
         angles = self._angles_of(cos, sin)
         return _turned(q, angles, heads_at), _turned(k, angles, heads_at)
 
@@ -118,10 +125,22 @@ def _fit(given: tuple[torch.Tensor, ...]) -> bool:
 
 def _turned(x: torch.Tensor, angles: _Angles, heads_at: int) -> torch.Tensor:
     """Return queries or keys turned."""
-    rows = x.transpose(1, 2) if heads_at == 1 else x  # as projections lay them out
+    rows = _by_tokens(x, heads_at)
     cos = _cosines(angles, rows.shape[2])
     turned: torch.Tensor = _Turn.apply(rows, cos, angles.signed)  # type: ignore[no-untyped-call]
-    return turned.transpose(1, 2) if heads_at == 1 else turned
+    return _by_tokens(turned, heads_at)
+
+
+def _by_tokens(x: torch.Tensor, heads_at: int) -> torch.Tensor:
+    """Return a view (rows, tokens, heads, width), as projections lay them out; or back from it."""
+    return x.transpose(1, 2) if heads_at == 1 else x
+
+
+def _lies_by_tokens(x: torch.Tensor) -> bool:
+    """Return whether heads lie together by token, and all tokens at one distance."""
+    rows, tokens, _, width = x.shape
+    by_rows = rows == 1 or x.stride(0) == tokens * x.stride(1)
+    return by_rows and x.stride()[2:] == (width, 1) and width % 2 == 0
 
 
 def _cosines(angles: _Angles, heads: int) -> torch.Tensor:
@@ -147,6 +166,25 @@ class _Turn(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         first, second = sin.chunk(2, -1)
         return (grad * cos).add_(_crossed(grad, second, first)), None, None
+
+
+class _KernelTurn(torch.autograd.Function):
+    """What `_Turn` does, of cosines and sines as a model gives them, by one kernel each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kernels: ModuleType
+    ) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.kernels = kernels
+        turned: torch.Tensor = kernels.turn(x, cos, sin)
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        given = grad if _lies_by_tokens(grad) else grad.contiguous()
+        return ctx.kernels.turn(given, cos, sin, back=True), None, None, None
 
 
 def _crossed(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

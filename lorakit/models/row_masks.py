@@ -77,6 +77,10 @@ def make_masks(**arguments: object) -> torch.Tensor | RowMasks | None:
         own: torch.Tensor | None = transformers_masks(**arguments)
         device = torch.device(str(arguments["device"])) if own is None else own.device
         return RowMasks(list(lengths), [own], device)
+    if sum(lengths) <= _tokens_at_once(arguments["device"]):
+        together = transformers_masks(**{**arguments, "allow_is_causal_skip": False})
+        if torch.equal(together[0, 0], _causal_rows(lengths, together.device)):
+            return RowMasks(list(lengths), [None] * len(lengths), together.device)
     masks: list[torch.Tensor] = []
     start = 0
     for length in lengths:
@@ -86,6 +90,20 @@ def make_masks(**arguments: object) -> torch.Tensor | RowMasks | None:
     causal = torch.stack([are_causal(mask) for mask in masks]).tolist()  # waits for a GPU once
     kept = [None if plain else mask for plain, mask in zip(causal, masks, strict=True)]
     return RowMasks(list(lengths), kept, masks[0].device)
+
+
+def _tokens_at_once(device: object) -> int:
+    """Return of how many tokens one mask is made, to see whether all rows are causal.
+
+    A GPU would wait for the masks of rows one by one.
+    """
+    return 8192 if torch.device(str(device)).type == "cuda" else 0
+
+
+def _causal_rows(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return the mask of packed rows that each are causal: bool (tokens, tokens)."""
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+    return (rows[:, None] == rows).tril()
 
 
 def are_causal(mask: torch.Tensor) -> torch.Tensor:

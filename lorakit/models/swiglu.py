@@ -1,8 +1,8 @@
 """Gated MLPs that store a third less for the backward pass: silu(gate)·up as one function.
 
 PyTorch stores silu(gate), which the product reads, beside gate and up; here it is computed again in
-the backward pass, to the same bits. Families' MLPs differ, so those are replaced that a trial shows
-to compute down(silu(gate(x))·up(x)).
+the backward pass, to the same bits, on a GPU by one kernel each way. Families' MLPs differ, so
+those are replaced that a trial shows to compute down(silu(gate(x))·up(x)).
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import contextlib
 import copy
 import functools
 from collections.abc import Hashable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.nn.functional import silu
 
 from lorakit.models.architecture import Model, other_forwards
+from lorakit.models.gpu_kernels import kernels_for
 from lorakit.models.trials import DTYPES, compute_the_same, passing
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # what families call them
@@ -66,13 +68,25 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
+        kernels = _kernels_for(gate, up)
+        if kernels is not None:
+            product: torch.Tensor = kernels.swiglu(gate, up)
+            return product
         return silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
+        kernels = _kernels_for(gate, up)
+        if kernels is not None:
+            grads: tuple[torch.Tensor, torch.Tensor] = kernels.swiglu_backward(grad, gate, up)
+            return grads
         up_grad = silu(gate).mul_(grad)
         return torch.ops.aten.silu_backward(grad * up, gate), up_grad
+
+
+def _kernels_for(gate: torch.Tensor, up: torch.Tensor) -> ModuleType | None:
+    return kernels_for(gate) if gate.is_contiguous() and up.is_contiguous() else None
 
 
 def _computes_the_same(mlp: _Mlp) -> bool:

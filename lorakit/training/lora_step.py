@@ -1,21 +1,24 @@
 """LoRA's forward and backward pass as one function, which stores little for the backward pass.
 
 PEFT's layers store a float32 copy of their input; here the input stays in its own dtype, as a
-tensor that neighbouring projections share, as they do the float32 copy that they compute with. The
-dropout mask takes one byte per value. On a CPU, bytes multiply several times faster than booleans,
-and drawing 16 random bits per value is several times faster than torch's own dropout.
+tensor that neighbouring projections share, as they do the float32 copy that they compute with.
+Kernels of a GPU need no such copy. The dropout mask takes one byte per value. On a CPU, bytes
+multiply several times faster than booleans, and drawing 16 random bits per value is several times
+faster than torch's own dropout.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch.nn.functional import linear
 
 from lorakit.models.architecture import Forward, Model, at_the_head, other_forwards
+from lorakit.models.gpu_kernels import kernels_for
 from lorakit.models.lora import ADAPTER, PeftLayer, factors, rank_scales
 from lorakit.models.norms import fused_norms
 from lorakit.models.rotary import fused_rotary
@@ -109,6 +112,11 @@ def _fused(layer: PeftLayer, copies: _Copies) -> Forward:
             plain_result: torch.Tensor = pefts_forward(x, *args, **kwargs)
             return plain_result
         share = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
+        kernels = _kernels_for(x, a) if _is_plain(base_layer) else None
+        if kernels is not None:
+            weights = base_layer.weight, base_layer.bias, a, b
+            whole: torch.Tensor = _LoraLinear.apply(x, *weights, scales, share, kernels)  # type: ignore[no-untyped-call]
+            return whole
         from_base = base_layer(x, *args, **kwargs)
         output: torch.Tensor = _LoraSum.apply(from_base, x, a, b, scales, share, copies)  # type: ignore[no-untyped-call]
         return output
@@ -149,6 +157,73 @@ class _LoraSum(torch.autograd.Function):
         a_grad = low_grad.t() @ given.flatten(0, -2)
         b_grad = wide.t() @ low.flatten(0, -2)
         return grad, x_grad, a_grad, b_grad, None, None, None
+
+
+class _LoraLinear(torch.autograd.Function):
+    """W0·x + c + B·(s·A·dropout(x)) by a GPU's kernels, which convert and copy nothing.
+
+    W0, (d_out, d_in), and c are frozen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scales: torch.Tensor,
+        share: float,
+        kernels: ModuleType,
+    ) -> torch.Tensor:
+        keep_mask = dropout_mask(x, share) if share else None
+        scales = scales / (1 - share) if share else scales
+        summed = linear(x, weight, bias)
+        low = kernels.down(_rows(x), a, scales, _rows(keep_mask))
+        rows = _rows(summed)
+        kernels.up(low, b.t(), base=rows, dtype=summed.dtype, out=rows)
+        ctx.save_for_backward(x, weight, a, b, scales, low, keep_mask)
+        ctx.kernels = kernels
+        return rows.view_as(summed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, a, b, scales, low, keep_mask = ctx.saved_tensors
+        kernels, due, mask = ctx.kernels, _rows(grad), _rows(keep_mask)
+        low_grad = kernels.down(due, b.t(), scales, None)
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = due @ weight
+            kernels.up(low_grad, a, base=x_grad, mask=mask, dtype=x.dtype, out=x_grad)
+            x_grad = x_grad.view_as(x)
+        a_grad, b_grad = kernels.factor_gradients(_rows(x), low_grad, due, low, mask)
+        return x_grad, None, None, a_grad, b_grad, None, None, None
+
+
+def _is_plain(base_layer: torch.nn.Module) -> bool:
+    """Return whether a projection is a frozen linear layer, which computes as its class does."""
+    return (
+        type(base_layer) is torch.nn.Linear
+        and "forward" not in vars(base_layer)
+        and not any(parameter.requires_grad for parameter in base_layer.parameters())
+        and not base_layer._forward_hooks
+        and not base_layer._forward_pre_hooks
+    )
+
+
+def _kernels_for(x: torch.Tensor, a: torch.Tensor) -> ModuleType | None:
+    kernels = kernels_for(x) if a.dtype == torch.float32 else None
+    return None if kernels is None or len(a) > kernels.HIGHEST_RANK else kernels
+
+
+@overload
+def _rows(values: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _rows(values: None) -> None: ...
+def _rows(values: torch.Tensor | None) -> torch.Tensor | None:
+    """Return values as contiguous rows, one for each token."""
+    return None if values is None else values.reshape(-1, values.shape[-1]).contiguous()
 
 
 def dropout_mask(x: torch.Tensor, share: float) -> torch.Tensor:

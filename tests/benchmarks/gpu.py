@@ -49,10 +49,10 @@ PARTS: dict[str, Part] = {
     "parity": Part(gpu_parts.parity, 50, {}),
     "merge-512": Part(gpu_parts.merge_steps, 90, {"length": 512, "rows": 8, "adapters": 3}),
     "merge-2048": Part(gpu_parts.merge_steps, 90, {"length": 2048, "rows": 2, "adapters": 3}),
-    "train": Part(gpu_parts.merge_steps, 80, {"length": 512, "rows": 8, "adapters": 1}),
-    "generate": Part(gpu_parts.generation, 100, {"prompts": 256, "new": 128}),
-    "boundary": Part(gpu_parts.boundary, 130, {"prompts": 16, "new": 32}),
-    "tests": Part(gpu_parts.marked_tests, 60, {}),
+    "train": Part(gpu_parts.merge_steps, 70, {"length": 512, "rows": 8, "adapters": 1}),
+    "generate": Part(gpu_parts.generation, 90, {"prompts": 256, "new": 128}),
+    "boundary": Part(gpu_parts.boundary, 110, {"prompts": 16, "new": 32}),
+    "tests": Part(gpu_parts.marked_tests, 100, {}),
 }
 COLUMNS = ("part", "ours", "peer", "ratio", "memory", "of the limit")
 

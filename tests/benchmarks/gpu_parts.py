@@ -25,6 +25,7 @@ from lorakit.models.estimate import (
     trained_parts,
     training_pass,
 )
+from lorakit.models.gpu_kernels import kernels_for
 from lorakit.models.lora import _remove_lora_, pick_modules
 from lorakit.models.skeleton import Skeleton
 from lorakit.models.tokens import Example
@@ -125,6 +126,7 @@ def compared_steps(
         limit_share=share_of_limit(shape, batches, seconds, rate),
         machine=machine,
         details={
+            "kernels by Triton": kernels_for(base.model.get_input_embeddings().weight) is not None,
             "tokens/s": tokens / seconds,
             "tokens/s of the peer": tokens / min(r.total for r in theirs),
             "memory, of the peer's": own / other if other else None,
