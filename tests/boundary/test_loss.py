@@ -25,8 +25,8 @@ from lorakit.records.record import Record
 from lorakit.settings import BoundarySettings, TrainingSettings
 from lorakit.training.loss import BatchLoss
 from tests.support.boundary_models import SETTINGS, Notes, random_adapter
+from tests.support.in_process import run_here
 from tests.support.models import LAYERS, open_base
-from tests.support.program import run
 from tests.support.training_data import rows, save_rows
 
 EVERY = list(range(LAYERS + 1))
@@ -129,20 +129,20 @@ def test_the_command_chooses_layers_that_strip_layers_keeps(
 ) -> None:
     path = save_adapter(random_adapter(open_base(llama)), str(tmp_path / "a.safetensors"))
     plot, output = tmp_path / "loss.svg", str(tmp_path / "cut.safetensors")
-    found = run(
+    found = run_here(
         *("find-boundary", path, "--data", data, "--model", llama, "--metric", "loss"),
         *("--keep", "top", "--rule", "1se", "--boundaries", "1-2", "--plot", str(plot)),
     )
-    assert found.returncode == 0, found.stderr
-    records = [json.loads(line) for line in found.stdout.splitlines()]
+    assert found.code == 0, found.stderr
+    records = [json.loads(line) for line in found.text.splitlines()]
     assert [record["layers"] for record in records] == [[2], [1, 2]]
     assert all(record["standard_error"] >= 0 for record in records)
     assert "reading: 3 of 3, 0 s left" in found.stderr
-    assert (tmp_path / "loss.svg.jsonl").read_text() == found.stdout
+    assert (tmp_path / "loss.svg.jsonl").read_text() == found.text
     chosen = tmp_path / "records.jsonl"
-    chosen.write_text(found.stdout)
-    stripped = run("strip-layers", path, "--boundary", str(chosen), "-o", output)
-    assert stripped.returncode == 0, stripped.stderr
+    chosen.write_text(found.text)
+    stripped = run_here("strip-layers", path, "--boundary", str(chosen), "-o", output)
+    assert stripped.code == 0, stripped.stderr
     (best,) = (record for record in records if record["best"])
     layers = {layer_of(module.name) for module in load_adapter(output).modules()}
     assert layers == set(best["layers"])

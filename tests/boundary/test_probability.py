@@ -17,8 +17,8 @@ from lorakit.models.lora import attach
 from lorakit.records.record import Record
 from lorakit.settings import BoundarySettings
 from tests.support.boundary_models import SETTINGS, Notes, random_adapter
+from tests.support.in_process import run_here
 from tests.support.models import FAMILIES, LAYERS, open_base, save_model
-from tests.support.program import run
 from tests.support.training_data import rows, save_rows
 
 COUNT, TOKENS = 6, 4
@@ -159,12 +159,12 @@ def test_the_command_draws_a_line_for_each_token(
 ) -> None:
     path = save_adapter(random_adapter(open_base(llama)), str(tmp_path / "a.safetensors"))
     plot = tmp_path / "curve.png"
-    done = run(
+    done = run_here(
         *("find-boundary", path, "--data", data, "--by", "probability", "--tokens", "2"),
         *("--model", llama, "--plot", str(plot), *more),
     )
-    assert done.returncode == 0, done.stderr
-    curves = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.code == 0, done.stderr
+    curves = [json.loads(line) for line in done.text.splitlines()]
     assert [len(row["probabilities"]) for row in curves] == [2, 2, 2]
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "curve.png.jsonl").read_text() == done.stdout
+    assert (tmp_path / "curve.png.jsonl").read_text() == done.text

@@ -25,8 +25,9 @@ from lorakit.errors import LorakitError
 from lorakit.merging.importance import unstack
 from lorakit.merging.stack import fold, stack
 from tests.support.adapters import tiny
+from tests.support.in_process import run_here
 from tests.support.peft_models import KINDS, logits, random_model, with_lora
-from tests.support.program import run, shell
+from tests.support.program import shell
 
 torch.set_num_threads(1)
 
@@ -261,7 +262,7 @@ def test_scaling_says_what_it_did(
     options: tuple[str, ...], notes: list[str], tmp_path: Path
 ) -> None:
     save_adapter(tiny(layers=3, dtype="F16"), str(tmp_path / "a.safetensors"))
-    done = run("scale-layers", "a.safetensors", *options, cwd=tmp_path)
+    done = run_here("scale-layers", "a.safetensors", *options, cwd=tmp_path)
     assert done.stderr.splitlines() == [
         f"Note: {line}" for line in [*notes, "wrote scaled.safetensors"]
     ]
@@ -290,13 +291,13 @@ def test_what_cannot_be_scaled_is_an_error(
     best = json.loads(PLAIN)
     (folder / "word.jsonl").write_text(json.dumps({**best, "factor": "0.5"}))
     (folder / "top.jsonl").write_text(json.dumps({**best, "layers": [1, 2], "factor": 0.5}))
-    done = run("scale-layers", "a.safetensors", *options, cwd=folder)
-    assert done.returncode == code
+    done = run_here("scale-layers", "a.safetensors", *options, cwd=folder)
+    assert done.code == code
     assert message in done.stderr
     assert not (folder / "scaled.safetensors").exists()
 
 
 def test_one_stdin_is_not_two_inputs(folder: Path) -> None:
-    done = run("scale-layers", "--from", "-", cwd=folder)
-    assert done.returncode == 2
+    done = run_here("scale-layers", "--from", "-", cwd=folder)
+    assert done.code == 2
     assert "one stdin" in done.stderr

@@ -16,8 +16,8 @@ from lorakit.merging.stack import stack
 from lorakit.records.record import Record
 from lorakit.settings import LoraSettings, PruningSettings, TrainingSettings
 from lorakit.training.train import train_adapter
+from tests.support.in_process import run_here
 from tests.support.models import open_base
-from tests.support.program import run
 from tests.support.training_data import Recorder, rows, save_rows
 
 SETTINGS = TrainingSettings(lr=2e-2, epochs=1, batch_size=4, dropout=0.0)
@@ -102,13 +102,13 @@ def test_the_command_prints_a_line_a_module_and_draws_them(
 ) -> None:
     for ending in ("png", "svg"):
         plot = str(tmp_path / f"map.{ending}")
-        done = run(
+        done = run_here(
             *("inspect", merged.name, "--importance", "--data", data, "--plot", plot),
             *("--model", llama),
         )
-        assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        assert Path(f"{plot}.jsonl").read_text() == done.stdout
+        assert done.code == 0, done.stderr
+        lines = [json.loads(line) for line in done.text.splitlines()]
+        assert Path(f"{plot}.jsonl").read_text() == done.text
         assert {line["block"] for line in lines} == {"one", "two"}
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "map.svg").read_text()
@@ -116,6 +116,6 @@ def test_the_command_prints_a_line_a_module_and_draws_them(
 
 @pytest.mark.parametrize("options", [["--importance"], ["--data", "x"]], ids=lambda o: o[0])
 def test_importance_and_data_go_together(merged: Adapter, options: list[str]) -> None:
-    done = run("inspect", merged.name, *options)
-    assert done.returncode == 2
+    done = run_here("inspect", merged.name, *options)
+    assert done.code == 2
     assert "--importance needs --data" in done.stderr

@@ -24,8 +24,9 @@ from lorakit.models.tokens import Example
 from lorakit.records.record import Record
 from lorakit.settings import LayerChoiceSettings, TrainingSettings
 from tests.support.boundary_models import Notes, random_adapter
+from tests.support.in_process import run_here
 from tests.support.models import LAYERS, open_base, save_model
-from tests.support.program import run, shell
+from tests.support.program import shell
 from tests.support.training_data import rows, save_rows
 
 RECORDS = rows(10)
@@ -189,8 +190,8 @@ def test_kept_tensors_are_the_old_bytes_and_the_history_says_how_they_were_chose
     folder: Path, llama: str
 ) -> None:
     options = ("--by", "output", "--share", "0.67", "--data", "val.jsonl", "--model", llama)
-    done = run("strip-layers", "a.safetensors", *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = run_here("strip-layers", "a.safetensors", *options, cwd=folder)
+    assert done.code == 0, done.stderr
     adapter = load_adapter(str(folder / "a.safetensors"))
     stripped = load_adapter(str(folder / "stripped.safetensors"))
     (entry,) = stripped.header["history"]
@@ -264,15 +265,15 @@ def test_what_cannot_choose_layers_is_an_error(
     options: str, code: int, message: str, folder: Path, llama: str
 ) -> None:
     base = ("--model", llama) if code == 1 and "--model" not in options else ()
-    done = run("strip-layers", "a.safetensors", *options.split(), *base, cwd=folder)
-    assert done.returncode == code, done.stderr
+    done = run_here("strip-layers", "a.safetensors", *options.split(), *base, cwd=folder)
+    assert done.code == code, done.stderr
     assert any(part in done.stderr for part in message.split("|")), done.stderr
     assert not (folder / "stripped.safetensors").exists()
 
 
 def test_adapter_and_data_cannot_share_one_stdin(folder: Path) -> None:
-    done = run("strip-layers", "--by", "output", "--share", "1", "--data", "-", cwd=folder)
-    assert done.returncode == 2
+    done = run_here("strip-layers", "--by", "output", "--share", "1", "--data", "-", cwd=folder)
+    assert done.code == 2
     assert "one stdin" in done.stderr
 
 
@@ -281,8 +282,8 @@ def test_an_adapter_that_changes_nothing_has_no_important_layer(folder: Path, ll
     zero = {module.name: (module.a, np.zeros_like(module.b)) for module in whole.modules()}
     save_adapter(Adapter(tensors_of(zero), whole.config), str(folder / "zero.safetensors"))
     options = ("--by", "output", "--share", "0.5", "--data", "val.jsonl", "--model", llama)
-    done = run("strip-layers", "zero.safetensors", *options, cwd=folder)
-    assert done.returncode == 1
+    done = run_here("strip-layers", "zero.safetensors", *options, cwd=folder)
+    assert done.code == 1
     error = done.stderr.splitlines()[-1]
     assert error.startswith("Error: no layer's LoRA changes anything on the data; ")
 

@@ -27,8 +27,9 @@ from lorakit.settings import LEARNED_WEIGHTS_LR, LoraSettings, SelectionSettings
 from lorakit.training.checkpoint import Checkpoint
 from lorakit.training.train import train_adapter
 from tests.support.adapters import tiny
+from tests.support.in_process import run_here
 from tests.support.models import open_base, save_model
-from tests.support.program import run, run_over
+from tests.support.program import run_over
 from tests.support.training_data import Recorder, rows, save_rows
 
 SETTINGS = TrainingSettings(
@@ -277,12 +278,12 @@ def test_a_resumed_merge_gives_the_bytes_of_an_unbroken_one(
 def test_the_log_shows_every_weight_before_every_epoch_and_the_best_at_the_end(
     llama: str, data: str, files: list[str], tmp_path: Path
 ) -> None:
-    done = run(
+    done = run_here(
         *("merge", *files, "--data", data, "--model", llama, "--method", "learned-weights"),
         *("--epochs", "2", "--log", "log.jsonl", "-o", "m.safetensors"),
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert done.stderr.count("weights: xs 0.") == 3
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     told = [entry for entry in log if "weights" in entry]
@@ -297,9 +298,9 @@ def test_inspect_and_the_card_sum_the_weights_up(
     llama: str, data: str, files: list[str], tmp_path: Path
 ) -> None:
     line = ["merge", *files, "--data", data, "--model", llama, "--method", "learned-weights"]
-    done = run(*line, "--epochs", "1", "--lr", "0.05", "-o", "out/", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    table = run("inspect", "out", "--format", "table", cwd=tmp_path).stdout
+    done = run_here(*line, "--epochs", "1", "--lr", "0.05", "-o", "out/", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    table = run_here("inspect", "out", "--format", "table", cwd=tmp_path).text
     merged = load_adapter(str(tmp_path / "out"))
     weights = weights_of(merged)
     low, high = min(weights["xs"].values()), max(weights["xs"].values())
@@ -318,9 +319,9 @@ def test_foreign_weights_in_a_history_are_shown_as_they_are(weights: Any, tmp_pa
     adapter = tiny()
     header: Any = {"history": [{"command": "merge", "weights": weights}]}
     save_adapter(Adapter(adapter.tensors, adapter.config, header), str(tmp_path / "a/"))
-    shown = run("inspect", "a", "--format", "table", cwd=tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    assert "   weights: " in shown.stdout
+    shown = run_here("inspect", "a", "--format", "table", cwd=tmp_path)
+    assert shown.code == 0, shown.stderr
+    assert "   weights: " in shown.text
 
 
 def test_a_portable_merge_is_the_same_sum_at_one_rank(

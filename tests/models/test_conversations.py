@@ -15,8 +15,8 @@ from lorakit.models.predictions import encoder_of
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
 from tests.support.chat_templates import TEMPLATES
+from tests.support.in_process import run_here
 from tests.support.models import open_base, save_model
-from tests.support.program import run
 
 TALK = [
     {"role": "user", "content": "FR?"},
@@ -48,8 +48,8 @@ def test_a_conversation_is_the_same_example_in_every_form(chatty: str, tmp_path:
     views = []
     for name, fields in FORMS.items():
         data = save(tmp_path / f"{name}.jsonl", [{"id": "a", **fields}])
-        done = run("show", data, "--model", chatty)
-        assert done.returncode == 0, done.stderr
+        done = run_here("show", data, "--model", chatty)
+        assert done.code == 0, done.stderr
         views.append(json.loads(done.stdout))
     assert views[0] == views[1] == views[2]
     assert views[0]["learnt"] == "Paris</s>" or views[0]["learnt"].startswith("Paris<|im_end|>")
@@ -71,8 +71,8 @@ def test_every_command_reads_every_form(form: str, chatty: str, tmp_path: Path) 
         ("score", outputs, "--metric", "rougeL,em"),
         ("inspect", adapter, "--importance", "--data", data),
     ):
-        done = run(*command)
-        assert done.returncode == 0, (command, done.stderr)
+        done = run_here(*command)
+        assert done.code == 0, (command, done.stderr)
     written = [json.loads(line) for line in Path(outputs).read_text().splitlines()]
     for before, after in zip(records, written, strict=True):
         assert {name: after[name] for name in before} == before
@@ -83,8 +83,10 @@ def test_system_and_arguments_are_stored_and_followed(chatty: str, tmp_path: Pat
     data = save(tmp_path / "d.jsonl", [{"id": str(n), **FORMS["messages"]} for n in range(4)])
     adapter = str(tmp_path / "a.safetensors")
     chat = ("--system", "Brief!", "--chat-arg", "enable_thinking=false")
-    done = run("train-adapter", "--data", data, "--model", chatty, *chat, *SMALL, "-o", adapter)
-    assert done.returncode == 0, done.stderr
+    done = run_here(
+        "train-adapter", "--data", data, "--model", chatty, *chat, *SMALL, "-o", adapter
+    )
+    assert done.code == 0, done.stderr
     header = load_adapter(adapter).header
     assert (header["chat"], header["system"]) == ("on", "Brief!")
     assert header["chat_args"] == {"enable_thinking": False}
@@ -101,14 +103,16 @@ def test_system_and_arguments_are_stored_and_followed(chatty: str, tmp_path: Pat
     )
     assert "Brief!" not in prompt(GenerationSettings(system="x"))
     for options in ((), chat):
-        done = run("generate", adapter, "--data", data, "--max-new-tokens", "4", "-q", *options)
-        assert done.returncode == 0, done.stderr
+        done = run_here(
+            "generate", adapter, "--data", data, "--max-new-tokens", "4", "-q", *options
+        )
+        assert done.code == 0, done.stderr
 
 
 def test_a_run_without_them_has_the_header_it_always_had(chatty: str, tmp_path: Path) -> None:
     data = save(tmp_path / "d.jsonl", [{"id": str(n), **FORMS["texts"]} for n in range(4)])
     adapter = str(tmp_path / "a.safetensors")
-    run("train-adapter", "--data", data, "--model", chatty, *SMALL, "-o", adapter)
+    run_here("train-adapter", "--data", data, "--model", chatty, *SMALL, "-o", adapter)
     header = load_adapter(adapter).header
     assert not {"system", "chat_args"} & {*header, *header["history"][-1]["settings"]}
     assert "cut" not in header["history"][-1]["settings"]
@@ -131,8 +135,10 @@ def test_a_malformed_conversation_is_named(
     fields: dict[str, object], reason: str, chatty: str, tmp_path: Path
 ) -> None:
     data = save(tmp_path / "d.jsonl", [{"id": "a", **FORMS["texts"]}, {"id": "b", **fields}])
-    done = run("train-adapter", "--data", data, "--model", chatty, "-q", "-o", str(tmp_path / "a"))
-    assert done.returncode == 1
+    done = run_here(
+        "train-adapter", "--data", data, "--model", chatty, "-q", "-o", str(tmp_path / "a")
+    )
+    assert done.code == 1
     assert done.stderr.startswith(f"Error: {data}:2: ")
     assert reason in done.stderr
     assert done.stderr.count("\n") == 1
@@ -141,8 +147,8 @@ def test_a_malformed_conversation_is_named(
 def test_a_plain_model_says_what_a_conversation_needs(llama: str, tmp_path: Path) -> None:
     data = save(tmp_path / "d.jsonl", [FORMS["messages"]])
     for option in ((), ("--system", "x")):
-        done = run("generate", "--data", data, "--model", llama, "-q", *option)
-        assert done.returncode == 1
+        done = run_here("generate", "--data", data, "--model", llama, "-q", *option)
+        assert done.code == 1
         assert "chat template" in done.stderr
         assert done.stderr.count("\n") == 1
 
@@ -160,13 +166,15 @@ def test_logits_that_are_no_numbers_end_a_command_in_one_line(command: str, tmp_
     weights = load_file(model / "model.safetensors")
     data = save(tmp_path / "d.jsonl", [FORMS["texts"]] * 2)
     adapter = str(tmp_path / "a.safetensors")
-    run("train-adapter", "--data", data, "--model", name, *SMALL, "-o", adapter)
+    run_here("train-adapter", "--data", data, "--model", name, *SMALL, "-o", adapter)
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     source = (adapter,) if command == "find-boundary" else ()
-    done = run(command, *source, "--data", data, "--model", name, "--max-new-tokens", "3", "-q")
-    assert done.returncode == 1
-    assert done.stdout == ""
+    done = run_here(
+        command, *source, "--data", data, "--model", name, "--max-new-tokens", "3", "-q"
+    )
+    assert done.code == 1
+    assert done.stdout == b""
     assert done.stderr == (
         f"Error: {name}: its logits are not finite; take a whole copy of the model, or give "
         "--dtype float32 where its weights are\n"

@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import pytest
@@ -25,12 +26,19 @@ class Ended(NamedTuple):
     stderr: str
 
     @property
+    def text(self) -> str:
+        """What it wrote to stdout."""
+        return self.stdout.decode("utf-8")
+
+    @property
     def errors(self) -> list[str]:
         """The lines of stderr that report an error."""
         return [line for line in self.stderr.splitlines() if line.startswith("Error: ")]
 
 
-def run_here(*arguments: str, stdin: bytes = b"", reader_gone: bool = False) -> Ended:
+def run_here(
+    *arguments: str, stdin: bytes = b"", reader_gone: bool = False, cwd: Path | None = None
+) -> Ended:
     """Run `lorakit` with these arguments; what it raises beside SystemExit is raised here.
 
     With `reader_gone`, stdout is a pipe that nobody reads.
@@ -38,6 +46,7 @@ def run_here(*arguments: str, stdin: bytes = b"", reader_gone: bool = False) -> 
     err = io.StringIO()
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
+        stack.enter_context(contextlib.chdir(cwd or Path.cwd()))
         out: BinaryIO = stack.enter_context(_unread_pipe()) if reader_gone else io.BytesIO()
         patch.setattr(sys, "argv", ["lorakit", *arguments])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
