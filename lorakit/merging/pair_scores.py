@@ -17,25 +17,11 @@ from lorakit.adapters.blocks import Block
 from lorakit.merging.criteria import CRITERIA, Evidence, smooth_
 from lorakit.merging.groups import Scores
 from lorakit.merging.input_norms import InputNorms
+from lorakit.merging.pair_places import BlockPair, Matrices, Places, stacked
 from lorakit.models.lora import PeftLayer, factors
 from lorakit.training.step_hook import State
 
-Matrices = tuple[torch.Tensor, torch.Tensor]  # A and B, or two tensors of their shapes
 Shapes = tuple[torch.Size, torch.Size]
-
-
-@dataclass(frozen=True)
-class BlockPair:
-    """The A (rank, d_in) and B (d_out, rank) of one block at one projection."""
-
-    block: str
-    module: str
-    span: slice  # the block's ranks in the stack
-    scale: float
-
-    def of(self, matrices: Matrices) -> Matrices:
-        """Return views of this block's part of two matrices with the shapes of A and B."""
-        return matrices[0][self.span], matrices[1][:, self.span]
 
 
 @dataclass(frozen=True)
@@ -43,6 +29,7 @@ class PairStack:
     """The pairs of one shape, stacked: weights of A (pairs, rank, d_in), B (pairs, d_out, rank)."""
 
     pairs: Sequence[BlockPair]
+    places: Places
     weights: Matrices
     scores: Scores
 
@@ -75,6 +62,7 @@ class PairScores:
                 pair = BlockPair(block.name, name, part.span, part.scale)
                 of_a, of_b = pair.of(self.weights[name])
                 self.pairs.setdefault((of_a.shape, of_b.shape), []).append(pair)
+        self._places = {name: Places(pairs, self.weights) for name, pairs in self.pairs.items()}
         self._adapters = {
             shapes: torch.tensor(
                 [self.blocks.index(pair.block) for pair in pairs],
@@ -120,7 +108,8 @@ class PairScores:
         self._read_norms()
         score = self._criterion.score
         for shapes, pairs in self.pairs.items():
-            weights = stacked(self.weights, pairs)
+            places = self._places[shapes]
+            weights = places.read()
             for_a, for_b = self._evidence(shapes, pairs)
             scores = Scores(
                 score(weights[0], for_a),
@@ -128,7 +117,7 @@ class PairScores:
                 self._factors[shapes],
                 self._adapters[shapes],
             )
-            yield PairStack(pairs, weights, scores)
+            yield PairStack(pairs, places, weights, scores)
 
     @torch.no_grad()
     def means(self) -> dict[tuple[str, str], float]:
@@ -189,9 +178,3 @@ class PairScores:
             )
             roots = [self._norms.root_of_tokens(pair.module) for pair in pairs]
             self._factors[shapes] /= torch.stack(roots)
-
-
-def stacked(by_module: Mapping[str, Matrices], pairs: Sequence[BlockPair]) -> Matrices:
-    """Return the pairs' parts of the modules' matrices, stacked: (pairs, …) each."""
-    parts = [pair.of(by_module[pair.module]) for pair in pairs]
-    return torch.stack([a for a, _ in parts]), torch.stack([b for _, b in parts])

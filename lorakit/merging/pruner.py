@@ -14,7 +14,8 @@ from lorakit.adapters.blocks import Block
 from lorakit.merging.criteria import CRITERIA, VALUES
 from lorakit.merging.groups import GROUPS, Masks, Scores, least_pairs, pairs_below
 from lorakit.merging.input_norms import InputNorms
-from lorakit.merging.pair_scores import BlockPair, Matrices, PairScores, PairStack, stacked
+from lorakit.merging.pair_places import BlockPair, Matrices, stacked
+from lorakit.merging.pair_scores import PairScores, PairStack
 from lorakit.merging.turnover import Turnover
 from lorakit.models.lora import PeftLayer
 from lorakit.reporting import Measurements
@@ -118,9 +119,7 @@ class Pruner(StepHook):
             torch.where(mask, value, weight)
             for mask, value, weight in zip(masks, values, stack.weights, strict=True)
         )
-        places = zip(*(pair.of(self._weights[pair.module]) for pair in stack.pairs), strict=True)
-        for place, new in zip(places, (a, b), strict=True):
-            torch._foreach_copy_(list(place), list(new))
+        stack.places.write_(a, b)
         return a, b
 
     def _reset_values(

@@ -102,7 +102,8 @@ def _tokens_at_once(device: object) -> int:
 
 def _causal_rows(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """Return the mask of packed rows that each are causal: bool (tokens, tokens)."""
-    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+    numbers = [[number] * length for number, length in enumerate(lengths)]
+    rows = torch.tensor(list(itertools.chain(*numbers)), device=device)
     return (rows[:, None] == rows).tril()
 
 
