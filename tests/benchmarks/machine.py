@@ -26,6 +26,7 @@ class Machine:
 
     processor: str
     flags: tuple[str, ...]
+    capability: str  # of these, what PyTorch's own kernels use
     cores: int
     threads: int
     waiting: str
@@ -36,8 +37,9 @@ class Machine:
     def __str__(self) -> str:
         flags = " ".join(self.flags) or "no matrix flags known"
         return (
-            f"{self.processor} ({flags}), {self.cores} cores, {self.threads} threads "
-            f"({self.waiting}); {self.device}, {self.dtype}, torch {self.torch}"
+            f"{self.processor} ({flags}; used: {self.capability}), {self.cores} cores, "
+            f"{self.threads} threads ({self.waiting}); {self.device}, {self.dtype}, "
+            f"torch {self.torch}"
         )
 
 
@@ -46,6 +48,7 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     return Machine(
         processor=_cpu_field("model name") or platform.processor() or platform.machine(),
         flags=_flags(),
+        capability=torch.backends.cpu.get_cpu_capability(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
         threads=torch.get_num_threads(),
         waiting=f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'unset').lower()}",
