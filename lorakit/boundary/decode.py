@@ -45,6 +45,7 @@ from lorakit.models.cache_trial import REFUSALS, alike_enough
 from lorakit.models.completions import check_finite, until_end
 from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
 from lorakit.models.prefixes import Prefix, shared_prefix
+from lorakit.models.products import packed_weights
 from lorakit.models.reading import Reader
 
 FANNED = 4  # cuts that share one pass over a prompt and its draft
@@ -82,7 +83,8 @@ class Pool:
         max_new_tokens: int,
         batch_size: int,
     ) -> None:
-        self._gates, self._most, self._size = gates, max_new_tokens, batch_size
+        self._model, self._gates = base.model, gates
+        self._most, self._size = max_new_tokens, batch_size
         self._end_tokens = base.end_tokens
         self._prompts = [list(prompt) for prompt in prompts]
         length = max(map(len, prompts)) + max_new_tokens
@@ -113,6 +115,17 @@ class Pool:
         waiting = [number for number in numbers if (highest, number) not in done]
         begun = [number for number in numbers if (highest, number) in done]
         drafts = deque(filter(None, (_last_draft(n, highest, below, done) for n in begun)))
+        with packed_weights(self._model):
+            yield from self._decoded(waiting, drafts, highest, below)
+
+    def _decoded(
+        self,
+        waiting: list[int],
+        drafts: deque[Output],
+        highest: Cut,
+        below: Mapping[Cut, Sequence[Cut]],
+    ) -> Iterator[Output]:
+        """Yield the outputs of waiting prompts (their numbers) and of drafts."""
         while waiting or drafts or self._batch.rows:
             free = self._size - len(self._batch.rows)
             if waiting and free >= min(len(waiting), max(1, self._size // 2)):

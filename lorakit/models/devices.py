@@ -33,6 +33,12 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
 
 
+def return_freed_memory() -> None:
+    """Return what was freed to the system, where glibc keeps it."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch compute in a single thread inside the block, for many small steps.

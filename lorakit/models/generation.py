@@ -10,6 +10,7 @@ turn. Files are read and written in predictions.py.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -21,6 +22,7 @@ from lorakit.models.base import Base
 from lorakit.models.completions import StopTexts, check_finite, completion_of, until_end
 from lorakit.models.greedy import complete_greedily
 from lorakit.models.memory import BatchSize, in_batches
+from lorakit.models.products import packed_weights
 from lorakit.models.sharing import ALONE, Team
 from lorakit.models.tokens import Encoder, Example
 from lorakit.records.completions import Completion, with_completions
@@ -29,6 +31,7 @@ from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
 
 BATCHES_A_WINDOW = 16
+_PAYS = 16  # tokens of a completion from which it pays to put weights in another order, and back
 _SEEDS_APART = 0x9E37_79B9_7F4A_7C15  # the seeds of a window's batches: 2^64 over the golden ratio
 
 
@@ -56,7 +59,24 @@ def generate(
     on, and `note` gets a line. Raises LorakitError naming a record whose prompt leaves no room for
     the new tokens.
     """
-    size, batch_size = window_size(settings), BatchSize(settings.batch_size, note)
+    batch_size = BatchSize(settings.batch_size, note)
+    pays = settings.max_new_tokens >= _PAYS
+    with packed_weights(base.model) if pays else contextlib.nullcontext():
+        yield from _generate(base, encoder, records, settings, first, few_shot, batch_size, team)
+
+
+def _generate(
+    base: Base,
+    encoder: Encoder,
+    records: Iterable[Record],
+    settings: GenerationSettings,
+    first: int,
+    few_shot: FewShot,
+    batch_size: BatchSize,
+    team: Team,
+) -> Iterator[tuple[Record, Example]]:
+    """Yield what `generate` does."""
+    size = window_size(settings)
     iterator, number = iter(records), first // size
     while True:
         number, window = team.from_first((number, list(itertools.islice(iterator, size))))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -16,23 +17,37 @@ _HALF = (torch.bfloat16, torch.float16)
 _AMPERE = (8, 0)  # the oldest GPUs with TensorFloat-32
 
 
+class _Found(NamedTuple):
+    kernels: ModuleType | None = None
+    reason: str | None = None  # why there are none, where there could be
+
+
 def kernels_for(x: torch.Tensor) -> ModuleType | None:
     """Return triton_kernels.py where it computes with tensors like this one, else None."""
-    if x.device.type != "cuda" or x.dtype not in _HALF:
-        return None
-    return _kernels_on(x.device)
+    return _kernels_on(x.device).kernels if _could_have(x.device, x.dtype) else None
+
+
+def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why a GPU that could compute by kernels in this dtype does not; None if it does."""
+    return _kernels_on(device).reason if _could_have(device, dtype) else None
+
+
+def _could_have(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in _HALF
 
 
 @functools.cache
-def _kernels_on(device: torch.device) -> ModuleType | None:
-    """Return triton_kernels.py if one of its kernels gives what PyTorch gives on this GPU."""
+def _kernels_on(device: torch.device) -> _Found:
+    """Try one of the kernels on a GPU: it has to give what PyTorch gives."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < _AMPERE:
-        return None
+        return _Found()
     try:
         kernels = importlib.import_module("lorakit.models.triton_kernels")
         x = torch.linspace(-4, 4, 100, device=device).to(torch.bfloat16)
         products = [kernels.swiglu(x, x) for _ in range(2)]  # compiled, then launched again
-    except Exception:  # Triton, its compiler and its driver raise of many kinds
-        return None
+    except Exception as error:  # Triton, its compiler and its driver raise of many kinds
+        return _Found(reason=f"{type(error).__name__}: {error}".partition("\n")[0])
     expected = torch.nn.functional.silu(x) * x
-    return kernels if all(torch.equal(product, expected) for product in products) else None
+    if not all(torch.equal(product, expected) for product in products):
+        return _Found(reason="they do not compute what PyTorch does")
+    return _Found(kernels)

@@ -20,6 +20,7 @@ from lorakit.errors import LorakitError
 from lorakit.models.architecture import activation_checkpointing
 from lorakit.models.base import Base
 from lorakit.models.batches import epoch_batches
+from lorakit.models.gpu_kernels import why_no_kernels
 from lorakit.models.lora import PeftLayer, trained
 from lorakit.models.tokens import Example
 from lorakit.reporting import EpochReport, Reporter, StepReport
@@ -110,6 +111,8 @@ class Trainer:
         for hook in self.hooks:
             hook.begin(self._steps_an_epoch)
         self.losses.note = reporter.note
+        if reason := why_no_kernels(self.base.device, self.base.dtype):
+            reporter.note(f"without Triton's kernels a step takes longer ({reason})")
         reporter.start(self.steps, self.settings.epochs, self.progress.step)
         self.progress.validation_due |= self._asks_for_validation(0)
         self._validate_if_due()

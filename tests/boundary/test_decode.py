@@ -81,7 +81,7 @@ class Boundaries:
 def test_the_worked_example_is_what_the_pool_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "Reader", ScriptedReader)
     gates: Any = Boundaries()
-    model = SimpleNamespace(passes=[], gates=gates)
+    model = SimpleNamespace(passes=[], gates=gates, modules=list)
     base: Any = SimpleNamespace(model=model, end_tokens=tuple(ids_of(END)))
     pool = Pool(base, gates, [ids_of(PROMPT)], 8, batch_size=4)
     cuts = {bottom(k, LAYERS): k for k in (3, 2, 1, 0)}

@@ -18,11 +18,16 @@ from lorakit.models import gpu_kernels, norms, rotary, swiglu
 from lorakit.models.lora import factors, inject, pick_modules
 from lorakit.models.norms import fuse_norms_
 from lorakit.models.products import fast_layers
+from lorakit.models.sharing import new_accelerator
+from lorakit.models.tokens import Example
+from lorakit.settings import TrainingSettings
 from lorakit.training import lora_step
 from lorakit.training.lora_step import lean_passes
+from lorakit.training.trainer import Trainer
 from tests.support import kernels as plain
 from tests.support.devices import here
 from tests.support.models import open_base, save_model
+from tests.support.training_data import Recorder
 
 DTYPES = [torch.bfloat16, torch.float16]
 Tensor = torch.Tensor
@@ -234,8 +239,30 @@ def test_on_a_gpu_a_step_of_kernels_is_near_the_step_of_operations(
         close(one, other, 0.03)
 
 
-def test_a_cpu_has_no_kernels() -> None:
+def test_a_cpu_has_no_kernels_and_need_not_say_why() -> None:
     assert gpu_kernels.kernels_for(torch.empty(0, dtype=torch.bfloat16)) is None
+    assert gpu_kernels.why_no_kernels(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_a_run_says_why_a_gpu_that_could_have_kernels_has_none(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_kernels, "_could_have", lambda device, dtype: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "lorakit.models.triton_kernels", None)
+    gpu_kernels._kernels_on.cache_clear()
+    try:
+        base, layers = lora_on(llama, torch.float32, torch.device("cpu"), 0.0)
+        settings = TrainingSettings(device="cpu")
+        trainer = Trainer(base, layers, settings, accelerator=new_accelerator("cpu"))
+        recorder = Recorder()
+        trainer.begin([Example((3, 4, 5), 1, "a")], [Example((3, 4, 5), 1, "b")], recorder)
+        assert gpu_kernels.kernels_for(torch.empty(0)) is None
+    finally:
+        gpu_kernels._kernels_on.cache_clear()
+    (note,) = recorder.notes
+    assert note.startswith("without Triton's kernels a step takes longer (ModuleNotFoundError: ")
 
 
 @pytest.mark.gpu
