@@ -7,7 +7,8 @@ few tokens and many; results differ from MKL's by rounding. Which products are l
 was measured on such a processor: small ones pay for the call.
 
 With the weights in the order in which oneDNN reads them, products with few tokens take another
-third less. `packed_weights` keeps them so while tokens are decoded, in place of the others.
+third less. `packed_weights` keeps them so while tokens are decoded, in place of the others. With
+AVX2 alone that gains with few tokens, but prompts take longer to read.
 
 oneDNN writes a program for each shape, and keeps a thousand of them: half a megabyte each where
 tokens are few. So they are filled up to one of few numbers, with tokens of zeros.
@@ -95,7 +96,7 @@ def _replacing() -> Iterator[Callable[[int], None]]:
 
 def _packable(model: Model) -> list[Any]:
     """Return the layers whose weights can be packed; none where DoRA reads them."""
-    if not (_is_faster_here() and _packs_here()):
+    if not _packs_here():
         return []
     modules = list(model.modules())
     if any(getattr(module, "lora_magnitude_vector", None) for module in modules):
@@ -118,7 +119,9 @@ def _packable(model: Model) -> list[Any]:
 
 @functools.cache
 def _packs_here() -> bool:
-    """Return whether PyTorch puts weights in oneDNN's order, and multiplies by them."""
+    """Return whether PyTorch puts weights in oneDNN's order, and is faster by them."""
+    if not _is_faster_here():
+        return False
     draw = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(size, generator=draw) for size in ((3, 5, 70), (33, 70)))
     try:

@@ -29,9 +29,12 @@ pytestmark = pytest.mark.skipif(
 def faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever the processor, oneDNN is taken for the faster one."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    products._is_faster_here.cache_clear()
+    trials = products._is_faster_here, products._packs_here
+    for trial in trials:
+        trial.cache_clear()
     yield
-    products._is_faster_here.cache_clear()
+    for trial in trials:
+        trial.cache_clear()
 
 
 @pytest.fixture
