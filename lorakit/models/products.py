@@ -68,10 +68,9 @@ def packed_weights(model: Model) -> Iterator[None]:
         forwards.clear()
     finally:
         with _replacing() as replaced:
-            while packed:
-                layer, weight = packed.popitem()
-                layer.weight.data = weight.to_dense()
-                replaced(weight.numel())
+            for layer in list(packed):
+                layer.weight.data = packed[layer].to_dense()
+                replaced(packed.pop(layer).numel())
 
 
 @contextlib.contextmanager

@@ -243,13 +243,16 @@ def test_a_build_that_cannot_pack_keeps_plain_weights(
         assert all(len(layer.get_parameter("weight")) for layer in model.children())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_texts_are_those_that_plain_weights_give(
-    faster: None, llama: str, monkeypatch: pytest.MonkeyPatch
+    temperature: float, faster: None, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, packed = open_base(llama), 0
     speed_up_products_(base.model)
     records = [Record({"prompt": f"{number} and"}, f"d:{number}") for number in range(5)]
-    settings = GenerationSettings(batch_size=2, max_new_tokens=20, chat="off")
+    settings = GenerationSettings(
+        batch_size=2, max_new_tokens=20, chat="off", temperature=temperature
+    )
     texts = []
     for large in (10**9, 1):
         monkeypatch.setattr(products, "_LARGE", large)
