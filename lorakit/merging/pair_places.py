@@ -33,8 +33,7 @@ class Places:
     """The pairs of one shape in the modules' weights, which stay where they are."""
 
     def __init__(self, pairs: Sequence[BlockPair], weights: Mapping[str, Matrices]) -> None:
-        parts = [pair.of(weights[pair.module]) for pair in pairs]
-        self._of_a, self._of_b = ([part[index] for part in parts] for index in (0, 1))
+        self._of_a, self._of_b = _parts(weights, pairs)
         by_module = _by_module(pairs)
         self._whole_b = [weights[module][1] for module in by_module]
         # which pairs every B consists of, (modules, blocks); None where some hold other columns
@@ -60,7 +59,16 @@ class Places:
 
 def stacked(by_module: Mapping[str, Matrices], pairs: Sequence[BlockPair]) -> Matrices:
     """Return the pairs' parts of the modules' matrices, stacked: (pairs, …) each."""
-    return Places(pairs, by_module).read()
+    of_a, of_b = _parts(by_module, pairs)
+    return torch.stack(of_a), torch.stack(of_b)
+
+
+def _parts(
+    by_module: Mapping[str, Matrices], pairs: Sequence[BlockPair]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return views of the pairs' parts of A's, and of B's."""
+    parts = [pair.of(by_module[pair.module]) for pair in pairs]
+    return [a for a, _ in parts], [b for _, b in parts]
 
 
 def _by_module(pairs: Sequence[BlockPair]) -> dict[str, list[int]]:

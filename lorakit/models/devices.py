@@ -14,6 +14,7 @@ from lorakit.errors import LorakitError
 # From glibc's malloc.h. Blocks above _LARGEST_KEPT are always given back; it takes 32 MiB at most.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT, _MOST_KEPT = 32 * 2**20, 2**30
+_AMPERE = (8, 0)
 # The number formats of weights: as --dtype names them, as safetensors does, and as torch does.
 FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -37,6 +38,11 @@ def return_freed_memory() -> None:
     """Return what was freed to the system, where glibc keeps it."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_recent_nvidia(gpu: torch.device) -> bool:
+    """Return whether a GPU is NVIDIA's, of Ampere or later, which have TensorFloat-32."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(gpu) >= _AMPERE
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 
+from lorakit.models.devices import is_recent_nvidia
 from lorakit.models.fixed_order import (
     allow_fixed_order,
     fixed_order,
@@ -35,7 +36,6 @@ pytorchs = transformers.AttentionInterface()["sdpa"]  # transformers' call of Py
 ungrouped: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
 _HALF = (torch.bfloat16, torch.float16)  # what attention over several lengths takes
 _WIDEST = 256  # of its heads
-_AMPERE = (8, 0)  # the oldest GPUs that it runs on
 _in_groups: ContextVar[bool] = ContextVar("in_groups", default=False)
 
 
@@ -197,9 +197,7 @@ def _takes_lengths(
 @functools.cache
 def _over_lengths(device: torch.device) -> Callable[..., torch.Tensor] | None:
     """Return attention over rows of several lengths, None where a device has none, by a trial."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return None
-    if torch.cuda.get_device_capability(device) < _AMPERE:
+    if device.type != "cuda" or not is_recent_nvidia(device):
         return None
     attend: Callable[..., torch.Tensor] = _OverLengths.apply
     ends = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+from lorakit.models.devices import is_recent_nvidia
+
 _HALF = (torch.bfloat16, torch.float16)
-_AMPERE = (8, 0)  # the oldest GPUs with TensorFloat-32
 
 
 class _Found(NamedTuple):
@@ -39,7 +40,7 @@ def _could_have(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def _kernels_on(device: torch.device) -> _Found:
     """Try one of the kernels on a GPU: it has to give what PyTorch gives."""
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < _AMPERE:
+    if not is_recent_nvidia(device):
         return _Found()
     try:
         kernels = importlib.import_module("lorakit.models.triton_kernels")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch.nn.functional import linear, pad
 from lorakit.models.architecture import Model, other_forwards
 from lorakit.models.devices import return_freed_memory
 
+_Arrange = Callable[[torch.Tensor], torch.Tensor]
 _LARGE = 1 << 18  # weights from which a product with a single token gains
 _MUCH = 1 << 24  # multiplications from which any does
 _KEPT = 1 << 24  # numbers that are freed before the system gets their memory
@@ -59,13 +60,11 @@ def packed_weights(model: Model) -> Iterator[None]:
     try:
         with _replacing() as replaced:
             for layer in _packable(model):
-                packed[layer] = torch.ops.mkldnn._reorder_linear_weight(layer.weight, _FEW)
+                packed[layer] = _packed(layer.weight)
                 layer.weight.data = layer.weight.new_empty(0)
                 replaced(packed[layer].numel())
-        forwards = {layer: functools.partial(_by_packed, layer, packed[layer]) for layer in packed}
-        with other_forwards(forwards):
+        with other_forwards({each: functools.partial(_by_packed, packed, each) for each in packed}):
             yield
-        forwards.clear()
     finally:
         with _replacing() as replaced:
             for layer in list(packed):
@@ -90,7 +89,8 @@ def _replacing() -> Iterator[Callable[[int], None]]:
 
     with torch.inference_mode(False), torch.no_grad():
         yield replaced
-    return_freed_memory()
+    if freed:
+        return_freed_memory()
 
 
 def _packable(model: Model) -> list[Any]:
@@ -118,24 +118,24 @@ def _packable(model: Model) -> list[Any]:
 
 @functools.cache
 def _packs_here() -> bool:
-    """Return whether PyTorch puts weights in oneDNN's order, and is faster by them."""
-    if not _is_faster_here():
-        return False
-    draw = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(size, generator=draw) for size in ((3, 5, 70), (33, 70)))
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
-        near = torch.allclose(_product(x, packed, None), linear(x, weight), atol=1e-5)
-        return near and torch.equal(packed.to_dense(), weight)
-    except (AttributeError, RuntimeError, TypeError):  # other builds, other signatures
-        return False
+    """Return whether PyTorch puts weights in oneDNN's order and back, and is faster by them."""
+    return _is_faster_here() and _multiplies_by(_packed, torch.Tensor.to_dense)
 
 
-def _by_packed(layer: torch.nn.Linear, packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    """Return weights in oneDNN's order."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _FEW)
+    return packed
+
+
+def _by_packed(
+    packed: Mapping[Any, torch.Tensor], layer: torch.nn.Linear, x: torch.Tensor
+) -> torch.Tensor:
     """Return what a linear layer gives for x (…, in), (…, out), by its packed weights."""
-    if _multiplies(x, packed) and not (torch.is_grad_enabled() and x.requires_grad):
-        return _product(x, packed, layer.bias)
-    return linear(x, packed.to_dense(), layer.bias)
+    weight = packed[layer]
+    if _multiplies(x, weight) and not (torch.is_grad_enabled() and x.requires_grad):
+        return _product(x, weight, layer.bias)
+    return linear(x, weight.to_dense(), layer.bias)
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
@@ -150,12 +150,21 @@ def _is_plain(module: torch.nn.Module) -> bool:
 @functools.cache
 def _is_faster_here() -> bool:
     """Return whether PyTorch has oneDNN's product, on a processor where it is the faster one."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _multiplies_by(_same, _same)
+
+
+def _same(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _multiplies_by(arrange: _Arrange, back: _Arrange) -> bool:
+    """Return whether oneDNN's product is right with weights so arranged, which come back whole."""
     draw = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(size, generator=draw) for size in ((3, 5, 70), (33, 70)))
     try:
-        return torch.allclose(_product(x, weight, None), linear(x, weight), atol=1e-5)
+        arranged = arrange(weight)
+        near = torch.allclose(_product(x, arranged, None), linear(x, weight), atol=1e-5)
+        return near and torch.equal(back(arranged), weight)
     except (AttributeError, RuntimeError, TypeError):  # other builds, other signatures
         return False
 

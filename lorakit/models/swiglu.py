@@ -68,7 +68,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        kernels = _kernels_for(gate, up)
+        ctx.kernels = kernels = _kernels_for(gate, up)
         if kernels is not None:
             product: torch.Tensor = kernels.swiglu(gate, up)
             return product
@@ -77,9 +77,8 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        kernels = _kernels_for(gate, up)
-        if kernels is not None:
-            grads: tuple[torch.Tensor, torch.Tensor] = kernels.swiglu_backward(grad, gate, up)
+        if ctx.kernels is not None:
+            grads: tuple[torch.Tensor, torch.Tensor] = ctx.kernels.swiglu_backward(grad, gate, up)
             return grads
         up_grad = silu(gate).mul_(grad)
         return torch.ops.aten.silu_backward(grad * up, gate), up_grad

@@ -138,8 +138,7 @@ class _LoraSum(torch.autograd.Function):
         share: float,
         copies: _Copies,
     ) -> torch.Tensor:
-        keep_mask = dropout_mask(x, share) if share else None
-        scales = scales / (1 - share) if share else scales
+        keep_mask, scales = _dropout(x, scales, share)
         low = linear(_masked(copies.of(x, a.dtype), keep_mask), a) * scales
         ctx.save_for_backward(x, a, b, scales, low, keep_mask)
         ctx.copies = copies
@@ -177,8 +176,7 @@ class _LoraLinear(torch.autograd.Function):
         share: float,
         kernels: ModuleType,
     ) -> torch.Tensor:
-        keep_mask = dropout_mask(x, share) if share else None
-        scales = scales / (1 - share) if share else scales
+        keep_mask, scales = _dropout(x, scales, share)
         summed = linear(x, weight, bias)
         low = kernels.down(_rows(x), a, scales, _rows(keep_mask))
         rows = _rows(summed)
@@ -224,6 +222,13 @@ def _rows(values: None) -> None: ...
 def _rows(values: torch.Tensor | None) -> torch.Tensor | None:
     """Return values as contiguous rows, one for each token."""
     return None if values is None else values.reshape(-1, values.shape[-1]).contiguous()
+
+
+def _dropout(
+    x: torch.Tensor, scales: torch.Tensor, share: float
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the mask that drops a share of x, if any, and the scales that make up for it."""
+    return (dropout_mask(x, share), scales / (1 - share)) if share else (None, scales)
 
 
 def dropout_mask(x: torch.Tensor, share: float) -> torch.Tensor:

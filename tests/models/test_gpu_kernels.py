@@ -26,6 +26,7 @@ from lorakit.training.lora_step import lean_passes
 from lorakit.training.trainer import Trainer
 from tests.support import kernels as plain
 from tests.support.devices import here
+from tests.support.lora import logits_and_gradients
 from tests.support.models import open_base, save_model
 from tests.support.training_data import Recorder
 
@@ -149,21 +150,6 @@ def _interpret() -> None:
 
 
 # — a training step that is made of them —
-
-
-def logits_and_gradients(base: Any, layers: Any) -> list[Tensor]:
-    torch.manual_seed(5)
-    ids = torch.randint(3, 250, (3, 11), generator=torch.Generator().manual_seed(0))
-    logits = base.model(input_ids=ids.to(base.device)).logits.float()
-    due = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
-    (logits * due.to(base.device)).mean().backward()
-    found = [logits.detach()]
-    for layer in layers.values():
-        for parameter in factors(layer):
-            assert parameter.grad is not None
-            found.append(parameter.grad.clone())
-            parameter.grad = None
-    return found
 
 
 def lora_on(folder: str, dtype: torch.dtype, device: torch.device, dropout: float) -> Any:

@@ -21,6 +21,7 @@ from lorakit.training.lora_step import (
     fused_forward,
     lean_passes,
 )
+from tests.support.lora import logits_and_gradients
 from tests.support.models import open_base, save_model
 
 
@@ -37,21 +38,6 @@ def lora_on(name: str, dtype: torch.dtype, *, dropout: float = 0.0, scaled: bool
             set_rank_scales(layer, torch.tensor([2.0, 0.5, 0.5, 1.25]))
         layer.lora_dropout.train(dropout > 0)
     return base, layers
-
-
-def logits_and_gradients(base: Any, layers: Any, seed: int = 5) -> list[torch.Tensor]:
-    torch.manual_seed(seed)
-    ids = torch.randint(3, 250, (3, 11), generator=torch.Generator().manual_seed(0))
-    logits = base.model(input_ids=ids).logits.float()
-    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
-    (logits * weight).mean().backward()
-    found = [logits.detach()]
-    for layer in layers.values():
-        for parameter in factors(layer):
-            assert parameter.grad is not None
-            found.append(parameter.grad.clone())
-            parameter.grad = None
-    return found
 
 
 @pytest.mark.parametrize("scaled", [False, True])
