@@ -46,9 +46,9 @@ def can_read(model: Model) -> bool:
 def can_batch_continuously(model: Model) -> bool:
     """Return whether rows can come and go in a model's cache, by its config and by a trial.
 
-    In the trial, tokens read in parts beside another row, which ends elsewhere, have to give the
-    same most probable tokens as those read whole by the model's own forward (in half precision,
-    nearly all of them). A sliding window is a short one meanwhile.
+    In the trial, tokens read in parts beside another row, which ends elsewhere, and one by one,
+    have to give the same most probable tokens as those read whole by the model's own forward (in
+    half precision, nearly all of them). A sliding window is a short one meanwhile.
     """
     if not can_read(model):
         return False
@@ -62,10 +62,13 @@ def can_batch_continuously(model: Model) -> bool:
             reader.extend([tokens[:1], tokens[:-6:-1]], [0, 0], 0, 5)
             reader.cache.hold(1, 1, reader.read_prefix(tokens[:2]))
             short, long = reader.extend([tokens[1:-4], tokens[2:]], [1, 2], 0, len(tokens) - 2)
-            reader.step([tokens[1:3], tokens[2:3]], [1, 2])
+            several = reader.step([tokens[1:3], tokens[2:3]], [1, 2])
+            single = reader.extend([tokens[1:2], tokens[2:3]], [1, 2], 0, 1)
         except REFUSALS:
             return False
     pairs = [*zip(long, expected[2:], strict=True), *zip(short[3:], expected[1:-4], strict=True)]
+    ends = [row[-1] for row in (*several, *single)]
+    pairs += zip(ends, (expected[place] for place in (2, 2, 1, 2)), strict=True)
     return alike_enough([one == other for one, other in pairs], model.dtype)
 
 

@@ -32,6 +32,23 @@ _RUNS = (3, 2, 1)  # lengths of the runs of tokens that guesses are based on, lo
 # Tokens guessed after a run where each costs what any token costs: up to the last of which a fourth
 # came true (titles by SmolLM2 under 31 cuts). More take longer to read than they save.
 _LIKELY = {3: 4, 2: 2, 1: 1}
+_RATE = 1 / 8  # weight of the latest guess in the chance that the next one comes true
+# What the first guessed token of a row costs besides, in tokens: the row attends by itself then.
+_FIRST = 1.5
+
+
+def worth_guessing(chance: float, price: float) -> int:
+    """Return how many tokens to guess where each comes true with a chance, if those before do.
+
+    `price` is what reading a token costs, as a part of what writing one costs.
+    """
+    most, tokens, gain, right = 0.0, 0, -_FIRST * price, 1.0
+    for guessed in range(1, GUESSED + 1):
+        right *= chance
+        gain += right - price
+        if gain > most:
+            most, tokens = gain, guessed
+    return tokens
 
 
 class Drafts:
@@ -40,6 +57,7 @@ class Drafts:
     It remembers what last followed every run of up to three tokens, in the prompt and in the texts
     written: after 5 6 7 8 and then 5 6 9, what follows 1 5 6 is guessed to be 9. Guesses are based
     on runs of `shortest` tokens at least; `sparing` ones end where they are no longer likely.
+    `chance` tells how often a guess of the next token has been right of late, or would have been.
     """
 
     def __init__(self, prompt: Sequence[int], shortest: int = 1, *, sparing: bool = False) -> None:
@@ -47,12 +65,19 @@ class Drafts:
         self._after: dict[tuple[int, ...], tuple[Sequence[int], int]] = {}
         for place in range(1, len(prompt)):
             self.add(prompt, place)
+        self.chance = 0.5
 
     def add(self, ids: Sequence[int], place: int) -> None:
         """Note that ids[place] follows the tokens before it; `ids` may grow later."""
         for run in self._runs:
             if run <= place:
                 self._after[tuple(ids[place - run : place])] = (ids, place)
+
+    def learn(self, ids: Sequence[int]) -> None:
+        """Note the last of `ids`, which was written, and whether it would have been guessed."""
+        if guess := self.guess(ids[-1 - max(_RUNS) : -1], 1):
+            self.chance += _RATE * ((guess[0] == ids[-1]) - self.chance)
+        self.add(ids, len(ids) - 1)
 
     def guess(self, ids: Sequence[int], most: int) -> Sequence[int]:
         """Return up to `most` tokens that may follow `ids`: those after its longest known run."""
@@ -94,7 +119,7 @@ class Row:
         """
         for place, token in enumerate(predicted):
             self.ids.append(token)
-            self.drafts.add(self.ids, len(self.ids) - 1)
+            self.drafts.learn(self.ids)
             if ends(self):
                 return True
             if place < len(self.guess) and self.guess[place] != token:

@@ -17,7 +17,7 @@ import torch
 
 from lorakit.models.base import Base
 from lorakit.models.completions import StopTexts, check_finite, until_end
-from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
+from lorakit.models.decoding import Drafts, Ending, Row, RowBatch, worth_guessing
 from lorakit.models.prefixes import Prefix, shared_prefix
 from lorakit.models.reading import Reader
 from lorakit.settings import GenerationSettings
@@ -26,32 +26,25 @@ from lorakit.settings import GenerationSettings
 # tokens: joining one by one repeats that, and waiting leaves places empty. In replays of texts by
 # tiny and SmolLM2, a fourth was cheapest, an eighth or a half hardly dearer, and all of it worst.
 _JOINING = 4
-# Tokens after which the next ones are guessed. On a CPU a guess costs what any token costs, which
-# at 16 rows is nearly half of a row's share of a step, so that it pays if half of all come true: on
-# SmolLM2's answers they do. After runs of one token fewer come true, after three there are fewer;
-# neither changes the time by more than a few per cent. To begin with several guesses, to go on to
-# eight, or to guess only where the last tokens could have been guessed gains nothing more.
+# Tokens after which the next ones are guessed. On SmolLM2's answers six of ten guesses come true;
+# after runs of one token three do.
 _LEAST_RUN = 2
+# What a step takes however few its tokens are, in tokens, on a CPU: as measured with SmolLM2. A
+# guess costs as much as any token, which at 16 rows is nearly half of a row's share of a step, and
+# at 4 rows a sixth.
+_A_STEP = 20
 
 
 @dataclass(kw_only=True)
 class _NumberedRow(Row):
-    """The row of a prompt (its number), and how many tokens are guessed for it next."""
+    """The row of a prompt (its number)."""
 
     number: int
-    guessed: int = 1
 
-    def guess_next(self, most: int) -> None:
-        """Guess up to `most` tokens to follow."""
-        self.guess = self.drafts.guess(self.ids, min(self.guessed, most))
-
-    def accept(self, predicted: Sequence[int], ends: Ending) -> bool:
-        """Accept as every row; guess one token more next time if all came true, else one."""
-        ended = super().accept(predicted, ends)
-        if self.guess:
-            right = tuple(self.ids[-len(self.guess) - 1 : -1]) == tuple(self.guess)
-            self.guessed = min(GUESSED, self.guessed + 1) if right else 1
-        return ended
+    def guess_next(self, most: int, price: float) -> None:
+        """Guess up to `most` tokens to follow, as many as are worth the price of a token."""
+        worth = worth_guessing(self.drafts.chance, price)
+        self.guess = self.drafts.guess(self.ids, min(worth, most))
 
 
 @torch.inference_mode()
@@ -81,7 +74,8 @@ def complete_greedily(
         )
     )
     batch: RowBatch[_NumberedRow] = RowBatch(reader, ending)
-    ended = {row.number: row.written for row in _decoded(batch, waiting, size, prefix, most)}
+    rows = _decoded(batch, waiting, size, prefix, most, guesses_cost=reader.ragged)
+    ended = {row.number: row.written for row in rows}
     return [until_end(ended[number], base.end_tokens) for number in range(len(prompts))]
 
 
@@ -91,14 +85,20 @@ def _decoded(
     size: int,
     prefix: Prefix | None,
     most: int,
+    *,
+    guesses_cost: bool,
 ) -> Iterator[_NumberedRow]:
-    """Yield the rows that wait, as they end; a prefix of their tokens is read already."""
+    """Yield the rows that wait, as they end; a prefix of their tokens is read already.
+
+    `guesses_cost`: else steps are padded, and read a guess for nothing.
+    """
     while waiting or batch.rows:
         free = size - len(batch.rows)
         if waiting and free >= min(len(waiting), max(1, size // _JOINING)):
             joining = [waiting.popleft() for _ in range(min(free, len(waiting)))]
             yield from batch.join(joining, prefix)
         else:
+            price = len(batch.rows) / (len(batch.rows) + _A_STEP) if guesses_cost else 0.0
             for row in batch.rows:
-                row.guess_next(most - row.length - 1)
+                row.guess_next(most - row.length - 1, price)
             yield from batch.step()

@@ -188,11 +188,19 @@ def _multiplies(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    missing = -len(rows) % next((step for most, step in _STEPS.items() if len(rows) <= most), 1)
-    filled = pad(rows, (0, 0, 0, missing)) if missing else rows
-    product = torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")
-    given: torch.Tensor = product[: len(rows)].view(*x.shape[:-1], -1)
+    tokens = rows.shape[0]
+    missing = -tokens % _step(tokens)
+    if missing:
+        rows = pad(rows, (0, 0, 0, missing))
+    product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    given: torch.Tensor = (product[:tokens] if missing else product).view(*x.shape[:-1], -1)
     return given
+
+
+@functools.lru_cache(maxsize=1024)
+def _step(tokens: int) -> int:
+    """Return the number of which so many tokens are rounded up to a multiple."""
+    return next((step for most, step in _STEPS.items() if tokens <= most), 1)
 
 
 class _Product(torch.autograd.Function):

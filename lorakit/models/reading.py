@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from lorakit.models.architecture import Model, ModelConfig, decoder_layers, text_config
-from lorakit.models.attention import BY_ROW, RaggedRows, ragged
+from lorakit.models.attention import BY_ROW
 from lorakit.models.gpu_attention import in_groups
 from lorakit.models.kv_cache import Extended, Fanned, KVCache, cache_parameter
 from lorakit.models.prefixes import Prefix
+from lorakit.models.ragged import RaggedRows, ragged
 from lorakit.models.step_graphs import StepGraphs
 
 _WIDTHS = (1, 5)  # new tokens of a row to which recorded steps are padded

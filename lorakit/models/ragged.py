@@ -1,0 +1,232 @@
+"""Attention of rows that have new tokens in different numbers, on a CPU.
+
+Keys and values of the rows lie in a cache. Inside `ragged` the new tokens of all rows come as one
+sequence, so that no layer computes padding but attention, where it is cheap:
+
+    row 0 reads a b c, row 1 reads d: the layers see a b c d, attention sees  a b c / d · ·
+
+Where few rows have more than one token, their tokens but the last attend row by row, and there is
+no padding (the last ones of all rows together: c / d). Rows that read a whole prompt attend one by
+one, as packed ones do.
+
+Where heads share keys, transformers copies the keys to each head as soon as rows have two new
+tokens. Instead, the queries of these heads are taken for more tokens of one head.
+
+Which tokens rows read is decided in reading.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from lorakit.models.gpu_attention import pytorchs, queries_a_key, ungrouped
+from lorakit.models.row_masks import are_causal
+
+# New tokens of a row from which a batch saves less than it loses by computing what is hidden.
+_WIDE = 16
+# What a row that attends by itself costs, in tokens of padding: as measured with SmolLM2's heads.
+_ALONE = 7
+
+_Attend = Callable[..., tuple[torch.Tensor, None]]
+
+
+class _Part(NamedTuple):
+    """Tokens of one row that attend by themselves: their places in the sequence, and their mask.
+
+    They see the row's first `visible` keys; the mask is (1, 1, group * tokens, visible) or None.
+    """
+
+    row: int
+    tokens: slice
+    visible: int
+    mask: torch.Tensor | None
+
+
+class _Plan(NamedTuple):
+    """How tokens attend without padding.
+
+    That is the mask (rows, 1, 1, visible) by which all rows' last tokens do, and the earlier ones.
+    """
+
+    last: torch.Tensor
+    earlier: Sequence[_Part]
+
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """Where each token of a sequence belongs in a batch of rows, all as wide as the longest.
+
+    `row` and `column` are (tokens,). `lengths` are the rows' new tokens, in the last columns, and
+    `visible` those that each sees with those before them.
+    """
+
+    row: torch.Tensor
+    column: torch.Tensor
+    lengths: Sequence[int]
+    visible: Sequence[int]
+    _of_masks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor | _Plan]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @functools.cached_property
+    def width(self) -> int:
+        return max(self.lengths)
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """Where each row ends in the sequence."""
+        return list(itertools.accumulate(self.lengths))
+
+    @functools.cached_property
+    def _last(self) -> torch.Tensor:
+        """The place of each row's last token in the sequence, (rows,)."""
+        return torch.tensor(self._ends) - 1
+
+    @functools.cached_property
+    def _pads(self) -> bool:
+        """Whether padding costs less than rows with several tokens that attend by themselves."""
+        several = sum(length > 1 for length in self.lengths)
+        return several * _ALONE >= len(self.lengths) * (self.width - 1) > 0
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+        **settings: object,
+    ) -> torch.Tensor:
+        """Compute attention (1, tokens, heads, values) by transformers' own function, in float32.
+
+        query is (1, heads, tokens, width), key and value (rows, heads or fewer, visible, width),
+        the mask is added: (rows, 1, columns, visible).
+        """
+        wide = query.float(), key.float(), value.float()
+        if self.width >= _WIDE:
+            apart = self._apart(*wide, mask)
+            attended = torch.cat([pytorchs(module, *row, **settings)[0] for row in apart], 1)
+            return attended.to(query.dtype)
+        group = queries_a_key(query, key, **settings)
+        attend = functools.partial(pytorchs, ungrouped if group > 1 else module, **settings)
+        how = self._how(mask, group)
+        if isinstance(how, torch.Tensor):
+            return self._attend_padded(attend, *wide, how, group).to(query.dtype)
+        return self._attend_planned(attend, *wide, how, group).to(query.dtype)
+
+    def _how(self, mask: torch.Tensor, group: int) -> torch.Tensor | _Plan:
+        """Return how a mask's layers attend, where so many heads share keys.
+
+        That is a mask (rows, 1, group * columns, visible), or a plan. All layers of a pass have the
+        same few masks.
+        """
+        known = self._of_masks.get((id(mask), group))
+        if known is None:
+            how = mask.float().repeat(1, 1, group, 1) if self._pads else self._plan(mask, group)
+            known = self._of_masks[id(mask), group] = mask, how
+        return known[1]
+
+    def _plan(self, mask: torch.Tensor, group: int) -> _Plan:
+        """Return how tokens attend without padding."""
+        wide, earlier = mask.float(), []
+        for row, (end, length) in enumerate(zip(self._ends, self.lengths, strict=True)):
+            if length > 1:
+                seen = self.visible[row] - 1
+                own = wide[row : row + 1, :, self.width - length : -1, :seen]
+                own_mask = own.repeat(1, 1, group, 1) if own.any() else None
+                earlier.append(_Part(row, slice(end - length, end - 1), seen, own_mask))
+        return _Plan(wide[:, :, -1:], earlier)
+
+    def _apart(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        """Yield query, key, value and mask of each row, all of them (1, heads or 1, …)."""
+        queries = query.split(list(self.lengths), 2)
+        for place, (own, seen) in enumerate(zip(queries, self.visible, strict=True)):
+            row = slice(place, place + 1)
+            own_mask = plain_mask(mask[row, :, self.width - own.shape[2] :, :seen])
+            yield own, key[row, :, :seen], value[row, :, :seen], own_mask
+
+    def _attend_padded(
+        self,
+        attend: _Attend,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+        group: int,
+    ) -> torch.Tensor:
+        """Compute attention of a batch in which all rows are as wide as the longest."""
+        heads = query.shape[1] // group
+        size = len(self.lengths), heads, group, self.width, query.shape[3]
+        laid_out = query.new_zeros(size)
+        by_token = query[0].transpose(0, 1).unflatten(1, (heads, group))
+        laid_out[self.row, :, :, self.column] = by_token
+        attended, _ = attend(laid_out.flatten(2, 3), key, value, mask)
+        by_group = attended.unflatten(1, (group, self.width))
+        tokens: torch.Tensor = by_group[self.row, :, self.column].transpose(1, 2)
+        return tokens.reshape(1, len(self.row), -1, attended.shape[-1])
+
+    def _attend_planned(
+        self,
+        attend: _Attend,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: _Plan,
+        group: int,
+    ) -> torch.Tensor:
+        """Compute attention of the last tokens together, and of each row's earlier ones."""
+        heads = query.shape[1] // group
+        by_token = query[0].transpose(0, 1)
+        last = by_token[self._last] if plan.earlier else by_token
+        attended, _ = attend(last.unflatten(1, (heads, group)), key, value, plan.last)
+        # (rows, group, heads / group, values)
+        of_last = attended.transpose(1, 2).flatten(1, 2)
+        if not plan.earlier:
+            return of_last[None]
+        result = of_last.new_empty(len(by_token), *of_last.shape[1:])
+        result[self._last] = of_last
+        for row, own, seen, mask in plan.earlier:
+            of_row = key[row : row + 1, :, :seen], value[row : row + 1, :, :seen]
+            grouped = query[:, :, own].unflatten(1, (heads, group)).flatten(2, 3)
+            attended, _ = attend(grouped, *of_row, mask)
+            by_group = attended[0].unflatten(0, (group, -1))
+            result[own] = by_group.permute(1, 2, 0, 3).flatten(1, 2)
+        return result[None]
+
+
+_now: ContextVar[RaggedRows | None] = ContextVar("ragged", default=None)
+ragged_now = _now.get
+
+
+@contextlib.contextmanager
+def ragged(rows: RaggedRows | None) -> Iterator[None]:
+    """Inside the block, a sequence holds the new tokens of rows whose keys a cache returns."""
+    token = _now.set(rows)
+    try:
+        yield
+    finally:
+        _now.reset(token)
+
+
+def plain_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a mask as attention in float32 takes it, None for the causal mask of one row.
+
+    A mask is (rows, 1, queries, keys), bool or what is added. Without one, PyTorch leaves out what
+    a token does not see.
+    """
+    if mask is None:
+        return None
+    is_square = len(mask) == 1 and mask.shape[2] == mask.shape[3]
+    if is_square and are_causal(mask == 0 if mask.is_floating_point() else mask):
+        return None
+    return mask.float() if mask.is_floating_point() else mask

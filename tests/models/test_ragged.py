@@ -1,0 +1,114 @@
+"""Rows with new tokens in different numbers attend as each row does by itself."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from lorakit.models import ragged as ragged_module
+from lorakit.models.attention import BY_ROW
+from lorakit.models.ragged import RaggedRows, ragged
+
+HEADS, WIDTH = 6, 8
+LOWEST = torch.finfo(torch.float32).min
+plain_attention = transformers.AttentionInterface()["sdpa"]
+
+
+def layer_of(group: int) -> Any:
+    """Return what attention asks of a layer in which so many heads share keys."""
+    return types.SimpleNamespace(num_key_value_groups=group, is_causal=True)
+
+
+def layout_of(lengths: Sequence[int], starts: Sequence[int]) -> tuple[RaggedRows, torch.Tensor]:
+    """Return the rows, and the positions (rows, columns) of their new tokens, 0 in the padding."""
+    width = max(lengths)
+    positions = torch.full((len(lengths), width), -1)
+    for place, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        positions[place, width - length :] = torch.arange(start, start + length)
+    row, column = torch.where(positions >= 0)
+    visible = [a + b for a, b in zip(lengths, starts, strict=True)]
+    return RaggedRows(row, column, list(lengths), visible), positions.clamp_min(0)
+
+
+def mask_of(positions: torch.Tensor, visible: int, window: int | None) -> torch.Tensor:
+    back = positions[:, None, :, None] - torch.arange(visible)
+    hidden = (back < 0) | (back >= (window or visible + 1))
+    return torch.zeros(hidden.shape).masked_fill(hidden, LOWEST)
+
+
+WAYS: Mapping[str, Callable[[RaggedRows], bool]] = {
+    "apart": lambda rows: rows.width >= ragged_module._WIDE,
+    "padded": lambda rows: rows.width < ragged_module._WIDE and rows._pads,
+    "planned": lambda rows: rows.width < ragged_module._WIDE and not rows._pads,
+}
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(
+    ("way", "lengths", "starts"),
+    [
+        ("planned", [1, 1, 1], [7, 3, 11]),
+        ("planned", [1, 5, 1, 1, 1, 1, 1, 1], [7, 3, 11, 0, 2, 9, 4, 4]),
+        ("planned", [3, 1, 1, 1, 1, 1, 1, 2], [7, 3, 11, 0, 2, 9, 4, 4]),
+        ("padded", [2, 3, 1], [7, 3, 11]),
+        ("padded", [4], [2]),
+        ("apart", [20, 3, 1], [0, 3, 11]),
+    ],
+)
+def test_every_row_attends_as_by_itself(
+    way: str, lengths: list[int], starts: list[int], group: int, window: int | None
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows, positions = layout_of(lengths, starts)
+    assert [name for name, takes in WAYS.items() if takes(rows)] == [way]
+    visible, total = max(rows.visible), sum(lengths)
+    query = torch.randn(1, HEADS, total, WIDTH, generator=draw)
+    key, value = torch.randn(2, len(lengths), HEADS // group, visible, WIDTH, generator=draw)
+    mask, layer = mask_of(positions, visible, window), layer_of(group)
+    attend = transformers.AttentionInterface()[BY_ROW]
+    with ragged(rows):
+        found = [attend(layer, query, key, value, mask)[0] for _ in range(2)]
+    begin = 0
+    for row, (length, seen) in enumerate(zip(lengths, rows.visible, strict=True)):
+        own = slice(row, row + 1)
+        expected, _ = plain_attention(
+            layer,
+            query[:, :, begin : begin + length],
+            key[own, :, :seen],
+            value[own, :, :seen],
+            mask[own, :, -length:, :seen],
+        )
+        for attended in found:
+            assert attended.shape == (1, total, HEADS, WIDTH)
+            torch.testing.assert_close(attended[:, begin : begin + length], expected)
+        begin += length
+
+
+def test_layers_of_two_masks_attend_by_their_own() -> None:
+    """Families such as Gemma have windows in some layers."""
+    draw = torch.Generator().manual_seed(0)
+    rows, positions = layout_of([1, 1], [9, 6])
+    query = torch.randn(1, HEADS, 2, WIDTH, generator=draw)
+    key, value = torch.randn(2, 2, HEADS, 10, WIDTH, generator=draw)
+    attend = transformers.AttentionInterface()[BY_ROW]
+    masks = [mask_of(positions, 10, window) for window in (None, 2, None)]
+    with ragged(rows):
+        results = [attend(layer_of(1), query, key, value, mask)[0] for mask in masks]
+    assert torch.equal(results[0], results[2])
+    assert not torch.allclose(results[0], results[1])
+
+
+def test_the_result_has_the_dtype_of_the_queries() -> None:
+    rows, positions = layout_of([2, 1, 1, 1, 1, 1, 1, 1, 1], [3] * 9)
+    query = torch.randn(1, HEADS, 10, WIDTH).bfloat16()
+    key, value = torch.randn(2, 9, HEADS, 5, WIDTH).bfloat16()
+    attend = transformers.AttentionInterface()[BY_ROW]
+    with ragged(rows):
+        attended, _ = attend(layer_of(1), query, key, value, mask_of(positions, 5, None).bfloat16())
+    assert attended.dtype == torch.bfloat16
