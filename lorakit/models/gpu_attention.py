@@ -33,7 +33,7 @@ from lorakit.models.fixed_order import (
 from lorakit.models.row_masks import RowMasks, make_masks
 
 pytorchs = transformers.AttentionInterface()["sdpa"]  # transformers' call of PyTorch's attention
-ungrouped: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
+_ungrouped: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
 _HALF = (torch.bfloat16, torch.float16)  # what attention over several lengths takes
 _WIDEST = 256  # of its heads
 _in_groups: ContextVar[bool] = ContextVar("in_groups", default=False)
@@ -105,9 +105,29 @@ def _attend(
     if group == 1 or mask is None or mask.shape[1] > 1:
         attended: torch.Tensor = pytorchs(module, query, key, value, mask, **settings)[0]
         return attended
-    grouped = query.unflatten(1, (-1, group)).flatten(2, 3)
     masks = mask.repeat(1, 1, group, 1)
-    by_group = pytorchs(ungrouped, grouped, key, value, masks, **settings)[0]
+    return attend_in_groups(module, query, key, value, masks, group, **settings)
+
+
+def attend_in_groups(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    masks: torch.Tensor | None,
+    group: int,
+    **settings: Any,
+) -> torch.Tensor:
+    """Compute attention (rows, tokens, heads, values) where so many heads share keys.
+
+    Their queries are taken for more tokens of one head: `masks` are (rows, 1, group * tokens,
+    keys). A group of one attends as the module does.
+    """
+    if group == 1:
+        attended: torch.Tensor = pytorchs(module, query, key, value, masks, **settings)[0]
+        return attended
+    grouped = query.unflatten(1, (-1, group)).flatten(2, 3)
+    by_group = pytorchs(_ungrouped, grouped, key, value, masks, **settings)[0]
     # (rows, group, tokens, heads / group, values)
     apart: torch.Tensor = by_group.unflatten(1, (group, -1))
     return apart.permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -148,7 +168,7 @@ def _attend_alone(
     group = query.shape[1] // key.shape[1]
     if mask is None and group > 1 and query.dtype not in _HALF:
         key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
-        module, settings = ungrouped, {**settings, "is_causal": True}
+        module, settings = _ungrouped, {**settings, "is_causal": True}
     attended: torch.Tensor = pytorchs(module, query, key, value, mask, **settings)[0]
     return attended
 

@@ -23,11 +23,11 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from lorakit.models.gpu_attention import pytorchs, queries_a_key, ungrouped
+from lorakit.models.gpu_attention import attend_in_groups, pytorchs, queries_a_key
 from lorakit.models.row_masks import are_causal
 
 # New tokens of a row from which a batch saves less than it loses by computing what is hidden.
@@ -35,7 +35,7 @@ _WIDE = 16
 # What a row that attends by itself costs, in tokens of padding: as measured with SmolLM2's heads.
 _ALONE = 7
 
-_Attend = Callable[..., tuple[torch.Tensor, None]]
+_Attend = Callable[..., torch.Tensor]  # `attend_in_groups` of a layer
 
 
 class _Part(NamedTuple):
@@ -53,7 +53,8 @@ class _Part(NamedTuple):
 class _Plan(NamedTuple):
     """How tokens attend without padding.
 
-    That is the mask (rows, 1, 1, visible) by which all rows' last tokens do, and the earlier ones.
+    That is the mask (rows, 1, group, visible) by which all rows' last tokens do, and the earlier
+    ones.
     """
 
     last: torch.Tensor
@@ -103,7 +104,7 @@ class RaggedRows:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor,
-        **settings: object,
+        **settings: Any,
     ) -> torch.Tensor:
         """Compute attention (1, tokens, heads, values) by transformers' own function, in float32.
 
@@ -116,11 +117,11 @@ class RaggedRows:
             attended = torch.cat([pytorchs(module, *row, **settings)[0] for row in apart], 1)
             return attended.to(query.dtype)
         group = queries_a_key(query, key, **settings)
-        attend = functools.partial(pytorchs, ungrouped if group > 1 else module, **settings)
+        attend = functools.partial(attend_in_groups, module, group=group, **settings)
         how = self._how(mask, group)
         if isinstance(how, torch.Tensor):
-            return self._attend_padded(attend, *wide, how, group).to(query.dtype)
-        return self._attend_planned(attend, *wide, how, group).to(query.dtype)
+            return self._attend_padded(attend, *wide, how).to(query.dtype)
+        return self._attend_planned(attend, *wide, how).to(query.dtype)
 
     def _how(self, mask: torch.Tensor, group: int) -> torch.Tensor | _Plan:
         """Return how a mask's layers attend, where so many heads share keys.
@@ -143,7 +144,7 @@ class RaggedRows:
                 own = wide[row : row + 1, :, self.width - length : -1, :seen]
                 own_mask = own.repeat(1, 1, group, 1) if own.any() else None
                 earlier.append(_Part(row, slice(end - length, end - 1), seen, own_mask))
-        return _Plan(wide[:, :, -1:], earlier)
+        return _Plan(wide[:, :, -1:].repeat(1, 1, group, 1), earlier)
 
     def _apart(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
@@ -162,18 +163,12 @@ class RaggedRows:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor,
-        group: int,
     ) -> torch.Tensor:
         """Compute attention of a batch in which all rows are as wide as the longest."""
-        heads = query.shape[1] // group
-        size = len(self.lengths), heads, group, self.width, query.shape[3]
-        laid_out = query.new_zeros(size)
-        by_token = query[0].transpose(0, 1).unflatten(1, (heads, group))
-        laid_out[self.row, :, :, self.column] = by_token
-        attended, _ = attend(laid_out.flatten(2, 3), key, value, mask)
-        by_group = attended.unflatten(1, (group, self.width))
-        tokens: torch.Tensor = by_group[self.row, :, self.column].transpose(1, 2)
-        return tokens.reshape(1, len(self.row), -1, attended.shape[-1])
+        by_token = query[0].transpose(0, 1)
+        laid_out = query.new_zeros(len(self.lengths), self.width, *by_token.shape[1:])
+        laid_out[self.row, self.column] = by_token
+        return attend(laid_out.transpose(1, 2), key, value, mask)[self.row, self.column][None]
 
     def _attend_planned(
         self,
@@ -182,26 +177,19 @@ class RaggedRows:
         key: torch.Tensor,
         value: torch.Tensor,
         plan: _Plan,
-        group: int,
     ) -> torch.Tensor:
         """Compute attention of the last tokens together, and of each row's earlier ones."""
-        heads = query.shape[1] // group
-        by_token = query[0].transpose(0, 1)
+        by_token = query.transpose(0, 2)  # a row of one token for each
         last = by_token[self._last] if plan.earlier else by_token
-        attended, _ = attend(last.unflatten(1, (heads, group)), key, value, plan.last)
-        # (rows, group, heads / group, values)
-        of_last = attended.transpose(1, 2).flatten(1, 2)
+        of_last = attend(last, key, value, plan.last).transpose(0, 1)
         if not plan.earlier:
-            return of_last[None]
-        result = of_last.new_empty(len(by_token), *of_last.shape[1:])
-        result[self._last] = of_last
+            return of_last
+        result = of_last.new_empty(1, len(by_token), *of_last.shape[2:])
+        result[:, self._last] = of_last
         for row, own, seen, mask in plan.earlier:
             of_row = key[row : row + 1, :, :seen], value[row : row + 1, :, :seen]
-            grouped = query[:, :, own].unflatten(1, (heads, group)).flatten(2, 3)
-            attended, _ = attend(grouped, *of_row, mask)
-            by_group = attended[0].unflatten(0, (group, -1))
-            result[own] = by_group.permute(1, 2, 0, 3).flatten(1, 2)
-        return result[None]
+            result[:, own] = attend(query[:, :, own], *of_row, mask)
+        return result
 
 
 _now: ContextVar[RaggedRows | None] = ContextVar("ragged", default=None)
