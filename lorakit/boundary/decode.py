@@ -44,8 +44,8 @@ from lorakit.models.base import Base
 from lorakit.models.cache_trial import REFUSALS, alike_enough
 from lorakit.models.completions import check_finite, until_end
 from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
+from lorakit.models.packed import packed_weights
 from lorakit.models.prefixes import Prefix, shared_prefix
-from lorakit.models.products import packed_weights
 from lorakit.models.reading import Reader
 
 FANNED = 4  # cuts that share one pass over a prompt and its draft

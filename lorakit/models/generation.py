@@ -22,7 +22,7 @@ from lorakit.models.base import Base
 from lorakit.models.completions import StopTexts, check_finite, completion_of, until_end
 from lorakit.models.greedy import complete_greedily
 from lorakit.models.memory import BatchSize, in_batches
-from lorakit.models.products import packed_weights
+from lorakit.models.packed import packed_weights
 from lorakit.models.sharing import ALONE, Team
 from lorakit.models.tokens import Encoder, Example
 from lorakit.records.completions import Completion, with_completions

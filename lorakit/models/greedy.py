@@ -1,7 +1,8 @@
 """Greedy completions by continuous batching: what `generate` does where nothing is sampled.
 
-Prompts join a batch of rows (decoding.py) as places become free. What all of them begin with, such
-as the system turn or the examples of `--few-shot`, is read once. How a text goes on is guessed from
+Prompts join a batch of rows (decoding.py) as places become free, on a CPU in the same pass in which
+the other rows go on. What all of them begin with, such as the system turn or the examples of
+`--few-shot`, is read once. How a text goes on is guessed from
 its prompt and itself, for as long as guesses come true. In float32 the completions are those of
 transformers' own loop (generation.py).
 """
@@ -9,6 +10,7 @@ transformers' own loop (generation.py).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +24,10 @@ from lorakit.models.prefixes import Prefix, shared_prefix
 from lorakit.models.reading import Reader
 from lorakit.settings import GenerationSettings
 
-# Rows join when this part of the batch is free. A pass costs its reading of the weights besides its
-# tokens: joining one by one repeats that, and waiting leaves places empty. In replays of texts by
-# tiny and SmolLM2, a fourth was cheapest, an eighth or a half hardly dearer, and all of it worst.
+# Rows that join in a pass of their own do so when this part of the batch is free. A pass costs its
+# reading of the weights besides its tokens: joining one by one repeats that, and waiting leaves
+# places empty. In replays of texts by tiny and SmolLM2, a fourth was cheapest, an eighth or a half
+# hardly dearer, and all of it worst.
 _JOINING = 4
 # Tokens after which the next ones are guessed. On SmolLM2's answers six of ten guesses come true;
 # after runs of one token three do.
@@ -93,12 +96,15 @@ def _decoded(
     `guesses_cost`: else steps are padded, and read a guess for nothing.
     """
     while waiting or batch.rows:
-        free = size - len(batch.rows)
-        if waiting and free >= min(len(waiting), max(1, size // _JOINING)):
-            joining = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-            yield from batch.join(joining, prefix)
+        free = min(size - len(batch.rows), len(waiting))
+        beside = batch.fit_beside(itertools.islice(waiting, free), prefix) if batch.rows else 0
+        if not beside and free and free >= min(len(waiting), max(1, size // _JOINING)):
+            yield from batch.join([waiting.popleft() for _ in range(free)], prefix)
+            continue
+        price = len(batch.rows) / (len(batch.rows) + _A_STEP) if guesses_cost else 0.0
+        for row in batch.rows:
+            row.guess_next(most - row.length - 1, price)
+        if beside:
+            yield from batch.step_beside([waiting.popleft() for _ in range(beside)], prefix)
         else:
-            price = len(batch.rows) / (len(batch.rows) + _A_STEP) if guesses_cost else 0.0
-            for row in batch.rows:
-                row.guess_next(most - row.length - 1, price)
             yield from batch.step()

@@ -6,8 +6,8 @@ sequence, so that no layer computes padding but attention, where it is cheap:
     row 0 reads a b c, row 1 reads d: the layers see a b c d, attention sees  a b c / d · ·
 
 Where few rows have more than one token, their tokens but the last attend row by row, and there is
-no padding (the last ones of all rows together: c / d). Rows that read a whole prompt attend one by
-one, as packed ones do.
+no padding (the last ones of all rows together: c / d). From the first row on that reads a prompt,
+rows attend one by one, as packed ones do; those before it as they would without them.
 
 Where heads share keys, transformers copies the keys to each head as soon as rows have two new
 tokens. Instead, the queries of these heads are taken for more tokens of one head.
@@ -61,6 +61,14 @@ class _Plan(NamedTuple):
     earlier: Sequence[_Part]
 
 
+class _Masks(NamedTuple):
+    """A mask, and what it is for the rows before the first with many tokens, and each other row."""
+
+    whole: torch.Tensor
+    before: torch.Tensor
+    alone: Sequence[torch.Tensor | None]
+
+
 @dataclass(frozen=True)
 class RaggedRows:
     """Where each token of a sequence belongs in a batch of rows, all as wide as the longest.
@@ -76,10 +84,21 @@ class RaggedRows:
     _of_masks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor | _Plan]] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _divided: dict[int, _Masks] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def width(self) -> int:
         return max(self.lengths)
+
+    @functools.cached_property
+    def _before(self) -> RaggedRows | None:
+        """The rows before the first with many tokens, if there are any."""
+        count = next(place for place, length in enumerate(self.lengths) if length >= _WIDE)
+        if not count:
+            return None
+        lengths, visible = self.lengths[:count], self.visible[:count]
+        row, column = self.row[: sum(lengths)], self.column[: sum(lengths)]
+        return RaggedRows(row, column - (self.width - max(lengths)), lengths, visible)
 
     @functools.cached_property
     def _ends(self) -> list[int]:
@@ -113,9 +132,8 @@ class RaggedRows:
         """
         wide = query.float(), key.float(), value.float()
         if self.width >= _WIDE:
-            apart = self._apart(*wide, mask)
-            attended = torch.cat([pytorchs(module, *row, **settings)[0] for row in apart], 1)
-            return attended.to(query.dtype)
+            parts = self._attend_divided(module, *wide, mask, **settings)
+            return torch.cat(list(parts), 1).to(query.dtype)
         group = queries_a_key(query, key, **settings)
         attend = functools.partial(attend_in_groups, module, group=group, **settings)
         how = self._how(mask, group)
@@ -146,15 +164,42 @@ class RaggedRows:
                 earlier.append(_Part(row, slice(end - length, end - 1), seen, own_mask))
         return _Plan(wide[:, :, -1:].repeat(1, 1, group, 1), earlier)
 
-    def _apart(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor | None, ...]]:
-        """Yield query, key, value and mask of each row, all of them (1, heads or 1, …)."""
+    def _attend_divided(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+        **settings: Any,
+    ) -> Iterator[torch.Tensor]:
+        """Yield attention of the rows before the first with many tokens, then of each other row."""
+        masks, first = self._divide(mask), 0
+        if (before := self._before) is not None:
+            first, seen = len(before.lengths), max(before.visible)
+            keys, values = key[:first, :, :seen], value[:first, :, :seen]
+            own = query[:, :, : len(before.row)]
+            yield before.attend(module, own, keys, values, masks.before, **settings)
         queries = query.split(list(self.lengths), 2)
-        for place, (own, seen) in enumerate(zip(queries, self.visible, strict=True)):
-            row = slice(place, place + 1)
-            own_mask = plain_mask(mask[row, :, self.width - own.shape[2] :, :seen])
-            yield own, key[row, :, :seen], value[row, :, :seen], own_mask
+        for row, own_mask in enumerate(masks.alone, first):
+            seen = self.visible[row]
+            keys, values = key[row : row + 1, :, :seen], value[row : row + 1, :, :seen]
+            yield pytorchs(module, queries[row], keys, values, own_mask, **settings)[0]
+
+    def _divide(self, mask: torch.Tensor) -> _Masks:
+        """Return the masks of what attends apart."""
+        if id(mask) not in self._divided:
+            before, first, of_before = self._before, 0, mask[:0]
+            if before is not None:
+                first = len(before.lengths)
+                of_before = mask[:first, :, self.width - before.width :, : max(before.visible)]
+            rows = enumerate(zip(self.lengths[first:], self.visible[first:], strict=True), first)
+            alone = [
+                plain_mask(mask[row : row + 1, :, self.width - length :, :seen])
+                for row, (length, seen) in rows
+            ]
+            self._divided[id(mask)] = _Masks(mask, of_before, alone)
+        return self._divided[id(mask)]
 
     def _attend_padded(
         self,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lorakit.boundary import decode
 from lorakit.boundary.cuts import Cut, bottom
@@ -29,6 +30,7 @@ class ScriptedReader:
 
     passes: list[tuple[str, list[tuple[int, str]]]]
     ragged = records = False
+    device = torch.device("cpu")
 
     def __init__(self, model: Any, rows: int, length: int) -> None:
         self.rows = [""] * rows

@@ -134,6 +134,25 @@ def test_a_row_that_ends_makes_room_for_the_next(base: Base, passes: list[list[i
     joins = [lengths for lengths in passes if max(lengths) > 5]
     assert len(joins) > 23 // 4, "rows join a batch that others are in"
     assert len(passes) < 23 / 4 * longest
+    beside = [lengths for lengths in joins if min(lengths) <= 5]
+    assert len(beside) > len(joins) // 2, "others go on in the same pass"
+    assert all(len(lengths) == 4 for lengths in beside[:-1]), "as soon as there is a place"
+
+
+def test_prompts_too_long_to_be_read_beside_others_join_by_themselves(
+    base: Base, passes: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(base, 23, "You are asked many things. ")
+    expected = complete(base, prompts, SETTINGS)
+    complete_greedily(base, prompts, SETTINGS, at_once=4)
+    lengths = sorted(map(len, prompts))
+    visible, new, mixed = lengths[-1] + SETTINGS.max_new_tokens, lengths[11] - passes[0][0], []
+    for largest in (0, 4 * new * visible, 10**9):
+        passes.clear()
+        monkeypatch.setattr(decoding, "_LARGEST_MASK", largest)
+        assert complete_greedily(base, prompts, SETTINGS, at_once=4) == expected
+        mixed.append(sum(lengths[0] <= 5 < max(lengths) for lengths in passes))
+    assert mixed[0] == 0 < mixed[1] < mixed[2]
 
 
 def test_a_process_that_is_alone_decodes_a_window_as_one_batch(
@@ -175,9 +194,10 @@ def test_long_prompts_are_read_in_portions(
     new = sorted(len(prompt) - shared for prompt in prompts)
     for most in (new[0] - 1, new[-1] + new[-2]):
         passes.clear()
-        monkeypatch.setattr(decoding, "_READ_AT_ONCE", most)
+        monkeypatch.setattr(decoding, "_READ_ON_A_CPU", most)
         assert complete_greedily(base, prompts, SETTINGS, at_once=6) == expected
-        joins = [lengths for lengths in passes[1:] if min(lengths) > 5]
+        by_pass = [[length for length in lengths if length > 5] for lengths in passes[1:]]
+        joins = [lengths for lengths in by_pass if lengths]
         assert sorted(length for lengths in joins for length in lengths) == new
         assert all(sum(lengths) <= most or len(lengths) == 1 for lengths in joins)
         assert (max(map(len, joins)) > 1) == (most > new[0])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +10,11 @@ import torch
 from torch.nn.functional import linear
 
 from lorakit.models import products
-from lorakit.models.generation import generate
-from lorakit.models.products import fast_layers, packed_weights, speed_up_products_
-from lorakit.records.record import Record
-from lorakit.settings import GenerationSettings
+from lorakit.models.products import fast_layers, speed_up_products_
 from tests.support.models import open_base
+from tests.support.products import LARGE, layer_of
 
-LARGE, SMALL = (520, 512), (64, 32)  # what a layer gives and takes
+SMALL = (64, 32)  # what a layer gives and takes
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN"
@@ -26,36 +22,18 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever the processor, oneDNN is taken for the faster one."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    trials = products._is_faster_here, products._packs_here
-    for trial in trials:
-        trial.cache_clear()
-    yield
-    for trial in trials:
-        trial.cache_clear()
-
-
-@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the weights that oneDNN multiplies by."""
     shapes: list[tuple[int, ...]] = []
-    product = products._product
-    products._is_faster_here()
+    product = products.product
+    products.is_faster_here()
 
     def noting(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         shapes.append(tuple(weight.shape))
         return product(x, weight, bias)
 
-    monkeypatch.setattr(products, "_product", noting)
+    monkeypatch.setattr(products, "product", noting)
     return shapes
-
-
-def layer_of(size: tuple[int, int], *, bias: bool = False) -> torch.nn.Linear:
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(size[1], size[0], bias=bias)
-    return layer.requires_grad_(False)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -165,100 +143,7 @@ def test_a_build_without_the_product_goes_without(
     def missing(*arguments: object) -> torch.Tensor:
         raise AttributeError("_linear_pointwise")
 
-    monkeypatch.setattr(products, "_product", missing)
+    monkeypatch.setattr(products, "product", missing)
     layer = layer_of(LARGE)
     speed_up_products_(layer)
     assert "forward" not in vars(layer)
-
-
-# — weights in oneDNN's order —
-
-
-def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
-
-
-def two_layers() -> torch.nn.Module:
-    """A model of a large layer and a small one, which multiply by oneDNN."""
-    model = torch.nn.Sequential(layer_of(LARGE, bias=True), layer_of((8, LARGE[0])))
-    speed_up_products_(model)
-    return model
-
-
-@pytest.mark.parametrize("tokens", [1, 5, 16, 70, 700])
-def test_packed_weights_give_what_plain_ones_give(faster: None, tokens: int) -> None:
-    model = two_layers()
-    before, x = weights_of(model), torch.randn(tokens, LARGE[1])
-    expected = copy.deepcopy(model).double()(x.double())
-    forwards = [vars(layer)["forward"] for layer in model.children()]
-    with torch.inference_mode(), packed_weights(model):
-        assert [len(layer.get_parameter("weight")) for layer in model.children()] == [0, 8]
-        torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
-    assert [vars(layer)["forward"] for layer in model.children()] == forwards
-    after = weights_of(model)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    given = x.clone().requires_grad_(True)
-    model(given).sum().backward()  # inside inference_mode no weight was made that cannot train
-    assert given.grad is not None
-
-
-def test_an_error_inside_gives_the_weights_back(faster: None) -> None:
-    model = two_layers()
-    before = weights_of(model)
-    with pytest.raises(ZeroDivisionError), packed_weights(model):
-        _ = 1 / 0
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
-
-
-def test_a_gradient_inside_is_that_of_plain_weights(faster: None) -> None:
-    model, grads = two_layers(), []
-    for packed in (True, False):
-        given = torch.ones(3, LARGE[1], requires_grad=True)
-        with packed_weights(model) if packed else contextlib.nullcontext():
-            model(given).square().sum().backward()
-        grads.append(given.grad)
-    torch.testing.assert_close(*grads)
-
-
-def test_weights_that_others_read_stay(faster: None) -> None:
-    shared, trained, plain = (layer_of(LARGE) for _ in range(3))
-    other = torch.nn.Embedding(*LARGE)
-    other.weight = shared.weight
-    trained.requires_grad_(True)
-    model = torch.nn.ModuleList([shared, other, trained, plain])
-    with packed_weights(model):
-        assert [len(module.get_parameter("weight")) for module in model] == [*[LARGE[0]] * 3, 0]
-    magnitudes = torch.nn.ModuleDict({"default": torch.nn.Identity()})
-    model.lora_magnitude_vector = magnitudes  # as DoRA's layers of PEFT have
-    with packed_weights(model):
-        assert len(plain.weight) == LARGE[0]
-
-
-def test_a_build_that_cannot_pack_keeps_plain_weights(
-    faster: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = two_layers()
-    monkeypatch.setattr(products, "_packs_here", lambda: False)
-    with packed_weights(model):
-        assert all(len(layer.get_parameter("weight")) for layer in model.children())
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_texts_are_those_that_plain_weights_give(
-    temperature: float, faster: None, llama: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, packed = open_base(llama), 0
-    speed_up_products_(base.model)
-    records = [Record({"prompt": f"{number} and"}, f"d:{number}") for number in range(5)]
-    settings = GenerationSettings(
-        batch_size=2, max_new_tokens=20, chat="off", temperature=temperature
-    )
-    texts = []
-    for large in (10**9, 1):
-        monkeypatch.setattr(products, "_LARGE", large)
-        with packed_weights(base.model):
-            packed = sum(weight.numel() == 0 for weight in base.model.parameters())
-        found = generate(base, base.encoder(chat="off"), records, settings)
-        texts.append([record.fields["prediction"] for record, _ in found])
-    assert packed > 8
-    assert texts[0] == texts[1]

@@ -42,7 +42,7 @@ def mask_of(positions: torch.Tensor, visible: int, window: int | None) -> torch.
 
 
 WAYS: Mapping[str, Callable[[RaggedRows], bool]] = {
-    "apart": lambda rows: rows.width >= ragged_module._WIDE,
+    "divided": lambda rows: rows.width >= ragged_module._WIDE,
     "padded": lambda rows: rows.width < ragged_module._WIDE and rows._pads,
     "planned": lambda rows: rows.width < ragged_module._WIDE and not rows._pads,
 }
@@ -58,7 +58,11 @@ WAYS: Mapping[str, Callable[[RaggedRows], bool]] = {
         ("planned", [3, 1, 1, 1, 1, 1, 1, 2], [7, 3, 11, 0, 2, 9, 4, 4]),
         ("padded", [2, 3, 1], [7, 3, 11]),
         ("padded", [4], [2]),
-        ("apart", [20, 3, 1], [0, 3, 11]),
+        ("divided", [20, 3, 1], [0, 3, 11]),
+        ("divided", [17, 30], [0, 9]),
+        ("divided", [1, 1, 1, 16, 2, 40], [7, 3, 11, 0, 5, 0]),
+        ("divided", [1, 5, 1, 1, 1, 1, 1, 1, 18], [7, 3, 11, 0, 2, 9, 4, 4, 20]),
+        ("divided", [2, 3, 1, 19], [7, 3, 60, 0]),
     ],
 )
 def test_every_row_attends_as_by_itself(
@@ -90,18 +94,22 @@ def test_every_row_attends_as_by_itself(
         begin += length
 
 
-def test_layers_of_two_masks_attend_by_their_own() -> None:
+@pytest.mark.parametrize("lengths", [[1, 1], [1, 20]], ids=["planned", "divided"])
+def test_layers_of_two_masks_attend_by_their_own(lengths: list[int]) -> None:
     """Families such as Gemma have windows in some layers."""
     draw = torch.Generator().manual_seed(0)
-    rows, positions = layout_of([1, 1], [9, 6])
-    query = torch.randn(1, HEADS, 2, WIDTH, generator=draw)
-    key, value = torch.randn(2, 2, HEADS, 10, WIDTH, generator=draw)
+    rows, positions = layout_of(lengths, [9, 6])
+    total, visible = sum(lengths), max(rows.visible)
+    query = torch.randn(1, HEADS, total, WIDTH, generator=draw)
+    key, value = torch.randn(2, 2, HEADS, visible, WIDTH, generator=draw)
     attend = transformers.AttentionInterface()[BY_ROW]
-    masks = [mask_of(positions, 10, window) for window in (None, 2, None)]
+    masks = [mask_of(positions, visible, window) for window in (None, 2)]
     with ragged(rows):
-        results = [attend(layer_of(1), query, key, value, mask)[0] for mask in masks]
+        results = [attend(layer_of(1), query, key, value, mask)[0] for mask in [*masks, *masks]]
     assert torch.equal(results[0], results[2])
-    assert not torch.allclose(results[0], results[1])
+    assert torch.equal(results[1], results[3])
+    for token in (0, total - 1):
+        assert not torch.allclose(results[0][:, token], results[1][:, token])
 
 
 def test_the_result_has_the_dtype_of_the_queries() -> None:
