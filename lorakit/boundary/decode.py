@@ -43,7 +43,8 @@ from lorakit.boundary.gates import Gates
 from lorakit.models.base import Base
 from lorakit.models.cache_trial import REFUSALS, alike_enough
 from lorakit.models.completions import check_finite, until_end
-from lorakit.models.decoding import GUESSED, Drafts, Ending, Row, RowBatch
+from lorakit.models.decoding import Ending, Row, RowBatch
+from lorakit.models.guesses import Chances, Drafts
 from lorakit.models.packed import packed_weights
 from lorakit.models.prefixes import Prefix, shared_prefix
 from lorakit.models.reading import Reader
@@ -92,8 +93,8 @@ class Pool:
         self._share = len(self._begins) / length
         self._prefixes: dict[Fan, Prefix] = {}
         self._reader = Reader(base.model, batch_size, length)
-        sparing = self._reader.ragged  # else rows are padded, and a guess costs nothing
-        self._drafts = [Drafts(prompt, sparing=sparing) for prompt in self._prompts]
+        chances = Chances()
+        self._drafts = [Drafts(prompt, chances) for prompt in self._prompts]
         self._batch: RowBatch[_CutRow] = RowBatch(
             self._reader, Ending(frozenset(base.end_tokens), max_new_tokens)
         )
@@ -172,10 +173,8 @@ class Pool:
 
     def _step(self) -> list[_CutRow]:
         """Feed every row of the batch its last token and a new guess."""
+        self._batch.guess()
         rows = self._batch.rows
-        for row in rows:
-            most = min(GUESSED, self._most - row.length - 1)
-            row.guess = row.drafts.guess(row.ids, most)
         cuts = [row.cut for row in rows]
         if self._reader.records:
             self._gates.hold(cuts, self._size, self._reader.device)

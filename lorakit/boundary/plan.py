@@ -16,9 +16,9 @@ from lorakit.boundary.loss import TOKENS_PER_ROW
 from lorakit.boundary.strip import check_layers_are_named
 from lorakit.models.base import Base
 from lorakit.models.batches import completion_logits, lay_out, micro_batches
-from lorakit.models.decoding import GUESSED
 from lorakit.models.devices import device_name
 from lorakit.models.estimate import Part, cache_bytes, training_pass
+from lorakit.models.guesses import GUESSED
 from lorakit.models.lengths import Row, cut_row, length_row, read_lengths
 from lorakit.models.lora import attach, check_fits
 from lorakit.models.memory import in_batches

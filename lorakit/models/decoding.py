@@ -10,8 +10,8 @@ Two rows in a batch, the first with a guess of two tokens:
     … a | b c          b x y          … a b x          b is confirmed, c should have been x
     … d                e              … d e
 
-How tokens are read into rows is decided in reading.py, which rows come next by whoever calls this:
-greedy.py, and boundary/decode.py for the rows of many boundaries.
+What is guessed is decided in guesses.py, how tokens are read into rows in reading.py, which rows
+come next by whoever calls this: greedy.py, and boundary/decode.py for the rows of many boundaries.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from lorakit.models.completions import StopTexts
+from lorakit.models.guesses import GUESSED, Drafts, worth_guessing
 from lorakit.models.prefixes import Prefix
 from lorakit.models.reading import Reader
 
@@ -29,66 +30,6 @@ from lorakit.models.reading import Reader
 # tokens took SmolLM2 3.1 s in one pass, 2.6 in two, and 2.8 in six.
 _READ_AT_ONCE, _READ_ON_A_CPU = 2048, 1024
 _LARGEST_MASK = 1 << 22  # numbers, of a step that reads prompts as well
-GUESSED = 4  # tokens guessed for a row in one step
-_RUNS = (3, 2, 1)  # lengths of the runs of tokens that guesses are based on, longest first
-# Tokens guessed after a run where each costs what any token costs: up to the last of which a fourth
-# came true (titles by SmolLM2 under 31 cuts). More take longer to read than they save.
-_LIKELY = {3: 4, 2: 2, 1: 1}
-_RATE = 1 / 8  # weight of the latest guess in the chance that the next one comes true
-# What the first guessed token of a row costs besides, in tokens: the row attends by itself then.
-_FIRST = 1.5
-
-
-def worth_guessing(chance: float, price: float) -> int:
-    """Return how many tokens to guess where each comes true with a chance, if those before do.
-
-    `price` is what reading a token costs, as a part of what writing one costs.
-    """
-    most, tokens, gain, right = 0.0, 0, -_FIRST * price, 1.0
-    for guessed in range(1, GUESSED + 1):
-        right *= chance
-        gain += right - price
-        if gain > most:
-            most, tokens = gain, guessed
-    return tokens
-
-
-class Drafts:
-    """Guesses how a text of one prompt goes on, from all the texts of that prompt.
-
-    It remembers what last followed every run of up to three tokens, in the prompt and in the texts
-    written: after 5 6 7 8 and then 5 6 9, what follows 1 5 6 is guessed to be 9. Guesses are based
-    on runs of `shortest` tokens at least; `sparing` ones end where they are no longer likely.
-    `chance` tells how often a guess of the next token has been right of late, or would have been.
-    """
-
-    def __init__(self, prompt: Sequence[int], shortest: int = 1, *, sparing: bool = False) -> None:
-        self._runs = {run: _LIKELY[run] if sparing else GUESSED for run in _RUNS if run >= shortest}
-        self._after: dict[tuple[int, ...], tuple[Sequence[int], int]] = {}
-        for place in range(1, len(prompt)):
-            self.add(prompt, place)
-        self.chance = 0.5
-
-    def add(self, ids: Sequence[int], place: int) -> None:
-        """Note that ids[place] follows the tokens before it; `ids` may grow later."""
-        for run in self._runs:
-            if run <= place:
-                self._after[tuple(ids[place - run : place])] = (ids, place)
-
-    def learn(self, ids: Sequence[int]) -> None:
-        """Note the last of `ids`, which was written, and whether it would have been guessed."""
-        if guess := self.guess(ids[-1 - max(_RUNS) : -1], 1):
-            self.chance += _RATE * ((guess[0] == ids[-1]) - self.chance)
-        self.add(ids, len(ids) - 1)
-
-    def guess(self, ids: Sequence[int], most: int) -> Sequence[int]:
-        """Return up to `most` tokens that may follow `ids`: those after its longest known run."""
-        if most > 0:
-            for run, likely in self._runs.items():
-                if run <= len(ids) and (source := self._after.get(tuple(ids[-run:]))):
-                    text, place = source
-                    return text[place : place + min(most, likely)]
-        return ()
 
 
 @dataclass
@@ -181,6 +122,23 @@ class RowBatch(Generic[R]):
         ids = [*row.ids, *row.guess][_length(prefix) :]
         predicted = self._reader.fan_out(ids, splits, first, len(row.guess) + 1, prefix)
         return self._advance(first, rows, predicted)
+
+    def guess(self) -> None:
+        """Guess what follows in every row: what a step reads next.
+
+        Steps that are padded read any guess for nothing.
+        """
+        left = [self._ends.most - row.length - 1 for row in self.rows]
+        guesses = [
+            row.drafts.guess(row.ids, min(GUESSED, most))
+            for row, most in zip(self.rows, left, strict=True)
+        ]
+        worth = [len(guess.tokens) for guess in guesses]
+        if self._reader.ragged:
+            chances = [row.drafts.chance(g) for row, g in zip(self.rows, guesses, strict=True)]
+            worth = worth_guessing(list(zip(chances, worth, strict=True)))
+        for row, guess, count in zip(self.rows, guesses, worth, strict=True):
+            row.guess = guess.tokens[:count]
 
     def step(self) -> list[R]:
         """Read the last token and the guess of every row."""

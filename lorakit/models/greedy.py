@@ -2,9 +2,8 @@
 
 Prompts join a batch of rows (decoding.py) as places become free, on a CPU in the same pass in which
 the other rows go on. What all of them begin with, such as the system turn or the examples of
-`--few-shot`, is read once. How a text goes on is guessed from
-its prompt and itself, for as long as guesses come true. In float32 the completions are those of
-transformers' own loop (generation.py).
+`--few-shot`, is read once. How a text goes on is guessed from its prompt and itself (guesses.py).
+In float32 the completions are those of transformers' own loop (generation.py).
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ import torch
 
 from lorakit.models.base import Base
 from lorakit.models.completions import StopTexts, check_finite, until_end
-from lorakit.models.decoding import Drafts, Ending, Row, RowBatch, worth_guessing
+from lorakit.models.decoding import Ending, Row, RowBatch
+from lorakit.models.guesses import Chances, Drafts
 from lorakit.models.prefixes import Prefix, shared_prefix
 from lorakit.models.reading import Reader
 from lorakit.settings import GenerationSettings
@@ -29,13 +29,6 @@ from lorakit.settings import GenerationSettings
 # places empty. In replays of texts by tiny and SmolLM2, a fourth was cheapest, an eighth or a half
 # hardly dearer, and all of it worst.
 _JOINING = 4
-# Tokens after which the next ones are guessed. On SmolLM2's answers six of ten guesses come true;
-# after runs of one token three do.
-_LEAST_RUN = 2
-# What a step takes however few its tokens are, in tokens, on a CPU: as measured with SmolLM2. A
-# guess costs as much as any token, which at 16 rows is nearly half of a row's share of a step, and
-# at 4 rows a sixth.
-_A_STEP = 20
 
 
 @dataclass(kw_only=True)
@@ -43,11 +36,6 @@ class _NumberedRow(Row):
     """The row of a prompt (its number)."""
 
     number: int
-
-    def guess_next(self, most: int, price: float) -> None:
-        """Guess up to `most` tokens to follow, as many as are worth the price of a token."""
-        worth = worth_guessing(self.drafts.chance, price)
-        self.guess = self.drafts.guess(self.ids, min(worth, most))
 
 
 @torch.inference_mode()
@@ -70,15 +58,15 @@ def complete_greedily(
     ending = Ending(frozenset(base.end_tokens), most, stop)
     begins = shared_prefix(prompts)
     prefix = reader.read_prefix(begins) if begins else None
+    chances = Chances()
     waiting = deque(
-        _NumberedRow(list(ids), len(ids), Drafts(ids, _LEAST_RUN), opened=opens, number=number)
+        _NumberedRow(list(ids), len(ids), Drafts(ids, chances), opened=opens, number=number)
         for number, (ids, opens) in enumerate(
             zip(prompts, opened or [False] * len(prompts), strict=True)
         )
     )
     batch: RowBatch[_NumberedRow] = RowBatch(reader, ending)
-    rows = _decoded(batch, waiting, size, prefix, most, guesses_cost=reader.ragged)
-    ended = {row.number: row.written for row in rows}
+    ended = {row.number: row.written for row in _decoded(batch, waiting, size, prefix)}
     return [until_end(ended[number], base.end_tokens) for number in range(len(prompts))]
 
 
@@ -87,23 +75,15 @@ def _decoded(
     waiting: deque[_NumberedRow],
     size: int,
     prefix: Prefix | None,
-    most: int,
-    *,
-    guesses_cost: bool,
 ) -> Iterator[_NumberedRow]:
-    """Yield the rows that wait, as they end; a prefix of their tokens is read already.
-
-    `guesses_cost`: else steps are padded, and read a guess for nothing.
-    """
+    """Yield the rows that wait, as they end; a prefix of their tokens is read already."""
     while waiting or batch.rows:
         free = min(size - len(batch.rows), len(waiting))
         beside = batch.fit_beside(itertools.islice(waiting, free), prefix) if batch.rows else 0
         if not beside and free and free >= min(len(waiting), max(1, size // _JOINING)):
             yield from batch.join([waiting.popleft() for _ in range(free)], prefix)
             continue
-        price = len(batch.rows) / (len(batch.rows) + _A_STEP) if guesses_cost else 0.0
-        for row in batch.rows:
-            row.guess_next(most - row.length - 1, price)
+        batch.guess()
         if beside:
             yield from batch.step_beside([waiting.popleft() for _ in range(beside)], prefix)
         else:

@@ -92,12 +92,17 @@ def multiplies(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens = rows.shape[0]
-    missing = -tokens % _step(tokens)
+    missing = rounded(tokens) - tokens
     if missing:
         rows = pad(rows, (0, 0, 0, missing))
     product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     given: torch.Tensor = (product[:tokens] if missing else product).view(*x.shape[:-1], -1)
     return given
+
+
+def rounded(tokens: int) -> int:
+    """Return how many tokens are multiplied for so many, where oneDNN does."""
+    return tokens + -tokens % _step(tokens)
 
 
 @functools.lru_cache(maxsize=1024)

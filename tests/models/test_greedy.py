@@ -14,7 +14,6 @@ import transformers
 
 from lorakit.models import cache_trial, decoding, generation, greedy, kv_cache, reading
 from lorakit.models.base import Base
-from lorakit.models.decoding import Drafts, worth_guessing
 from lorakit.models.generation import complete, complete_prompts, generate
 from lorakit.models.greedy import complete_greedily
 from lorakit.models.kv_cache import KVCache
@@ -295,50 +294,3 @@ def test_a_cache_that_loses_its_prefix_is_found_by_the_trial(
 ) -> None:
     monkeypatch.setattr(KVCache, "hold", lambda *arguments: None)
     assert not open_base(llama).batches_continuously
-
-
-def test_a_guess_is_what_followed_the_longest_run_last() -> None:
-    drafts = Drafts([5, 6, 7, 8])
-    assert list(drafts.guess([1, 5, 6], 4)) == [7, 8]
-    written = [5, 6, 9]
-    drafts.add(written, 2)
-    assert list(drafts.guess([1, 5, 6], 4)) == [9]
-    assert list(drafts.guess([1, 6, 7], 1)) == [8]
-    assert list(drafts.guess([5, 6], 0)) == list(drafts.guess([4], 4)) == []
-
-
-def test_a_sparing_guess_is_shorter_after_a_shorter_run() -> None:
-    drafts = Drafts([1, 2, 3, 4, 5, 6, 7, 8], sparing=True)
-    assert list(drafts.guess([1, 2, 3], 9)) == [4, 5, 6, 7]
-    assert list(drafts.guess([9, 2, 3], 9)) == [4, 5]
-    assert list(drafts.guess([9, 9, 3], 9)) == [4]
-    assert list(drafts.guess([1, 2, 3], 2)) == [4, 5]
-
-
-def test_tokens_are_guessed_as_long_as_they_are_worth_their_price() -> None:
-    assert [worth_guessing(chance, price=0.0) for chance in (0.01, 0.5, 1.0)] == [4, 4, 4]
-    # At half a token each, the first one and a half more: 4 are right, for 2.75.
-    assert worth_guessing(1.0, price=0.5) == 4
-    # 0.9 + 0.81 + 0.73 + 0.66 = 3.1 of 4; with 0.8 each, 2.4 do not come to the price.
-    assert worth_guessing(0.9, price=0.5) == 4
-    assert worth_guessing(0.8, price=0.5) == 0
-    # 0.7 + 0.49 + 0.34 for 0.9; the fourth would bring 0.24 at most, and costs 0.25.
-    assert worth_guessing(0.7, price=0.25) == 3
-
-
-def test_guesses_become_likely_as_they_come_true() -> None:
-    drafts, ids = Drafts([5, 6, 7, 5, 6, 8], shortest=2), [5, 6, 7, 5, 6, 8, 5]
-    drafts.learn(ids)
-    assert drafts.chance == 0.5  # nothing followed 6 8 before
-    for token, right in ((6, False), (8, True), (5, True), (9, False)):
-        before = drafts.chance
-        ids.append(token)
-        drafts.learn(ids)
-        guessed = drafts.guess(ids[-4:-1], 1)
-        assert (drafts.chance > before) == right, (token, guessed)
-
-
-def test_a_guess_needs_a_run_of_the_shortest_length() -> None:
-    drafts = Drafts([5, 6, 7, 8], shortest=2)
-    assert list(drafts.guess([1, 6], 4)) == []
-    assert list(drafts.guess([5, 6], 1)) == [7]
