@@ -85,7 +85,7 @@ class Pool:
         batch_size: int,
     ) -> None:
         self._model, self._gates = base.model, gates
-        self._most, self._size = max_new_tokens, batch_size
+        self._size = batch_size
         self._end_tokens = base.end_tokens
         self._prompts = [list(prompt) for prompt in prompts]
         length = max(map(len, prompts)) + max_new_tokens

@@ -90,8 +90,8 @@ R = TypeVar("R", bound=Row)
 class RowBatch(Generic[R]):
     """The rows being decoded; the row at place i of `rows` is row i of the reader.
 
-    Every method reads something for some rows, appends what the model predicts, takes the rows for
-    that end out of the batch, and returns them.
+    Every method but `guess` and `fit_beside` reads something for some rows, appends what the model
+    predicts, takes the rows for that end out of the batch, and returns them.
     """
 
     def __init__(self, reader: Reader, ends: Ending) -> None:
