@@ -104,11 +104,15 @@ class RowBatch(Generic[R]):
         ended, start = [], _length(prefix)
         for part in _portions(rows, start, self._most_at_once):
             first, starts = len(self.rows), [start] * len(part)
-            if prefix is not None:
-                self._reader.cache.hold(first, len(part), prefix)
-            tokens = [row.ids[start:] for row in part]
+            tokens = self._begin(part, prefix)
             ended += self._advance(first, part, self._reader.extend(tokens, starts, first, 1))
         return ended
+
+    def _begin(self, rows: Sequence[R], prefix: Prefix | None) -> list[list[int]]:
+        """Let new rows hold a prefix; return what is left to read of their prompts."""
+        if prefix is not None:
+            self._reader.cache.hold(len(self.rows), len(rows), prefix)
+        return [row.ids[_length(prefix) :] for row in rows]
 
     def fan_out(
         self, rows: Sequence[R], splits: Sequence[int], prefix: Prefix | None = None
@@ -128,10 +132,9 @@ class RowBatch(Generic[R]):
 
         Steps that are padded read any guess for nothing.
         """
-        left = [self._ends.most - row.length - 1 for row in self.rows]
         guesses = [
-            row.drafts.guess(row.ids, min(GUESSED, most))
-            for row, most in zip(self.rows, left, strict=True)
+            row.drafts.guess(row.ids, min(GUESSED, self._ends.most - row.length - 1))
+            for row in self.rows
         ]
         worth = [len(guess.tokens) for guess in guesses]
         if self._reader.ragged:
@@ -150,7 +153,8 @@ class RowBatch(Generic[R]):
         """Return how many new rows, the first of these, a step may read as well."""
         if not self._reader.ragged:
             return 0
-        start, count, tokens, width, visible = _length(prefix), 0, 0, 0, self._visible()
+        start, count, tokens, width = _length(prefix), 0, 0, 0
+        visible = max(len(row.ids) for row in self.rows) + GUESSED
         for row in rows:
             new = len(row.ids) - start
             tokens, width, visible = tokens + new, max(width, new), max(visible, len(row.ids))
@@ -165,13 +169,11 @@ class RowBatch(Generic[R]):
 
         So no row waits for those that join, and the weights are read once for all.
         """
-        start = _length(prefix)
-        if prefix is not None:
-            self._reader.cache.hold(len(self.rows), len(joining), prefix)
         tokens, starts = self._next()
         keep = max(map(len, tokens))
-        tokens += [row.ids[start:] for row in joining]
-        predicted = self._reader.extend(tokens, [*starts, *[start] * len(joining)], 0, keep)
+        tokens += self._begin(joining, prefix)
+        starts += [_length(prefix)] * len(joining)
+        predicted = self._reader.extend(tokens, starts, 0, keep)
         rows, self.rows = [*self.rows, *joining], []
         return self._advance(0, rows, predicted)
 
@@ -179,10 +181,6 @@ class RowBatch(Generic[R]):
         """Return what a step reads of every row, and where that begins."""
         tokens = [[row.ids[-1], *row.guess] for row in self.rows]
         return tokens, [len(row.ids) - 1 for row in self.rows]
-
-    def _visible(self) -> int:
-        """Return how many positions the longest row may have after a step."""
-        return max(len(row.ids) for row in self.rows) + GUESSED
 
     def _advance(
         self, first: int, rows: Sequence[R], predicted: Sequence[Sequence[int]]

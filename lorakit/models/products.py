@@ -90,6 +90,7 @@ def multiplies(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return W·x + b (…, out) by oneDNN for x (…, in), with weights in any order that it reads."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens = rows.shape[0]
     missing = rounded(tokens) - tokens

@@ -61,12 +61,14 @@ class _Plan(NamedTuple):
     earlier: Sequence[_Part]
 
 
-class _Masks(NamedTuple):
-    """A mask, and what it is for the rows before the first with many tokens, and each other row."""
+class _Division(NamedTuple):
+    """The masks of the rows before the first with many tokens, and of each other row."""
 
-    whole: torch.Tensor
     before: torch.Tensor
     alone: Sequence[torch.Tensor | None]
+
+
+_How = torch.Tensor | _Plan | _Division
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,9 @@ class RaggedRows:
     column: torch.Tensor
     lengths: Sequence[int]
     visible: Sequence[int]
-    _of_masks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor | _Plan]] = field(
+    _of_masks: dict[tuple[int, int], tuple[torch.Tensor, _How]] = field(
         default_factory=dict, repr=False, compare=False
     )
-    _divided: dict[int, _Masks] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def width(self) -> int:
@@ -131,27 +132,31 @@ class RaggedRows:
         the mask is added: (rows, 1, columns, visible).
         """
         wide = query.float(), key.float(), value.float()
-        if self.width >= _WIDE:
-            parts = self._attend_divided(module, *wide, mask, **settings)
-            return torch.cat(list(parts), 1).to(query.dtype)
         group = queries_a_key(query, key, **settings)
         attend = functools.partial(attend_in_groups, module, group=group, **settings)
         how = self._how(mask, group)
-        if isinstance(how, torch.Tensor):
-            return self._attend_padded(attend, *wide, how).to(query.dtype)
-        return self._attend_planned(attend, *wide, how).to(query.dtype)
+        if isinstance(how, _Division):
+            parts = self._attend_divided(how, module, *wide, **settings)
+            return torch.cat(list(parts), 1).to(query.dtype)
+        if isinstance(how, _Plan):
+            return self._attend_planned(attend, *wide, how).to(query.dtype)
+        return self._attend_padded(attend, *wide, how).to(query.dtype)
 
-    def _how(self, mask: torch.Tensor, group: int) -> torch.Tensor | _Plan:
+    def _how(self, mask: torch.Tensor, group: int) -> _How:
         """Return how a mask's layers attend, where so many heads share keys.
 
-        That is a mask (rows, 1, group * columns, visible), or a plan. All layers of a pass have the
-        same few masks.
+        That is a mask (rows, 1, group * columns, visible), a plan, or a division. All layers of a
+        pass have the same few masks.
         """
         known = self._of_masks.get((id(mask), group))
         if known is None:
-            how = mask.float().repeat(1, 1, group, 1) if self._pads else self._plan(mask, group)
-            known = self._of_masks[id(mask), group] = mask, how
+            known = self._of_masks[id(mask), group] = mask, self._choose(mask, group)
         return known[1]
+
+    def _choose(self, mask: torch.Tensor, group: int) -> _How:
+        if self.width >= _WIDE:
+            return self._divide(mask)
+        return mask.float().repeat(1, 1, group, 1) if self._pads else self._plan(mask, group)
 
     def _plan(self, mask: torch.Tensor, group: int) -> _Plan:
         """Return how tokens attend without padding."""
@@ -164,17 +169,30 @@ class RaggedRows:
                 earlier.append(_Part(row, slice(end - length, end - 1), seen, own_mask))
         return _Plan(wide[:, :, -1:].repeat(1, 1, group, 1), earlier)
 
+    def _divide(self, mask: torch.Tensor) -> _Division:
+        """Return the masks of what attends apart."""
+        before, first, of_before = self._before, 0, mask[:0]
+        if before is not None:
+            first = len(before.lengths)
+            of_before = mask[:first, :, self.width - before.width :, : max(before.visible)]
+        rows = enumerate(zip(self.lengths[first:], self.visible[first:], strict=True), first)
+        alone = [
+            plain_mask(mask[row : row + 1, :, self.width - length :, :seen])
+            for row, (length, seen) in rows
+        ]
+        return _Division(of_before, alone)
+
     def _attend_divided(
         self,
+        masks: _Division,
         module: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor,
         **settings: Any,
     ) -> Iterator[torch.Tensor]:
         """Yield attention of the rows before the first with many tokens, then of each other row."""
-        masks, first = self._divide(mask), 0
+        first = 0
         if (before := self._before) is not None:
             first, seen = len(before.lengths), max(before.visible)
             keys, values = key[:first, :, :seen], value[:first, :, :seen]
@@ -185,21 +203,6 @@ class RaggedRows:
             seen = self.visible[row]
             keys, values = key[row : row + 1, :, :seen], value[row : row + 1, :, :seen]
             yield pytorchs(module, queries[row], keys, values, own_mask, **settings)[0]
-
-    def _divide(self, mask: torch.Tensor) -> _Masks:
-        """Return the masks of what attends apart."""
-        if id(mask) not in self._divided:
-            before, first, of_before = self._before, 0, mask[:0]
-            if before is not None:
-                first = len(before.lengths)
-                of_before = mask[:first, :, self.width - before.width :, : max(before.visible)]
-            rows = enumerate(zip(self.lengths[first:], self.visible[first:], strict=True), first)
-            alone = [
-                plain_mask(mask[row : row + 1, :, self.width - length :, :seen])
-                for row, (length, seen) in rows
-            ]
-            self._divided[id(mask)] = _Masks(mask, of_before, alone)
-        return self._divided[id(mask)]
 
     def _attend_padded(
         self,

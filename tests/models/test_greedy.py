@@ -17,6 +17,7 @@ from lorakit.models.base import Base
 from lorakit.models.generation import complete, complete_prompts, generate
 from lorakit.models.greedy import complete_greedily
 from lorakit.models.kv_cache import KVCache
+from lorakit.models.prefixes import shared_prefix
 from lorakit.models.reading import Reader
 from lorakit.models.step_graphs import StepGraphs
 from lorakit.records.record import Record
@@ -143,9 +144,8 @@ def test_prompts_too_long_to_be_read_beside_others_join_by_themselves(
 ) -> None:
     prompts = prompts_of(base, 23, "You are asked many things. ")
     expected = complete(base, prompts, SETTINGS)
-    complete_greedily(base, prompts, SETTINGS, at_once=4)
-    lengths = sorted(map(len, prompts))
-    visible, new, mixed = lengths[-1] + SETTINGS.max_new_tokens, lengths[11] - passes[0][0], []
+    lengths, shared = sorted(map(len, prompts)), len(shared_prefix(prompts))
+    visible, new, mixed = lengths[-1] + SETTINGS.max_new_tokens, lengths[11] - shared, []
     for largest in (0, 4 * new * visible, 10**9):
         passes.clear()
         monkeypatch.setattr(decoding, "_LARGEST_MASK", largest)

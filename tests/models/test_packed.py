@@ -15,11 +15,11 @@ import torch
 from lorakit.models import packed
 from lorakit.models.generation import generate
 from lorakit.models.packed import packed_weights
-from lorakit.models.products import product, speed_up_products_
+from lorakit.models.products import speed_up_products_
 from lorakit.records.record import Record
 from lorakit.settings import GenerationSettings
 from tests.support.models import FAMILIES, open_base, save_model
-from tests.support.products import LARGE, layer_of
+from tests.support.products import LARGE, layer_of, multiplied
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN"
@@ -85,26 +85,13 @@ class Attention(torch.nn.Module):
         return [self.q_proj, self.k_proj.base_layer, self.v_proj]
 
 
-def noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that gets the columns of each product by packed weights."""
-    columns: list[int] = []
-
-    def noting(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        result = product(x, weight, bias)
-        columns.append(result.shape[-1])
-        return result
-
-    monkeypatch.setattr(packed, "product", noting)
-    return columns
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (2, 9), ()])
 def test_layers_that_read_the_same_are_one_product(
     faster: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool
 ) -> None:
     model = Attention((512, 128, 96), bias=bias)
-    before, columns = weights_of(model), noted(monkeypatch)
+    before, shapes = weights_of(model), multiplied(monkeypatch, packed)
     inputs = [torch.randn(*shape, LARGE[1]) for _ in range(2)]
     expected = [[layer(x) for layer in model.layers()] for x in inputs]
     with torch.inference_mode(), packed_weights(model):
@@ -112,7 +99,7 @@ def test_layers_that_read_the_same_are_one_product(
         for x, due in zip(inputs, expected, strict=True):
             for layer, plain in zip(model.layers(), due, strict=True):
                 torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-5)
-        assert columns == [512 + 128 + 96] * 2
+        assert shapes == [(512 + 128 + 96, LARGE[1])] * 2
     after = weights_of(model)
     assert all(torch.equal(after[name], before[name]) for name in before)
     places = [layer.weight.untyped_storage().data_ptr() for layer in model.layers()]
@@ -167,11 +154,11 @@ def test_every_familys_layers_are_products_together(
     with torch.inference_mode():
         plain = base.model(input_ids=ids).logits
         with packed_weights(base.model):
-            columns = noted(monkeypatch)
+            shapes = multiplied(monkeypatch, packed)
             found = base.model(input_ids=ids).logits
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
     layers = packed._packable(base.model)
-    assert len(columns) == len(layers), "no product is computed twice"
+    assert len(shapes) == len(layers), "no product is computed twice"
 
 
 def test_weights_that_others_read_stay(faster: None) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from lorakit.models import products
 from lorakit.models.products import fast_layers, speed_up_products_
 from tests.support.models import open_base
-from tests.support.products import LARGE, layer_of
+from tests.support.products import LARGE, layer_of, multiplied
 
 SMALL = (64, 32)  # what a layer gives and takes
 
@@ -24,16 +24,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the weights that oneDNN multiplies by."""
-    shapes: list[tuple[int, ...]] = []
-    product = products.product
-    products.is_faster_here()
-
-    def noting(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        shapes.append(tuple(weight.shape))
-        return product(x, weight, bias)
-
-    monkeypatch.setattr(products, "product", noting)
-    return shapes
+    products.is_faster_here()  # by a trial, of other products
+    return multiplied(monkeypatch, products)
 
 
 @pytest.mark.parametrize("bias", [False, True])
