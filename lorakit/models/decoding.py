@@ -185,15 +185,19 @@ class RowBatch(Generic[R]):
     def _advance(
         self, first: int, rows: Sequence[R], predicted: Sequence[Sequence[int]]
     ) -> list[R]:
-        """Let each row accept its predictions; rows that go on move up to close gaps."""
-        ended = []
+        """Let each row accept its predictions; the last rows that go on move into gaps."""
+        ended, going = [], {}
         for place, (row, tokens) in enumerate(zip(rows, predicted, strict=True), first):
             if row.accept(tokens[len(tokens) - len(row.guess) - 1 :], self._ends):
                 ended.append(row)
             else:
-                if len(self.rows) != place:
-                    self._reader.cache.move(place, len(self.rows))
-                self.rows.append(row)
+                going[place] = row
+        places = range(first, first + len(going))
+        gaps = [place for place in places if place not in going]
+        for gap, place in zip(gaps, [place for place in going if place not in places], strict=True):
+            self._reader.cache.move(place, gap)
+            going[gap] = going.pop(place)
+        self.rows += [going[place] for place in places]
         return ended
 
 

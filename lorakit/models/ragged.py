@@ -32,8 +32,8 @@ from lorakit.models.row_masks import are_causal
 
 # New tokens of a row from which a batch saves less than it loses by computing what is hidden.
 _WIDE = 16
-# What a row that attends by itself costs, in tokens of padding: as measured with SmolLM2's heads.
-_ALONE = 7
+# What a row that attends by itself costs, in queries of padding: as measured with SmolLM2's heads.
+_ALONE = 50
 
 _Attend = Callable[..., torch.Tensor]  # `attend_in_groups` of a layer
 
@@ -111,11 +111,10 @@ class RaggedRows:
         """The place of each row's last token in the sequence, (rows,)."""
         return torch.tensor(self._ends) - 1
 
-    @functools.cached_property
-    def _pads(self) -> bool:
-        """Whether padding costs less than rows with several tokens that attend by themselves."""
+    def _pads(self, group: int) -> bool:
+        """Return whether padding costs less than rows with several tokens attending apart."""
         several = sum(length > 1 for length in self.lengths)
-        return several * _ALONE >= len(self.lengths) * (self.width - 1) > 0
+        return several * _ALONE >= len(self.lengths) * group * (self.width - 1) > 0
 
     def attend(
         self,
@@ -156,7 +155,8 @@ class RaggedRows:
     def _choose(self, mask: torch.Tensor, group: int) -> _How:
         if self.width >= _WIDE:
             return self._divide(mask)
-        return mask.float().repeat(1, 1, group, 1) if self._pads else self._plan(mask, group)
+        padded = self._pads(group)
+        return mask.float().repeat(1, 1, group, 1) if padded else self._plan(mask, group)
 
     def _plan(self, mask: torch.Tensor, group: int) -> _Plan:
         """Return how tokens attend without padding."""

@@ -95,5 +95,5 @@ def test_the_worked_example_is_what_the_pool_does(monkeypatch: pytest.MonkeyPatc
         ("extend", [(3, "b")]),
         ("extend", [(3, "c")]),
         ("fan out", [(2, "pabc"), (0, "pabc"), (1, "pabc")]),
-        ("extend", [(0, "x"), (1, "y")]),
+        ("extend", [(1, "y"), (0, "x")]),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -41,11 +41,11 @@ def mask_of(positions: torch.Tensor, visible: int, window: int | None) -> torch.
     return torch.zeros(hidden.shape).masked_fill(hidden, LOWEST)
 
 
-WAYS: Mapping[str, Callable[[RaggedRows], bool]] = {
-    "divided": lambda rows: rows.width >= ragged_module._WIDE,
-    "padded": lambda rows: rows.width < ragged_module._WIDE and rows._pads,
-    "planned": lambda rows: rows.width < ragged_module._WIDE and not rows._pads,
-}
+def way_of(rows: RaggedRows, group: int) -> str:
+    """Return how rows attend where so many heads share keys."""
+    if rows.width >= ragged_module._WIDE:
+        return "divided"
+    return "padded" if rows._pads(group) else "planned"
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -54,8 +54,8 @@ WAYS: Mapping[str, Callable[[RaggedRows], bool]] = {
     ("way", "lengths", "starts"),
     [
         ("planned", [1, 1, 1], [7, 3, 11]),
-        ("planned", [1, 5, 1, 1, 1, 1, 1, 1], [7, 3, 11, 0, 2, 9, 4, 4]),
-        ("planned", [3, 1, 1, 1, 1, 1, 1, 2], [7, 3, 11, 0, 2, 9, 4, 4]),
+        ("planned", [1, 9, 1, 1, 1, 1, 1, 1], [7, 3, 11, 0, 2, 9, 4, 4]),
+        ("planned", [14, 1, 1, 1, 1, 1, 1, 2], [7, 3, 11, 0, 2, 9, 4, 4]),
         ("padded", [2, 3, 1], [7, 3, 11]),
         ("padded", [4], [2]),
         ("divided", [20, 3, 1], [0, 3, 11]),
@@ -70,7 +70,7 @@ def test_every_row_attends_as_by_itself(
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     rows, positions = layout_of(lengths, starts)
-    assert [name for name, takes in WAYS.items() if takes(rows)] == [way]
+    assert way_of(rows, group) == way
     visible, total = max(rows.visible), sum(lengths)
     query = torch.randn(1, HEADS, total, WIDTH, generator=draw)
     key, value = torch.randn(2, len(lengths), HEADS // group, visible, WIDTH, generator=draw)
@@ -94,6 +94,16 @@ def test_every_row_attends_as_by_itself(
         begin += length
 
 
+def test_padding_is_for_few_queries_and_many_rows_with_several_tokens() -> None:
+    one, many = ([*lengths, *[1] * 8] for lengths in ([5], [5, 5, 5]))
+    ways = [
+        way_of(layout_of(each, [9] * len(each))[0], group)
+        for each in (one, many)
+        for group in (1, 3)
+    ]
+    assert ways == ["padded", "planned", "padded", "padded"]
+
+
 @pytest.mark.parametrize("lengths", [[1, 1], [1, 20]], ids=["planned", "divided"])
 def test_layers_of_two_masks_attend_by_their_own(lengths: list[int]) -> None:
     """Families such as Gemma have windows in some layers."""
@@ -113,10 +123,12 @@ def test_layers_of_two_masks_attend_by_their_own(lengths: list[int]) -> None:
 
 
 def test_the_result_has_the_dtype_of_the_queries() -> None:
-    rows, positions = layout_of([2, 1, 1, 1, 1, 1, 1, 1, 1], [3] * 9)
-    query = torch.randn(1, HEADS, 10, WIDTH).bfloat16()
-    key, value = torch.randn(2, 9, HEADS, 5, WIDTH).bfloat16()
+    rows, positions = layout_of([8, 1, 1, 1, 1, 1, 1, 1, 1], [3] * 9)
+    assert way_of(rows, 1) == "planned"
+    query = torch.randn(1, HEADS, 16, WIDTH).bfloat16()
+    key, value = torch.randn(2, 9, HEADS, 11, WIDTH).bfloat16()
     attend = transformers.AttentionInterface()[BY_ROW]
+    mask = mask_of(positions, 11, None).bfloat16()
     with ragged(rows):
-        attended, _ = attend(layer_of(1), query, key, value, mask_of(positions, 5, None).bfloat16())
+        attended, _ = attend(layer_of(1), query, key, value, mask)
     assert attended.dtype == torch.bfloat16
