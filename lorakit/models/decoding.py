@@ -91,12 +91,13 @@ class RowBatch(Generic[R]):
     """The rows being decoded; the row at place i of `rows` is row i of the reader.
 
     Every method but `guess` and `fit_beside` reads something for some rows, appends what the model
-    predicts, takes the rows for that end out of the batch, and returns them.
+    predicts, takes the rows for that end out of the batch, and returns them. `step` is what a step
+    takes besides its tokens (step_cost).
     """
 
-    def __init__(self, reader: Reader, ends: Ending) -> None:
+    def __init__(self, reader: Reader, ends: Ending, step: float) -> None:
         self.rows: list[R] = []
-        self._reader, self._ends = reader, ends
+        self._reader, self._ends, self._step = reader, ends, step
         self._most_at_once = _READ_ON_A_CPU if reader.device.type == "cpu" else _READ_AT_ONCE
 
     def join(self, rows: Sequence[R], prefix: Prefix | None = None) -> list[R]:
@@ -139,7 +140,7 @@ class RowBatch(Generic[R]):
         worth = [len(guess.tokens) for guess in guesses]
         if self._reader.ragged:
             chances = [row.drafts.chance(g) for row, g in zip(self.rows, guesses, strict=True)]
-            worth = worth_guessing(list(zip(chances, worth, strict=True)))
+            worth = worth_guessing(list(zip(chances, worth, strict=True)), self._step)
         for row, guess, count in zip(self.rows, guesses, worth, strict=True):
             row.guess = guess.tokens[:count]
 

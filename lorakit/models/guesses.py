@@ -12,14 +12,18 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
+from lorakit.models.architecture import Model
 from lorakit.models.products import rounded
 
 GUESSED = 4  # tokens guessed for a row in one step
 _RUNS = (3, 2, 1)  # lengths of the runs that guesses are based on, longest first
 _RATE = 1 / 50  # weight of the latest guess in the chance that the next one comes true
-# What a step takes however few its tokens are, in tokens, on a CPU: as measured with SmolLM2, whose
-# steps of 16 rows took 66 ms, of 32 tokens 94, of 48 tokens 124.
-_A_STEP = 20
+# What a step takes however few its tokens are, on a CPU: reading the weights, as long as so many
+# tokens take, and calling a layer, as long as so many multiplications. As measured with SmolLM2
+# (34 tokens, where 20 and 76 were slower) and tiny (265, hardly faster than 80).
+_WEIGHTS, _A_CALL = 25, 6_000_000
 
 
 class Chances:
@@ -87,11 +91,21 @@ class Drafts:
         return self._chances.after(guess.run) if guess.tokens else 0.0
 
 
-def worth_guessing(guesses: Sequence[tuple[float, int]]) -> list[int]:
+def step_cost(model: Model) -> float:
+    """Return what a step takes however few its tokens are, in tokens, on a CPU."""
+    sizes = [
+        module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    return _WEIGHTS + (_A_CALL * len(sizes) / sum(sizes) if sizes else 0)
+
+
+def worth_guessing(guesses: Sequence[tuple[float, int]], step: float) -> list[int]:
     """Return how many tokens of each row's guess to read, so that all texts together grow fastest.
 
     `guesses` are the chance of each token, if those before it come true, and how many there are.
-    With n tokens guessed for r rows, the texts grow by r + gains in a time of `_A_STEP` + r + n,
+    With n tokens guessed for r rows, the texts grow by r + gains in a time of `step` + r + n,
     rounded up as products are: the n greatest gains, chance^1, chance^2 … of any row.
     """
     gains = sorted(
@@ -104,7 +118,7 @@ def worth_guessing(guesses: Sequence[tuple[float, int]]) -> list[int]:
     )
     rows = len(guesses)
     growth = itertools.accumulate((gain for gain, _ in gains), initial=float(rows))
-    speeds = [grown / (_A_STEP + rounded(rows + n)) for n, grown in enumerate(growth)]
+    speeds = [grown / (step + rounded(rows + n)) for n, grown in enumerate(growth)]
     worth = [0] * rows
     for _, row in gains[: speeds.index(max(speeds))]:
         worth[row] += 1

@@ -7,10 +7,20 @@ import random
 from collections.abc import Sequence
 
 import pytest
+import torch
 
-from lorakit.models import guesses as guesses_module
-from lorakit.models.guesses import GUESSED, NO_GUESS, Chances, Drafts, Guess, worth_guessing
+from lorakit.models.guesses import (
+    GUESSED,
+    NO_GUESS,
+    Chances,
+    Drafts,
+    Guess,
+    step_cost,
+    worth_guessing,
+)
 from lorakit.models.products import rounded
+
+STEP = 20
 
 
 def drafts_of(*prompt: int) -> Drafts:
@@ -60,7 +70,7 @@ def speed(guesses: Sequence[tuple[float, int]], counts: Sequence[int]) -> float:
         for place in range(1, count + 1)
     )
     rows = len(guesses)
-    return (rows + gains) / (guesses_module._A_STEP + rounded(rows + sum(counts)))
+    return (rows + gains) / (STEP + rounded(rows + sum(counts)))
 
 
 def test_texts_grow_fastest_by_what_is_worth_guessing() -> None:
@@ -68,15 +78,23 @@ def test_texts_grow_fastest_by_what_is_worth_guessing() -> None:
     for rows in (1, 2, 3, 4):
         for _ in range(40):
             guesses = [(draw.random(), draw.randrange(GUESSED + 1)) for _ in range(rows)]
-            worth = worth_guessing(guesses)
+            worth = worth_guessing(guesses, STEP)
             every = itertools.product(*(range(count + 1) for _, count in guesses))
             best = max(speed(guesses, counts) for counts in every)
             assert speed(guesses, worth) == pytest.approx(best)
 
 
 def test_unlikely_tokens_are_read_only_where_products_are_filled_up_anyway() -> None:
-    assert worth_guessing([(0.2, 4)] * 16) == [0] * 16
-    assert worth_guessing([(1.0, 4)] * 16) == [4] * 16
-    assert sum(worth_guessing([(0.2, 4)] * 14)) == 2  # 14 rows take as long as 16
-    assert worth_guessing([(0.2, 4)] * 14 + [(0.9, 1)]) == [0] * 14 + [1]
-    assert worth_guessing([]) == []
+    assert worth_guessing([(0.2, 4)] * 16, STEP) == [0] * 16
+    assert worth_guessing([(1.0, 4)] * 16, STEP) == [4] * 16
+    assert sum(worth_guessing([(0.2, 4)] * 14, STEP)) == 2  # 14 rows take as long as 16
+    assert worth_guessing([(0.2, 4)] * 14 + [(0.9, 1)], STEP) == [0] * 14 + [1]
+    assert worth_guessing([], STEP) == []
+
+
+def test_less_likely_tokens_are_read_where_steps_cost_more_beside_them() -> None:
+    small, large = (torch.nn.Sequential(torch.nn.Linear(n, n)) for n in (100, 10_000))
+    assert step_cost(small) > step_cost(large) > step_cost(torch.nn.Sequential())
+    guesses = [(0.4, 1)] * 4
+    assert worth_guessing(guesses, 2) == [0] * 4
+    assert worth_guessing(guesses, 100) == [1] * 4
