@@ -14,6 +14,7 @@ import functools
 import inspect
 import re
 from types import ModuleType
+from typing import Any
 
 import torch
 import transformers
@@ -62,7 +63,7 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | RowMasks | None,
-    **settings: object,
+    **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention by transformers' own function, in float32 and for each packed row alone.
 

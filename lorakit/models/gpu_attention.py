@@ -32,7 +32,10 @@ from lorakit.models.fixed_order import (
 )
 from lorakit.models.row_masks import RowMasks, make_masks
 
-pytorchs = transformers.AttentionInterface()["sdpa"]  # transformers' call of PyTorch's attention
+Kernel = Callable[..., tuple[torch.Tensor, None]]
+pytorchs: Kernel = transformers.AttentionInterface()[
+    "sdpa"
+]  # transformers' call of PyTorch's attention
 _ungrouped: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
 _HALF = (torch.bfloat16, torch.float16)  # what attention over several lengths takes
 _WIDEST = 256  # of its heads
@@ -116,18 +119,18 @@ def attend_in_groups(
     value: torch.Tensor,
     masks: torch.Tensor | None,
     group: int,
+    kernel: Kernel = pytorchs,
     **settings: Any,
 ) -> torch.Tensor:
     """Compute attention (rows, tokens, heads, values) where so many heads share keys.
 
     Their queries are taken for more tokens of one head: `masks` are (rows, 1, group * tokens,
-    keys). A group of one attends as the module does.
+    keys). A group of one attends as the module does. The kernel is called as transformers' own.
     """
     if group == 1:
-        attended: torch.Tensor = pytorchs(module, query, key, value, masks, **settings)[0]
-        return attended
+        return kernel(module, query, key, value, masks, **settings)[0]
     grouped = query.unflatten(1, (-1, group)).flatten(2, 3)
-    by_group = pytorchs(_ungrouped, grouped, key, value, masks, **settings)[0]
+    by_group = kernel(_ungrouped, grouped, key, value, masks, **settings)[0]
     # (rows, group, tokens, heads / group, values)
     apart: torch.Tensor = by_group.unflatten(1, (group, -1))
     return apart.permute(0, 2, 3, 1, 4).flatten(2, 3)

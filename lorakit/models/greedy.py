@@ -58,6 +58,7 @@ def complete_greedily(
     ending = Ending(frozenset(base.end_tokens), most, stop)
     begins = shared_prefix(prompts)
     prefix = reader.read_prefix(begins) if begins else None
+    reader.alike = len(begins)
     chances = Chances()
     waiting = deque(
         _NumberedRow(list(ids), len(ids), Drafts(ids, chances), opened=opens, number=number)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorakit.models.gpu_attention import attend_in_groups, pytorchs, queries_a_key
+from lorakit.models.gpu_attention import Kernel, attend_in_groups, pytorchs, queries_a_key
 from lorakit.models.row_masks import are_causal
 
 # New tokens of a row from which a batch saves less than it loses by computing what is hidden.
@@ -123,15 +123,18 @@ class RaggedRows:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor,
+        *,
+        kernel: Kernel = pytorchs,
         **settings: Any,
     ) -> torch.Tensor:
         """Compute attention (1, tokens, heads, values) by transformers' own function, in float32.
 
         query is (1, heads, tokens, width), key and value (rows, heads or fewer, visible, width),
-        the mask is added: (rows, 1, columns, visible).
+        the mask is added: (rows, 1, columns, visible). Another kernel is called alike.
         """
         wide = query.float(), key.float(), value.float()
         group = queries_a_key(query, key, **settings)
+        settings["kernel"] = kernel
         attend = functools.partial(attend_in_groups, module, group=group, **settings)
         how = self._how(mask, group)
         if isinstance(how, _Division):
@@ -189,6 +192,8 @@ class RaggedRows:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        *,
+        kernel: Kernel,
         **settings: Any,
     ) -> Iterator[torch.Tensor]:
         """Yield attention of the rows before the first with many tokens, then of each other row."""
@@ -197,12 +202,12 @@ class RaggedRows:
             first, seen = len(before.lengths), max(before.visible)
             keys, values = key[:first, :, :seen], value[:first, :, :seen]
             own = query[:, :, : len(before.row)]
-            yield before.attend(module, own, keys, values, masks.before, **settings)
+            yield before.attend(module, own, keys, values, masks.before, kernel=kernel, **settings)
         queries = query.split(list(self.lengths), 2)
         for row, own_mask in enumerate(masks.alone, first):
             seen = self.visible[row]
             keys, values = key[row : row + 1, :, :seen], value[row : row + 1, :, :seen]
-            yield pytorchs(module, queries[row], keys, values, own_mask, **settings)[0]
+            yield kernel(module, queries[row], keys, values, own_mask, **settings)[0]
 
     def _attend_padded(
         self,

@@ -27,7 +27,8 @@ from lorakit.models.attention import BY_ROW
 from lorakit.models.gpu_attention import in_groups
 from lorakit.models.kv_cache import Extended, Fanned, KVCache, cache_parameter
 from lorakit.models.prefixes import Prefix
-from lorakit.models.ragged import RaggedRows, ragged
+from lorakit.models.ragged import ragged
+from lorakit.models.shared_keys import RowsAlike
 from lorakit.models.step_graphs import StepGraphs
 
 _WIDTHS = (1, 5)  # new tokens of a row to which recorded steps are padded
@@ -38,8 +39,9 @@ _LayerInputs = tuple[torch.Tensor, ...]
 class Reader:
     """Reads tokens into `rows` rows of up to `length` positions, whose keys are in its `cache`.
 
-    The rows of a pass are a run that begins at row `first`. `check` gets the logits that tokens are
-    taken from. `records`: steps are padded to few shapes, by default on a GPU.
+    The rows of a pass are a run that begins at row `first`. The first `alike` positions hold the
+    same in all rows, once whoever calls says so. `check` gets the logits that tokens are taken
+    from. `records`: steps are padded to few shapes, by default on a GPU.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Reader:
         self._windows, self._dtype = _windows(text_config(model)), model.dtype
         on_gpu = self.device.type == "cuda" and not _is_sharded(model)
         self.records = not self.ragged and (on_gpu if records is None else records)
+        self.alike = 0
         self._graphs = StepGraphs(model, self.device)
         self.cache = KVCache(rows, length, self._graphs.forget)
         self._cache_name = str(cache_parameter(model))
@@ -138,7 +141,7 @@ class Reader:
         """Extend by tokens in one sequence; `positions` (rows, width) has -1 where none is."""
         laid_out = torch.tensor(positions, device=self.device)
         row, column = torch.where(laid_out >= 0)
-        layout = RaggedRows(row, column, list(map(len, tokens)), visible)
+        layout = RowsAlike(row, column, list(map(len, tokens)), visible, alike=self.alike)
         position_ids = laid_out[row, column][None]
         self.cache.expected = Extended(first, len(tokens), first + row[None], position_ids + 1)
         kept = column >= layout.width - keep

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import transformers
 
-from lorakit.models import cache_trial, decoding, generation, greedy, kv_cache, reading
+from lorakit.models import (
+    cache_trial,
+    decoding,
+    generation,
+    greedy,
+    kv_cache,
+    reading,
+    shared_keys,
+)
 from lorakit.models.base import Base
 from lorakit.models.generation import complete, complete_prompts, generate
 from lorakit.models.greedy import complete_greedily
@@ -72,10 +80,14 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_completions_are_those_of_transformers_own_loop(family: str, tmp_path: Path) -> None:
+def test_completions_are_those_of_transformers_own_loop(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = open_base(save_model(tmp_path, family))
     assert whole.batches_continuously
-    for before in ("", "All prompts begin so. "):
+    begins = "All prompts begin so. "
+    for before, least in (("", 1), (begins, shared_keys._LEAST), (begins, 1)):
+        monkeypatch.setattr(shared_keys, "_LEAST", least)
         prompts = prompts_of(whole, 23, before)
         base = ending_variously(whole, prompts)
         expected = complete(base, prompts, SETTINGS)

@@ -11,8 +11,10 @@ import torch
 import transformers
 
 from lorakit.models import ragged as ragged_module
+from lorakit.models import shared_keys
 from lorakit.models.attention import BY_ROW
 from lorakit.models.ragged import RaggedRows, ragged
+from lorakit.models.shared_keys import RowsAlike
 
 HEADS, WIDTH = 6, 8
 LOWEST = torch.finfo(torch.float32).min
@@ -24,7 +26,24 @@ def layer_of(group: int) -> Any:
     return types.SimpleNamespace(num_key_value_groups=group, is_causal=True)
 
 
-def layout_of(lengths: Sequence[int], starts: Sequence[int]) -> tuple[RaggedRows, torch.Tensor]:
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many keys each call of the kernel with sums sees, however few rows share them."""
+    monkeypatch.setattr(shared_keys, "_LEAST", 1)
+    seen: list[int] = []
+    attend = shared_keys.attend_with_sums
+
+    def noting(*arguments: Any, **settings: Any) -> Any:
+        seen.append(arguments[2].shape[2])
+        return attend(*arguments, **settings)
+
+    monkeypatch.setattr(shared_keys, "attend_with_sums", noting)
+    return seen
+
+
+def layout_of(
+    lengths: Sequence[int], starts: Sequence[int], alike: int = 0
+) -> tuple[RowsAlike, torch.Tensor]:
     """Return the rows, and the positions (rows, columns) of their new tokens, 0 in the padding."""
     width = max(lengths)
     positions = torch.full((len(lengths), width), -1)
@@ -32,7 +51,7 @@ def layout_of(lengths: Sequence[int], starts: Sequence[int]) -> tuple[RaggedRows
         positions[place, width - length :] = torch.arange(start, start + length)
     row, column = torch.where(positions >= 0)
     visible = [a + b for a, b in zip(lengths, starts, strict=True)]
-    return RaggedRows(row, column, list(lengths), visible), positions.clamp_min(0)
+    return RowsAlike(row, column, list(lengths), visible, alike=alike), positions.clamp_min(0)
 
 
 def mask_of(positions: torch.Tensor, visible: int, window: int | None) -> torch.Tensor:
@@ -48,6 +67,7 @@ def way_of(rows: RaggedRows, group: int) -> str:
     return "padded" if rows._pads(group) else "planned"
 
 
+@pytest.mark.parametrize("alike", [0, 9])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize(
@@ -66,17 +86,24 @@ def way_of(rows: RaggedRows, group: int) -> str:
     ],
 )
 def test_every_row_attends_as_by_itself(
-    way: str, lengths: list[int], starts: list[int], group: int, window: int | None
+    way: str,
+    lengths: list[int],
+    starts: list[int],
+    group: int,
+    window: int | None,
+    alike: int,
+    kernels: list[int],
 ) -> None:
     draw = torch.Generator().manual_seed(0)
-    rows, positions = layout_of(lengths, starts)
+    rows, positions = layout_of(lengths, [alike + start for start in starts], alike)
     assert way_of(rows, group) == way
     visible, total = max(rows.visible), sum(lengths)
     query = torch.randn(1, HEADS, total, WIDTH, generator=draw)
     key, value = torch.randn(2, len(lengths), HEADS // group, visible, WIDTH, generator=draw)
+    key[:, :, :alike], value[:, :, :alike] = key[:1, :, :alike], value[:1, :, :alike]
     mask, layer = mask_of(positions, visible, window), layer_of(group)
     attend = transformers.AttentionInterface()[BY_ROW]
-    with ragged(rows):
+    with ragged(rows), torch.no_grad():
         found = [attend(layer, query, key, value, mask)[0] for _ in range(2)]
     begin = 0
     for row, (length, seen) in enumerate(zip(lengths, rows.visible, strict=True)):
@@ -92,6 +119,36 @@ def test_every_row_attends_as_by_itself(
             assert attended.shape == (1, total, HEADS, WIDTH)
             torch.testing.assert_close(attended[:, begin : begin + length], expected)
         begin += length
+    shares = alike and window is None and len(lengths) > 1
+    assert (alike in kernels) == bool(shares), "all tokens attend at once to what rows begin with"
+    assert visible not in kernels
+
+
+@pytest.mark.parametrize(
+    "settings", [{"position_bias": torch.zeros(1, 6, 1, 19)}, {"dropout": 0.1}]
+)
+def test_what_changes_attention_is_left_to_transformers(
+    settings: dict[str, Any], kernels: list[int]
+) -> None:
+    rows, positions = layout_of([1, 1], [18, 12], alike=9)
+    query = torch.randn(1, HEADS, 2, WIDTH)
+    key, value = torch.randn(2, 2, HEADS, 19, WIDTH)
+    attend = transformers.AttentionInterface()[BY_ROW]
+    with ragged(rows), torch.no_grad():
+        attend(layer_of(1), query, key, value, mask_of(positions, 19, None), **settings)
+    assert not kernels
+
+
+def test_few_rows_attend_to_all_their_keys_at_once(kernels: list[int]) -> None:
+    rows, positions = layout_of([1, 1], [18, 12], alike=9)
+    shared_keys._LEAST = 19  # restored by the fixture
+    query = torch.randn(1, HEADS, 2, WIDTH)
+    key, value = torch.randn(2, 2, HEADS, 19, WIDTH)
+    with ragged(rows), torch.no_grad():
+        transformers.AttentionInterface()[BY_ROW](
+            layer_of(1), query, key, value, mask_of(positions, 19, None)
+        )
+    assert not kernels
 
 
 def test_padding_is_for_few_queries_and_many_rows_with_several_tokens() -> None:
