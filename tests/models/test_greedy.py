@@ -195,6 +195,29 @@ def test_what_all_prompts_begin_with_is_read_once(base: Base, passes: list[list[
     assert sorted(reading) == sorted(joining)
 
 
+def test_keys_of_what_all_prompts_begin_with_are_read_once_for_all_rows(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(base, 9, "You are asked many things. ")
+    expected = complete_greedily(base, prompts, SETTINGS, at_once=3)
+    attend = shared_keys.attend_with_sums
+    keys: set[tuple[int, int]] = set()
+
+    def noting(module: Any, query: Any, key: Any, *others: Any, **settings: Any) -> Any:
+        keys.add((key.shape[0], key.shape[2]))
+        return attend(module, query, key, *others, **settings)
+
+    monkeypatch.setattr(shared_keys, "attend_with_sums", noting)
+    assert complete_greedily(base, prompts, SETTINGS, at_once=3) == expected
+    assert not keys, "so few gain nothing"
+    monkeypatch.setattr(shared_keys, "_LEAST", 1)
+    assert complete_greedily(base, prompts, SETTINGS, at_once=3) == expected
+    shared = len(shared_prefix(prompts))
+    assert (1, shared) in keys
+    own = max(visible for rows, visible in keys if rows > 1)
+    assert own < max(map(len, prompts)) + SETTINGS.max_new_tokens - shared
+
+
 def test_long_prompts_are_read_in_portions(
     base: Base, passes: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
