@@ -33,9 +33,8 @@ from lorakit.models.fixed_order import (
 from lorakit.models.row_masks import RowMasks, make_masks
 
 Kernel = Callable[..., tuple[torch.Tensor, None]]
-pytorchs: Kernel = transformers.AttentionInterface()[
-    "sdpa"
-]  # transformers' call of PyTorch's attention
+# transformers' call of PyTorch's attention
+pytorchs: Kernel = transformers.AttentionInterface()["sdpa"]
 _ungrouped: Any = types.SimpleNamespace(is_causal=False)  # a module whose heads share no keys
 _HALF = (torch.bfloat16, torch.float16)  # what attention over several lengths takes
 _WIDEST = 256  # of its heads

@@ -124,30 +124,31 @@ def test_every_row_attends_as_by_itself(
     assert visible not in kernels
 
 
-@pytest.mark.parametrize(
-    "settings", [{"position_bias": torch.zeros(1, 6, 1, 19)}, {"dropout": 0.1}]
-)
-def test_what_changes_attention_is_left_to_transformers(
-    settings: dict[str, Any], kernels: list[int]
-) -> None:
+def attend_by_two_rows(**settings: Any) -> None:
+    """Let two rows attend, of which nine positions are the same."""
     rows, positions = layout_of([1, 1], [18, 12], alike=9)
     query = torch.randn(1, HEADS, 2, WIDTH)
     key, value = torch.randn(2, 2, HEADS, 19, WIDTH)
     attend = transformers.AttentionInterface()[BY_ROW]
     with ragged(rows), torch.no_grad():
         attend(layer_of(1), query, key, value, mask_of(positions, 19, None), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"position_bias": torch.zeros(1, 6, 1, 19)}, {"dropout": 0.1}]
+)
+def test_what_changes_attention_is_left_to_transformers(
+    settings: dict[str, Any], kernels: list[int]
+) -> None:
+    attend_by_two_rows(**settings)
     assert not kernels
 
 
-def test_few_rows_attend_to_all_their_keys_at_once(kernels: list[int]) -> None:
-    rows, positions = layout_of([1, 1], [18, 12], alike=9)
-    shared_keys._LEAST = 19  # restored by the fixture
-    query = torch.randn(1, HEADS, 2, WIDTH)
-    key, value = torch.randn(2, 2, HEADS, 19, WIDTH)
-    with ragged(rows), torch.no_grad():
-        transformers.AttentionInterface()[BY_ROW](
-            layer_of(1), query, key, value, mask_of(positions, 19, None)
-        )
+def test_few_rows_attend_to_all_their_keys_at_once(
+    kernels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_keys, "_LEAST", 19)
+    attend_by_two_rows()
     assert not kernels
 
 
