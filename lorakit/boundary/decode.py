@@ -44,7 +44,7 @@ from lorakit.models.base import Base
 from lorakit.models.cache_trial import REFUSALS, alike_enough
 from lorakit.models.completions import check_finite, until_end
 from lorakit.models.decoding import Ending, Row, RowBatch
-from lorakit.models.guesses import Chances, Drafts, step_cost
+from lorakit.models.guesses import Chances, Drafts
 from lorakit.models.packed import packed_weights
 from lorakit.models.prefixes import Prefix, shared_prefix
 from lorakit.models.reading import Reader
@@ -98,7 +98,6 @@ class Pool:
         self._batch: RowBatch[_CutRow] = RowBatch(
             self._reader,
             Ending(frozenset(base.end_tokens), max_new_tokens),
-            step_cost(base.model),
         )
 
     @torch.inference_mode()

@@ -16,12 +16,13 @@ come next by whoever calls this: greedy.py, and boundary/decode.py for the rows 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from lorakit.models.completions import StopTexts
-from lorakit.models.guesses import GUESSED, Drafts, worth_guessing
+from lorakit.models.guesses import GUESSED, Drafts, StepCost, step_cost, worth_guessing
 from lorakit.models.prefixes import Prefix
 from lorakit.models.reading import Reader
 
@@ -91,13 +92,12 @@ class RowBatch(Generic[R]):
     """The rows being decoded; the row at place i of `rows` is row i of the reader.
 
     Every method but `guess` and `fit_beside` reads something for some rows, appends what the model
-    predicts, takes the rows for that end out of the batch, and returns them. `step` is what a step
-    takes besides its tokens (step_cost).
+    predicts, takes the rows for that end out of the batch, and returns them.
     """
 
-    def __init__(self, reader: Reader, ends: Ending, step: float) -> None:
+    def __init__(self, reader: Reader, ends: Ending) -> None:
         self.rows: list[R] = []
-        self._reader, self._ends, self._step = reader, ends, step
+        self._reader, self._ends = reader, ends
         self._most_at_once = _READ_ON_A_CPU if reader.device.type == "cpu" else _READ_AT_ONCE
 
     def join(self, rows: Sequence[R], prefix: Prefix | None = None) -> list[R]:
@@ -140,9 +140,13 @@ class RowBatch(Generic[R]):
         worth = [len(guess.tokens) for guess in guesses]
         if self._reader.ragged:
             chances = [row.drafts.chance(g) for row, g in zip(self.rows, guesses, strict=True)]
-            worth = worth_guessing(list(zip(chances, worth, strict=True)), self._step)
+            worth = worth_guessing(list(zip(chances, worth, strict=True)), self._cost)
         for row, guess, count in zip(self.rows, guesses, worth, strict=True):
             row.guess = guess.tokens[:count]
+
+    @functools.cached_property
+    def _cost(self) -> StepCost:
+        return step_cost(self._reader.model)
 
     def step(self) -> list[R]:
         """Read the last token and the guess of every row."""

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from lorakit.errors import LorakitError
 # From glibc's malloc.h. Blocks above _LARGEST_KEPT are always given back; it takes 32 MiB at most.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT, _MOST_KEPT = 32 * 2**20, 2**30
+_GROUP = "/sys/fs/cgroup"  # where a container sees its own limits
 _AMPERE = (8, 0)
 # The number formats of weights: as --dtype names them, as safetensors does, and as torch does.
 FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -38,6 +40,22 @@ def return_freed_memory() -> None:
     """Return what was freed to the system, where glibc keeps it."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory() -> int:
+    """Return how many bytes a program can still allocate, by Linux and its control group; else 0.
+
+    Files that the system caches in a group's memory count as taken.
+    """
+    found = [0]
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        found = [int(kilobytes) * 1024]
+    with contextlib.suppress(OSError, ValueError):
+        most, taken = (Path(_GROUP, name).read_text() for name in ("memory.max", "memory.current"))
+        found.append(int(most) - int(taken))
+    return max(0, min(found))
 
 
 def is_recent_nvidia(gpu: torch.device) -> bool:

@@ -19,7 +19,7 @@ import torch
 from lorakit.models.base import Base
 from lorakit.models.completions import StopTexts, check_finite, until_end
 from lorakit.models.decoding import Ending, Row, RowBatch
-from lorakit.models.guesses import Chances, Drafts, step_cost
+from lorakit.models.guesses import Chances, Drafts
 from lorakit.models.prefixes import Prefix, shared_prefix
 from lorakit.models.reading import Reader
 from lorakit.settings import GenerationSettings
@@ -66,7 +66,7 @@ def complete_greedily(
             zip(prompts, opened or [False] * len(prompts), strict=True)
         )
     )
-    batch: RowBatch[_NumberedRow] = RowBatch(reader, ending, step_cost(base.model))
+    batch: RowBatch[_NumberedRow] = RowBatch(reader, ending)
     ended = {row.number: row.written for row in _decoded(batch, waiting, size, prefix)}
     return [until_end(ended[number], base.end_tokens) for number in range(len(prompts))]
 

@@ -15,14 +15,16 @@ from typing import NamedTuple
 import torch
 
 from lorakit.models.architecture import Model
+from lorakit.models.packed import reads_half
 from lorakit.models.products import rounded
 
 GUESSED = 4  # tokens guessed for a row in one step
 _RUNS = (3, 2, 1)  # lengths of the runs that guesses are based on, longest first
 _RATE = 1 / 50  # weight of the latest guess in the chance that the next one comes true
 # What a step takes however few its tokens are, on a CPU: reading the weights, as long as so many
-# tokens take, and calling a layer, as long as so many multiplications. As measured with SmolLM2
-# (34 tokens, where 20 and 76 were slower) and tiny (265, hardly faster than 80).
+# tokens take, half of that in 16 bits, and calling a layer, as long as so many multiplications. As
+# measured with SmolLM2 (34 tokens, where 20 and 76 were slower) and tiny (265, hardly faster than
+# 80).
 _WEIGHTS, _A_CALL = 25, 6_000_000
 
 
@@ -91,22 +93,41 @@ class Drafts:
         return self._chances.after(guess.run) if guess.tokens else 0.0
 
 
-def step_cost(model: Model) -> float:
-    """Return what a step takes however few its tokens are, in tokens, on a CPU."""
+class StepCost(NamedTuple):
+    """What a step takes on a CPU, in tokens: so many `besides` its tokens.
+
+    `rounds`: their number is rounded up, as oneDNN's products do.
+    """
+
+    besides: float
+    rounds: bool
+
+    def of(self, tokens: int) -> float:
+        """Return what a step of so many tokens takes."""
+        return self.besides + (rounded(tokens) if self.rounds else tokens)
+
+
+def step_cost(model: Model) -> StepCost:
+    """Return what a step takes with a model's weights as they are held now."""
     sizes = [
-        module.in_features * module.out_features
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear)
+        (layer.in_features * layer.out_features, reads_half(layer))
+        for layer in model.modules()
+        if isinstance(layer, torch.nn.Linear)
     ]
-    return _WEIGHTS + (_A_CALL * len(sizes) / sum(sizes) if sizes else 0)
+    if not sizes:
+        return StepCost(_WEIGHTS, rounds=True)
+    half = sum(size for size, is_half in sizes if is_half)
+    total = sum(size for size, _ in sizes)
+    read = _WEIGHTS * (1 - half / total / 2)
+    return StepCost(read + _A_CALL * len(sizes) / total, rounds=2 * half < total)
 
 
-def worth_guessing(guesses: Sequence[tuple[float, int]], step: float) -> list[int]:
+def worth_guessing(guesses: Sequence[tuple[float, int]], cost: StepCost) -> list[int]:
     """Return how many tokens of each row's guess to read, so that all texts together grow fastest.
 
     `guesses` are the chance of each token, if those before it come true, and how many there are.
-    With n tokens guessed for r rows, the texts grow by r + gains in a time of `step` + r + n,
-    rounded up as products are: the n greatest gains, chance^1, chance^2 … of any row.
+    With n tokens guessed for r rows, the texts grow by r + gains in what a step of r + n takes: the
+    n greatest gains, chance^1, chance^2 … of any row.
     """
     gains = sorted(
         (
@@ -118,7 +139,7 @@ def worth_guessing(guesses: Sequence[tuple[float, int]], step: float) -> list[in
     )
     rows = len(guesses)
     growth = itertools.accumulate((gain for gain, _ in gains), initial=float(rows))
-    speeds = [grown / (step + rounded(rows + n)) for n, grown in enumerate(growth)]
+    speeds = [grown / cost.of(rows + n) for n, grown in enumerate(growth)]
     worth = [0] * rows
     for _, row in gains[: speeds.index(max(speeds))]:
         worth[row] += 1

@@ -1,60 +1,68 @@
-"""A base's weights in the order in which oneDNN reads them, while tokens are decoded on a CPU.
+"""A base's weights as products of few tokens read them best, while tokens are decoded on a CPU.
 
-With few tokens, products take another third less so (products.py). Layers that read the same input
-become one product, whose columns are theirs, one after another:
+That is in 16 bits where these hold them (half_weights.py): such products take half as long as those
+of products.py, or less. Else it is the order in which oneDNN reads them: a third less. Layers that
+read the same input become one product, whose columns are theirs, one after another:
 
     q_proj(x)    computes [q k v] = [W_q W_k W_v]·x, gives q and keeps k and v
     k_proj(x)    gives k
     v_proj(x)    gives v
 
-There is no copy: inside `packed_weights` the weights are in no other order. With AVX2 alone that
-gains with few tokens, but prompts take longer to read.
+Weights in 16 bits are a copy. In oneDNN's order there is none: inside `packed_weights` they are in
+no other. With AVX2 alone that gains with few tokens, but prompts take longer to read.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
 from lorakit.models.architecture import Model, other_forwards
-from lorakit.models.devices import return_freed_memory
+from lorakit.models.devices import available_memory, return_freed_memory
+from lorakit.models.half_weights import FEW, half_size, half_weights, multiplies_half
 from lorakit.models.products import (
     LARGE,
     fast_layers,
     is_faster_here,
     multiplies,
     multiplies_by,
+    multiply,
     product,
 )
 
 _KEPT = 1 << 24  # numbers that are freed before the system gets their memory
 _FEW = 16  # tokens that weights are packed for; they serve others as well
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # read the same input
+_THREADS = 4  # that put weights in another order
 _Layers = list[torch.nn.Linear]
 
 
 @contextlib.contextmanager
 def packed_weights(model: Model) -> Iterator[None]:
-    """Inside the block, large layers hold their weights as oneDNN reads them, and no others.
+    """Inside the block, large layers multiply by weights in 16 bits or in oneDNN's order.
 
-    Afterwards they have the same as before. Inside, nothing is trained, and weights are read by
-    layers alone. Those that modules share, as the head may have the embedding's, stay.
+    In the latter they hold no others; afterwards they have the same as before. Inside, nothing is
+    trained, and weights are read by layers alone. Those that modules share, as the head may have
+    the embedding's, stay in their order.
     """
     packed: list[_Packed] = []
     try:
+        halved = _halved(model)
         with _replacing() as replaced:
-            for layers in _packable(model):
+            for layers in _packable(model, {layer for each in halved for layer in each.layers}):
                 packed.append(_Packed(layers))
                 replaced(packed[-1].weight.numel())
         forwards = {
             layer: functools.partial(each, place)
-            for each in packed
+            for each in (*halved, *packed)
             for place, layer in enumerate(each.layers)
         }
         with other_forwards(forwards):
@@ -63,6 +71,11 @@ def packed_weights(model: Model) -> Iterator[None]:
         with _replacing() as replaced:
             while packed:
                 replaced(packed.pop().give_back())
+
+
+def reads_half(layer: torch.nn.Linear) -> bool:
+    """Return whether a layer reads its weights in 16 bits now."""
+    return isinstance(getattr(vars(layer).get("forward"), "func", None), _Halved)
 
 
 @contextlib.contextmanager
@@ -86,20 +99,68 @@ def _replacing() -> Iterator[Callable[[int], None]]:
         return_freed_memory()
 
 
-class _Packed:
-    """The weights of layers that read the same input: a product that each asks for its part of."""
+class _Together(abc.ABC):
+    """Layers that read the same input: a product that each asks for its part of."""
 
     def __init__(self, layers: _Layers) -> None:
         self.layers = layers
         self._sizes = [layer.out_features for layer in layers]
-        biases = [layer.bias.data for layer in layers if layer.bias is not None]
-        self._bias = torch.cat(biases) if biases else None
-        weights = [layer.weight.data for layer in layers]
-        self.weight = _in_order(weights[0] if len(weights) == 1 else torch.cat(weights))
-        for layer in layers:
-            layer.weight.data = layer.weight.new_empty(0)
         self._x: torch.Tensor | None = None
         self._left: dict[int, torch.Tensor] = {}
+
+    def __call__(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """Return what the layer at a place gives for x (…, in), (…, out)."""
+        if not self._takes(x):
+            return self._alone(place, x)
+        if len(self.layers) == 1:
+            return self._product(x)
+        if x is not self._x or place not in self._left:
+            self._x, self._left = x, dict(enumerate(self._product(x).split(self._sizes, -1)))
+        part = self._left.pop(place)
+        if not self._left:
+            self._x = None
+        return part
+
+    def _takes(self, x: torch.Tensor) -> bool:
+        """Return whether x is multiplied with all weights at once."""
+        return multiplies(x) and not (torch.is_grad_enabled() and x.requires_grad)
+
+    @abc.abstractmethod
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what all layers give, one after another (…, out)."""
+
+    @abc.abstractmethod
+    def _alone(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """Return what the layer at a place gives."""
+
+
+class _Halved(_Together):
+    """Layers with a copy of their weights in 16 bits, for few tokens."""
+
+    def __init__(self, layers: _Layers, pool: ThreadPoolExecutor) -> None:
+        super().__init__(layers)
+        self.half = half_weights(*_joined(layers), pool)
+
+    def _takes(self, x: torch.Tensor) -> bool:
+        return super()._takes(x) and x.numel() <= FEW * x.shape[-1]
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.half is not None
+        return self.half(x)
+
+    def _alone(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        return multiply(self.layers[place], x)
+
+
+class _Packed(_Together):
+    """Layers whose weights are in oneDNN's order."""
+
+    def __init__(self, layers: _Layers) -> None:
+        super().__init__(layers)
+        weight, self._bias = _joined(layers)
+        self.weight = _in_order(weight)
+        for layer in layers:
+            layer.weight.data = layer.weight.new_empty(0)
 
     def give_back(self) -> int:
         """Let the layers hold their weights again; return how many numbers these are."""
@@ -108,31 +169,48 @@ class _Packed:
             layer.weight.data = part if len(parts) == 1 else part.clone()
         return self.weight.numel()
 
-    def __call__(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        """Return what the layer at a place gives for x (…, in), (…, out)."""
-        if not multiplies(x, self.weight) or (torch.is_grad_enabled() and x.requires_grad):
-            weight = self.weight.to_dense().split(self._sizes)[place]
-            return linear(x, weight, self.layers[place].bias)
-        if len(self.layers) == 1:
-            return product(x, self.weight, self._bias)
-        if x is not self._x or place not in self._left:
-            columns = product(x, self.weight, self._bias).split(self._sizes, -1)
-            self._x, self._left = x, dict(enumerate(columns))
-        part = self._left.pop(place)
-        if not self._left:
-            self._x = None
-        return part
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.weight, self._bias)
+
+    def _alone(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to_dense().split(self._sizes)[place]
+        return linear(x, weight, self.layers[place].bias)
 
 
-def _packable(model: Model) -> list[_Layers]:
+def _joined(layers: _Layers) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the weights (out, in) and the bias (out,), if any, of layers as one."""
+    weights = [layer.weight.data for layer in layers]
+    biases = [layer.bias.data for layer in layers if layer.bias is not None]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return weight, torch.cat(biases) if biases else None
+
+
+@torch.no_grad()
+def _halved(model: Model) -> list[_Halved]:
+    """Return the layers whose weights 16 bits hold, with these; none where memory is short."""
+    groups = _groups(model, _frozen(model)) if multiplies_half() else []
+    size = sum(half_size(layer) for layers in groups for layer in layers)
+    if 2 * size > available_memory():
+        return []
+    halved: list[_Halved] = []
+    threads = min(torch.get_num_threads(), _THREADS)
+    with torch.inference_mode(False), ThreadPoolExecutor(threads) as pool:
+        for layers in sorted(groups, key=_numbers, reverse=True):  # the head takes longest
+            each = _Halved(layers, pool)
+            if each.half is not None:
+                halved.append(each)
+                if len(halved) > threads and (earlier := halved[-1 - threads].half) is not None:
+                    earlier.finish()  # what is made for those that wait takes memory
+    return halved
+
+
+def _packable(model: Model, besides: Collection[torch.nn.Linear]) -> list[_Layers]:
     """Return the layers whose weights can be packed, together those that are one product then.
 
     There are none where DoRA reads weights.
     """
-    if not _packs_here():
-        return []
     modules = list(model.modules())
-    if any(getattr(module, "lora_magnitude_vector", None) for module in modules):
+    if not _packs_here() or any(getattr(m, "lora_magnitude_vector", None) for m in modules):
         return []
     held = Counter(
         weight.data_ptr()
@@ -140,23 +218,34 @@ def _packable(model: Model) -> list[_Layers]:
         for weight in module._parameters.values()
         if weight is not None
     )
-    alone = {
-        layer: None
-        for layer in fast_layers(model)
-        if layer.weight.is_contiguous()
-        and not layer.weight.requires_grad
-        and held[layer.weight.data_ptr()] == 1
-    }
-    found: list[_Layers] = []
-    for parent in modules:
+    alone = [layer for layer in _frozen(model) if held[layer.weight.data_ptr()] == 1]
+    return _groups(model, (layer for layer in alone if layer not in besides))
+
+
+def _frozen(model: Model) -> Iterator[torch.nn.Linear]:
+    """Yield the layers that multiply faster here and are not trained."""
+    for layer in fast_layers(model):
+        if layer.weight.is_contiguous() and not layer.weight.requires_grad:
+            yield layer
+
+
+def _groups(model: Model, layers: Iterable[torch.nn.Linear]) -> list[_Layers]:
+    """Return those of the layers that are large, together those that are one product then."""
+    alone, found = dict.fromkeys(layers), list[_Layers]()
+    for parent in model.modules():
         for names in _TOGETHER:
-            layers = [_plain(getattr(parent, name, None)) for name in names]
-            if all(layer in alone for layer in layers) and _fit(layers):
-                found.append(layers)
-                for layer in layers:
+            group = [_plain(getattr(parent, name, None)) for name in names]
+            if all(layer in alone for layer in group) and _fit(group):
+                found.append(group)
+                for layer in group:
                     del alone[layer]
     found += [[layer] for layer in alone]
-    return [layers for layers in found if sum(layer.weight.numel() for layer in layers) >= LARGE]
+    return [group for group in found if _numbers(group) >= LARGE]
+
+
+def _numbers(layers: _Layers) -> int:
+    """Return how many weights layers have."""
+    return sum(layer.weight.numel() for layer in layers)
 
 
 def _plain(layer: Any) -> Any:

@@ -32,7 +32,7 @@ _STEPS = {1: 1, 64: 4, 128: 8, 256: 16, 512: 32}
 def speed_up_products_(model: Model) -> None:
     """Have the linear layers of a model multiply by oneDNN where that is faster: on some CPUs."""
     for layer in fast_layers(model):
-        layer.forward = functools.partial(_forward, layer)
+        layer.forward = functools.partial(multiply, layer)
 
 
 def fast_layers(model: Model) -> Iterator[Any]:
@@ -72,11 +72,11 @@ def multiplies_by(arrange: _Arrange, back: _Arrange) -> bool:
         return False
 
 
-def _forward(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+def multiply(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Return what a linear layer gives for x (…, in), (…, out)."""
     weight, bias = module.weight, module.bias
     small = weight.numel() < LARGE and x.numel() * weight.shape[0] < _MUCH
-    if small or not multiplies(x, weight) or weight.requires_grad:
+    if small or not multiplies(x) or weight.dtype != x.dtype or weight.requires_grad:
         return linear(x, weight, bias)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return product(x, weight, bias)
@@ -84,9 +84,9 @@ def _forward(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def multiplies(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether both are what oneDNN is given here."""
-    return x.dtype == weight.dtype == torch.float32 and x.device == weight.device and x.numel() > 0
+def multiplies(x: torch.Tensor) -> bool:
+    """Return whether x is what weights on a CPU are multiplied with here."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -53,7 +53,8 @@ class Reader:
         *,
         records: bool | None = None,
     ) -> None:
-        self._model, self._rows, self._length, self._check = model, rows, length, check
+        self.model, self._check = model, check
+        self._rows, self._length = rows, length
         attention = getattr(text_config(model), "_attn_implementation", None)
         self.ragged = attention == BY_ROW  # whether new tokens come as one sequence
         self.device = next(model.parameters()).device
@@ -173,7 +174,7 @@ class Reader:
         self.cache.expected = Fanned(first, len(splits) + 1, prefix)
         ids = torch.tensor([list(tokens)], device=self.device)
         positions = self._places[None, start : self.cache.visible]
-        with _splitting(self._model, splits):
+        with _splitting(self.model, splits):
             logits = self._logits(ids, positions, self._mask(positions), keep)
         return _lists(self._predicted(logits))
 
@@ -204,7 +205,7 @@ class Reader:
         keep: int | torch.Tensor,
     ) -> torch.Tensor:
         """Return the model's logits after the last `keep` tokens of each row, or those places."""
-        logits: torch.Tensor = self._model(
+        logits: torch.Tensor = self.model(
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
