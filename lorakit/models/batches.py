@@ -28,6 +28,7 @@ import torch
 
 from lorakit.models.architecture import Model, forward_parameters, text_config
 from lorakit.models.attention import BY_ROW
+from lorakit.models.last_layer import last_layer_at
 from lorakit.models.row_masks import packed
 from lorakit.models.tokens import Example
 from lorakit.runs.processes import process_count
@@ -201,7 +202,7 @@ def pack(rows: Sequence[Example], device: torch.device) -> Pack:
 
 def target_logits(model: Model, batch: Pack) -> torch.Tensor:
     """Return the logits (targets, vocabulary) at the places of a pack, by the model's own head."""
-    with packed(batch.lengths):
+    with packed(batch.lengths), last_layer_at(model, batch.places, batch.input_ids.shape[1]):
         logits: torch.Tensor = model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

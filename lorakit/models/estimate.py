@@ -17,11 +17,12 @@ Per position and decoder layer, torch stores for the backward pass, in bytes:
 d hidden width, h heads and k heads of keys of width w, i inner width of the MLP, r rank, b bytes of
 a value in the base's dtype, a those inside attention (4 on a CPU, where it runs in float32). Frozen
 projections store nothing, and neither do layers below the lowest LoRA; that layer stores all but
-its first norm. Before the head stand the last norm and the rotary angles; the logits are stored
-once, and once more as their gradient. With checkpointing there is the input of every layer, d·b,
-and one layer's share while it is computed again. Freed memory that an allocator keeps, and buffers
-of kernels, are not counted. tests/models/test_estimate.py counts what torch saves: the formulae are
-within 1 % for Llama, Qwen2 and Mistral, within 25 % for GPT-2, Phi, Phi-3 and Gemma-2.
+its first norm. The last layer's MLP counts in full, though it may leave tokens out (last_layer.py).
+Before the head stand the last norm and the rotary angles; the logits are stored once, and once more
+as their gradient. With checkpointing there is the input of every layer, d·b, and one layer's share
+while it is computed again. Freed memory that an allocator keeps, and buffers of kernels, are not
+counted. tests/models/test_estimate.py counts what torch saves: the formulae are within 1 % for
+Llama, Qwen2 and Mistral, within 25 % for GPT-2, Phi, Phi-3 and Gemma-2.
 """
 
 from __future__ import annotations

@@ -45,10 +45,11 @@ class HalfWeights:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return W·x + b (…, out) for x (…, in)."""
+        rows = x if x.dim() > 1 else x[None]
         if self._factor != 1:
-            x = x * self._factor
-        result: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed.result())
-        return result
+            rows = rows * self._factor
+        given: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(rows, self._packed.result())
+        return given if x.dim() > 1 else given[0]
 
 
 def half_weights(

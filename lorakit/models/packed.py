@@ -204,8 +204,8 @@ def _halved(model: Model) -> list[_Halved]:
     return halved
 
 
-def _packable(model: Model, besides: Collection[torch.nn.Linear]) -> list[_Layers]:
-    """Return the layers whose weights can be packed, together those that are one product then.
+def _packable(model: Model, besides: Collection[torch.nn.Linear] = ()) -> list[_Layers]:
+    """Return the other layers whose weights can be packed, together those that are one product.
 
     There are none where DoRA reads weights.
     """

@@ -26,6 +26,7 @@ from lorakit.models.architecture import Model, ModelConfig, decoder_layers, text
 from lorakit.models.attention import BY_ROW
 from lorakit.models.gpu_attention import in_groups
 from lorakit.models.kv_cache import Extended, Fanned, KVCache, cache_parameter
+from lorakit.models.last_layer import last_layer_at
 from lorakit.models.prefixes import Prefix
 from lorakit.models.ragged import ragged
 from lorakit.models.shared_keys import RowsAlike
@@ -148,8 +149,9 @@ class Reader:
         kept = column >= layout.width - keep
         ids = torch.tensor([[token for new in tokens for token in new]], device=self.device)
         mask = self._mask(laid_out.clamp_min(0))
-        with ragged(layout):
-            flat = self._predicted(self._logits(ids, position_ids, mask, torch.where(kept)[0]))
+        places = torch.where(kept)[0]
+        with ragged(layout), last_layer_at(self.model, places, len(row)):
+            flat = self._predicted(self._logits(ids, position_ids, mask, places))
         predicted = laid_out.new_zeros(len(tokens), keep)
         predicted[row[kept], column[kept] - (layout.width - keep)] = flat[0]
         return _lists(predicted)
@@ -174,7 +176,8 @@ class Reader:
         self.cache.expected = Fanned(first, len(splits) + 1, prefix)
         ids = torch.tensor([list(tokens)], device=self.device)
         positions = self._places[None, start : self.cache.visible]
-        with _splitting(self.model, splits):
+        places = self._places[len(tokens) - keep : len(tokens)]
+        with _splitting(self.model, splits), last_layer_at(self.model, places, len(tokens)):
             logits = self._logits(ids, positions, self._mask(positions), keep)
         return _lists(self._predicted(logits))
 

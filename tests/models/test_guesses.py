@@ -9,18 +9,19 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from lorakit.models import guesses
 from lorakit.models.guesses import (
     GUESSED,
     NO_GUESS,
     Chances,
     Drafts,
     Guess,
+    StepCost,
     step_cost,
     worth_guessing,
 )
-from lorakit.models.products import rounded
 
-STEP = 20
+COST = StepCost(20, rounds=True)
 
 
 def drafts_of(*prompt: int) -> Drafts:
@@ -70,7 +71,7 @@ def speed(guesses: Sequence[tuple[float, int]], counts: Sequence[int]) -> float:
         for place in range(1, count + 1)
     )
     rows = len(guesses)
-    return (rows + gains) / (STEP + rounded(rows + sum(counts)))
+    return (rows + gains) / COST.of(rows + sum(counts))
 
 
 def test_texts_grow_fastest_by_what_is_worth_guessing() -> None:
@@ -78,23 +79,40 @@ def test_texts_grow_fastest_by_what_is_worth_guessing() -> None:
     for rows in (1, 2, 3, 4):
         for _ in range(40):
             guesses = [(draw.random(), draw.randrange(GUESSED + 1)) for _ in range(rows)]
-            worth = worth_guessing(guesses, STEP)
+            worth = worth_guessing(guesses, COST)
             every = itertools.product(*(range(count + 1) for _, count in guesses))
             best = max(speed(guesses, counts) for counts in every)
             assert speed(guesses, worth) == pytest.approx(best)
 
 
 def test_unlikely_tokens_are_read_only_where_products_are_filled_up_anyway() -> None:
-    assert worth_guessing([(0.2, 4)] * 16, STEP) == [0] * 16
-    assert worth_guessing([(1.0, 4)] * 16, STEP) == [4] * 16
-    assert sum(worth_guessing([(0.2, 4)] * 14, STEP)) == 2  # 14 rows take as long as 16
-    assert worth_guessing([(0.2, 4)] * 14 + [(0.9, 1)], STEP) == [0] * 14 + [1]
-    assert worth_guessing([], STEP) == []
+    assert worth_guessing([(0.2, 4)] * 16, COST) == [0] * 16
+    assert worth_guessing([(1.0, 4)] * 16, COST) == [4] * 16
+    assert sum(worth_guessing([(0.2, 4)] * 14, COST)) == 2  # 14 rows take as long as 16
+    assert worth_guessing([(0.2, 4)] * 14 + [(0.9, 1)], COST) == [0] * 14 + [1]
+    assert worth_guessing([], COST) == []
+
+
+def test_a_step_costs_what_its_tokens_do_rounded_up_where_products_are() -> None:
+    assert COST.of(14) == COST.of(16) == 36
+    assert StepCost(20, rounds=False).of(14) == 34
+    assert sum(worth_guessing([(0.2, 4)] * 14, StepCost(20, rounds=False))) == 0
 
 
 def test_less_likely_tokens_are_read_where_steps_cost_more_beside_them() -> None:
     small, large = (torch.nn.Sequential(torch.nn.Linear(n, n)) for n in (100, 10_000))
-    assert step_cost(small) > step_cost(large) > step_cost(torch.nn.Sequential())
+    assert step_cost(small).besides > step_cost(large).besides
+    assert step_cost(large).besides > step_cost(torch.nn.Sequential()).besides
     guesses = [(0.4, 1)] * 4
-    assert worth_guessing(guesses, 2) == [0] * 4
-    assert worth_guessing(guesses, 100) == [1] * 4
+    assert worth_guessing(guesses, StepCost(2, rounds=True)) == [0] * 4
+    assert worth_guessing(guesses, StepCost(100, rounds=True)) == [1] * 4
+
+
+def test_a_step_costs_less_with_weights_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 24))
+    plain = step_cost(model)
+    assert plain.rounds
+    monkeypatch.setattr(guesses, "reads_half", lambda layer: layer is model[1])
+    half = step_cost(model)
+    assert not half.rounds
+    assert plain.besides - half.besides == pytest.approx(guesses._WEIGHTS * 3 / 4 / 2)
