@@ -9,7 +9,7 @@ sums are float32's. Nothing is lost:
 
 A power of two changes no digit. float16 has more digits than bfloat16 and fewer magnitudes, so that
 what counts is how small weights are beside the largest; where one does not fit, there is no such
-product. It is a copy, of half the weights' size, which is made where there is memory for two.
+product. It is a copy, of half the weights' size, which is made where there is memory for three.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 
 FEW = 300  # tokens up to which this product takes less than oneDNN's
 _LARGEST = torch.finfo(torch.float16).max
+_AT_ONCE = 1 << 17  # weights that are tried
 _BLOCK = 512  # inputs, of which FBGEMM fills up to a multiple
 
 
@@ -67,8 +68,9 @@ def half_weights(
 
 
 def _holds(weight: torch.Tensor) -> bool:
-    """Return whether float16 holds every weight; the first row has an answer in most cases."""
-    return all(torch.equal(part.half().float(), part) for part in (weight[:1], weight))
+    """Return whether float16 holds every weight, a part after the other that a cache holds."""
+    parts = weight.flatten().split(_AT_ONCE)
+    return all(torch.equal(part.half().float(), part) for part in parts)
 
 
 def half_size(layer: torch.nn.Linear) -> int:

@@ -26,8 +26,8 @@ import torch
 from torch.nn.functional import linear
 
 from lorakit.models.architecture import Model, other_forwards
-from lorakit.models.devices import available_memory, return_freed_memory
-from lorakit.models.half_weights import FEW, half_size, half_weights, multiplies_half
+from lorakit.models.devices import available_memory, one_thread, return_freed_memory
+from lorakit.models.half_weights import FEW, HalfWeights, half_size, half_weights, multiplies_half
 from lorakit.models.products import (
     LARGE,
     fast_layers,
@@ -41,7 +41,9 @@ from lorakit.models.products import (
 _KEPT = 1 << 24  # numbers that are freed before the system gets their memory
 _FEW = 16  # tokens that weights are packed for; they serve others as well
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # read the same input
-_THREADS = 4  # that put weights in another order
+_THREADS = 4  # that put weights in 16 bits in order
+_WAITING = 16  # groups of layers that wait for them at most, as what is made of each takes memory
+_ROOM = 3  # times the memory that weights in 16 bits take, which has to be free
 _Layers = list[torch.nn.Linear]
 
 
@@ -137,16 +139,15 @@ class _Together(abc.ABC):
 class _Halved(_Together):
     """Layers with a copy of their weights in 16 bits, for few tokens."""
 
-    def __init__(self, layers: _Layers, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, layers: _Layers, weights: HalfWeights) -> None:
         super().__init__(layers)
-        self.half = half_weights(*_joined(layers), pool)
+        self.weights = weights
 
     def _takes(self, x: torch.Tensor) -> bool:
         return super()._takes(x) and x.numel() <= FEW * x.shape[-1]
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.half is not None
-        return self.half(x)
+        return self.weights(x)
 
     def _alone(self, place: int, x: torch.Tensor) -> torch.Tensor:
         return multiply(self.layers[place], x)
@@ -190,17 +191,17 @@ def _halved(model: Model) -> list[_Halved]:
     """Return the layers whose weights 16 bits hold, with these; none where memory is short."""
     groups = _groups(model, _frozen(model)) if multiplies_half() else []
     size = sum(half_size(layer) for layers in groups for layer in layers)
-    if 2 * size > available_memory():
+    if _ROOM * size > available_memory():
         return []
     halved: list[_Halved] = []
     threads = min(torch.get_num_threads(), _THREADS)
-    with torch.inference_mode(False), ThreadPoolExecutor(threads) as pool:
+    with torch.inference_mode(False), one_thread(), ThreadPoolExecutor(threads) as pool:
         for layers in sorted(groups, key=_numbers, reverse=True):  # the head takes longest
-            each = _Halved(layers, pool)
-            if each.half is not None:
-                halved.append(each)
-                if len(halved) > threads and (earlier := halved[-1 - threads].half) is not None:
-                    earlier.finish()  # what is made for those that wait takes memory
+            weights = half_weights(*_joined(layers), pool)
+            if weights is not None:
+                halved.append(_Halved(layers, weights))
+                if len(halved) > _WAITING:
+                    halved[-_WAITING].weights.finish()
     return halved
 
 

@@ -137,13 +137,13 @@ def test_a_head_that_shares_the_embeddings_weights_reads_its_own(faster: None) -
         assert embedding(torch.tensor([3])).shape == (1, LARGE[1])
 
 
-def test_without_memory_for_two_copies_there_is_none(
+def test_without_memory_for_three_copies_there_is_none(
     faster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = torch.nn.ModuleList([layer_in(HALF)])
     size = half_size(layer_in(HALF))
     assert size == 2 * LARGE[0] * 512
-    for free, due in ((2 * size, True), (2 * size - 1, False)):
+    for free, due in ((3 * size, True), (3 * size - 1, False)):
         monkeypatch.setattr(packed, "available_memory", lambda free=free: free)
         with packed_weights(model):
             assert [reads_half(layer) for layer in model] == [due]  # type: ignore[arg-type]
