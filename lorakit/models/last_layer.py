@@ -44,9 +44,12 @@ def _at(places: torch.Tensor, tokens: int, forward: Forward) -> Forward:
     def compute(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if x.dim() != 3 or x.shape[1] != tokens:
             return forward(x, *args, **kwargs)
-        given = forward(x.index_select(1, places), *args, **kwargs)
+        own = places.to(x.device)  # a model can lie on several
+        given = forward(x.index_select(1, own), *args, **kwargs)
+        if not isinstance(given, torch.Tensor):  # with what routes tokens to experts
+            return forward(x, *args, **kwargs)
         whole = given.new_zeros(len(x), tokens, given.shape[2])
-        whole[:, places] = given  # index_copy would store them for the backward pass
+        whole[:, own] = given  # index_copy would store them for the backward pass
         return whole
 
     return compute

@@ -55,17 +55,23 @@ class Shape:
     @property
     def layer_weights(self) -> int:
         """The number of weights of one decoder layer that multiply a token."""
-        kv = self.width * self.kv_heads // self.heads
-        return 2 * self.width * (self.width + kv) + 3 * self.width * self.inner
+        return self.key_weights + 2 * self.width**2 + 3 * self.width * self.inner
+
+    @property
+    def key_weights(self) -> int:
+        """The number of weights of one decoder layer that make keys and values."""
+        return 2 * self.width * (self.width * self.kv_heads // self.heads)
 
     def training_flops(self, tokens: int, targets: int) -> float:
         """Return the multiplications and additions that no training step can do without.
 
-        Forward, and backward to the activations only: 4 a weight and token; the head where a loss
-        is due; attention and the adapters, which are small, left out.
+        Forward, and backward to the activations only: 4 a weight and token; the head, and of the
+        last layer all but keys and values, where a loss is due; attention and the adapters, which
+        are small, left out.
         """
-        head = targets * self.width * self.words
-        return 4.0 * (tokens * self.layer_weights * self.layers + head)
+        whole = tokens * (self.layer_weights * (self.layers - 1) + self.key_weights)
+        due = self.layer_weights - self.key_weights + self.width * self.words
+        return 4.0 * (whole + targets * due)
 
     def reading_flops(self, tokens: int) -> float:
         """Return the multiplications and additions of a forward pass, with the head, over tokens.

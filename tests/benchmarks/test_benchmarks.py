@@ -254,6 +254,10 @@ def test_the_weights_of_a_shape_are_those_of_the_model() -> None:
     layer = base.model.model.layers[0]
     weights = [w.numel() for w in layer.parameters() if w.dim() == 2]
     assert SMALL.layer_weights == sum(weights)
+    all_learnt = 10 * (SMALL.layers * SMALL.layer_weights + SMALL.width * SMALL.words)
+    assert SMALL.training_flops(10, 10) == 4 * all_learnt
+    spared = 9 * (SMALL.layer_weights - SMALL.key_weights + SMALL.width * SMALL.words)
+    assert SMALL.training_flops(10, 1) == 4 * (all_learnt - spared)
     whole = LLAMA_8B.layer_weights * LLAMA_8B.layers + 2 * LLAMA_8B.words * LLAMA_8B.width
     assert whole == pytest.approx(8.03e9, rel=1e-3)
 

@@ -101,6 +101,15 @@ def test_prompts_are_read_as_by_the_whole_layer(
     assert tokens[:3] == tokens[3:]
 
 
+def test_what_does_not_return_a_tensor_reads_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, x = torch.nn.Linear(4, 4).requires_grad_(False), torch.ones(1, 70, 4)
+    monkeypatch.setattr(part, "forward", lambda x: (x, "where tokens go"))
+    monkeypatch.setattr(last_layer, "_parts", lambda model: [part])
+    with last_layer_at(None, torch.tensor([3]), 70):
+        given, _ = part(x)
+    assert torch.equal(given, x)
+
+
 def test_few_tokens_and_those_that_mostly_count_are_all_computed(llama: str) -> None:
     assert leaves_out(1, 65)
     assert not leaves_out(1, 64)
