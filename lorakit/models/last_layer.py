@@ -8,8 +8,8 @@ give zeros for the others:
     MLP reads           d   f
     MLP gives     0 0 0 D 0 F
 
-Gradients of the others are zero with and without it. What has LoRA computes all tokens, since
-pruning weighs all that LoRA reads, and rows are told apart by their places.
+Gradients of the others are zero with and without it. Where the MLP has LoRA, both compute all
+tokens, since pruning weighs all that LoRA reads, and rows are told apart by their places.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ def _parts(model: Model) -> Sequence[Any]:
     layers = decoder_layers(model)
     if not layers or _checkpoints(layers[-1]):  # what is computed again is so outside the block
         return []
-    last = layers[-1]
-    projection = getattr(getattr(last, "self_attn", None), "o_proj", None)
-    return [part for part in (projection, getattr(last, "mlp", None)) if _is_plain(part)]
+    mlp = getattr(layers[-1], "mlp", None)
+    projection = getattr(getattr(layers[-1], "self_attn", None), "o_proj", None)
+    if not _is_plain(mlp):  # what reads all tokens needs what attention gives for them
+        return []
+    return [mlp, projection] if _is_plain(projection) else [mlp]
 
 
 def _checkpoints(layer: torch.nn.Module) -> bool:

@@ -22,13 +22,13 @@ ROWS = [Example(tuple(range(5, 5 + length)), length - 6, "") for length in (60, 
 TARGETS = 3 * 6
 
 
-def computed(base: Base) -> list[int]:
-    """Return a list that gets the number of tokens of which the last MLP computes a product."""
+def computed(base: Base, part: str = "mlp") -> list[int]:
+    """Return a list that gets the number of tokens of which a part of the last layer computes."""
     counts: list[int] = []
     layers = decoder_layers(base.model)
     assert layers
-    mlp = layers[-1].mlp
-    linear = next(m for m in mlp.modules() if isinstance(m, torch.nn.Linear))  # type: ignore[union-attr]
+    module = layers[-1].get_submodule(part)
+    linear = next(m for m in module.modules() if isinstance(m, torch.nn.Linear))
     linear.register_forward_pre_hook(lambda module, inputs: counts.append(inputs[0].shape[1]))
     return counts
 
@@ -67,9 +67,18 @@ def test_gradients_are_those_of_the_whole_layer(
 def test_an_mlp_with_lora_reads_all_tokens(targets: list[str], llama: str) -> None:
     base = open_base(llama)
     trained(base, targets)
-    counts = computed(base)
+    counts, before = computed(base), computed(base, "self_attn.o_proj")
     target_logits(base.model, pack(ROWS, base.device))
-    assert counts == [sum(len(row.ids) - 1 for row in ROWS)]
+    assert counts == before == [sum(len(row.ids) - 1 for row in ROWS)]
+
+
+def test_a_projection_with_lora_reads_all_tokens_and_the_mlp_those_that_count(llama: str) -> None:
+    base = open_base(llama)
+    trained(base, ["o_proj"])
+    counts, before = computed(base), computed(base, "self_attn.o_proj")
+    target_logits(base.model, pack(ROWS, base.device))
+    assert counts == [TARGETS]
+    assert before == [sum(len(row.ids) - 1 for row in ROWS)]
 
 
 def test_with_checkpointing_all_tokens_are_computed_twice(llama: str) -> None:
