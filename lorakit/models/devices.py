@@ -48,9 +48,9 @@ def available_memory() -> int:
     Files that the system caches in a group's memory count as taken.
     """
     found = [0]
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, LookupError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        kilobytes = dict(line.split(":") for line in lines)["MemAvailable"].split()[0]
         found = [int(kilobytes) * 1024]
     with contextlib.suppress(OSError, ValueError):
         most, taken = (Path(_GROUP, name).read_text() for name in ("memory.max", "memory.current"))

@@ -189,9 +189,9 @@ def _joined(layers: _Layers) -> tuple[torch.Tensor, torch.Tensor | None]:
 @torch.no_grad()
 def _halved(model: Model) -> list[_Halved]:
     """Return the layers whose weights 16 bits hold, with these; none where memory is short."""
-    groups = _groups(model, _frozen(model)) if multiplies_half() else []
+    groups = _groups(model, _frozen(model))
     size = sum(half_size(layer) for layers in groups for layer in layers)
-    if _ROOM * size > available_memory():
+    if not groups or not multiplies_half() or _ROOM * size > available_memory():
         return []
     halved: list[_Halved] = []
     threads = min(torch.get_num_threads(), _THREADS)

@@ -149,9 +149,8 @@ class Reader:
         kept = column >= layout.width - keep
         ids = torch.tensor([[token for new in tokens for token in new]], device=self.device)
         mask = self._mask(laid_out.clamp_min(0))
-        places = torch.where(kept)[0]
-        with ragged(layout), last_layer_at(self.model, places, len(row)):
-            flat = self._predicted(self._logits(ids, position_ids, mask, places))
+        with ragged(layout):
+            flat = self._predicted(self._logits(ids, position_ids, mask, torch.where(kept)[0]))
         predicted = laid_out.new_zeros(len(tokens), keep)
         predicted[row[kept], column[kept] - (layout.width - keep)] = flat[0]
         return _lists(predicted)
@@ -176,8 +175,7 @@ class Reader:
         self.cache.expected = Fanned(first, len(splits) + 1, prefix)
         ids = torch.tensor([list(tokens)], device=self.device)
         positions = self._places[None, start : self.cache.visible]
-        places = self._places[len(tokens) - keep : len(tokens)]
-        with _splitting(self.model, splits), last_layer_at(self.model, places, len(tokens)):
+        with _splitting(self.model, splits):
             logits = self._logits(ids, positions, self._mask(positions), keep)
         return _lists(self._predicted(logits))
 
@@ -208,14 +206,17 @@ class Reader:
         keep: int | torch.Tensor,
     ) -> torch.Tensor:
         """Return the model's logits after the last `keep` tokens of each row, or those places."""
-        logits: torch.Tensor = self.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            use_cache=True,
-            logits_to_keep=keep,
-            **{self._cache_name: self.cache},
-        ).logits
+        width = ids.shape[1]
+        places = self._places[width - keep : width] if isinstance(keep, int) else keep
+        with last_layer_at(self.model, places, width):
+            logits: torch.Tensor = self.model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask,
+                use_cache=True,
+                logits_to_keep=keep,
+                **{self._cache_name: self.cache},
+            ).logits
         return logits[:, -keep:] if isinstance(keep, int) else logits
 
     def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
